@@ -1,0 +1,52 @@
+"""What a user can cause: one exception, one form of message, one way to look a name up in a table.
+
+A `UserError` is printed without a traceback and ends the process with exit code 2. Everything else that escapes a
+stage is a fault of ours and keeps its traceback (exit code 1).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+EXIT_DONE = 0
+EXIT_FAULT = 1
+EXIT_USER = 2
+EXIT_STOPPED = 75  # stopped by a signal, checkpoint saved (EX_TEMPFAIL: a scheduler may requeue)
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake in the user's input or settings.
+
+    The message names the file, line, field or config key, what was found, what was expected, and what to do. Several
+    mistakes found together travel as one error, one paragraph each.
+    """
+
+    def __init__(self, *problems: str):
+        assert problems, "a UserError without a problem"
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problems))
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was most likely meant to be, or None when nothing is close."""
+    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def choose(table: Mapping[str, T], name: str, field: str, where: str) -> T:
+    """Look `name` up in a table of options.
+
+    `field` is the config key the name came from and `where` the file a new row would be added to. Raises `UserError`
+    with the known names when there is no such row.
+    """
+    if name in table:
+        return table[name]
+    guess = nearest(name, table)
+    hint = f"did you mean {guess}? " if guess else ""
+    raise UserError(
+        f"{field} is {name!r}; known: {', '.join(sorted(table))}; {hint}fix the name or add a row to the table in {where}."
+    )

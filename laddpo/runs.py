@@ -1,0 +1,217 @@
+"""Folders that other programs may rely on: atomic files, manifests written last, fingerprints of listed fields.
+
+Every file of a run, a store or a prepared folder is written through this module: temporary name in the same folder,
+fsync, rename, fsync of the folder. A folder without a manifest is unfinished and is never read as if it were whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from laddpo.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text. NaN and infinity are refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(fields: Mapping[str, Any]) -> str:
+    """16 hex digits that change when any listed field changes."""
+    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:16]
+
+
+def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """One line per field whose value differs: `field: stored <a>, now <b>`. Nested fields are named with dots."""
+
+    def flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            for key in value:
+                yield from flatten(f"{prefix}{key}.", value[key])
+        else:
+            yield prefix[:-1], value
+
+    a, b = dict(flatten("", stored)), dict(flatten("", wanted))
+    absent = "(absent)"
+    return [
+        f"{key}: stored {a.get(key, absent)!r}, now {b.get(key, absent)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key, absent) != b.get(key, absent)
+    ]
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, read in bounded memory."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
+
+
+def _digest(f: IO[bytes]) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := f.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable. A file system that cannot fsync a folder (some network ones) is accepted."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Write `path` whole or not at all: the name appears only after the content is on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    kwargs = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with temporary.open(mode, **kwargs) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(_disk_message(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _disk_message(path: Path, error: OSError) -> str:
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free there)"
+    return f"{path}: could not be written: {error.strerror or error}{free}. Free space or choose another folder, then run again."
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Atomic write of bytes."""
+    with atomic_file(path) as f:
+        f.write(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Atomic write of UTF-8 text with `\\n` line ends on every platform."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic write of readable JSON with sorted keys. NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """JSON of a file that we wrote; `UserError` names the file when it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). It may be damaged; remove its folder and run again.") from error
+
+
+class JsonLines:
+    """An append-only log of one JSON object per line, in which a torn last line can only come from a crash.
+
+    `rewind(keep)` drops the torn line and every later record for which `keep(record)` is false: what a resumed run
+    does with steps logged after its checkpoint.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(record, allow_nan=False) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8", newline="\n") as f:
+                f.write(line)
+        except OSError as error:
+            raise UserError(_disk_message(self.path, error)) from error
+
+    def read(self) -> list[dict]:
+        if not self.path.exists():
+            return []
+        records = []
+        for line in self.path.read_bytes().split(b"\n"):
+            if line:
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    break
+        return records
+
+    def rewind(self, keep) -> None:
+        records = [record for record in self.read() if keep(record)]
+        write_text(self.path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+
+
+def write_manifest(folder: Path, kind: str, fields: Mapping[str, Any], files: list[str], **provenance: Any) -> None:
+    """Seal `folder`: called last, after every file in `files` is on disk.
+
+    `fields` are what the folder's values depend on (its fingerprint is taken over them); `provenance` is for people
+    (how it was made) and may differ between equal folders.
+    """
+    write_json(
+        folder / MANIFEST,
+        {
+            "kind": kind,
+            "fingerprint": fingerprint(fields),
+            "fields": dict(fields),
+            "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in files},
+            "provenance": provenance,
+        },
+    )
+
+
+def read_manifest(folder: Path, kind: str, verify: bool = True) -> dict | None:
+    """The manifest of a finished folder, or None when the folder is absent or unfinished.
+
+    With `verify`, a file whose bytes differ from the sealed ones raises `UserError` naming it.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
+        raise UserError(f"{path}: is a manifest of {found!r}, expected {kind!r}. Point the setting at a {kind} folder.")
+    if verify:
+        for name, sealed in manifest["files"].items():
+            file = folder / name
+            if not file.exists() or file.stat().st_size != sealed["bytes"] or file_sha256(file) != sealed["sha256"]:
+                raise UserError(
+                    f"{file}: differs from what {MANIFEST} sealed (missing, truncated or changed). "
+                    f"Remove the folder {folder} and run again; it will be made anew."
+                )
+    return manifest
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and platform, for manifests; not part of any fingerprint."""
+    names = ["laddpo", "torch", "transformers", "peft", "bitsandbytes", "hydra-core", "numpy", "safetensors"]
+    versions = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
