@@ -1,0 +1,111 @@
+"""The noise of the diffusion likelihood as a function of identity: which response tokens are masked in which draw.
+
+A draw is decided by (seed, pair id, side, draw index) alone, so policy and reference see bit-equal masks whatever the
+batch, order, micro-step, process count, epoch or resume. No state exists that could be lost or shared by accident.
+
+Recipe: blake2b-128 of the length-prefixed fields keys numpy's Philox counter generator, of which only `random_raw` is
+used (numpy promises that stream; it does not promise those of `Generator`). torch generators are not used: the CPU one
+drops the upper 32 bits of its seed. Masked counts are computed in 64-bit integers, exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+FULL = 1 << 64  # one turn of a 64-bit fraction: the integer u stands for the real number u / FULL in [0, 1)
+COUNT_OF_BOTH_SIDES = "both"  # the side in a count's key where chosen and rejected share their masked fraction
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Identity of one draw: the only thing its noise depends on.
+
+    `side` is "chosen", "rejected" or "response" (an SFT row); `draw` counts from 0 over all epochs' draws.
+    """
+
+    seed: int
+    pair_id: str
+    side: str
+    draw: int
+
+    def words(self, purpose: str, count: int) -> np.ndarray:
+        """`count` uniform 64-bit words, independent between purposes. # uint64 [count]"""
+        digest = hashlib.blake2b(digest_size=16, person=b"laddpo-draw-v1")
+        for field in (str(self.seed), self.pair_id, self.side, str(self.draw), purpose):
+            encoded = field.encode()
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        return np.random.Philox(key=int.from_bytes(digest.digest(), "little")).random_raw(count)
+
+
+def random_order(key: NoiseKey, length: int, purpose: str = "mask") -> np.ndarray:
+    """A uniformly random order of positions 0..length-1. # int64 [length]"""
+    return np.argsort(key.words(purpose, length), kind="stable")
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order in which an epoch visits `count` items: a pure function, so resuming saves no data position."""
+    return random_order(NoiseKey(seed, "epoch", "order", epoch), count, purpose="order")
+
+
+# Count schedules: where in [0, 1) the masked fraction of each draw lies. Each single draw is uniform (so every estimate
+# is unbiased); schedules differ in how evenly several draws of one pair spread, which is where variance is won.
+
+
+def iid_fraction(key: NoiseKey, index: int, draws: int) -> int:
+    """Independent draws: what VRPO and every public implementation use."""
+    return int(NoiseKey(key.seed, key.pair_id, key.side, index).words("count", 1)[0])
+
+
+def low_discrepancy_fraction(key: NoiseKey, index: int, draws: int) -> int:
+    """Van der Corput's sequence in base 2 under a keyed random shift (Cranley and Patterson 1976).
+
+    Draw k does not depend on how many draws there are, so one reference store serves every n; for n a power of two the
+    points are the systematic grid, one in each n-th of [0, 1).
+    """
+    shift = int(NoiseKey(key.seed, key.pair_id, key.side, 0).words("count-shift", 1)[0])
+    return (shift + reversed_bits(index)) % FULL
+
+
+def stratified_fraction(key: NoiseKey, index: int, draws: int) -> int:
+    """One independent point in each n-th of [0, 1). The grid, so the key too, depends on n."""
+    block, cell = divmod(index, draws)
+    word = int(NoiseKey(key.seed, key.pair_id, key.side, index).words(f"count-stratified-{draws}", 1)[0])
+    return (_shuffled_cell(key, block, cell, draws, "stratified") * FULL + word) // draws
+
+
+def systematic_fraction(key: NoiseKey, index: int, draws: int) -> int:
+    """A grid of n equal steps under one random shift (what LLaDA's own evaluator does inside a batch)."""
+    block, cell = divmod(index, draws)
+    word = int(NoiseKey(key.seed, key.pair_id, key.side, block).words(f"count-systematic-{draws}", 1)[0])
+    return (_shuffled_cell(key, block, cell, draws, "systematic") * FULL + word) // draws
+
+
+def _shuffled_cell(key: NoiseKey, block: int, cell: int, draws: int, name: str) -> int:
+    """Which cell of the grid this draw takes: shuffled, so that each single draw is uniform over all of [0, 1)."""
+    order = random_order(NoiseKey(key.seed, key.pair_id, key.side, block), draws, f"count-{name}-cells-{draws}")
+    return int(order[cell])
+
+
+def reversed_bits(index: int) -> int:
+    """The 64 bits of `index` mirrored: van der Corput's radical inverse in base 2, as a fraction of FULL."""
+    return int(f"{index:064b}"[::-1], 2)
+
+
+@dataclass(frozen=True)
+class CountSchedule:
+    """A row of COUNT_SCHEDULES. `prefix_consistent`: draw k is the same for every number of draws."""
+
+    fraction: Callable[[NoiseKey, int, int], int]
+    prefix_consistent: bool
+
+
+COUNT_SCHEDULES: dict[str, CountSchedule] = {
+    "iid": CountSchedule(iid_fraction, prefix_consistent=True),
+    "low_discrepancy": CountSchedule(low_discrepancy_fraction, prefix_consistent=True),
+    "stratified": CountSchedule(stratified_fraction, prefix_consistent=False),
+    "systematic": CountSchedule(systematic_fraction, prefix_consistent=False),
+}
