@@ -1,0 +1,131 @@
+"""Is a generated answer right: graders of whole texts against a gold answer, each with a name that results can state.
+
+A text and a gold answer go in, True or False comes out; a text that cannot be graded is wrong, never an error.
+math-verify (extra `eval`) interrupts itself with SIGALRM, which only works in the main thread of a process, so it
+lives in a worker process of its own that is killed and replaced when it hangs or dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+from importlib import metadata
+
+NUMBER = re.compile(r"-?\$?-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
+BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+FIRST_ANSWER_S = 120.0  # importing sympy on a cold disk
+ANSWER_S = 30.0  # math-verify stops itself after 5 s of parsing and 5 s of comparing
+
+
+class FunctionGrader:
+    """A grader made of one function `grade(text, answer) -> bool`."""
+
+    def __init__(self, name: str, grade: Callable[[str, str], bool]):
+        self.name = name
+        self._grade = grade
+
+    def grade_all(self, texts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        return [bool(self._grade(text, answer)) for text, answer in zip(texts, answers, strict=True)]
+
+    def close(self) -> None:
+        pass
+
+
+class MathVerifyGrader:
+    """math-verify in a worker process, started at the first text. `close()` ends the worker."""
+
+    def __init__(self) -> None:
+        self.name = f"math-verify {metadata.version('math-verify')} in a worker process"
+        self._worker: multiprocessing.process.BaseProcess | None = None
+        self._pipe = None
+
+    def grade_all(self, texts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        return [self._grade(text, answer) for text, answer in zip(texts, answers, strict=True)]
+
+    def _grade(self, text: str, answer: str) -> bool:
+        seconds = ANSWER_S
+        if self._worker is None:
+            self._start()
+            seconds = FIRST_ANSWER_S
+        try:
+            self._pipe.send((answer_part(text), answer))
+            if self._pipe.poll(seconds):
+                return self._pipe.recv()
+        except (EOFError, OSError):
+            pass  # the worker died on this text
+        self.close()
+        return False
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would share this process's CUDA context and threads
+        self._pipe, theirs = context.Pipe()
+        # off POSIX math-verify starts processes itself, which a daemon may not
+        self._worker = context.Process(target=_serve_math_verify, args=(theirs,), daemon=os.name == "posix")
+        self._worker.start()
+        theirs.close()
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.join()
+            self._pipe.close()
+            self._worker = self._pipe = None
+
+
+def math_grader() -> FunctionGrader | MathVerifyGrader:
+    """math-verify where it is installed, else the plain comparison of final numbers; `.name` says which."""
+    if importlib.util.find_spec("math_verify") is not None:
+        return MathVerifyGrader()
+    return FunctionGrader("numeric comparison of the final number (math-verify is not installed)", same_final_number)
+
+
+def same_final_number(text: str, answer: str) -> bool:
+    """Whether the final numbers of `text` and `answer` are equal: "… so $1,080.00." is "1080"."""
+    found, gold = final_number(text), final_number(answer)
+    return found is not None and found == gold
+
+
+def final_number(text: str) -> Decimal | None:
+    """The last number of the part of `text` that states the answer; None where there is none.
+
+    Thousands separators and a dollar sign are dropped: "a total of $-1,234.50" gives -1234.50. A number is compared by
+    value, so 18.0 equals 18.
+    """
+    numbers = NUMBER.findall(answer_part(text))
+    if not numbers:
+        return None
+    try:
+        return Decimal(numbers[-1].replace(",", "").replace("$", ""))
+    except InvalidOperation:  # "--5"
+        return None
+
+
+def answer_part(text: str) -> str:
+    """What states the answer: the line after the last `####`, else the last \\boxed{…}, else the whole text."""
+    if "####" in text:
+        after = text.rsplit("####", 1)[1].strip()
+        return after.splitlines()[0] if after else ""
+    boxed = BOXED.findall(text)
+    return boxed[-1] if boxed else text
+
+
+def _serve_math_verify(pipe) -> None:
+    """The worker: grade (text, answer) messages until the other end closes."""
+    import logging
+
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an ungradable text is an ordinary wrong answer
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            text, answer = pipe.recv()
+            try:
+                is_right = bool(verify(parse(answer), parse(text)))
+            except Exception:
+                is_right = False
+            pipe.send(is_right)

@@ -1,0 +1,318 @@
+"""Tasks with a gold answer: prompts go to a generate function, its texts are graded, one record per item is kept.
+
+A `Task` is a list of items and a grader. `run_task` appends each item's record to items.jsonl as it goes and continues
+an interrupted run: an item whose record has the same fingerprint (prompt, answer, model, sampler) is not generated
+again. Models are not imported here; `generate` is any callable from a list of prompts to a list of texts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from laddpo.errors import UserError, choose
+from laddpo.evaluation.grading import FunctionGrader, math_grader
+from laddpo.preference import arithmetic
+from laddpo.preference.pairs import Message, prompt_rows, user_prompt
+from laddpo.runs import JsonLines, fingerprint
+
+Prompt = tuple[Message, ...]
+Generate = Callable[[list[Prompt]], list[str]]
+
+GSM8K_HUB_ID = "openai/gsm8k"
+GSM8K_INSTRUCTION = "\n\nReason step by step and end with a line `#### ` and the number."
+
+
+class Grader(Protocol):
+    name: str
+
+    def grade_all(self, texts: Sequence[str], answers: Sequence[str]) -> list[bool]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """One problem: an id that depends on its content or its place in the data, the prompt, the gold answer."""
+
+    id: str
+    prompt: Prompt
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """`fields` says how the items were made (split, shots, file); it is stated in results, not compared."""
+
+    name: str
+    items: list[Item]
+    grader: Grader
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def grade(self, text: str, answer: str) -> bool:
+        return self.grader.grade_all([text], [answer])[0]
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What a task may be asked for; each task uses what applies to it.
+
+    `limit` keeps the first items (None: all that the data has; a generated task takes its own default). `dataset_name`
+    is a local .jsonl, a name inside `benchmarks_dir`, or a hub id; `shots` worked examples come from `shots_from`
+    (likewise), never from the items that are graded; `difficulty` is for the generated problems.
+    """
+
+    split: str = "test"
+    limit: int | None = None
+    seed: int = 0
+    shots: int = 0
+    dataset_name: str | None = None
+    shots_from: str | None = None
+    revision: str | None = None
+    benchmarks_dir: Path | None = None
+    difficulty: arithmetic.Difficulty | None = None
+
+
+def load_task(name: str, options: TaskOptions) -> Task:
+    """The task of that name; `UserError` for an unknown name or data that cannot be had."""
+    return choose(TASKS, name, "evaluation.tasks", "laddpo/evaluation/tasks.py")(options)
+
+
+def run_task(
+    generate: Generate,
+    task: Task,
+    *,
+    batch_size: int,
+    items_path: Path,
+    fields: Mapping[str, Any],
+    labels: Mapping[str, str] | None = None,
+    show_progress: bool | None = None,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """One record per item, in the order of `task.items`; those already in `items_path` are taken from there.
+
+    `fields` are what a text depends on beside its prompt (weights, adapter, sampler settings). `labels` (for example
+    {"model": "tuned"}) are written into each record and let several runs share one file: only records with the same
+    task and labels are looked at, and of these the ones with another fingerprint are dropped, with a line saying so.
+
+    Batches are the same whatever was done before: one with a missing item is generated whole, so an interrupted run
+    gives the texts of an uninterrupted one even where a text depends slightly on its batch. `show_progress` None shows
+    the bar on a terminal only.
+    """
+    labels = {"task": task.name, **(labels or {})}
+    prints = {item.id: fingerprint(_item_fields(item, fields)) for item in task.items}
+    assert len(prints) == len(task.items), f"task {task.name}: {len(task.items) - len(prints)} items share an id"
+    log = JsonLines(items_path)
+    done, stale = _take_finished(log, labels, prints, task.grader.name)
+    if stale:
+        say(f"{items_path}: {stale} items of {labels} came from other settings or another model and are generated anew")
+    try:
+        regrade = [record for record in done.values() if record["grader"] != task.grader.name]
+        verdicts = task.grader.grade_all([r["text"] for r in regrade], [r["answer"] for r in regrade])
+        for record, is_correct in zip(regrade, verdicts, strict=True):
+            record.update(correct=is_correct, grader=task.grader.name)
+            log.append(record)
+        if done:
+            say(f"{task.name}: {len(done)} of {len(task.items)} items are already in {items_path}")
+        _run_batches(generate, task, batch_size, log, labels, prints, done, show_progress)
+    finally:
+        task.grader.close()
+    return [done[item.id] for item in task.items]
+
+
+def _run_batches(generate, task, batch_size, log, labels, prints, done, show_progress) -> None:
+    """Generate and grade every batch with a missing item; adds to `done` and to the log."""
+    bar = tqdm(
+        total=len(task.items), initial=len(done), desc=_title(labels), unit="item", disable=_hidden(show_progress)
+    )
+    with bar:
+        for start in range(0, len(task.items), batch_size):
+            batch = task.items[start : start + batch_size]
+            missing = [i for i, item in enumerate(batch) if item.id not in done]
+            if not missing:
+                continue
+            texts = generate([item.prompt for item in batch])
+            assert len(texts) == len(batch), f"generate gave {len(texts)} texts for {len(batch)} prompts"
+            verdicts = task.grader.grade_all([texts[i] for i in missing], [batch[i].answer for i in missing])
+            for i, is_correct in zip(missing, verdicts, strict=True):
+                item = batch[i]
+                record = {
+                    **labels,
+                    "id": item.id,
+                    "prompt": item.prompt[-1].content,  # without the shots, which are the same for every item
+                    "answer": item.answer,
+                    "text": texts[i],
+                    "correct": is_correct,
+                    "grader": task.grader.name,
+                    "fingerprint": prints[item.id],
+                }
+                log.append(record)
+                done[item.id] = record
+            bar.update(len(missing))
+            bar.set_postfix_str(f"right {sum(record['correct'] for record in done.values()) / len(done):.1%}")
+
+
+def _take_finished(log: JsonLines, labels: Mapping, prints: Mapping, grader: str) -> tuple[dict[str, dict], int]:
+    """Finished records by item id and the number of stale ones; leaves the log without torn, stale or regraded lines.
+
+    Records under the same labels for items that are not asked for now (a smaller `limit`) stay in the file.
+    """
+    done: dict[str, dict] = {}
+    stale = 0
+
+    def keep(record: dict) -> bool:
+        nonlocal stale
+        if any(record.get(key) != value for key, value in labels.items()) or record["id"] not in prints:
+            return True
+        if record["fingerprint"] != prints[record["id"]]:
+            stale += 1
+            return False
+        done[record["id"]] = record
+        return record["grader"] == grader
+
+    log.rewind(keep)
+    return done, stale
+
+
+def _item_fields(item: Item, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"fields": dict(fields), "prompt": prompt_rows(item.prompt), "answer": item.answer}
+
+
+def _title(labels: Mapping[str, str]) -> str:
+    return " ".join(labels.values())
+
+
+def _hidden(show_progress: bool | None) -> bool | None:
+    return None if show_progress is None else not show_progress  # tqdm's None: hidden unless on a terminal
+
+
+def arithmetic_task(options: TaskOptions) -> Task:
+    """The embedded multi-step problems of one split, graded by their final answer."""
+    if options.shots:
+        raise UserError("evaluation.shots is not 0 for the task arithmetic, which has no worked examples. Set it to 0.")
+    count = options.limit if options.limit is not None else 500
+    difficulty = options.difficulty or arithmetic.Difficulty()
+    problems = arithmetic.problems(options.split, count, options.seed, difficulty)
+    items = [Item(f"arithmetic-{problem.text}", user_prompt(problem.text), problem.answer) for problem in problems]
+    described = {"split": options.split, "seed": options.seed, "items": len(items), **asdict(difficulty)}
+    return Task("arithmetic", items, FunctionGrader("exact final answer", arithmetic.grade), described)
+
+
+def gsm8k_task(options: TaskOptions) -> Task:
+    """Grade-school word problems from rows with `question` and `answer` (which ends with `#### n`)."""
+    source = options.dataset_name or GSM8K_HUB_ID
+    rows = _gsm8k_rows(source, options.split, options)
+    shots: Prompt = ()
+    if options.shots:
+        worked_source = options.shots_from or (source if not _local_file(source, options) else None)
+        if worked_source is None:
+            raise UserError(
+                f"evaluation.shots is {options.shots} with a local file ({source}); worked examples must come from "
+                f"other rows. Set evaluation.shots_from to a file of training rows, or evaluation.shots=0."
+            )
+        asked = {row["question"] for row in rows}
+        worked = [row for row in _gsm8k_rows(worked_source, "train", options) if row["question"] not in asked]
+        if len(worked) < options.shots:
+            raise UserError(
+                f"evaluation.shots is {options.shots} but {worked_source} has {len(worked)} rows that are not graded "
+                f"themselves. Lower evaluation.shots or name another file in evaluation.shots_from."
+            )
+        picked = random.Random(options.seed).sample(worked, options.shots)
+        shots = tuple(
+            message
+            for row in picked
+            for message in (_gsm8k_question(row["question"]), Message("assistant", row["answer"].strip()))
+        )
+    items = [
+        Item(
+            f"gsm8k-{options.split}-{number}",
+            (*shots, _gsm8k_question(row["question"])),
+            row["answer"].rsplit("####", 1)[1].strip(),
+        )
+        for number, row in enumerate(rows[: options.limit])
+    ]
+    if not items:
+        raise UserError(
+            f"{source}: no rows to evaluate (evaluation.limit is {options.limit}). Raise the limit or check the file."
+        )
+    described = {
+        "source": source,
+        "revision": options.revision,
+        "split": options.split,
+        "shots": options.shots,
+        "items": len(items),
+    }
+    return Task("gsm8k", items, math_grader(), described)
+
+
+def _gsm8k_question(question: str) -> Message:
+    return Message("user", question.strip() + GSM8K_INSTRUCTION)
+
+
+def _gsm8k_rows(source: str, split: str, options: TaskOptions) -> list[dict[str, str]]:
+    """Rows of a local file or of the hub's data set; each checked, all faults of a file reported by their line."""
+    path = _local_file(source, options)
+    rows = _read_jsonl(path) if path else _hub_rows(source, split, options.revision)
+    for number, row in enumerate(rows, 1):
+        for key in ("question", "answer"):
+            if not isinstance(row.get(key), str) or (key == "answer" and "####" not in row[key]):
+                expected = "text that ends with `#### number`" if key == "answer" else "text"
+                raise UserError(
+                    f"{path or source}:{number}: field {key!r} is {str(row.get(key))[:60]!r}, expected {expected}. "
+                    f"Mend or remove the row, or name another file in evaluation.dataset_name."
+                )
+    return rows
+
+
+def _local_file(source: str, options: TaskOptions) -> Path | None:
+    """The file that `source` names as given or inside the benchmarks folder; None when it can only be a hub id."""
+    candidates = [Path(source).expanduser()]
+    if options.benchmarks_dir is not None:
+        candidates += [options.benchmarks_dir / source, options.benchmarks_dir / f"{source}.jsonl"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    if source.endswith((".jsonl", ".json")):
+        raise UserError(f"evaluation.dataset_name: no file {' or '.join(map(str, candidates))}. Correct the path.")
+    return None
+
+
+def _read_jsonl(path: Path) -> list[dict]:
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{path}:{number}: not JSON ({error}). Expected one object per line; mend the line."
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: is {line[:40]!r}, expected an object with question and answer.")
+        rows.append(row)
+    return rows
+
+
+def _hub_rows(source: str, split: str, revision: str | None) -> list[dict]:
+    try:
+        from datasets import load_dataset
+
+        return list(load_dataset(source, "main", split=split, revision=revision))
+    except Exception as error:  # the library raises a dozen kinds, for no network, no such name and no such split alike
+        raise UserError(
+            f"{source} (split {split}) could not be had from the hub or its cache: {type(error).__name__}: {error}. "
+            f"Download it once with network, or point evaluation.dataset_name at a local .jsonl (question, answer)."
+        ) from error
+
+
+TASKS: dict[str, Callable[[TaskOptions], Task]] = {
+    "arithmetic": arithmetic_task,
+    "gsm8k": gsm8k_task,
+}
