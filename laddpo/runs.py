@@ -75,6 +75,12 @@ def sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file that a library wrote durable."""
+    with path.open("rb+") as f:
+        os.fsync(f.fileno())
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Write `path` whole or not at all: the name appears only after the content is on disk."""
@@ -159,6 +165,24 @@ class JsonLines:
     def rewind(self, keep) -> None:
         records = [record for record in self.read() if keep(record)]
         write_text(self.path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock (flock on `.lock`), waiting while another process has it.
+
+    On a platform or file system without flock, no lock is taken: two writers are then the user's to avoid.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def write_manifest(folder: Path, kind: str, fields: Mapping[str, Any], files: list[str], **provenance: Any) -> None:

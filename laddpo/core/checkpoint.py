@@ -1,0 +1,157 @@
+"""Checkpoints of a training run: trainable tensors and optimizer state by name, and the few numbers that are state.
+
+Order of data, noise and learning rate are pure functions of (seed, step), so a checkpoint is three files and a
+manifest: `model.safetensors`, `optimizer.safetensors`, `state.json`. A folder is made under a temporary name and renamed
+when its manifest is on disk; the newest one whose checksums hold wins. No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from laddpo import runs
+from laddpo.errors import UserError
+
+log = logging.getLogger(__name__)
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint. `state` is what `save_checkpoint` was given."""
+
+    folder: Path
+    step: int
+    tensors: dict[str, Tensor]
+    optimizer_tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `checkpoints/step_<step>` whole or not at all, then remove all but the newest `keep`.
+
+    `tensors` are the trainable parameters by name. Older checkpoints go only after the new one is in place.
+    """
+    folder = checkpoints / f"step_{step:07d}"
+    temporary = checkpoints / f".tmp-{os.getpid()}-{folder.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        optimizer_tensors, optimizer_numbers = optimizer_state_by_name(optimizer, tensors)
+        save_tensors(temporary / MODEL, tensors)
+        save_tensors(temporary / OPTIMIZER, optimizer_tensors)
+        runs.write_json(temporary / STATE, {**state, "step": step, "optimizer": optimizer_numbers})
+        runs.write_manifest(temporary, "checkpoint", {"step": step}, [MODEL, OPTIMIZER, STATE])
+        if folder.exists():  # left by an earlier run of the same step that turned out damaged
+            quarantine(folder)
+        os.replace(temporary, folder)
+        runs.sync_folder(checkpoints)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in step_folders(checkpoints)[keep:]:
+        shutil.rmtree(old)
+    return folder
+
+
+def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
+    """The newest checkpoint whose checksums hold, or None when there is none at all.
+
+    A damaged one is renamed to `.corrupt-…` and named in a warning; when only damaged ones exist, `UserError`.
+    """
+    damaged = []
+    for folder in step_folders(checkpoints):
+        try:
+            if runs.read_manifest(folder, "checkpoint") is None:
+                raise UserError(f"{folder}: has no {runs.MANIFEST}; it is unfinished.")
+            state = runs.read_json(folder / STATE)
+            return Checkpoint(
+                folder, int(state["step"]), load_file(folder / MODEL), load_file(folder / OPTIMIZER), state
+            )
+        except UserError as error:
+            damaged.append(quarantine(folder))
+            log.warning("checkpoint %s is damaged and set aside as %s: %s", folder.name, damaged[-1].name, error)
+    if damaged:
+        raise UserError(
+            f"{checkpoints}: every checkpoint is damaged ({', '.join(d.name for d in damaged)}). "
+            "Start again with resume=false and another output_dir, or restore a checkpoint from a backup."
+        )
+    return None
+
+
+def restore(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Copy a checkpoint into the model's trainable parameters and the optimizer, matching both by name."""
+    if checkpoint.tensors.keys() != tensors.keys():
+        unknown = sorted(checkpoint.tensors.keys() ^ tensors.keys())
+        raise UserError(
+            f"{checkpoint.folder}: its trainable parameters differ from the model's, for example {unknown[0]}. "
+            "Resume with the adapter settings of the run that wrote it."
+        )
+    for name, tensor in tensors.items():
+        tensor.data.copy_(checkpoint.tensors[name])
+    numbers = checkpoint.state["optimizer"]
+    for name, parameter in tensors.items():
+        prefix = f"{name}/"
+        state: dict[str, Any] = dict(numbers.get(name, {}))
+        for key, value in checkpoint.optimizer_tensors.items():
+            if key.startswith(prefix):
+                # torch's AdamW keeps its step counter as a tensor on the CPU; moments live where the parameter does
+                field = key[len(prefix) :]
+                state[field] = value if field == "step" else value.to(parameter.device)
+        if state:
+            optimizer.state[parameter] = state
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders, newest first; unfinished and quarantined ones have other names."""
+    return sorted(checkpoints.glob("step_*"), reverse=True)
+
+
+def quarantine(folder: Path) -> Path:
+    """Set a damaged folder aside under a name that nothing reads."""
+    for number in range(1000):
+        target = folder.with_name(f".corrupt-{folder.name}-{number}")
+        if not target.exists():
+            os.replace(folder, target)
+            return target
+    raise UserError(f"{folder}: a thousand damaged copies lie beside it; remove them.")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Safetensors of detached copies (several names may share memory, which the format refuses), made durable."""
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    runs.sync_file(path)
+
+
+def optimizer_state_by_name(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Moments as `parameter name/field` and plain numbers as {name: {field: value}}.
+
+    By name and not by position: state saved in the order of a dict is scrambled by a second resume.
+    """
+    arrays: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for name, parameter in tensors.items():
+        for field, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                arrays[f"{name}/{field}"] = value
+            else:
+                numbers.setdefault(name, {})[field] = value
+    return arrays, numbers

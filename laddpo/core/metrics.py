@@ -1,0 +1,55 @@
+"""Metrics of preference training, under TRL's names: means over pairs, with standard errors where they are estimates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from laddpo.core.gradient import Item
+from laddpo.core.objectives import pair_scores, score_variance
+
+
+def preference_metrics(items: Sequence[Item], draws: Tensor, losses: Tensor, beta: float) -> dict[str, float]:
+    """Means over the pairs of one step or one evaluation.
+
+    Rewards are beta times the ELBO ratio to the reference. A margin of exactly 0 counts half for the accuracy, so an
+    untrained policy has 0.5. `kl` is the mean over both responses of policy minus reference (not a true divergence:
+    the responses are the data's, not the policy's own). `elbo/std_error`: of the mean over draws, in nats, from each
+    response's own draws; absent for one draw.
+    """
+    scores = pair_scores(items, draws)
+    margins = beta * scores.margin
+    metrics = {
+        "loss": losses.mean(),
+        "rewards/chosen": beta * scores.chosen_ratio.mean(),
+        "rewards/rejected": beta * scores.rejected_ratio.mean(),
+        "rewards/margins": margins.mean(),
+        "rewards/accuracies": accuracy(margins).mean(),
+        "logps/chosen": scores.policy_chosen.mean(),
+        "logps/rejected": scores.policy_rejected.mean(),
+        "kl": 0.5 * (scores.chosen_ratio + scores.rejected_ratio).mean(),
+    }
+    count = draws.shape[-1]
+    if count > 1:
+        metrics["elbo/std_error"] = (draws.var(dim=-1) / count).mean().sqrt()
+        metrics["score/variance"] = score_variance(items, draws, beta).mean()
+    return to_floats(metrics)
+
+
+def accuracy(margins: Tensor) -> Tensor:
+    """1 where the chosen response is preferred, 1/2 on a tie. # float64 [items]"""
+    return (margins > 0).double() + 0.5 * (margins == 0).double()
+
+
+def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Bring scalar tensors to the host in one transfer."""
+    values = torch.stack([value.double() for value in metrics.values()]).tolist()
+    return dict(zip(metrics, values, strict=True))
+
+
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean of independent values; NaN for fewer than two."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan

@@ -1,0 +1,91 @@
+"""What a step minimises: DPO on pairs, or the negative ELBO on single responses (SFT).
+
+Both are `Objective`s of core/gradient.py: float64 functions of per-draw values, without model, config or logging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from laddpo.core.gradient import Item
+from laddpo.core.losses import LOSSES, PairScores, preference_loss
+
+CHOSEN, REJECTED = 0, 1
+
+
+@dataclass(frozen=True)
+class DpoObjective:
+    """s = beta * [(B_theta(y_w) - B_ref(y_w)) - (B_theta(y_l) - B_ref(y_l))], loss f(s) (VRPO 2505.19223 eq. 7-8).
+
+    B is the mean over draws; with common random numbers policy and reference used the same masks.
+    """
+
+    loss: str
+    beta: float
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+
+    def losses(self, items: Sequence[Item], draws: Tensor) -> Tensor:
+        """Loss per pair. # float64 [items]"""
+        return preference_loss(
+            self.loss, pair_scores(items, draws), self.beta, self.label_smoothing, self.sft_weight
+        )
+
+    def coefficient_groups(self, sides: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+        """All draws of a side share dL/dB; for losses of the margin the two sides' are opposite: one buffer."""
+        side = np.repeat(np.arange(sides)[:, None], draws, axis=1)
+        if LOSSES[self.loss].depends_on_margin and not self.sft_weight:
+            return np.zeros_like(side), 1 - 2 * side
+        return side, np.ones_like(side)
+
+
+@dataclass(frozen=True)
+class SftObjective:
+    """-B / L: the masked-diffusion negative log-likelihood per response token (LLaDA 2502.09992 eq. 5)."""
+
+    def losses(self, items: Sequence[Item], draws: Tensor) -> Tensor:
+        """Loss per row. # float64 [items]"""
+        lengths = torch.tensor([item.response_tokens[0] for item in items], dtype=torch.float64, device=draws.device)
+        return -draws[:, 0].mean(dim=-1) / lengths
+
+    def coefficient_groups(self, sides: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+        """One response: all draws share their coefficient."""
+        return np.zeros((sides, draws), dtype=int), np.ones((sides, draws), dtype=int)
+
+
+def reference_draws(items: Sequence[Item], device: torch.device) -> Tensor:
+    """The reference's values, stacked. # float64 [items, sides, draws]"""
+    return torch.from_numpy(np.stack([item.reference for item in items])).to(device)
+
+
+def pair_scores(items: Sequence[Item], draws: Tensor) -> PairScores:
+    """ELBOs of policy and reference per pair: means over the draws. # fields float64 [items]"""
+    policy = draws.mean(dim=-1)
+    reference = reference_draws(items, draws.device).mean(dim=-1)
+    tokens = torch.tensor([item.response_tokens for item in items], dtype=torch.float64, device=draws.device)
+    return PairScores(
+        policy_chosen=policy[:, CHOSEN],
+        policy_rejected=policy[:, REJECTED],
+        reference_chosen=reference[:, CHOSEN],
+        reference_rejected=reference[:, REJECTED],
+        chosen_tokens=tokens[:, CHOSEN],
+        rejected_tokens=tokens[:, REJECTED],
+    )
+
+
+def score_variance(items: Sequence[Item], draws: Tensor, beta: float) -> Tensor:
+    """V: the variance of beta * margin over draws, of the mean of n, estimated from each pair's own draws.
+
+    Noise of variance V in the score flattens the preference like label smoothing and biases the loss by at most V/8
+    (the sigmoid's second derivative is at most 1/4, halved). NaN for a single draw. Complementary or stratified draws
+    are not independent of each other, so for them this is an upper bound in expectation, not an estimate.
+    # float64 [items]
+    """
+    ratio = draws - reference_draws(items, draws.device)
+    margin = beta * (ratio[:, CHOSEN] - ratio[:, REJECTED])
+    return margin.var(dim=-1) / margin.shape[-1]

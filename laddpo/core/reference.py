@@ -1,0 +1,165 @@
+"""The store of reference log-likelihoods: one float64 per (pair, side, draw), computed once, read by every run.
+
+A folder of safetensors shards and a manifest that names them with their sha256 and, in plain text, every field the
+values depend on. Values are addressed by pair id and a digest of the pair's token ids, so other rows, another order or
+more draws neither spoil nor repeat anything: a store only grows. A shard is at most a few thousand pairs, appended
+whole; a killed precompute loses at most the shard it was filling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from laddpo import runs
+from laddpo.errors import UserError
+
+SIDES = ("chosen", "rejected")
+FORMAT = 1
+
+
+def token_digest(*token_ids: np.ndarray) -> str:
+    """32 hex digits of the token ids of prompt, chosen and rejected: what the values belong to."""
+    digest = hashlib.blake2b(digest_size=16, person=b"laddpo-tokens-v1")
+    for ids in token_ids:
+        encoded = np.ascontiguousarray(ids, dtype="<i4").tobytes()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class StoredPair:
+    """The address of a pair's values."""
+
+    id: str
+    digest: str
+
+
+class ReferenceStore:
+    """Reads and grows one store. `fields` are what the values depend on; the folder's name carries their fingerprint.
+
+    Raises `UserError` when a shard is damaged or the folder holds values of other fields.
+    """
+
+    def __init__(self, folder: Path, fields: Mapping[str, Any]):
+        self.folder = folder
+        self.fields = dict(fields)
+        self._values: dict[StoredPair, np.ndarray] = {}
+        self._shards: dict[str, dict] = {}
+        self._read()
+
+    @classmethod
+    def open(cls, stores: Path, fields: Mapping[str, Any]) -> ReferenceStore:
+        """The store for `fields` inside the folder of stores; empty when nothing was computed yet."""
+        return cls(stores / runs.fingerprint(dict(fields, format=FORMAT)), fields)
+
+    def missing(self, pair: StoredPair, draws: Iterable[int]) -> list[int]:
+        """The draws of this pair that the store lacks."""
+        values = self._values.get(pair)
+        if values is None:
+            return list(draws)
+        return [draw for draw in draws if draw >= values.shape[1] or np.isnan(values[:, draw]).any()]
+
+    def values(self, pair: StoredPair, draws: Iterable[int]) -> np.ndarray:
+        """The reference's value of each draw. # float64 [2, draws]. Raises `UserError` when one is absent."""
+        draws = list(draws)
+        absent = self.missing(pair, draws)
+        if absent:
+            raise UserError(
+                f"{self.folder}: has no reference value for pair {pair.id}, draws {absent}. "
+                "Run python -m laddpo.precompute with the same settings, or leave auto=true."
+            )
+        return self._values[pair][:, draws]
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def append(self, pairs: list[StoredPair], first_draw: int, values: np.ndarray) -> None:
+        """Add a shard. # values float64 [pairs, 2, draws], for the draws first_draw, first_draw + 1, …
+
+        A bound on a log-probability is never positive and never NaN: such values stop here, naming the pair.
+        """
+        wrong = ~np.isfinite(values) | (values > 0)
+        if wrong.any():
+            index = int(np.argwhere(wrong)[0][0])
+            raise UserError(
+                f"reference log-likelihood of pair {pairs[index].id} is {values[wrong][0]}, expected a finite number "
+                "<= 0. The model's weights or the compute precision are broken for this text; check "
+                "hardware.precision and model.model_name_or_path."
+            )
+        content = save_tensors(
+            {
+                "ids": np.stack([np.frombuffer(pair.id.encode().ljust(64), dtype=np.uint8) for pair in pairs]),
+                "digests": np.stack([np.frombuffer(bytes.fromhex(pair.digest), dtype=np.uint8) for pair in pairs]),
+                "values": np.ascontiguousarray(values, dtype=np.float64),
+                "first_draw": np.array([first_draw], dtype=np.int64),
+            }
+        )
+        digest = hashlib.sha256(content).hexdigest()
+        name = f"shard-{digest[:24]}.safetensors"
+        with runs.locked(self.folder):
+            self._read_manifest()
+            runs.write_bytes(self.folder / name, content)
+            self._shards[name] = {"sha256": digest, "pairs": len(pairs), "first_draw": first_draw}
+            self._write_manifest()
+        self._add(pairs, first_draw, values)
+
+    def _add(self, pairs: list[StoredPair], first_draw: int, values: np.ndarray) -> None:
+        end = first_draw + values.shape[2]
+        for pair, row in zip(pairs, values, strict=True):
+            known = self._values.get(pair)
+            if known is None or known.shape[1] < end:
+                grown = np.full((len(SIDES), end), np.nan)
+                if known is not None:
+                    grown[:, : known.shape[1]] = known
+                self._values[pair] = known = grown
+            known[:, first_draw:end] = row
+
+    def _read(self) -> None:
+        self._read_manifest()
+        for name in self._shards:
+            self._read_shard(name)
+
+    def _read_manifest(self) -> None:
+        path = self.folder / runs.MANIFEST
+        if not path.exists():
+            return
+        manifest = runs.read_json(path)
+        differences = runs.differing_fields(manifest["fields"], self.fields)
+        if differences:
+            raise UserError(f"{self.folder}: holds reference values of other settings:", *differences)
+        self._shards = manifest["shards"]
+
+    def _read_shard(self, name: str) -> None:
+        path = self.folder / name
+        content = path.read_bytes() if path.exists() else b""
+        if hashlib.sha256(content).hexdigest() != self._shards[name]["sha256"]:
+            raise UserError(
+                f"{path}: differs from what {runs.MANIFEST} sealed (missing, truncated or changed). "
+                f"Remove {self.folder} and run again; its values will be computed anew."
+            )
+        tensors = load_tensors(content)
+        pairs = [
+            StoredPair(bytes(identifier).decode().rstrip(), bytes(digest).hex())
+            for identifier, digest in zip(tensors["ids"], tensors["digests"], strict=True)
+        ]
+        self._add(pairs, int(tensors["first_draw"][0]), tensors["values"])
+
+    def _write_manifest(self) -> None:
+        runs.write_json(
+            self.folder / runs.MANIFEST,
+            {
+                "kind": "reference",
+                "fingerprint": runs.fingerprint(dict(self.fields, format=FORMAT)),
+                "fields": self.fields,
+                "shards": self._shards,
+                "provenance": runs.provenance(),
+            },
+        )
