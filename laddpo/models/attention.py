@@ -1,0 +1,133 @@
+"""Bidirectional attention, padded or packed, behind the attention interface of transformers.
+
+Padded input goes to whatever implementation the model's config names (sdpa, eager, flash_attention_2, flex_attention).
+Packed input (sequences laid end to end, no padding) takes one of two exact routes: one call of a variable-length
+kernel, or one batched call for each set of neighbours of equal length. Neither ever builds a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from laddpo.errors import UserError
+
+try:  # new in torch 2.10; a CUDA kernel for float16 and bfloat16
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # pragma: no cover - depends on the torch build
+    varlen_attn = None
+
+
+@dataclass
+class PackedLayout:
+    """Where each of the packed sequences lies. `lengths` in tokens, in order; `offsets` int32 [sequences + 1]."""
+
+    lengths: list[int]
+    offsets: Tensor | None = None
+    runs: list[tuple[int, int, int]] = field(init=False)  # (first token, sequences, tokens of each)
+
+    def __post_init__(self):
+        self.runs, start = [], 0
+        for length, same in groupby(self.lengths):
+            count = len(list(same))
+            self.runs.append((start, count, length))
+            start += count * length
+
+    @classmethod
+    def build(cls, lengths: list[int], attention: str, device: torch.device, dtype: torch.dtype) -> PackedLayout:
+        """The layout for an attention implementation; only the variable-length routes need `offsets` on the device."""
+        if not (attention.startswith("flash") or uses_varlen(attention, device, dtype)):
+            return cls(list(lengths))
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(list(lengths), ends.to(device, non_blocking=True))
+
+
+def varlen_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the variable-length kernel cannot serve this device and dtype, or None when it can."""
+    if varlen_attn is None:
+        return "this torch has no torch.nn.attention.varlen"
+    if device.type != "cuda":
+        return f"it runs on CUDA, not on {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def uses_varlen(attention: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """True when packed input will take the variable-length kernel: a choice of speed, not of result."""
+    return attention == "sdpa" and varlen_problem(device, dtype) is None
+
+
+def length_order(lengths: list[int]) -> list[int] | None:
+    """An order of the sequences in which equal lengths are neighbours, or None when they already are."""
+    if sum(1 for _ in groupby(lengths)) == len(set(lengths)):
+        return None
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
+def token_order(lengths: list[int], order: list[int]) -> Tensor:
+    """Indices of the tokens when the sequences are put in `order`. # int64 [T]
+
+    Example: lengths [2, 1, 2] in order [1, 0, 2] -> [2, 0, 1, 3, 4].
+    """
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    return torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order])
+
+
+def attend(block, query: Tensor, key: Tensor, value: Tensor, mask, layout: PackedLayout | None) -> Tensor:
+    """Attention output of one block. query [B, L, heads, head_dim], key and value with their own heads -> like query.
+
+    With `layout`, B is 1 and each sequence attends within itself.
+    """
+    attention = block.config._attn_implementation
+    if layout is None:
+        return _interface(block, query, key, value, mask)
+    if attention.startswith("flash"):
+        longest = max(layout.lengths)
+        bounds = {"cu_seq_lens_q": layout.offsets, "cu_seq_lens_k": layout.offsets}
+        return _interface(block, query, key, value, None, **bounds, max_length_q=longest, max_length_k=longest)
+    if layout.offsets is not None:
+        return _varlen(block, query, key, value, layout)
+    return _by_runs(block, query, key, value, layout)
+
+
+def _interface(block, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs) -> Tensor:
+    call = ALL_ATTENTION_FUNCTIONS.get_interface(block.config._attn_implementation, eager_attention)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out, _ = call(block, query, key, value, mask, dropout=0.0, scaling=block.scaling, is_causal=False, **kwargs)
+    return out  # [B, L, heads, head_dim]
+
+
+def _varlen(block, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
+    groups, longest = block.num_key_value_groups, max(layout.lengths)
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
+    out = varlen_attn(query[0], key[0], value[0], layout.offsets, layout.offsets, longest, longest)
+    return out[None]
+
+
+def _by_runs(block, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
+    outputs = []
+    for start, count, length in layout.runs:
+        parts = (x[0, start : start + count * length].unflatten(0, (count, length)) for x in (query, key, value))
+        outputs.append(_interface(block, *parts, None).flatten(0, 1))
+    return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
+
+
+def eager_attention(block, query, key, value, mask, scaling: float, dropout: float = 0.0, **_):
+    """Plain attention, softmax in float32 or wider; returns the probabilities too. Heads before positions."""
+    if dropout:
+        raise UserError(f"attention dropout is {dropout}; expected 0: a policy with dropout has no exact ELBO margin.")
+    groups = block.num_key_value_groups
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if mask is not None:
+        scores = scores + mask
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    probabilities = scores.softmax(-1, dtype=wide).to(query.dtype)
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities

@@ -1,0 +1,43 @@
+"""The bridge between the objective and a transformer: packed masked sequences in, log-probabilities out.
+
+`TransformerDenoiser` is the `Denoiser` of laddpo/core/elbo.py for any model whose forward takes `lengths`, `rows` and
+`targets` (laddpo/models/llada.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from laddpo.core.elbo import PackedSequences
+
+
+class TransformerDenoiser:
+    """Scores masked tokens with `model`; `head_chunk` rows of logits live at a time (None: chosen by vocabulary).
+
+    Everything runs inside the model's forward, so that wrappers which gather or reduce around it (DDP, FSDP) see it.
+    """
+
+    def __init__(self, model: nn.Module, mask_token_id: int, head_chunk: int | None = None):
+        self.model = model
+        self.mask_token_id = mask_token_id
+        self.head_chunk = head_chunk
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def token_logps(self, packed: PackedSequences) -> Tensor:
+        """log p(target) at every masked token, differentiable. # float32 [M], float64 for a float64 model"""
+        output = self.model(
+            input_ids=packed.input_ids[None],
+            position_ids=packed.position_ids[None],
+            lengths=packed.lengths,
+            rows=packed.rows,
+            targets=packed.targets,
+            head_chunk=self.head_chunk,
+        )
+        return output.token_logps
