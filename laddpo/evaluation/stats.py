@@ -98,6 +98,7 @@ def paired_bootstrap(
     `base[i]` and `tuned[i]` are the two models' values on the same item, so the item's difficulty cancels. Equal
     generators give equal intervals. With identical outcomes the interval is the point 0: see `newcombe_interval`.
     """
+    assert len(base) == len(tuned), f"{len(base)} base values for {len(tuned)} tuned values: pair them by item"
     d = _finite(tuned) - _finite(base)
     if groups is None:
         sums, sizes = d, np.ones(len(d))
@@ -165,34 +166,35 @@ def compare(
 ) -> dict[str, Any]:
     """The entry of results.json for one metric: both means, their difference, 95% intervals, number of items.
 
-    Values in [0, 1] get Wilson intervals (or clustered normal ones with `groups`), others normal ones. Outcomes that
-    are all 0 or 1 and independent get McNemar's p-value too.
+    Independent outcomes that are all 0 or 1 get Wilson's intervals and McNemar's p-value. Everything else (ties
+    counted one half, margins, grouped items) gets normal intervals from its own standard error.
     """
     change = paired_bootstrap(base, tuned, rng, groups=groups)
+    is_binary = groups is None and set(np.unique(base)) | set(np.unique(tuned)) <= {0, 1}
     entry: dict[str, Any] = {
         "base": float(np.mean(base)),
         "tuned": float(np.mean(tuned)),
         "difference": change.difference,
         "interval": [change.low, change.high],
         "items": change.items,
-        "base_interval": _interval(base, groups),
-        "tuned_interval": _interval(tuned, groups),
+        "base_interval": _interval(base, groups, is_binary),
+        "tuned_interval": _interval(tuned, groups, is_binary),
     }
-    if groups is None and set(np.unique(base)) | set(np.unique(tuned)) <= {0, 1}:
-        entry["mcnemar_p"] = mcnemar_exact(np.asarray(base, dtype=bool), np.asarray(tuned, dtype=bool))
+    if is_binary:
+        entry["mcnemar_p"] = mcnemar_exact(base, tuned)
     return entry
 
 
-def _interval(values: Sequence[float], groups: Sequence[Hashable] | None) -> list[float] | None:
+def _interval(values: Sequence[float], groups: Sequence[Hashable] | None, is_binary: bool) -> list[float] | None:
     """The 95% interval of one model's mean, or None where one item (or group) cannot tell."""
     x = _finite(values)
-    is_proportion = bool(x.min() >= 0 and x.max() <= 1)
-    if is_proportion and groups is None:
+    if is_binary:
         return list(wilson_interval(float(x.sum()), len(x)))
     low, high = mean_with_error(x, groups).interval()
     if math.isnan(low):
         return None
-    return [max(low, 0.0), min(high, 1.0)] if is_proportion else [low, high]
+    is_share = bool(x.min() >= 0 and x.max() <= 1)
+    return [max(low, 0.0), min(high, 1.0)] if is_share else [low, high]
 
 
 def _finite(values: Sequence[float]) -> np.ndarray:

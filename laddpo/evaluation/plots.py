@@ -1,0 +1,281 @@
+"""Pictures of what happened: a training run, base against tuned. Numbers go in, one PNG file comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from laddpo.evaluation.figures import ACCENT, DARK, PALE, RULE, new_figure, save_png, say_nothing, tidy
+from laddpo.evaluation.stats import wilson_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+VALIDATION_PREFIXES = ("validation/", "eval/")
+SMOOTH_FROM = 60  # logged steps above which a curve gets its moving average
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric as a line: its name in metrics.jsonl, how it is called in the legend, how it looks."""
+
+    metric: str
+    label: str
+    color: str = DARK
+    style: str = "-"
+    marker: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A set of curves over one axis. `level` is a rule to compare with; `band` the metric of the shaded half-width."""
+
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    level: float | None = None
+    is_log: bool = False
+
+
+def training_plot(
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    timing: Sequence[Mapping[str, Any]] = (),
+    title: str = "",
+    best_step: int | None = None,
+) -> None:
+    """One PNG of a training run from the rows of metrics.jsonl (and timing.jsonl).
+
+    A row is a flat object with `step` and metrics; a metric of the validation pairs has the prefix `validation/`.
+    Panels without data are left out. `best_step` marks the checkpoint that was kept.
+    """
+    series = _series([*rows, *timing])
+    panels = [panel for panel in PANELS if any(curve.metric in series for curve in _with_validation(panel))]
+    columns = min(len(panels), 4 if len(panels) > 6 else 3) or 1
+    figure = new_figure(4.1 * columns, 3.1 * math.ceil(max(len(panels), 1) / columns), title)
+    if not panels:
+        say_nothing(figure.subplots(), "no metrics logged yet")
+    for number, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, number)
+        _draw_panel(axes, panel, series, best_step)
+    save_png(figure, path)
+
+
+def evaluation_plot(
+    results: Mapping[str, Any],
+    path: Path,
+    *,
+    base_margins: Sequence[float] | None = None,
+    tuned_margins: Sequence[float] | None = None,
+    title: str = "",
+) -> None:
+    """Base against tuned with 95% intervals for every metric of results.json, and the distribution of the margins.
+
+    An entry has base, tuned, difference, interval and items (what `stats.compare` gives); where it brings no interval
+    of its own for base or tuned, a proportion gets Wilson's. Entries outside [0, 1] are left to the table. Margins are
+    drawn where given; base margins that are all 0 (the base is its own reference) are said, not drawn.
+    """
+    shown = {name: entry for name, entry in results.items() if _is_share(entry)}
+    has_margins = tuned_margins is not None and len(tuned_margins) > 0
+    figure = new_figure(max(4.8, 1.7 * len(shown) + 2.6) + (5.0 if has_margins else 0), 4.2, title)
+    widths = [max(4.8, 1.7 * len(shown) + 2.6), 5.0]
+    axes = figure.subplots(1, 2, width_ratios=widths) if has_margins else [figure.subplots()]
+    _draw_before_after(axes[0], shown)
+    if has_margins:
+        _draw_margins(axes[1], base_margins, np.asarray(tuned_margins, dtype=float))
+    save_png(figure, path)
+
+
+def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Metric name -> (steps, values), sorted by step; a step logged twice keeps its last value."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if (
+                name != "step"
+                and isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+            ):
+                found.setdefault(_plain_name(name), {})[row["step"]] = float(value)
+    return {
+        name: (np.array(sorted(points)), np.array([points[s] for s in sorted(points)]))
+        for name, points in found.items()
+    }
+
+
+def _plain_name(name: str) -> str:
+    for prefix in VALIDATION_PREFIXES:
+        if name.startswith(prefix):
+            return VALIDATION_PREFIXES[0] + name.removeprefix(prefix)
+    return name
+
+
+def _with_validation(panel: Panel) -> list[Curve]:
+    """The panel's curves, each followed by its validation twin."""
+    twins = []
+    for curve in panel.curves:
+        twins.append(curve)
+        label = f"{curve.label}, validation" if len(panel.curves) > 1 else "validation"
+        color = ACCENT if len(panel.curves) == 1 else curve.color
+        twins.append(
+            Curve(VALIDATION_PREFIXES[0] + curve.metric, label, color, ":" if len(panel.curves) > 1 else "--", "o")
+        )
+    return twins
+
+
+def _draw_panel(axes: Axes, panel: Panel, series: Mapping, best_step: int | None) -> None:
+    tidy(axes, panel.title)
+    axes.set_xlabel("step", fontsize=8)
+    axes.set_ylabel(panel.unit, fontsize=8)
+    if panel.level is not None:
+        axes.axhline(panel.level, color=RULE, linewidth=0.9, linestyle=(0, (1, 2)))
+    drawn = 0
+    for curve in _with_validation(panel):
+        if curve.metric in series:
+            _draw_curve(axes, curve, *series[curve.metric])
+            drawn += 1
+    if panel.title == "Loss":
+        _draw_band(axes, series)
+    if panel.is_log and all(line.get_ydata().min() > 0 for line in axes.get_lines()):
+        axes.set_yscale("log")
+    if best_step is not None:
+        axes.axvline(best_step, color=RULE, linewidth=0.9, linestyle="-.")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7.5, frameon=False)
+
+
+def _draw_curve(axes: Axes, curve: Curve, steps: np.ndarray, values: np.ndarray) -> None:
+    """The curve; a long one pale, under its moving average."""
+    look = {"color": curve.color, "linestyle": curve.style, "label": curve.label}
+    if curve.marker or len(steps) < SMOOTH_FROM:
+        marker = curve.marker or ("." if len(steps) == 1 else "")
+        axes.plot(steps, values, marker=marker, markersize=3.5, linewidth=1.4, **look)
+        return
+    window = max(3, len(steps) // 20) | 1  # odd: centred
+    axes.plot(steps, values, color=curve.color, alpha=0.25, linewidth=0.7)
+    axes.plot(steps, _moving_average(values, window), linewidth=1.6, **look)
+
+
+def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over `window` (odd) values, fewer at the ends."""
+    sums = np.convolve(values, np.ones(window), mode="same")
+    return sums / np.convolve(np.ones(len(values)), np.ones(window), mode="same")
+
+
+def _draw_band(axes: Axes, series: Mapping) -> None:
+    """Shade the loss by how much the random masks alone move it.
+
+    `loss/std_error` where it is logged, else the bound that Var(loss) <= variance of the score gives for one pair
+    (VRPO, theorem 2).
+    """
+    if "loss" not in series:
+        return
+    steps, loss = series["loss"]
+    if "loss/std_error" in series:
+        (at, half_width), label = series["loss/std_error"], "± standard error"
+    elif "score/variance" in series:
+        at, variance = series["score/variance"]
+        half_width, label = np.sqrt(variance), "± bound from the masks, one pair"
+    else:
+        return
+    common, of_loss, of_band = np.intersect1d(steps, at, return_indices=True)
+    loss, half_width = loss[of_loss], half_width[of_band]
+    if len(common) >= SMOOTH_FROM:
+        window = max(3, len(common) // 20) | 1
+        loss, half_width = _moving_average(loss, window), _moving_average(half_width, window)
+    axes.fill_between(common, loss - half_width, loss + half_width, color=PALE, alpha=0.45, linewidth=0, label=label)
+
+
+def _is_share(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and all(0 <= entry.get(key, -1) <= 1 for key in ("base", "tuned"))
+
+
+def _draw_before_after(axes: Axes, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    if not entries:
+        say_nothing(axes, "no metric between 0 and 1")
+        return
+    tidy(axes, "Base and tuned, 95% intervals")
+    for offset, which, face, hatch in ((-0.2, "base", "white", "///"), (0.2, "tuned", DARK, "")):
+        values = [entry[which] for entry in entries.values()]
+        bounds = [_bounds(entry, which) for entry in entries.values()]
+        errors = np.abs(np.array(bounds).T - np.array(values))  # [low/high, metrics]
+        places = np.arange(len(values)) + offset
+        axes.bar(places, values, 0.36, facecolor=face, edgecolor=DARK, hatch=hatch, linewidth=1, label=which)
+        axes.errorbar(places, values, errors, fmt="none", ecolor=ACCENT, elinewidth=2, capsize=4, capthick=2)
+        for x, value, (_, high) in zip(places, values, bounds, strict=True):
+            axes.text(x, high + 0.015, f"{value:.1%}", ha="center", va="bottom", fontsize=8.5)
+    axes.set_xticks(range(len(entries)), [_entry_label(name, entry) for name, entry in entries.items()], fontsize=8.5)
+    axes.set_xlim(-0.65, len(entries) - 0.35)
+    axes.set_ylim(0, 1.12)
+    axes.set_yticks(np.arange(0, 1.01, 0.2), [f"{share:.0%}" for share in np.arange(0, 1.01, 0.2)])
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
+
+
+def _bounds(entry: Mapping[str, Any], which: str) -> tuple[float, float]:
+    given = entry.get(f"{which}_interval")
+    if given is not None:
+        return given[0], given[1]
+    return wilson_interval(entry[which] * entry["items"], entry["items"]) if entry.get("items") else (entry[which],) * 2
+
+
+def _entry_label(name: str, entry: Mapping[str, Any]) -> str:
+    lines = [name.replace("_", " ")]
+    if "difference" in entry and "interval" in entry:
+        low, high = (100 * bound for bound in entry["interval"])
+        lines.append(f"{100 * entry['difference']:+.1f} points")
+        lines.append(f"[{low:+.1f}, {high:+.1f}]")
+    if "items" in entry:
+        lines.append(f"{entry['items']} items")
+    return "\n".join(lines)
+
+
+def _draw_margins(axes: Axes, base: Sequence[float] | None, tuned: np.ndarray) -> None:
+    tidy(axes, "Reward margin of held-out pairs")
+    base_values = np.asarray(base if base is not None else [], dtype=float)
+    is_flat = len(base_values) > 0 and not base_values.any()
+    everything = tuned if is_flat else np.concatenate([tuned, base_values])
+    low, high = np.quantile(everything, [0.005, 0.995])
+    reach = max(abs(low), abs(high)) or 1.0
+    edges = np.linspace(min(low, -0.1 * reach), max(high, 0.1 * reach), 41)
+    inside = np.clip(tuned, edges[0], edges[-1])
+    axes.hist(inside, edges, color=DARK, alpha=0.85, label=f"tuned: {float((tuned > 0).mean()):.1%} above 0")
+    if len(base_values) and not is_flat:
+        label = f"base: {float((base_values > 0).mean()):.1%} above 0"
+        axes.hist(
+            np.clip(base_values, edges[0], edges[-1]), edges, histtype="step", color=ACCENT, linewidth=1.6, label=label
+        )
+    axes.axvline(0, color=RULE, linestyle="--", linewidth=1.1, label="base: all exactly 0" if is_flat else None)
+    axes.axvline(float(tuned.mean()), color="black", linewidth=1.1, label=f"tuned mean {tuned.mean():+.3g}")
+    axes.set_xlabel(
+        "reward of chosen minus reward of rejected" + (" (tails in the end bars)" if len(tuned) > 200 else ""),
+        fontsize=8,
+    )
+    axes.set_ylabel("pairs", fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+
+
+PANELS: tuple[Panel, ...] = (
+    Panel("Loss", "nats", (Curve("loss", "training"),)),
+    Panel("Reward accuracy", "share of pairs", (Curve("rewards/accuracies", "training"),), level=0.5),
+    Panel("Reward margin", "reward", (Curve("rewards/margins", "training"),), level=0.0),
+    Panel(
+        "Reward drift",
+        "reward",
+        (Curve("rewards/chosen", "chosen"), Curve("rewards/rejected", "rejected", ACCENT, "--")),
+        level=0.0,
+    ),
+    Panel("Exact match", "share of problems", (Curve("exact_match", "training"),)),
+    Panel("ELBO", "nats", (Curve("logps/chosen", "chosen"), Curve("logps/rejected", "rejected", ACCENT, "--"))),
+    Panel("Estimator noise", "nats", (Curve("elbo/std_error", "standard error of the ELBO"),), is_log=True),
+    Panel("Gradient norm", "before clipping", (Curve("grad_norm", "training"),), is_log=True),
+    Panel("Learning rate", "", (Curve("learning_rate", "training"),)),
+    Panel("Speed", "pairs per second", (Curve("speed/pairs_per_s", "training"),)),
+    Panel("Peak memory", "GiB", (Curve("memory/peak_gib", "training"),)),
+)
