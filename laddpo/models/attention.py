@@ -38,9 +38,9 @@ class PackedLayout:
             start += count * length
 
     @classmethod
-    def build(cls, lengths: list[int], attention: str, device: torch.device, dtype: torch.dtype) -> PackedLayout:
-        """The layout for an attention implementation; only the variable-length routes need `offsets` on the device."""
-        if not (attention.startswith("flash") or uses_varlen(attention, device, dtype)):
+    def build(cls, lengths: list[int], route: str, device: torch.device) -> PackedLayout:
+        """The layout for a route ("flash", "varlen" or "batched"); the first two need `offsets` on the device."""
+        if route == "batched":
             return cls(list(lengths))
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return cls(list(lengths), ends.to(device, non_blocking=True))
@@ -55,11 +55,6 @@ def varlen_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
-
-
-def uses_varlen(attention: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """True when packed input will take the variable-length kernel: a choice of speed, not of result."""
-    return attention == "sdpa" and varlen_problem(device, dtype) is None
 
 
 def length_order(lengths: list[int]) -> list[int] | None:

@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from laddpo.errors import UserError
-from laddpo.models.attention import PackedLayout, attend, length_order, token_order
+from laddpo.models.attention import PackedLayout, attend, length_order, token_order, varlen_problem
 from laddpo.models.head import token_logps
 
 
@@ -62,10 +62,10 @@ class LLaDAConfig(PreTrainedConfig):
         rms_norm_eps: float = 1e-5,
         init_fn: str = "mitchell",
         init_std: float = 0.02,
-        mask_token_id: int | None = 126336,
+        mask_token_id: int | None = None,
         bos_token_id: int | None = None,
-        eos_token_id: int | None = 126081,
-        pad_token_id: int | None = 126081,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
         **kwargs,
     ):
         self.d_model = d_model
@@ -98,7 +98,10 @@ class LLaDAOutput(ModelOutput):
 
 
 class LLaDAModelLM(PreTrainedModel):
-    """The mask predictor with its vocabulary head (`model.transformer.ff_out`, not tied to the embedding)."""
+    """The mask predictor with its vocabulary head (`model.transformer.ff_out`, not tied to the embedding).
+
+    `packed_kernel` "auto" lets packed input use the variable-length kernel where it can run, "batched" never does.
+    """
 
     config_class = LLaDAConfig
     base_model_prefix = "model"
@@ -108,6 +111,7 @@ class LLaDAModelLM(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    packed_kernel = "auto"
 
     def __init__(self, config: LLaDAConfig):
         refuse_dead_options(config)
@@ -174,7 +178,7 @@ class LLaDAModelLM(PreTrainedModel):
             if position_ids is None:
                 position_ids = torch.cat([torch.arange(n) for n in lengths]).to(x.device)
             x, position_ids = x.reshape(1, batch * length, -1), position_ids.reshape(1, -1)
-            layout = PackedLayout.build(lengths, self.config._attn_implementation, x.device, self._compute_dtype(x))
+            layout = PackedLayout.build(lengths, self._packed_route(x), x.device)
             if layout.offsets is None and (order := length_order(lengths)) is not None:
                 layout = PackedLayout([lengths[i] for i in order])
                 tokens = token_order(lengths, order).to(x.device)
@@ -241,9 +245,14 @@ class LLaDAModelLM(PreTrainedModel):
             return None
         return [count for row in sequences for count in torch.bincount(row).tolist()]
 
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        device = x.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    def _packed_route(self, x: Tensor) -> str:
+        """How packed input will be attended: "flash", "varlen" or "batched"."""
+        attention, device = self.config._attn_implementation, x.device.type
+        if attention.startswith("flash"):
+            return "flash"
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        wanted = attention == "sdpa" and self.packed_kernel == "auto"
+        return "varlen" if wanted and varlen_problem(x.device, dtype) is None else "batched"
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model["transformer"]["wte"]

@@ -1,0 +1,261 @@
+"""LoRA on the blocks of a model, in place, in PEFT's layout, so that adapters travel between programs.
+
+`attach_lora` puts the adapter on and returns what it matched; `save_adapter` and `load_adapter` speak PEFT's files with
+the hub's key names. The model stays the same object: no wrapper to unwrap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laddpo import runs
+from laddpo.errors import UserError, nearest
+from laddpo.models.families import find_family
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ALL_LINEAR = "all-linear"
+NAME = "default"
+PREFIX = "base_model.model."
+
+
+def attach_lora(
+    model,
+    r: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    seed: int = 0,
+    path: str | None = None,
+) -> list[str]:
+    """Freeze the model and put a LoRA adapter on linear layers of its blocks. Returns the matched module names.
+
+    `target_modules`: "all-linear", or last names such as ["q_proj", "ff_out"]; both are anchored inside the blocks, so
+    `ff_out` means the down-projections and never the vocabulary head. With `path`, rank, scale and weights come from
+    that PEFT adapter folder instead (warm start). Adapter weights are float32 (float64 under a float64 model), the
+    arithmetic stays in the model's dtype. Random numbers come from `seed`; the global state is left as it was.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if has_adapter(model):
+        raise UserError("the model already carries an adapter; expected none. Load the base model anew.")
+    if path is not None:
+        config = _read_adapter_config(Path(path).expanduser(), model)
+    else:
+        if dropout:
+            raise UserError(
+                f"adapter.dropout is {dropout}; expected 0: policy and reference must see the same network at a mask, "
+                "and gradients are summed over several passes of one pair. Set it to 0."
+            )
+        config = LoraConfig(
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=_anchored(model, target_modules),
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            base_model_name_or_path=str(getattr(model.config, "name_or_path", "") or "") or None,
+        )
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=_devices(model)):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, adapter_name=NAME)
+    model.peft_config = {NAME: config}
+    matched = [name for name, module in model.named_modules() if _is_lora_layer(module)]
+    _keep_adapter_wide(model)
+    if path is not None:
+        load_adapter(model, path)
+    return matched
+
+
+def save_adapter(model, folder: Path) -> list[str]:
+    """Write the adapter as PEFT does (config and safetensors), atomically. Returns the names of the files."""
+    from safetensors.torch import save
+
+    config = model.peft_config[NAME].to_dict()
+    config["inference_mode"] = True
+    plain = {key: _plain(value) for key, value in config.items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    runs.write_bytes(folder / ADAPTER_FILES[1], save(state, metadata={"format": "pt"}))
+    runs.write_json(folder / ADAPTER_FILES[0], plain)
+    return list(ADAPTER_FILES)
+
+
+def load_adapter(model, path: str | Path) -> None:
+    """Fill the attached adapter from a PEFT folder. Raises `UserError` when the tensors do not fit one another."""
+    from safetensors.torch import load_file
+
+    file = Path(path).expanduser() / ADAPTER_FILES[1]
+    if not file.exists():
+        raise UserError(f"{file}: no such file; expected an adapter in PEFT's layout. Check adapter.path.")
+    load_adapter_state(model, load_file(str(file)), str(file))
+
+
+def adapter_state(model) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names (`base_model.model.<hub name>.lora_A.weight`), not copied."""
+    return {_peft_name(name): tensor for name, tensor in model.named_parameters() if ".lora_" in name}
+
+
+def load_adapter_state(model, state: dict[str, Tensor], where: str) -> None:
+    """Copy tensors under PEFT's names into the attached adapter; all must fit. `where` names them in a message."""
+    own = adapter_state(model)
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    problems = [
+        f"{where}: {len(names)} adapter tensors {what} (first: {names[0]}). "
+        "Use the adapter with the base model it was trained on, or start without adapter.path."
+        for names, what in ((missing, "are missing"), (unknown, "match no module"), (reshaped, "have another shape"))
+        if names
+    ]
+    if problems:
+        raise UserError(*problems)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def has_adapter(model) -> bool:
+    """True when a LoRA adapter is attached."""
+    return any(_is_lora_layer(module) for module in model.modules())
+
+
+@contextlib.contextmanager
+def adapter_disabled(model) -> Iterator[None]:
+    """The base model inside the `with` block (a no-op without an adapter)."""
+    layers = [module for module in model.modules() if _is_lora_layer(module)]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in trainable:  # enabling sets the flag on every adapter tensor; put back what was there
+            parameter.requires_grad_(True)
+
+
+def merge_adapter(model) -> None:
+    """Fold the adapter into the base weights and take it off. Only for weights that are not quantised."""
+    from peft.tuners.lora import Linear
+
+    layers = [(name, module) for name, module in model.named_modules() if _is_lora_layer(module)]
+    quantised = [name for name, module in layers if type(module) is not Linear]
+    if quantised:
+        raise UserError(
+            f"{quantised[0]} is quantised; merging would round the adapter away. Load the base model in bf16 "
+            "(quantization=none) with the same adapter, and merge there."
+        )
+    for name, module in layers:
+        module.merge(safe_merge=True)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model._hf_peft_config_loaded = False
+
+
+def trainable_parameters(model) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name, in the model's own order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def block_linears(model) -> list[str]:
+    """Names of the linear layers inside the blocks: what an adapter may stand on, what quantisation replaces."""
+    block = find_family({"architectures": [type(model).__name__]}, "model").block
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.match(rf"{block}\.\w+$", n)]
+
+
+class WideLinear(nn.Linear):
+    """A float32 weight that works in its input's dtype: no wide copy of the activations, a wide gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def _keep_adapter_wide(model) -> None:
+    """PEFT would keep the adapter in the base's dtype, or copy every activation to float32: neither is wanted."""
+    for layer in model.modules():
+        if not _is_lora_layer(layer):
+            continue
+        layer.cast_input_dtype_enabled = False
+        for part in (layer.lora_A[NAME], layer.lora_B[NAME]):
+            part.to(torch.promote_types(model.dtype, torch.float32))
+            part.__class__ = WideLinear
+
+
+def _anchored(model, target_modules: str | Sequence[str]) -> str:
+    """A regular expression over full module names for "all-linear" or a list of last names."""
+    family = find_family({"architectures": [type(model).__name__]}, "model")
+    known = sorted({name.rsplit(".", 1)[1] for name in block_linears(model)})
+    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if wanted == [ALL_LINEAR]:
+        wanted = known
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        found = ", ".join(unknown) or "empty"
+        guess = nearest(unknown[0], known) if unknown else None
+        hint = f"did you mean {guess}? " if guess else ""
+        raise UserError(
+            f"adapter.target_modules: {found} is no linear layer of a block; known: {ALL_LINEAR}, {', '.join(known)}; "
+            f"{hint}the head and the embedding cannot carry an adapter here. Fix the name."
+        )
+    return rf"{family.block}\.({'|'.join(sorted(set(wanted)))})"
+
+
+def _read_adapter_config(folder: Path, model):
+    from peft import LoraConfig, PeftConfig
+
+    file = folder / ADAPTER_FILES[0]
+    if not file.exists():
+        raise UserError(f"{file}: no such file; expected an adapter in PEFT's layout. Check adapter.path.")
+    content = runs.read_json(file)
+    if content.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type is {content.get('peft_type')!r}; expected 'LORA'. Choose a LoRA adapter.")
+    if content.get("modules_to_save") or content.get("bias", "none") != "none" or content.get("trainable_token_indices"):
+        raise UserError(
+            f"{file}: trains more than LoRA matrices (modules_to_save, bias or tokens); expected LoRA matrices alone. "
+            "Merge that adapter into its base with the program that made it, and start from the merged model."
+        )
+    config = PeftConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    config.inference_mode, config.lora_dropout, config.task_type = False, 0.0, None
+    if not isinstance(config.target_modules, str):
+        names = {name.rsplit(".", 1)[-1] for name in config.target_modules or ()}
+        config.target_modules = _anchored(model, sorted(names))
+    elif config.target_modules == ALL_LINEAR:
+        config.target_modules = _anchored(model, ALL_LINEAR)
+    return config
+
+
+def _peft_name(name: str) -> str:
+    return PREFIX + name.replace(f".{NAME}.weight", ".weight" if "magnitude" not in name else "").replace(f".{NAME}", "")
+
+
+def _plain(value: Any) -> Any:
+    """JSON can hold it: sets become sorted lists, enums and other objects their text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _is_lora_layer(module: nn.Module) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)
+
+
+def _devices(model) -> list[torch.device]:
+    return [p.device for p in [next(model.parameters())] if p.device.type == "cuda"]

@@ -1,0 +1,55 @@
+"""Which model families this program can train, decided by the `architectures` entry of a checkpoint's config.json.
+
+Not by `model_type`: LLaDA-MoE says `llada` too and is another network. Unknown and known-unsupported ones are refused
+by name before any weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from laddpo.errors import UserError
+from laddpo.models.llada import LLaDAConfig, LLaDAModelLM
+
+
+@dataclass(frozen=True)
+class Family:
+    """A supported network. `head`: module that must never be quantised or wrapped; `block`: regex of its blocks."""
+
+    config_class: type
+    model_class: type
+    head: str
+    block: str
+
+
+def find_family(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a config.json. `where` names the checkpoint in the message. Raises `UserError` if unsupported."""
+    architecture = (config.get("architectures") or ["(none)"])[0]
+    if architecture in FAMILIES:
+        return FAMILIES[architecture]
+    reason = UNSUPPORTED.get(architecture, f"model_type {config.get('model_type')!r} is not known here")
+    raise UserError(
+        f"{where}: the architecture is {architecture} ({reason}); supported: {', '.join(FAMILIES)}. "
+        "Choose a LLaDA checkpoint, or add a row to FAMILIES in laddpo/models/families.py with a model whose forward "
+        "takes `lengths`, `rows` and `targets`."
+    )
+
+
+FAMILIES = {
+    "LLaDAModelLM": Family(LLaDAConfig, LLaDAModelLM, "model.transformer.ff_out", r"model\.transformer\.blocks\.\d+"),
+}
+
+UNSUPPORTED = {
+    "LLaDAMoEModelLM": "LLaDA-MoE, a mixture of experts that says model_type llada as well",
+    "LLaDAMoEModel": "LLaDA-MoE, a mixture of experts that says model_type llada as well",
+    "LLaDA2MoeModelLM": "LLaDA2, block diffusion: its likelihood is another one",
+    "LLaDAVModelLM": "LLaDA-V, which reads images",
+    "LlavaLLaDAModelLM": "LLaDA-V, which reads images",
+    "DreamModel": "Dream, whose logits are shifted by one position",
+    "DreamBaseModel": "Dream, whose logits are shifted by one position",
+    "LlamaForCausalLM": "an autoregressive Llama, or iLLaDA under Llama's key names",
+    "Qwen2ForCausalLM": "an autoregressive model",
+    "Qwen3ForCausalLM": "an autoregressive model",
+}

@@ -1,0 +1,311 @@
+"""Checkpoints from a local folder or the hub: tokenizer, model (optionally 4- or 8-bit), fingerprint of the weights.
+
+One path in, one local folder out, then everything reads that folder: safetensors only, no code from the checkpoint, no
+second look at the network. What cannot be had ends in one message that says how to point at a local folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laddpo import runs
+from laddpo.errors import UserError, choose
+from laddpo.models.families import Family, find_family
+
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+WEIGHTS = "*.safetensors"
+MASK_TOKEN = "<|mdm_mask|>"  # LLaDA's tokenizer declares no mask_token
+
+
+def load_model(
+    path: str,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "fp32",
+    quantization: dict[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    attention: str = "auto",
+):
+    """The model of a checkpoint, in eval mode, on `device`; frozen when it is quantised.
+
+    `dtype`: fp32, bf16, fp16, fp64 or a torch dtype. `quantization`: the fields of the config group (load_in_4bit, ...),
+    None or all off for none. `attention`: auto (sdpa, and a variable-length kernel for packed input where the GPU has
+    one), sdpa, eager, flash_attention_2, flex_attention. Raises `UserError` for a family that is not supported, for
+    pickled or incomplete weights, and for options that this implementation does not compute.
+    """
+    folder = checkpoint_folder(path, revision, [*SMALL_FILES, WEIGHTS])
+    config, family = read_config(folder)
+    require_safetensors(folder)
+    quantizer = quantization_config(quantization, family)
+    kwargs: dict[str, Any] = {"attn_implementation": "sdpa" if attention == "auto" else attention}
+    if quantizer is not None or torch.device(device).type != "cpu":
+        kwargs["device_map"] = {"": str(device)}
+    with _quiet_small_loads(folder):
+        model, report = family.model_class.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+            quantization_config=quantizer,
+            use_safetensors=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    _require_complete(folder, report)
+    model.packed_kernel = "auto" if attention == "auto" else "batched"
+    if quantizer is not None:
+        model.requires_grad_(False)
+        _assert_quantized(model, family)
+    return model.eval()
+
+
+def new_model(config, seed: int):
+    """A model with random weights drawn from `seed`, leaving the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return find_family({"architectures": ["LLaDAModelLM"]}, "new model").model_class(config).eval()
+
+
+def load_tokenizer(path: str, revision: str | None = None):
+    """The tokenizer of a checkpoint (its own code is never run). Needs no weights."""
+    from transformers import AutoTokenizer
+
+    folder = checkpoint_folder(path, revision, SMALL_FILES)
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(
+            f"{folder}: has no tokenizer.json; expected a fast tokenizer beside the model. "
+            "Copy the tokenizer's files into that folder."
+        )
+    return AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
+
+
+def mask_token_id(model_config, tokenizer=None) -> int:
+    """The id of the mask token: the config's, else the id of `<|mdm_mask|>` in the tokenizer."""
+    found = getattr(model_config, "mask_token_id", None)
+    if found is None and tokenizer is not None and MASK_TOKEN in tokenizer.get_vocab():
+        found = tokenizer.convert_tokens_to_ids(MASK_TOKEN)
+    if found is None or not 0 <= found < model_config.embedding_size:
+        raise UserError(
+            f"the mask token id is {found} (config.json: mask_token_id; tokenizer: {MASK_TOKEN}); expected an id below "
+            f"{model_config.embedding_size}. Write mask_token_id into the checkpoint's config.json."
+        )
+    return found
+
+
+def read_config(folder: Path):
+    """The checked config of a checkpoint folder and its family."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder}: has no config.json; expected a checkpoint folder. Check model.model_name_or_path.")
+    content = runs.read_json(path)
+    family = find_family(content, str(path))
+    return family.config_class.from_dict(content), family
+
+
+def save_model(model, folder: Path, shard_bytes: int = 4 * 2**30) -> list[str]:
+    """Write config and weights in the hub's layout, key names unchanged. Returns the names of the files."""
+    from safetensors.torch import save
+    from transformers.pytorch_utils import id_tensor_storage
+
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    assert len({id_tensor_storage(t) for t in state.values()}) == len(state), "tied weights cannot be saved as they are"
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name in sorted(state):
+        if shards[-1] and size + state[name].nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = state[name]
+        size += state[name].nbytes
+    names = [
+        "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(len(shards))
+    ]
+    for name, shard in zip(names, shards, strict=True):
+        runs.write_bytes(folder / name, save({k: v.cpu() for k, v in shard.items()}, metadata={"format": "pt"}))
+    if len(shards) > 1:
+        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(tensor.nbytes for tensor in state.values())
+        runs.write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
+        )
+        names.append("model.safetensors.index.json")
+    runs.write_text(folder / "config.json", model.config.to_json_string(use_diff=False))
+    return ["config.json", *names]
+
+
+def checkpoint_folder(path: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
+    """The local folder of a checkpoint: `path` itself when it is one, else the hub's snapshot, cached or downloaded."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns or SMALL_FILES))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"model.model_name_or_path is {path!r}{at}: no such local folder, and the hub did not give it "
+            f"({type(error).__name__}: {reason}). Connect to the network once (it is cached then), log in if the model "
+            "is gated, or download it elsewhere and set model.model_name_or_path=<folder with config.json, "
+            "tokenizer.json and *.safetensors>."
+        ) from error
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raise `UserError` unless the folder's weights are safetensors and all shards of the index are there."""
+    files = weight_files(folder)
+    if not files:
+        pickled = sorted(f.name for p in ("*.bin", "*.pt", "*.pth") for f in folder.glob(p))
+        found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no weights"
+        raise UserError(
+            f"{folder}: holds {found}; expected model.safetensors or its shards. Pickled weights can run code when "
+            "opened and are not read: convert them to safetensors, or download the safetensors files."
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        wanted = set(runs.read_json(index).get("weight_map", {}).values())
+        missing = sorted(wanted - {f.name for f in files})
+        if missing:
+            raise UserError(
+                f"{folder}: {len(missing)} of {len(wanted)} weight shards are missing, first {missing[0]}. "
+                "The download was cut off: run it again."
+            )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the model itself, without adapters."""
+    return sorted(f for f in folder.glob(WEIGHTS) if not f.name.startswith("adapter"))
+
+
+def weights_fingerprint(path: str, revision: str | None = None) -> str:
+    """What stands for the base weights in every key: `commit:<hash>` from the hub, else `sha256:<of the local files>`.
+
+    Local digests are remembered by (path, size, mtime in ns), so that 16 GB are read once.
+    """
+    folder = checkpoint_folder(path, revision, ["config.json"])
+    if not Path(path).expanduser().is_dir() and re.fullmatch(r"[0-9a-f]{40}", folder.name):
+        return f"commit:{folder.name}"
+    digests = {f.name: _remembered_sha256(f) for f in [folder / "config.json", *weight_files(folder)] if f.exists()}
+    if len(digests) < 2:
+        require_safetensors(folder)
+        raise UserError(f"{folder}: has no config.json; expected a checkpoint folder. Check model.model_name_or_path.")
+    return f"sha256:{hashlib.sha256(runs.canonical_json(digests).encode()).hexdigest()}"
+
+
+def _remembered_sha256(file: Path) -> str:
+    file = file.resolve()
+    stat = file.stat()
+    key = runs.fingerprint({"path": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns})
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    memory = Path(root) / "laddpo" / "sha256" / key
+    with contextlib.suppress(OSError):
+        if re.fullmatch(r"[0-9a-f]{64}", known := memory.read_text(encoding="ascii")):
+            return known
+    digest = runs.file_sha256(file)
+    with contextlib.suppress(UserError, OSError):  # a read-only home costs time, not the run
+        runs.write_text(memory, digest)
+    return digest
+
+
+def quantization_config(quantization: dict[str, Any] | None, family: Family):
+    """BitsAndBytesConfig for the config group, or None when nothing is quantised. The head and embedding never are.
+
+    The head is skipped by its FULL name: the blocks' down-projections share its last name, `ff_out`.
+    """
+    settings = dict(quantization or {})
+    if not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    _quiet_bitsandbytes()
+    compute = settings.pop("bnb_4bit_compute_dtype", None)
+    if isinstance(compute, str):
+        compute = choose(DTYPES, compute, "quantization.bnb_4bit_compute_dtype", "laddpo/models/loading.py")
+    known = {key: value for key, value in settings.items() if key in QUANTIZATION_FIELDS and value is not None}
+    if settings.get("load_in_4bit") and compute is not None:
+        known["bnb_4bit_compute_dtype"] = compute
+    return BitsAndBytesConfig(llm_int8_skip_modules=[family.head], **known)
+
+
+def _quiet_bitsandbytes() -> None:
+    """Drop two messages that say nothing is wrong: one for every int8 product, one about an optional CPU kernel."""
+    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+        logger = logging.getLogger(name)
+        if _is_news not in logger.filters:
+            logger.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return "inputs will be cast" not in message and "kernels-community" not in message
+
+
+def _assert_quantized(model: nn.Module, family: Family) -> None:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            in_block = re.match(family.block, name) is not None
+            assert in_block == isinstance(module, Linear4bit | Linear8bitLt), f"{name} must be quantised iff in a block"
+
+
+def _require_complete(folder: Path, report) -> None:
+    get = report.get if isinstance(report, dict) else lambda key: getattr(report, key, None)
+    problems = [
+        f"{folder}: weights and config.json disagree: {len(names)} {kind} (first: {sorted(map(str, names))[0]}). "
+        "Check that all files come from one checkpoint."
+        for key, kind in (
+            ("missing_keys", "tensors are missing"),
+            ("unexpected_keys", "tensors are unknown"),
+            ("mismatched_keys", "tensors have another shape"),
+        )
+        if (names := get(key))
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+@contextlib.contextmanager
+def _quiet_small_loads(folder: Path) -> Iterator[None]:
+    """No progress bar for what loads in a moment."""
+    from transformers.utils import logging as progress
+
+    small = sum(f.stat().st_size for f in weight_files(folder)) < 2**30 and progress.is_progress_bar_enabled()
+    if small:
+        progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if small:
+            progress.enable_progress_bar()
+
+
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+QUANTIZATION_FIELDS = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "llm_int8_threshold",
+)
