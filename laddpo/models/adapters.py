@@ -160,7 +160,6 @@ def merge_adapter(model) -> None:
         setattr(model.get_submodule(parent), last, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
-    model._hf_peft_config_loaded = False
 
 
 def trainable_parameters(model) -> dict[str, nn.Parameter]:
@@ -220,7 +219,9 @@ def _read_adapter_config(folder: Path, model):
     content = runs.read_json(file)
     if content.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {content.get('peft_type')!r}; expected 'LORA'. Choose a LoRA adapter.")
-    if content.get("modules_to_save") or content.get("bias", "none") != "none" or content.get("trainable_token_indices"):
+    if content.get("bias", "none") != "none" or any(
+        content.get(k) for k in ("modules_to_save", "trainable_token_indices")
+    ):
         raise UserError(
             f"{file}: trains more than LoRA matrices (modules_to_save, bias or tokens); expected LoRA matrices alone. "
             "Merge that adapter into its base with the program that made it, and start from the merged model."
@@ -237,7 +238,8 @@ def _read_adapter_config(folder: Path, model):
 
 
 def _peft_name(name: str) -> str:
-    return PREFIX + name.replace(f".{NAME}.weight", ".weight" if "magnitude" not in name else "").replace(f".{NAME}", "")
+    plain = PREFIX + name.replace(f".{NAME}.", ".")
+    return plain.removesuffix(".weight") if "magnitude" in name else plain  # DoRA's vectors go without a suffix
 
 
 def _plain(value: Any) -> Any:

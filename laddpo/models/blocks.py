@@ -1,0 +1,42 @@
+"""How the blocks of a model are executed: recomputed in the backward pass, or compiled. Neither changes a result.
+
+Checkpointing is exact; compilation fuses the token-wise parts and agrees to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def checkpoint_blocks(model, enabled: bool = True) -> None:
+    """Keep only each block's input and recompute the rest when gradients are taken (a third more work, far less memory).
+
+    Puts the model in training mode, without which transformers' layers do not checkpoint; nothing else depends on the
+    mode here, for there is no dropout. Works when no input needs a gradient, as under LoRA.
+    """
+    if not enabled:
+        off = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+        return off()
+    model.train()
+    settings = {"use_reentrant": False, "preserve_rng_state": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    assert all(block.gradient_checkpointing for block in model_blocks(model)), "checkpointing did not switch on"
+
+
+def compile_blocks(model) -> None:
+    """Compile what is done token by token in every block, for any number of tokens; attention stays as it is.
+
+    One compilation serves all packings, because no sequence length enters the compiled parts.
+    """
+    for block in model_blocks(model):
+        block.project = torch.compile(block.project, dynamic=True)
+        block.finish = torch.compile(block.finish, dynamic=True)
+
+
+def model_blocks(model) -> nn.ModuleList:
+    """The blocks, in order."""
+    return model.model["transformer"]["blocks"]
