@@ -25,10 +25,24 @@ class UserError(Exception):
     mistakes found together travel as one error, one paragraph each.
     """
 
+    exit_code = EXIT_USER
+
     def __init__(self, *problems: str):
         assert problems, "a UserError without a problem"
         self.problems = tuple(problems)
         super().__init__("\n".join(problems))
+
+
+class RunFault(UserError):
+    """A run that cannot go on, through no wrong setting: a non-finite loss, say. Same form of message, exit code 1."""
+
+    exit_code = EXIT_FAULT
+
+
+class Stopped(UserError):
+    """A signal asked the stage to stop, and everything needed to go on is saved. Exit code 75."""
+
+    exit_code = EXIT_STOPPED
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

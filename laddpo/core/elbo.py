@@ -121,6 +121,11 @@ class ElboEstimator:
     mask_rounds: int = 1
     stream: str = ""
 
+    @property
+    def block(self) -> int:
+        """How many neighbouring draws belong together, being each other's inverse."""
+        return 2 if self.estimator == "complement" else 1
+
     def draw_indices(self, epoch: int) -> range:
         """The indices of the n draws that this epoch uses."""
         start = (epoch % self.mask_rounds) * self.diffusion_samples

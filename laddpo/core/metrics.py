@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from laddpo.core.gradient import Item
-from laddpo.core.objectives import pair_scores, score_variance
+from laddpo.core.objectives import mean_variance, pair_scores, score_variance
 
 
-def preference_metrics(items: Sequence[Item], draws: Tensor, losses: Tensor, beta: float) -> dict[str, float]:
+def preference_metrics(items: Sequence[Item], draws: Tensor, losses: Tensor, beta: float, block: int = 1) -> dict[str, float]:
     """Means over the pairs of one step or one evaluation.
 
     Rewards are beta times the ELBO ratio to the reference. A margin of exactly 0 counts half for the accuracy, so an
     untrained policy has 0.5. `kl` is the mean over both responses of policy minus reference (not a true divergence:
     the responses are the data's, not the policy's own). `elbo/std_error`: of the mean over draws, in nats, from each
-    response's own draws; absent for one draw.
+    response's own draws in independent blocks of `block`; absent where there is only one block.
     """
     scores = pair_scores(items, draws)
     margins = beta * scores.margin
@@ -32,10 +32,9 @@ def preference_metrics(items: Sequence[Item], draws: Tensor, losses: Tensor, bet
         "logps/rejected": scores.policy_rejected.mean(),
         "kl": 0.5 * (scores.chosen_ratio + scores.rejected_ratio).mean(),
     }
-    count = draws.shape[-1]
-    if count > 1:
-        metrics["elbo/std_error"] = (draws.var(dim=-1) / count).mean().sqrt()
-        metrics["score/variance"] = score_variance(items, draws, beta).mean()
+    if draws.shape[-1] // block > 1:
+        metrics["elbo/std_error"] = mean_variance(draws, block).mean().sqrt()
+        metrics["score/variance"] = score_variance(items, draws, beta, block).mean()
     return to_floats(metrics)
 
 

@@ -78,14 +78,23 @@ def pair_scores(items: Sequence[Item], draws: Tensor) -> PairScores:
     )
 
 
-def score_variance(items: Sequence[Item], draws: Tensor, beta: float) -> Tensor:
-    """V: the variance of beta * margin over draws, of the mean of n, estimated from each pair's own draws.
+def score_variance(items: Sequence[Item], draws: Tensor, beta: float, block: int = 1) -> Tensor:
+    """V: the variance of the score s = beta * margin, estimated from each pair's own draws. # float64 [items]
 
-    Noise of variance V in the score flattens the preference like label smoothing and biases the loss by at most V/8
-    (the sigmoid's second derivative is at most 1/4, halved). NaN for a single draw. Complementary or stratified draws
-    are not independent of each other, so for them this is an upper bound in expectation, not an estimate.
-    # float64 [items]
+    Noise of variance V in the score flattens the preference like label smoothing and biases the sigmoid loss by at most
+    V/8 (half the greatest second derivative of -log sigma, 1/4). Draws that a schedule spreads evenly are
+    not independent, which this ignores: for them it overstates V.
     """
     ratio = draws - reference_draws(items, draws.device)
-    margin = beta * (ratio[:, CHOSEN] - ratio[:, REJECTED])
-    return margin.var(dim=-1) / margin.shape[-1]
+    return mean_variance(beta * (ratio[:, CHOSEN] - ratio[:, REJECTED]), block)
+
+
+def mean_variance(draws: Tensor, block: int = 1) -> Tensor:
+    """Variance of the mean over the last axis, from the spread of blocks of `block` neighbouring draws.
+
+    A mask and its inverse belong to one block: they are anything but independent. NaN for a single block; an unpaired
+    last draw is left out.
+    """
+    blocks = draws.shape[-1] // block
+    means = draws[..., : blocks * block].unflatten(-1, (blocks, block)).mean(dim=-1)
+    return means.var(dim=-1) / blocks

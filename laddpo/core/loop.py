@@ -1,0 +1,293 @@
+"""The training loop: which items make step s, one exact gradient, one optimizer step, and what is kept of it.
+
+A task (DPO on pairs, SFT on rows) goes in; metrics.jsonl, checkpoints and the best and last weights come out. Order,
+noise and learning rate are functions of (seed, step), so a run that is killed and resumed writes the same bytes as one
+that was not (on one machine with the same libraries).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from laddpo.core import checkpoint as checkpoints
+from laddpo.core.noise import epoch_order
+from laddpo.core.optim import learning_rate
+from laddpo.errors import RunFault, Stopped
+from laddpo.runs import JsonLines
+from laddpo.signals import StopFlag
+
+
+class TrainingTask(Protocol):
+    """What is trained on. `accumulate` adds the gradient of the items' mean loss and returns metrics, loss included."""
+
+    item_count: int
+
+    def accumulate(self, indices: Sequence[int], epoch: int, loss_scale: float) -> dict[str, float]: ...
+
+    def names(self, indices: Sequence[int]) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long, how fast, and what is kept. Steps are optimizer steps; `items_per_step` is the global batch."""
+
+    seed: int
+    total_steps: int
+    items_per_step: int
+    learning_rate: float
+    lr_scheduler_type: str = "cosine"
+    num_warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    save_steps: int = 0
+    save_minutes: float = 0.0
+    save_total_limit: int = 2
+    logging_steps: int = 1
+    eval_steps: int = 0
+    best_metric: str | None = None
+    higher_is_better: bool = True
+    patience: int = 0
+    max_chosen_fall: float = 0.0
+    skip_nonfinite: int = 0
+
+
+@dataclass
+class LoopState:
+    """All of a run that is not a function of (seed, step)."""
+
+    step: int = 0
+    best_value: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    skipped: int = 0
+    stopped_early: str = ""
+    loss_scaler: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunOutputs:
+    """Where a run writes. `save_best` and `save_last` write the weights; `track` copies scalars to the trackers."""
+
+    folder: Path
+    save_best: Callable[[int], None]
+    save_last: Callable[[int], None]
+    track: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None
+
+    @property
+    def metrics(self) -> JsonLines:
+        """Only reproducible values: two equal runs write equal bytes."""
+        return JsonLines(self.folder / "metrics.jsonl")
+
+    @property
+    def timing(self) -> JsonLines:
+        """Clocks, speed and memory."""
+        return JsonLines(self.folder / "timing.jsonl")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def train_loop(
+    task: TrainingTask,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    settings: LoopSettings,
+    outputs: RunOutputs,
+    validate: Callable[[int], dict[str, float]] | None,
+    stop: StopFlag,
+    resume: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
+    unit: str = "pairs",
+) -> LoopState:
+    """Train to `total_steps`, or to an early stop. `parameters` are the trainable tensors by name.
+
+    Raises `RunFault` before the optimizer step when the loss or gradient is not finite, and `Stopped` after a signal,
+    with a checkpoint saved.
+    """
+    state = _resume(outputs, parameters, optimizer, scaler) if resume else LoopState()
+    outputs.metrics.rewind(lambda record: record["step"] <= state.step if state.step else False)
+    outputs.timing.rewind(lambda record: record["step"] <= state.step if state.step else False)
+    if state.step == 0 and validate:
+        _evaluate(validate, settings, outputs, state)
+    last_save = time.monotonic()
+    progress = tqdm(total=settings.total_steps, initial=state.step, unit="step", desc="train", dynamic_ncols=True)
+    with progress:
+        while state.step < settings.total_steps and not state.stopped_early:
+            started = time.perf_counter()
+            metrics = _step(task, parameters, optimizer, settings, state, scaler)
+            state.step += 1
+            seconds = time.perf_counter() - started
+            _log_step(outputs, settings, state, metrics, seconds, unit, progress)
+            is_last = state.step == settings.total_steps
+            if validate and (is_last or (settings.eval_steps and state.step % settings.eval_steps == 0)):
+                _evaluate(validate, settings, outputs, state)
+            is_due = settings.save_steps and state.step % settings.save_steps == 0
+            is_overdue = settings.save_minutes and time.monotonic() - last_save > 60 * settings.save_minutes
+            if is_due or is_overdue or stop:
+                _save(outputs, parameters, optimizer, settings, state, scaler)
+                last_save = time.monotonic()
+            if stop and state.step < settings.total_steps:
+                raise Stopped(
+                    f"{outputs.folder}: stopped by {stop.name} after step {state.step} of {settings.total_steps}, "
+                    f"checkpoint saved. Continue with the same command and resume={outputs.folder}."
+                )
+    _save(outputs, parameters, optimizer, settings, state, scaler)
+    outputs.save_last(state.step)
+    if not validate or settings.best_metric is None:
+        outputs.save_best(state.step)
+    return state
+
+
+def step_items(seed: int, step: int, item_count: int, items_per_step: int) -> tuple[int, list[int]]:
+    """The epoch of step `step` (from 0) and the items it visits.
+
+    Every epoch visits every item once in an order of its own; its last step may be short. A function of its
+    arguments: resuming needs no data position.
+    """
+    steps_per_epoch = math.ceil(item_count / items_per_step)
+    epoch, within = divmod(step, steps_per_epoch)
+    order = epoch_order(seed, epoch, item_count)
+    return epoch, [int(i) for i in order[within * items_per_step : (within + 1) * items_per_step]]
+
+
+def _step(
+    task: TrainingTask,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    settings: LoopSettings,
+    state: LoopState,
+    scaler: torch.amp.GradScaler | None,
+) -> dict[str, float]:
+    """One optimizer step; its metrics. The step is not applied when loss or gradient is not finite."""
+    epoch, indices = step_items(settings.seed, state.step, task.item_count, settings.items_per_step)
+    rate = learning_rate(
+        settings.lr_scheduler_type, state.step, settings.learning_rate, settings.num_warmup_steps, settings.total_steps
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    metrics = task.accumulate(indices, epoch, scaler.get_scale() if scaler else 1.0)
+    if scaler:
+        scaler.unscale_(optimizer)
+    # without max_grad_norm the norm is still measured: infinity clips nothing
+    norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm or math.inf))
+    if scaler:
+        # overflow is how the scaler finds its scale: it skips this step itself and halves the scale
+        scaler.step(optimizer)
+        scaler.update()
+        is_finite = math.isfinite(metrics["loss"])
+    else:
+        is_finite = math.isfinite(norm) and math.isfinite(metrics["loss"])
+        if is_finite:
+            optimizer.step()
+    if not is_finite:
+        _count_nonfinite(task, indices, norm, metrics["loss"], settings, state)
+    metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {**metrics, "learning_rate": rate, "grad_norm": norm if math.isfinite(norm) else None, "epoch": epoch}
+
+
+def _count_nonfinite(
+    task: TrainingTask, indices: Sequence[int], norm: float, loss: float, settings: LoopSettings, state: LoopState
+) -> None:
+    state.skipped += 1
+    if state.skipped > settings.skip_nonfinite:
+        names = task.names(indices)
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise RunFault(
+            f"step {state.step + 1}: the loss is {loss} and the gradient norm {norm}, expected finite numbers. "
+            f"The weights are as before this step. Rows: {shown}. Lower optim.learning_rate, use "
+            f"hardware.precision=fp32, or skip up to k such steps with optim.skip_nonfinite=k."
+        )
+
+
+def _log_step(
+    outputs: RunOutputs,
+    settings: LoopSettings,
+    state: LoopState,
+    metrics: dict[str, float],
+    seconds: float,
+    unit: str,
+    progress: tqdm,
+) -> None:
+    tokens, items = metrics.pop("tokens"), metrics.pop("items")
+    shown = {"loss": metrics["loss"], "acc": metrics.get("rewards/accuracies"), f"{unit}/s": items / seconds}
+    progress.set_postfix({name: f"{value:.3g}" for name, value in shown.items() if value is not None}, refresh=False)
+    progress.update()
+    if state.step % settings.logging_steps and state.step != settings.total_steps:
+        return
+    outputs.metrics.append({"step": state.step, **metrics})
+    speed = {f"speed/{unit}_per_s": items / seconds, "speed/tokens_per_s": tokens / seconds, "seconds": seconds}
+    if torch.cuda.is_available():
+        speed["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    outputs.timing.append({"step": state.step, **speed})
+    outputs.track({**metrics, **speed}, state.step)
+
+
+def _evaluate(
+    validate: Callable[[int], dict[str, float]], settings: LoopSettings, outputs: RunOutputs, state: LoopState
+) -> None:
+    """Validate, keep the best weights, and decide on an early stop."""
+    started = time.perf_counter()
+    metrics = validate(state.step)
+    outputs.timing.append({"step": state.step, "evaluation_seconds": time.perf_counter() - started})
+    if settings.best_metric:
+        value = metrics[settings.best_metric]
+        sign = 1 if settings.higher_is_better else -1
+        if state.best_value is None or sign * value > sign * state.best_value:
+            state.best_value, state.best_step, state.evaluations_since_best = value, state.step, 0
+            outputs.save_best(state.step)
+        else:
+            state.evaluations_since_best += 1
+        if settings.patience and state.evaluations_since_best >= settings.patience:
+            state.stopped_early = f"{settings.best_metric} has not improved for {settings.patience} evaluations"
+    fall = -metrics.get("validation/chosen_ratio", 0.0)
+    if settings.max_chosen_fall and fall > settings.max_chosen_fall:
+        state.stopped_early = (
+            f"the likelihood of the chosen responses fell {fall:.2f} nats below the reference "
+            f"(stopping.max_chosen_fall={settings.max_chosen_fall})"
+        )
+    outputs.metrics.append({"step": state.step, **metrics})
+    outputs.track(metrics, state.step)
+
+
+def _save(
+    outputs: RunOutputs,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    settings: LoopSettings,
+    state: LoopState,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    if scaler:
+        state.loss_scaler = scaler.state_dict()
+    checkpoints.save_checkpoint(
+        outputs.checkpoints, state.step, parameters, optimizer, {"loop": vars(state)}, settings.save_total_limit
+    )
+
+
+def _resume(
+    outputs: RunOutputs,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> LoopState:
+    """The state of the newest good checkpoint, or a fresh one when the run died before its first."""
+    newest = checkpoints.newest_checkpoint(outputs.checkpoints)
+    if newest is None:
+        print(f"{outputs.folder}: no checkpoint yet; starting at step 0.")
+        return LoopState()
+    checkpoints.restore(newest, parameters, optimizer)
+    state = LoopState(**newest.state["loop"])
+    if scaler and state.loss_scaler:
+        scaler.load_state_dict(state.loss_scaler)
+    print(f"{outputs.folder}: resuming at step {state.step} ({newest.folder.name}).")
+    return state

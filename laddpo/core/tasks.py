@@ -1,0 +1,204 @@
+"""The two things that are trained: DPO on preference pairs and SFT on single responses, as tasks of the training loop.
+
+Also the pass that both the reference store and evaluation use: encoded rows and draws in, per-draw log-likelihoods out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from laddpo.core.elbo import Denoiser, ElboEstimator
+from laddpo.core.gradient import Item, accumulate_gradient, score_items
+from laddpo.core.loop import step_items
+from laddpo.core.metrics import preference_metrics
+from laddpo.core.objectives import DpoObjective, SftObjective
+from laddpo.core.reference import SIDES, ReferenceStore, StoredPair, token_digest
+from laddpo.errors import Stopped
+from laddpo.signals import StopFlag
+
+if TYPE_CHECKING:
+    from laddpo.preference.encode import EncodedExample, EncodedPair
+
+RESPONSE = "response"  # the side of an SFT row in its noise key
+
+
+def pair_item(
+    pair: EncodedPair, estimator: ElboEstimator, draws: Sequence[int], reference: np.ndarray | None = None
+) -> Item:
+    """A pair under the draws `draws`. # reference float64 [2, draws]"""
+    responses = (pair.chosen_ids, pair.rejected_ids)
+    sides = tuple(
+        estimator.sequences(pair.id, side, pair.prompt_ids, response, draws)
+        for side, response in zip(SIDES, responses, strict=True)
+    )
+    return Item(pair.id, sides, reference)
+
+
+def stored_pair(pair: EncodedPair) -> StoredPair:
+    """The address of a pair's reference values: its id and the digest of its tokens."""
+    return StoredPair(pair.id, token_digest(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+
+
+@dataclass(frozen=True)
+class DpoTask:
+    """DPO on `pairs` against stored reference values.
+
+    `reference_estimator` equals `estimator` with common random numbers; otherwise it is an independent stream of draws.
+    """
+
+    denoiser: Denoiser
+    parameters: Mapping[str, Tensor]
+    pairs: Sequence[EncodedPair]
+    store: ReferenceStore
+    estimator: ElboEstimator
+    objective: DpoObjective
+    token_budget: int
+    backward: str = "stream"
+
+    @property
+    def item_count(self) -> int:
+        return len(self.pairs)
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """The pair ids, for messages."""
+        return [self.pairs[i].id for i in indices]
+
+    def items(self, indices: Sequence[int], epoch: int) -> list[Item]:
+        """The pairs with their draws of this epoch and the reference's value of each."""
+        draws = self.estimator.draw_indices(epoch)
+        return [
+            pair_item(self.pairs[i], self.estimator, draws, self.store.values(stored_pair(self.pairs[i]), draws))
+            for i in indices
+        ]
+
+    def accumulate(self, indices: Sequence[int], epoch: int, loss_scale: float) -> dict[str, float]:
+        """Gradient of the mean loss of these pairs, times `loss_scale`; metrics of the step."""
+        items = self.items(indices, epoch)
+        values = accumulate_gradient(
+            self.denoiser,
+            list(self.parameters.values()),
+            items,
+            self.objective,
+            loss_scale / len(items),
+            self.token_budget,
+            self.backward,
+        )
+        metrics = preference_metrics(items, values.draws, values.losses, self.objective.beta, self.estimator.block)
+        return {**metrics, "tokens": sum(item.tokens for item in items), "items": len(items)}
+
+
+@dataclass(frozen=True)
+class SftTask:
+    """The negative ELBO per token of single responses."""
+
+    denoiser: Denoiser
+    parameters: Mapping[str, Tensor]
+    examples: Sequence[EncodedExample]
+    estimator: ElboEstimator
+    token_budget: int
+    backward: str = "stream"
+
+    @property
+    def item_count(self) -> int:
+        return len(self.examples)
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """The row ids, for messages."""
+        return [self.examples[i].id for i in indices]
+
+    def items(self, indices: Sequence[int], epoch: int) -> list[Item]:
+        """The rows with their draws of this epoch."""
+        draws = self.estimator.draw_indices(epoch)
+        rows = [self.examples[i] for i in indices]
+        return [
+            Item(row.id, (self.estimator.sequences(row.id, RESPONSE, row.prompt_ids, row.response_ids, draws),))
+            for row in rows
+        ]
+
+    def accumulate(self, indices: Sequence[int], epoch: int, loss_scale: float) -> dict[str, float]:
+        """Gradient of the mean loss of these rows, times `loss_scale`; metrics of the step."""
+        items = self.items(indices, epoch)
+        values = accumulate_gradient(
+            self.denoiser,
+            list(self.parameters.values()),
+            items,
+            SftObjective(),
+            loss_scale / len(items),
+            self.token_budget,
+            self.backward,
+        )
+        tokens = sum(item.tokens for item in items)
+        return {"loss": float(values.losses.mean()), "tokens": tokens, "items": len(items)}
+
+
+def visited_windows(
+    seed: int, steps: int, item_count: int, items_per_step: int, mask_rounds: int
+) -> list[tuple[int, list[int]]]:
+    """(epoch, item indices) of every optimizer step, in order, each item once per round of masks.
+
+    The reference is computed in these windows, so that its packing, and therefore every bit of its values on a CPU,
+    equals the policy's in the first epoch.
+    """
+    windows = []
+    for step in range(steps):
+        epoch, indices = step_items(seed, step, item_count, items_per_step)
+        if epoch >= mask_rounds:
+            break
+        windows.append((epoch, indices))
+    return windows
+
+
+def fill_reference(
+    denoiser: Denoiser,
+    store: ReferenceStore,
+    windows: Iterable[tuple[Sequence[EncodedPair], range]],
+    estimator: ElboEstimator,
+    token_budget: int,
+    stop: StopFlag,
+    pairs_per_shard: int,
+    advance,
+) -> int:
+    """Compute what the store lacks of each window (pairs, draws); the number of forward sequences that took.
+
+    Appends a shard every `pairs_per_shard` pairs. `advance(pairs)` is told of every window done. Raises `Stopped` after
+    a signal, with everything computed so far in the store.
+    """
+    pending: list[tuple[StoredPair, int, np.ndarray]] = []
+    sequences = 0
+    for pairs, draws in windows:
+        by_draws: dict[tuple[int, ...], list[EncodedPair]] = {}
+        for pair in pairs:
+            missing = tuple(store.missing(stored_pair(pair), draws))
+            if missing:
+                by_draws.setdefault(missing, []).append(pair)
+        for missing, group in by_draws.items():
+            # a store is filled from the front, so what is missing is one run of draws
+            assert list(missing) == list(range(missing[0], missing[-1] + 1)), missing
+            items = [pair_item(pair, estimator, missing) for pair in group]
+            values = score_items(denoiser, items, token_budget).cpu().numpy()
+            sequences += values.size
+            pending += [(stored_pair(pair), missing[0], row) for pair, row in zip(group, values, strict=True)]
+        if len(pending) >= pairs_per_shard or stop:
+            _append(store, pending)
+            pending = []
+        advance(len(pairs))
+        if stop:
+            raise Stopped(
+                f"{store.folder}: stopped by {stop.name}; {len(store)} pairs are stored. "
+                "The same command goes on from there."
+            )
+    _append(store, pending)
+    return sequences
+
+
+def _append(store: ReferenceStore, pending: list[tuple[StoredPair, int, np.ndarray]]) -> None:
+    by_draws: dict[tuple[int, int], list[tuple[StoredPair, np.ndarray]]] = {}
+    for pair, first, row in pending:
+        by_draws.setdefault((first, row.shape[1]), []).append((pair, row))
+    for (first, _), rows in by_draws.items():
+        store.append([pair for pair, _ in rows], first, np.stack([row for _, row in rows]))

@@ -1,0 +1,50 @@
+"""Stopping on request: the first SIGTERM or SIGINT sets a flag that every loop polls, the second ends at once.
+
+Saving inside a signal handler hangs or half-writes; a flag read between two units of work does neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+from laddpo.errors import EXIT_STOPPED
+
+
+class StopFlag:
+    """True once a signal asked to stop. `name` is the signal's name."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopFlag]:
+    """Within the block, SIGTERM and SIGINT set the flag; a second one exits with code 75 without further saving.
+
+    Outside the main thread, where Python allows no handlers, the flag simply stays false.
+    """
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def handle(number: int, frame) -> None:
+        if flag:
+            os._exit(EXIT_STOPPED)
+        flag.name = signal.Signals(number).name
+        print(f"\n{flag.name}: stopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
