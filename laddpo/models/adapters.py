@@ -219,9 +219,12 @@ def _read_adapter_config(folder: Path, model):
     content = runs.read_json(file)
     if content.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {content.get('peft_type')!r}; expected 'LORA'. Choose a LoRA adapter.")
-    if content.get("bias", "none") != "none" or any(
-        content.get(k) for k in ("modules_to_save", "trainable_token_indices")
-    ):
+    more = [
+        content.get("bias", "none") != "none",
+        content.get("modules_to_save"),
+        content.get("trainable_token_indices"),
+    ]
+    if any(more):
         raise UserError(
             f"{file}: trains more than LoRA matrices (modules_to_save, bias or tokens); expected LoRA matrices alone. "
             "Merge that adapter into its base with the program that made it, and start from the merged model."

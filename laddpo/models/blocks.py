@@ -10,7 +10,7 @@ from torch import nn
 
 
 def checkpoint_blocks(model, enabled: bool = True) -> None:
-    """Keep only each block's input and recompute the rest when gradients are taken (a third more work, far less memory).
+    """Keep only each block's input and recompute the rest for gradients: a third more work, far less memory.
 
     Puts the model in training mode, without which transformers' layers do not checkpoint; nothing else depends on the
     mode here, for there is no dropout. Works when no input needs a gradient, as under LoRA.

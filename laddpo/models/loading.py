@@ -37,8 +37,8 @@ def load_model(
 ):
     """The model of a checkpoint, in eval mode, on `device`; frozen when it is quantised.
 
-    `dtype`: fp32, bf16, fp16, fp64 or a torch dtype. `quantization`: the config group's fields (load_in_4bit, ...), None
-    or all off for none. `attention`: auto (sdpa, and a variable-length kernel for packed input where the GPU has
+    `dtype`: fp32, bf16, fp16, fp64 or a torch dtype. `quantization`: the config group's fields (load_in_4bit, ...),
+    None or all off for none. `attention`: auto (sdpa, and a variable-length kernel for packed input where the GPU has
     one), sdpa, eager, flash_attention_2, flex_attention. Raises `UserError` for a family that is not supported, for
     pickled or incomplete weights, and for options that this implementation does not compute.
     """
