@@ -12,6 +12,7 @@ import numpy as np
 
 from laddpo.evaluation.figures import ACCENT, DARK, PALE, RULE, new_figure, save_png, say_nothing, tidy
 from laddpo.evaluation.stats import wilson_interval
+from laddpo.evaluation.tables import is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,13 +34,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """A set of curves over one axis. `level` is a rule to compare with; `band` the metric of the shaded half-width."""
+    """Curves over one axis. `level` is a rule to compare with; `is_exact` values are never smoothed; `is_log` takes a
+    log axis where the values spread over more than a factor of ten."""
 
     title: str
     unit: str
     curves: tuple[Curve, ...]
     level: float | None = None
     is_log: bool = False
+    is_exact: bool = False
 
 
 def training_plot(
@@ -53,17 +56,19 @@ def training_plot(
     """One PNG of a training run from the rows of metrics.jsonl (and timing.jsonl).
 
     A row is a flat object with `step` and metrics; a metric of the validation pairs has the prefix `validation/`.
-    Panels without data are left out. `best_step` marks the checkpoint that was kept.
+    Panels without data are left out; with `timing` there is a further row of them. `best_step` marks the checkpoint
+    that was kept.
     """
     series = _series([*rows, *timing])
-    panels = [panel for panel in PANELS if any(curve.metric in series for curve in _with_validation(panel))]
+    wanted = (*PANELS, *DETAIL_PANELS) if timing else PANELS
+    panels = [panel for panel in wanted if any(curve.metric in series for curve in _with_validation(panel))]
     columns = min(len(panels), 4 if len(panels) > 6 else 3) or 1
-    figure = new_figure(4.1 * columns, 3.1 * math.ceil(max(len(panels), 1) / columns), title)
+    lines = math.ceil(len(panels) / columns) or 1
+    figure = new_figure(4.2 * columns, 3.1 * lines, title)
     if not panels:
         say_nothing(figure.subplots(), "no metrics logged yet")
     for number, panel in enumerate(panels, 1):
-        axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, number)
-        _draw_panel(axes, panel, series, best_step)
+        _draw_panel(figure.add_subplot(lines, columns, number), panel, series, best_step)
     save_png(figure, path)
 
 
@@ -78,10 +83,10 @@ def evaluation_plot(
     """Base against tuned with 95% intervals for every metric of results.json, and the distribution of the margins.
 
     An entry has base, tuned, difference, interval and items (what `stats.compare` gives); where it brings no interval
-    of its own for base or tuned, a proportion gets Wilson's. Entries outside [0, 1] are left to the table. Margins are
+    of its own for base or tuned, a proportion gets Wilson's. Other numbers than shares are left to the table. Margins are
     drawn where given; base margins that are all 0 (the base is its own reference) are said, not drawn.
     """
-    shown = {name: entry for name, entry in results.items() if _is_share(entry)}
+    shown = {name: entry for name, entry in results.items() if isinstance(entry, Mapping) and is_share(name, entry)}
     has_margins = tuned_margins is not None and len(tuned_margins) > 0
     figure = new_figure(max(4.8, 1.7 * len(shown) + 2.6) + (5.0 if has_margins else 0), 4.2, title)
     widths = [max(4.8, 1.7 * len(shown) + 2.6), 5.0]
@@ -136,25 +141,27 @@ def _draw_panel(axes: Axes, panel: Panel, series: Mapping, best_step: int | None
     axes.set_ylabel(panel.unit, fontsize=8)
     if panel.level is not None:
         axes.axhline(panel.level, color=RULE, linewidth=0.9, linestyle=(0, (1, 2)))
-    drawn = 0
     for curve in _with_validation(panel):
         if curve.metric in series:
-            _draw_curve(axes, curve, *series[curve.metric])
-            drawn += 1
+            _draw_curve(axes, curve, *series[curve.metric], is_exact=panel.is_exact)
     if panel.title == "Loss":
         _draw_band(axes, series)
-    if panel.is_log and all(line.get_ydata().min() > 0 for line in axes.get_lines()):
+    values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
+    if panel.is_log and values.min() > 0 and values.max() > 10 * values.min():
         axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     if best_step is not None:
-        axes.axvline(best_step, color=RULE, linewidth=0.9, linestyle="-.")
-    if axes.get_legend_handles_labels()[1]:
+        axes.axvline(best_step, color=RULE, linewidth=0.9, linestyle="-.", label=f"kept: step {best_step}")
+    labels = axes.get_legend_handles_labels()[1]
+    if any(label != "training" and not label.startswith("kept") for label in labels):
         axes.legend(fontsize=7.5, frameon=False)
 
 
-def _draw_curve(axes: Axes, curve: Curve, steps: np.ndarray, values: np.ndarray) -> None:
+def _draw_curve(axes: Axes, curve: Curve, steps: np.ndarray, values: np.ndarray, is_exact: bool) -> None:
     """The curve; a long one pale, under its moving average."""
     look = {"color": curve.color, "linestyle": curve.style, "label": curve.label}
-    if curve.marker or len(steps) < SMOOTH_FROM:
+    if curve.marker or is_exact or len(steps) < SMOOTH_FROM:
         marker = curve.marker or ("." if len(steps) == 1 else "")
         axes.plot(steps, values, marker=marker, markersize=3.5, linewidth=1.4, **look)
         return
@@ -193,13 +200,9 @@ def _draw_band(axes: Axes, series: Mapping) -> None:
     axes.fill_between(common, loss - half_width, loss + half_width, color=PALE, alpha=0.45, linewidth=0, label=label)
 
 
-def _is_share(entry: Any) -> bool:
-    return isinstance(entry, Mapping) and all(0 <= entry.get(key, -1) <= 1 for key in ("base", "tuned"))
-
-
 def _draw_before_after(axes: Axes, entries: Mapping[str, Mapping[str, Any]]) -> None:
     if not entries:
-        say_nothing(axes, "no metric between 0 and 1")
+        say_nothing(axes, "no share to compare")
         return
     tidy(axes, "Base and tuned, 95% intervals")
     for offset, which, face, hatch in ((-0.2, "base", "white", "///"), (0.2, "tuned", DARK, "")):
@@ -245,7 +248,14 @@ def _draw_margins(axes: Axes, base: Sequence[float] | None, tuned: np.ndarray) -
     reach = max(abs(low), abs(high)) or 1.0
     edges = np.linspace(min(low, -0.1 * reach), max(high, 0.1 * reach), 41)
     inside = np.clip(tuned, edges[0], edges[-1])
-    axes.hist(inside, edges, color=DARK, alpha=0.85, label=f"tuned: {float((tuned > 0).mean()):.1%} above 0")
+    axes.hist(
+        inside,
+        edges,
+        color=PALE,
+        edgecolor=DARK,
+        linewidth=0.6,
+        label=f"tuned: {float((tuned > 0).mean()):.1%} above 0",
+    )
     if len(base_values) and not is_flat:
         label = f"base: {float((base_values > 0).mean()):.1%} above 0"
         axes.hist(
@@ -258,6 +268,7 @@ def _draw_margins(axes: Axes, base: Sequence[float] | None, tuned: np.ndarray) -
         fontsize=8,
     )
     axes.set_ylabel("pairs", fontsize=8)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.3)  # room for the legend
     axes.legend(fontsize=8, frameon=False)
 
 
@@ -272,10 +283,14 @@ PANELS: tuple[Panel, ...] = (
         level=0.0,
     ),
     Panel("Exact match", "share of problems", (Curve("exact_match", "training"),)),
-    Panel("ELBO", "nats", (Curve("logps/chosen", "chosen"), Curve("logps/rejected", "rejected", ACCENT, "--"))),
-    Panel("Estimator noise", "nats", (Curve("elbo/std_error", "standard error of the ELBO"),), is_log=True),
+    Panel("Standard error of the ELBO", "nats", (Curve("elbo/std_error", "training"),), is_log=True),
     Panel("Gradient norm", "before clipping", (Curve("grad_norm", "training"),), is_log=True),
-    Panel("Learning rate", "", (Curve("learning_rate", "training"),)),
+    Panel("Learning rate", "", (Curve("learning_rate", "training"),), is_exact=True),
+)
+
+DETAIL_PANELS: tuple[Panel, ...] = (
+    Panel("ELBO", "nats", (Curve("logps/chosen", "chosen"), Curve("logps/rejected", "rejected", ACCENT, "--"))),
+    Panel("ELBO minus reference, both sides", "nats", (Curve("kl", "training"),), level=0.0),
     Panel("Speed", "pairs per second", (Curve("speed/pairs_per_s", "training"),)),
-    Panel("Peak memory", "GiB", (Curve("memory/peak_gib", "training"),)),
+    Panel("Peak memory", "GiB", (Curve("memory/peak_gib", "training"),), is_exact=True),
 )

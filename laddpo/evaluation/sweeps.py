@@ -46,11 +46,11 @@ class SweepCell:
 
     @property
     def spread_text(self) -> str:
-        """ "±0.012, 3 seeds" for a pooled cell, else nothing."""
+        """ "±0.012, 3 runs" for a pooled cell, else nothing."""
         runs = [job.value for job in self.jobs if job.value is not None]
         if len(runs) < 2:
             return ""
-        return f"±{number_text(mean_with_error(runs).std_error)}, {len(runs)} runs"
+        return f"±{mean_with_error(runs).std_error:.2g}, {len(runs)} runs"
 
     def label(self, keys: Sequence[str]) -> str:
         """ "beta=0.5, loss=ipo": what tells this cell from the others."""
@@ -216,9 +216,9 @@ def _draw_line(axes: Axes, table: SweepTable) -> None:
     axes.plot(x, [cell.mean for cell in cells], color=DARK, marker="o", linewidth=1.4)
     for value, cell in zip(x, cells, strict=True):
         weight = "bold" if cell is table.best else "normal"
-        axes.annotate(
-            number_text(cell.mean), (value, cell.mean), (7, 5), textcoords="offset points", fontsize=8.5, weight=weight
-        )
+        top = cell.mean if cell.interval is None else cell.interval[1]
+        text = number_text(cell.mean)
+        axes.annotate(text, (value, top), (0, 5), textcoords="offset points", ha="center", fontsize=8.5, weight=weight)
     if x and min(x) > 0 and max(x) / min(x) >= 8:
         axes.set_xscale("log")
     axes.set_xticks(x, [number_text(value) for value in x])

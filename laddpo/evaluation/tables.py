@@ -1,0 +1,118 @@
+"""Tables for the terminal and for Markdown: base against tuned, a sweep sorted by its metric, answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from laddpo.evaluation.sweeps import SweepCell, SweepTable, number_text
+
+EXAMPLE_CHARACTERS = 600  # of one text in the side-by-side examples
+
+
+def before_after_table(results: Mapping[str, Any]) -> str:
+    """The table printed after an evaluation, one line per entry of results.json that has base and tuned.
+
+    Shares between 0 and 1 are printed in percent and their difference in points. An interval that holds 0 says so.
+    """
+    rows = [_before_after_row(name, entry) for name, entry in results.items() if _is_comparison(entry)]
+    header = ["", "base", "tuned", "difference", "95% interval", "items", ""]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return aligned(header, rows)
+
+
+def is_share(name: str, entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of results.json is a share of items (shown in percent) rather than a number of another kind."""
+    is_inside = all(0 <= entry.get(key, -1) <= 1 for key in ("base", "tuned"))
+    return is_inside and any(word in name for word in ("match", "accuracy", "accuracies", "rate", "share"))
+
+
+def sweep_text(table: SweepTable) -> str:
+    """A sweep for the terminal, best first."""
+    return aligned(*_sweep_rows(table))
+
+
+def sweep_markdown(table: SweepTable) -> str:
+    """A sweep as a Markdown table, best first."""
+    return markdown(*_sweep_rows(table))
+
+
+def examples_text(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]], count: int = 8) -> str:
+    """Answers of base and tuned to the same items, those on which they differ in rightness first.
+
+    Both take the records of `run_task`; items that only one of them has are left out.
+    """
+    tuned_by_id = {record["id"]: record for record in tuned}
+    both = [(record, tuned_by_id[record["id"]]) for record in base if record["id"] in tuned_by_id]
+    both.sort(key=lambda pair: pair[0]["correct"] == pair[1]["correct"])  # stable: else in the order of the items
+    blocks = []
+    for before, after in both[:count]:
+        lines = [f"prompt  {_shortened(before['prompt'])}", f"gold    {before['answer']}"]
+        for name, record in (("base ", before), ("tuned", after)):
+            lines.append(f"{name} {'✓' if record['correct'] else '✗'} {_shortened(record['text'])}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first to the left and the others to the right, under a ruled header."""
+    table = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = zip(row, widths, strict=True)
+        cells = [first[0].ljust(first[1]), *[cell.rjust(width) for cell, width in others]]
+        return "  ".join(cells).rstrip()
+
+    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([line(header), rule, *[line(row) for row in rows]])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as a Markdown table; pipes inside cells are escaped."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    marks = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join([line(header), "|" + "|".join(marks) + "|", *[line(row) for row in rows]])
+
+
+def _is_comparison(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "base" in entry and "tuned" in entry
+
+
+def _before_after_row(name: str, entry: Mapping[str, Any]) -> list[str]:
+    base, tuned = entry["base"], entry["tuned"]
+    if is_share(name, entry):
+        show, signed, unit = "{:.1%}".format, lambda value: f"{100 * value:+.1f}", " points"
+    else:
+        show, signed, unit = "{:.3f}".format, "{:+.3f}".format, ""
+    difference = entry.get("difference", tuned - base)
+    interval, note = "", ""
+    if entry.get("interval") is not None:
+        low, high = entry["interval"]
+        interval = f"[{signed(low)}, {signed(high)}]"
+        note = "interval holds 0" if low <= 0 <= high else ""
+    items = str(entry["items"]) if "items" in entry else ""
+    return [name.replace("_", " "), show(base), show(tuned), signed(difference) + unit, interval, items, note]
+
+
+def _sweep_rows(table: SweepTable) -> tuple[list[str], list[list[str]]]:
+    header = [*(table.keys or ("job",)), table.metric, "interval", "runs"]
+    return header, [_sweep_row(cell) for cell in table.sorted_cells()]
+
+
+def _sweep_row(cell: SweepCell) -> list[str]:
+    finished = [job for job in cell.jobs if job.value is not None]
+    interval = "" if cell.interval is None else "[{}, {}]".format(*map(number_text, cell.interval))
+    runs = f"{len(finished)}" if len(finished) == len(cell.jobs) else f"{len(finished)} of {len(cell.jobs)}"
+    value = "failed" if cell.mean is None else number_text(cell.mean)
+    return [*(map(number_text, cell.values) if cell.values else ["default"]), value, interval, runs]
+
+
+def _shortened(text: str) -> str:
+    """One paragraph, cut at EXAMPLE_CHARACTERS; line breaks are indented under the label."""
+    cut = text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + f" … ({len(text)} characters)"
+    return cut.strip().replace("\n", "\n        ")
