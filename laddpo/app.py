@@ -1,0 +1,281 @@
+"""The one command-line door of every stage: `run_stage("train", main)` at the foot of laddpo/train.py.
+
+Composes the settings, explains every mistake together (exit code 2, no traceback, no torch import), fixes the run's
+folder, and calls `main(config, run_folder)`. With several values and -m, each job becomes a process of its own
+(laddpo/sweep.py). `cli(stage, argv, main)` is the same door as a function that returns the exit code.
+
+    python -m laddpo.train model=llada_nano hardware=cpu
+    python -m laddpo.train model=llada_8b hardware=rtx4080 --cfg job --resolve
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.object_type import ObjectType
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+import laddpo
+from laddpo.compose import compose_tree, open_hydra, to_run_config
+from laddpo.config import unlikely_settings
+from laddpo.errors import EXIT_DONE, EXIT_FAULT, UserError, nearest
+from laddpo.redaction import redact
+from laddpo.settings import RunConfig
+
+Main = Callable[[RunConfig, Path], None]
+
+
+def run_stage(stage: str, main: Main) -> None:
+    """Run a stage on the command line's arguments and end the process with its exit code."""
+    sys.exit(cli(stage, sys.argv[1:], main))
+
+
+def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
+    """The exit code of `python -m laddpo.<stage> <argv>`, run in this process."""
+    try:
+        return _run(stage, list(argv), main)
+    except UserError as error:
+        _print_problems(error)
+        return error.exit_code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_DONE if stop.code is None else EXIT_FAULT
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return EXIT_FAULT
+    except BrokenPipeError:  # the reader of our output (head, less) went away
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAULT
+    except Exception:
+        sys.stderr.write(redact(traceback.format_exc()))
+        return EXIT_FAULT
+
+
+def _run(stage: str, argv: list[str], main: Main | None) -> int:
+    args = _parse(stage, argv)
+    if args.version:
+        print(f"laddpo {laddpo.__version__}")
+        return EXIT_DONE
+    with open_hydra(f"laddpo.{stage}", args.config_dir) as hydra:
+        if args.help:
+            print(help_text(stage, hydra))
+            return EXIT_DONE
+        if args.shell_completion:
+            hydra.shell_completion(config_name=args.config_name, overrides=args.overrides)
+            return EXIT_DONE
+        if args.info:
+            compose_tree(hydra, args.config_name, args.overrides, _mode(args))
+            hydra.show_info(args.info, config_name=args.config_name, overrides=args.overrides)
+            return EXIT_DONE
+        tree = compose_tree(hydra, args.config_name, args.overrides, _mode(args))
+        sweeping = args.multirun or tree.hydra.mode == RunMode.MULTIRUN
+        if args.cfg:
+            _show(hydra, args, tree)
+            if not sweeping:
+                to_run_config(tree)
+            return EXIT_DONE
+        if sweeping:
+            from laddpo.sweep import run_sweep
+
+            return run_sweep(hydra, stage, args.config_name, args.config_dir, args.overrides)
+        config = to_run_config(tree)
+    folder = run_folder(stage, config)
+    if _rank() == 0:
+        for note in unlikely_settings(config):
+            print(f"note: {note}", file=sys.stderr)
+    main = main or importlib.import_module(f"laddpo.{stage}").main
+    main(config, folder)
+    return EXIT_DONE
+
+
+def run_folder(stage: str, config: RunConfig) -> Path:
+    """The folder this run owns: `output_dir` when given, else outputs/<stage>/<date-time-name>. Not created here.
+
+    All processes of one launch get the same answer: from LADDPO_RUN_FOLDER if it is set, else from the moment at which
+    their common parent (torchrun, accelerate) was started.
+    """
+    if config.output_dir is not None:
+        folder = Path(config.output_dir)
+    elif fixed := os.environ.get("LADDPO_RUN_FOLDER"):
+        folder = Path(fixed)
+    else:
+        world, local_world = (int(os.environ.get(k, "1")) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        if local_world not in (1, world):
+            raise UserError(
+                f"output_dir is not set and the run spans several machines ({world} processes, {local_world} here), which "
+                "cannot agree on a folder by themselves; add output_dir=<a folder that all of them see>."
+            )
+        folder = (
+            Path(config.paths.outputs_dir) / stage / f"{_launch_stamp(world)}-{config.model.name}-{config.data.source}"
+        )
+    _check_folder(folder, config)
+    return folder
+
+
+def _launch_stamp(world: int) -> str:
+    """`2025-01-31_12-00-00-1f3a`: this moment, or for several processes the start of the one that launched them."""
+    if world == 1:
+        moment, salt = time.time(), f"{os.getpid()}-{time.time_ns()}"
+    else:
+        moment = _start_of_process(os.getppid())
+        salt = f"{os.getppid()}-{os.environ.get('MASTER_PORT', '')}-{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+    return (
+        f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.localtime(moment))}-{hashlib.sha256(salt.encode()).hexdigest()[:4]}"
+    )
+
+
+def _start_of_process(pid: int) -> float:
+    """Seconds since the epoch at which a process started (Linux: /proc; elsewhere: ps)."""
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.exists():
+        ticks = float(stat.read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        boot = next(
+            float(line.split()[1])
+            for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+            if line.startswith("btime")
+        )
+        return boot + ticks / os.sysconf("SC_CLK_TCK")
+    import subprocess
+
+    shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return time.mktime(time.strptime(shown.strip(), "%a %b %d %H:%M:%S %Y"))
+
+
+def _check_folder(folder: Path, config: RunConfig) -> None:
+    """Refuse a folder that cannot be written, or that holds another run (unless this one resumes it)."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(
+            f"output_dir is {str(folder)!r} and {existing} is a file; expected a folder; choose another name."
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir is {str(folder)!r} and {existing} cannot be written to; choose a folder you own.")
+    if folder.exists() and (folder / "config.yaml").exists() and config.resume == "false":
+        raise UserError(
+            f"output_dir is {str(folder)!r}, which holds an earlier run; nothing is overwritten; "
+            "add resume=true to continue it, or choose another folder."
+        )
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _print_problems(error: UserError) -> None:
+    if _rank() != 0:  # one process of a launch speaks
+        return
+    count = len(error.problems)
+    head = "" if count == 1 else f"{count} problems, nothing was run:\n"
+    print(redact(head + "\n".join(f"error: {problem}" for problem in error.problems)), file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        words = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized arguments"):
+            flag = words[0].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            guess = nearest(flag, known)
+            hint = (
+                f"did you mean {guess}?"
+                if guess
+                else f"settings are written {flag.lstrip('-').replace('-', '_')}=<value>."
+            )
+            raise UserError(f"{' '.join(words)}: no such option; {hint}")
+        raise UserError(f"{message}; python -m laddpo.train --help shows what can be written.")
+
+
+def _parse(stage: str, argv: list[str]) -> argparse.Namespace:
+    """Hydra's own flags, with our messages, and --version as a plain flag."""
+    parser = _Parser(prog=f"python -m laddpo.{stage}", add_help=False, allow_abbrev=False)
+    for action in get_args_parser()._actions:
+        if action.dest not in ("version", "config_path", "experimental_rerun"):
+            parser._add_action(action)
+    parser.add_argument("--version", action="store_true", help="print the version")
+    args = parser.parse_args(argv)
+    args.config_name = (args.config_name or "config").removesuffix(".yaml")
+    chosen = [flag for flag in ("cfg", "multirun", "run", "info", "shell_completion") if getattr(args, flag)]
+    if len(chosen) > 1 and chosen != ["cfg", "multirun"]:
+        raise UserError(f"--{chosen[0]} and --{chosen[1]} were both given; expected one of them.")
+    if args.resolve and not args.cfg:
+        raise UserError(
+            "--resolve was given without --cfg; write --cfg job --resolve to see the settings with all references filled in."
+        )
+    return args
+
+
+def _mode(args: argparse.Namespace) -> RunMode:
+    return RunMode.MULTIRUN if args.multirun else RunMode.RUN
+
+
+def _show(hydra: Hydra, args: argparse.Namespace, tree) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    HydraConfig.instance().set_config(tree)
+    OmegaConf.set_readonly(tree.hydra, None)
+    shown = hydra.get_sanitized_cfg(tree.copy(), args.cfg)
+    if args.package not in (None, "_global_"):
+        shown = OmegaConf.select(shown, args.package)
+        if shown is None:
+            raise UserError(
+                f"--package is {args.package!r}; there is no such part of the settings; dpo or model.shape are."
+            )
+    if OmegaConf.is_config(shown):
+        if args.resolve:
+            OmegaConf.resolve(shown)
+        shown = OmegaConf.to_yaml(shown)
+    print(redact(str(shown)), end="")
+
+
+def help_text(stage: str, hydra: Hydra) -> str:
+    """What the stage does, the groups with their options, and the flags."""
+    purpose = _first_paragraph(stage)
+    loader = hydra.config_loader
+    groups = [group for group in hydra.list_all_config_groups() if not group.startswith("hydra")]
+    width = max(len(group) for group in groups)
+    options = "\n".join(
+        f"  {group:<{width}}  {', '.join(sorted(loader.get_group_options(group, ObjectType.CONFIG)))}"
+        for group in groups
+    )
+    return f"""{purpose}
+
+python -m laddpo.{stage} [group=option ...] [group.setting=value ...]
+
+Groups and their options (conf/<group>/<option>.yaml):
+{options}
+
+Examples:
+  python -m laddpo.{stage} model=llada_nano hardware=cpu
+  python -m laddpo.{stage} model=llada_8b hardware=rtx4080 optim.learning_rate=1e-5
+  python -m laddpo.{stage} -m dpo.beta=0.5,1,2 dpo.diffusion_samples=1,2,4
+
+Flags:
+  --cfg job [--resolve]  print the settings instead of running
+  --info defaults        print which yaml files are composed
+  --config-dir FOLDER    add your own folder of groups
+  --config-name NAME     another root file than config.yaml
+  -m, --multirun         one job, in its own process, for each combination of values
+  --version              print the version"""
+
+
+def _first_paragraph(stage: str) -> str:
+    """The first paragraph of the stage's module docstring, read without running it."""
+    import ast
+
+    file = Path(laddpo.__file__).parent / f"{stage}.py"
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) if file.exists() else None
+    return (text or f"laddpo.{stage}").split("\n\n")[0]

@@ -1,0 +1,251 @@
+"""The typed schema of every configuration group: what may stand in a yaml file or on the command line.
+
+One dataclass per group of conf/, composed into `RunConfig`. Hydra merges yaml files and overrides into these types, so
+an unknown key or a wrong type is refused with its full name. What a value costs (memory, time, bias) is written beside
+the key in conf/; the ranges and contradictions are checked in laddpo/config.py. No torch, so that reading a
+configuration is instant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelShape:
+    """Sizes of the transformer, for `plan`; checked against config.json when the model is loaded."""
+
+    d_model: int = MISSING
+    n_layers: int = MISSING
+    n_heads: int = MISSING
+    n_kv_heads: int = MISSING
+    mlp_hidden_size: int = MISSING
+    vocab_size: int = MISSING
+    max_sequence_length: int = MISSING
+
+
+@dataclass
+class LearningRates:
+    """By adapter.kind."""
+
+    lora: float = MISSING
+    full: float = MISSING
+
+
+@dataclass
+class Recommended:
+    """What suits this model; dpo, optim, data and sft take their defaults from here."""
+
+    beta: float = MISSING
+    learning_rate: LearningRates = field(default_factory=LearningRates)
+    num_train_epochs: float = 1.0
+    max_train_steps: int | None = None
+    num_warmup_steps: int = 0
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 64
+    max_length: int = 1024
+    save_steps: int = 500
+    evaluate_every_steps: int | None = None
+
+
+@dataclass
+class ModelSettings:
+    name: str = MISSING
+    model_name_or_path: str = MISSING
+    revision: str | None = None
+    shape: ModelShape = field(default_factory=ModelShape)
+    recommended: Recommended = field(default_factory=Recommended)
+
+
+@dataclass
+class AdapterSettings:
+    kind: str = "lora"
+    path: str | None = None
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: str = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+@dataclass
+class QuantizationSettings:
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: str | None = None
+    llm_int8_threshold: float = 6.0
+
+
+@dataclass
+class Columns:
+    """Names of the row fields that hold prompt, chosen and rejected."""
+
+    prompt: str | None = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+
+
+@dataclass
+class LengthQuantiles:
+    """Tokens of prompt + response, over all sequences: what `plan` assumes as long as nothing is prepared."""
+
+    mean: float | None = None
+    p50: int | None = None
+    p90: int | None = None
+    p99: int | None = None
+    prompt_mean: float | None = None
+
+
+@dataclass
+class DataSettings:
+    source: str = MISSING
+    dataset_name: str | None = None
+    dataset_split: str | None = None
+    revision: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    format: str = "auto"
+    template: str = "auto"
+    max_length: int = 1024
+    truncation: str = "error"
+    random_sample_size: int | None = None
+    validation_fraction: float = 0.05
+    on_bad_row: str = "error"
+    max_bad_fraction: float = 1.0
+    max_line_bytes: int = 16 * 2**20
+    num_pairs: int = 2048
+    operand_max: int = 20
+    length_quantiles: LengthQuantiles = field(default_factory=LengthQuantiles)
+
+
+@dataclass
+class DpoSettings:
+    loss: str = "sigmoid"
+    beta: float = MISSING
+    diffusion_samples: int = 4
+    estimator: str = "complement"
+    schedule: str = "low_discrepancy"
+    mask_rounds: int = 1
+    common_random_numbers: bool = True
+    shared_counts: bool = True
+    sft_weight: float = 0.0
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class OptimSettings:
+    optimizer: str = "adamw"
+    learning_rate: float = MISSING
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    lr_scheduler_type: str = "cosine"
+    num_warmup_steps: int = 0
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 1.0
+    max_train_steps: int | None = None
+    skip_nonfinite: int = 0
+
+
+@dataclass
+class HardwareSettings:
+    device: str = "auto"
+    precision: str = "auto"
+    attention: str = "auto"
+    token_budget: int | None = None
+    backward: str = "auto"
+    gradient_checkpointing: bool | None = None
+    vram_gib: float | None = None
+    compile: bool = False
+    threads: int | None = None
+
+
+@dataclass
+class EvaluationSettings:
+    at_end: bool = True
+    tasks: list[str] = field(default_factory=list)
+    dataset_name: str | None = None
+    limit: int | None = None
+    every_steps: int | None = None
+    num_pairs: int | None = 128
+    diffusion_samples: int = 32
+    gen_length: int = 256
+    steps: int = 256
+    block_length: int = 32
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    remasking: str = "low_confidence"
+    suppress_eos: bool = False
+    batch_size: int = 8
+
+
+@dataclass
+class LoggerSettings:
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "laddpo"
+    wandb_name: str | None = None
+    wandb_group: str | None = None
+    wandb_tags: list[str] = field(default_factory=list)
+    wandb_mode: str = "online"
+
+
+@dataclass
+class SftSettings:
+    examples: str = "corpus"
+    num_examples: int = 20000
+    mistake_share: float = 0.6
+    learning_rate: float | None = None
+    max_train_steps: int | None = None
+    batch_size: int = 64
+    from_scratch: bool = False
+
+
+@dataclass
+class PathSettings:
+    data_dir: str = "data"
+    outputs_dir: str = "outputs"
+
+
+@dataclass
+class StoppingSettings:
+    patience: int | None = None
+    max_chosen_fall: float | None = None
+
+
+@dataclass
+class RunConfig:
+    """A whole run: what every stage's `main(config, run_folder)` receives."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    dpo: DpoSettings = field(default_factory=DpoSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    hardware: HardwareSettings = field(default_factory=HardwareSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    logger: LoggerSettings = field(default_factory=LoggerSettings)
+    sft: SftSettings = field(default_factory=SftSettings)
+    seed: int = 42
+    output_dir: str | None = None
+    resume: str = "false"
+    auto: bool = True
+    dry_run: bool = False
+    save_steps: int | None = 500
+    save_minutes: float | None = None
+    save_total_limit: int | None = 2
+    logging_steps: int = 10
+    best_metric: str = "auto"
+    verify: bool = False
+    rounds: int = 1
+    run: str | None = None
+    runs: list[str] = field(default_factory=list)
+    paths: PathSettings = field(default_factory=PathSettings)
+    stopping: StoppingSettings = field(default_factory=StoppingSettings)
