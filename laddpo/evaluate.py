@@ -1,7 +1,15 @@
-"""evaluate: not built yet."""
+"""Base against tuned: held-out reward accuracy and margins, and exact answers to test problems.
+
+    python -m laddpo.evaluate run=outputs/train/<run>                  a finished or interrupted run's best adapter
+    python -m laddpo.evaluate evaluation=gsm8k evaluation.limit=200    the base model alone, on GSM8K
+
+Writes results.json, items.jsonl (one object per answer, resumable), pairs.jsonl (one per held-out pair) and a plot.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from laddpo.app import run_stage
@@ -10,7 +18,183 @@ from laddpo.settings import RunConfig
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
-    raise UserError("not built yet.")
+    """Evaluate the run that `run` names, or the configured model as it is."""
+    import dataclasses
+
+    from laddpo import inputs, runs
+    from laddpo.compose import read_config, write_config
+    from laddpo.config import check_machine
+    from laddpo.machine import find_machine
+    from laddpo.prepare import open_prepared
+    from laddpo.signals import stop_on_signal
+
+    trained = None
+    if config.run:
+        trained = Path(config.run)
+        # the run says what it is; this command line says how to measure it and on what machine
+        config = dataclasses.replace(
+            read_config(trained), evaluation=config.evaluation, hardware=config.hardware, run=config.run
+        )
+    check_machine(config)
+    with runs.locked(run_folder, wait=False), stop_on_signal() as stop:
+        write_config(config, run_folder)
+        loaded = inputs.load(config, find_machine(config.hardware))
+        if trained:
+            inputs.make_trainable(config, loaded)
+            evaluate_run(config, trained, run_folder, open_prepared(config), loaded, stop)
+        else:
+            evaluate_base(config, run_folder, loaded)
+    print(run_folder)
+
+
+def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loaded, stop) -> dict:
+    """Base against the best weights of the run in `trained`; returns the content of results.json.
+
+    The model in `loaded` must already carry the run's adapter (or be trainable as a whole); its weights are replaced.
+    """
+    from laddpo import inputs, runs
+    from laddpo.answering import answer_task, open_task
+    from laddpo.evaluation.plots import evaluation_plot
+    from laddpo.evaluation.tables import before_after_table, examples_text
+
+    tuned = tuned_weights(config, trained)
+    results: dict = {}
+    margins = None
+    with base_model(config, loaded):
+        pairs = list(prepared.validation)[: config.evaluation.num_pairs]
+        items, block = [], 1
+        if pairs:
+            items, block = inputs.held_out_items(config, prepared, loaded, pairs, stop, "held-out pairs")
+        tasks = [open_task(config, name, "test", config.evaluation.limit) for name in config.evaluation.tasks]
+        base_records = {
+            task.name: answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base")
+            for task in tasks
+        }
+    use_weights(config, loaded, tuned)
+    if items:
+        scores, margins = _measure_pairs(config, loaded, items, block, pairs, folder)
+        results.update(scores)
+    digest = {"tuned": runs.read_manifest(tuned, "weights")["files"]}
+    for task in tasks:
+        records = answer_task(config, loaded, task, folder / "items.jsonl", {**loaded.weights, **digest}, "tuned")
+        base = base_records[task.name]
+        key = "exact_match" if len(tasks) == 1 else f"{task.name}/exact_match"
+        results[key] = _compare([r["correct"] for r in base], [r["correct"] for r in records], config.seed)
+        results[key]["task"] = {"name": task.name, "grader": task.grader.name, **task.fields}
+        runs.write_text(folder / f"examples_{task.name}.txt", examples_text(base, records) + "\n")
+    runs.write_json(folder / "results.json", results)
+    evaluation_plot(results, folder / "plots" / "evaluation.png", tuned_margins=margins, title=f"{trained.name}")
+    print()
+    print(before_after_table(results))
+    print(f"\nresults, answers and plots: {folder}")
+    return results
+
+
+def evaluate_base(config: RunConfig, folder: Path, loaded) -> dict:
+    """Exact match of the configured model alone."""
+    from laddpo import runs
+    from laddpo.answering import answer_task, open_task
+    from laddpo.evaluation.stats import wilson_interval
+
+    if not config.evaluation.tasks:
+        raise UserError(
+            "evaluation.tasks is empty and run is not set; a base model alone can only be measured on tasks. "
+            "Add run=outputs/train/<run>, or evaluation=arithmetic."
+        )
+    results: dict = {}
+    for name in config.evaluation.tasks:
+        task = open_task(config, name, "test", config.evaluation.limit)
+        records = answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base")
+        right = sum(record["correct"] for record in records)
+        low, high = wilson_interval(right, len(records))
+        key = "exact_match" if len(config.evaluation.tasks) == 1 else f"{name}/exact_match"
+        results[key] = {
+            "base": right / len(records),
+            "base_interval": [low, high],
+            "items": len(records),
+            "task": {"name": name, "grader": task.grader.name, **task.fields},
+        }
+        print(f"{name}: {right} of {len(records)} exact, {right / len(records):.1%} (95% interval {low:.1%} to {high:.1%})")
+    runs.write_json(folder / "results.json", results)
+    return results
+
+
+def _compare(base, tuned, seed: int, groups=None) -> dict:
+    import numpy as np
+
+    from laddpo.evaluation.stats import compare
+
+    return compare(base, tuned, np.random.default_rng(seed), groups)
+
+
+def _measure_pairs(config: RunConfig, loaded, items, block: int, pairs, folder: Path):
+    """Entries of results.json for the held-out pairs, and the margins of the tuned model."""
+    from laddpo import runs
+    from laddpo.evaluation.margins import length_buckets, score_preferences
+    from laddpo.inputs import objective_of
+
+    scores = score_preferences(loaded.denoiser, items, objective_of(config), block, loaded.machine.token_budget)
+    groups = [pair.group for pair in pairs]
+    count = len(items)
+    results = {
+        # the base is its own reference: every margin is exactly 0, every accuracy a tie
+        "reward_accuracy": _compare([0.5] * count, list(scores.accuracies), config.seed, groups),
+        "reward_margin": _compare([0.0] * count, list(scores.margins), config.seed, groups),
+    }
+    results["reward_margin"]["draw_std_error"] = float((scores.margin_draw_error**2).mean() ** 0.5)
+    results["pairs"] = {name.removeprefix("validation/"): value for name, value in scores.metrics().items()}
+    results["by_length"] = length_buckets(scores)
+    rows = [
+        {"id": pair.id, "margin": float(m), "draw_std_error": float(e), "response_tokens": list(item.response_tokens)}
+        for pair, item, m, e in zip(pairs, items, scores.margins, scores.margin_draw_error, strict=True)
+    ]
+    runs.write_text(folder / "pairs.jsonl", "".join(runs.canonical_json(row) + "\n" for row in rows))
+    return results, scores.margins
+
+
+def tuned_weights(config: RunConfig, trained: Path) -> Path:
+    """The folder of the run's best weights; its last ones where the run was interrupted before any were kept."""
+    from laddpo import runs
+    from laddpo.inputs import ADAPTER, MODEL
+
+    folder = trained / (MODEL if config.adapter.kind == "full" else ADAPTER)
+    if runs.read_manifest(folder, "weights") is None:
+        raise UserError(
+            f"{folder}: has no finished weights; expected those that train keeps. Continue the run with "
+            f"python -m laddpo.train resume={trained}, or check run=."
+        )
+    return folder
+
+
+def use_weights(config: RunConfig, loaded, weights: Path) -> None:
+    """Load a run's weights into the model that carries its adapter."""
+    from laddpo.models import adapters, loading
+
+    if config.adapter.kind == "full":
+        loading.load_weights(loaded.model, weights)
+    else:
+        adapters.load_adapter(loaded.model, weights)
+
+
+@contextmanager
+def base_model(config: RunConfig, loaded) -> Iterator[None]:
+    """Inside the block the model is what training started from: the reference.
+
+    Whatever weights the model had are not restored afterwards where they had to be overwritten: load what you need.
+    """
+    from laddpo.inputs import model_path
+    from laddpo.models import adapters, loading
+
+    if config.adapter.kind == "full":
+        folder = loading.checkpoint_folder(model_path(config), config.model.revision)
+        loading.load_weights(loaded.model, folder)
+        yield
+    elif config.adapter.path:
+        adapters.load_adapter(loaded.model, config.adapter.path)
+        yield
+    else:
+        with adapters.adapter_disabled(loaded.model):
+            yield
 
 
 if __name__ == "__main__":

@@ -1,16 +1,91 @@
-"""precompute: not built yet."""
+"""Reference log-likelihoods, computed once for every pair and draw that a run will visit, and kept for all later runs.
+
+    python -m laddpo.precompute
+    python -m laddpo.precompute model=llada_8b hardware=rtx4080 dpo.diffusion_samples=8
+    python -m laddpo.precompute verify=true          recompute a sample of what is stored and compare
+
+A store serves every beta, loss, learning rate, LoRA rank and batch size; more pairs or draws are added to it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from laddpo.app import run_stage
-from laddpo.errors import UserError
+from laddpo.errors import RunFault
 from laddpo.settings import RunConfig
+
+VERIFIED_PAIRS = 32
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
-    raise UserError("not built yet.")
+    """Fill the store for the training pairs that the run visits and for its validation pairs."""
+    import dataclasses
+
+    from laddpo import inputs
+    from laddpo.config import check_machine
+    from laddpo.core.tasks import visited_windows
+    from laddpo.machine import find_machine
+    from laddpo.prepare import open_prepared
+    from laddpo.signals import stop_on_signal
+    from laddpo.training import loop_settings
+
+    config = dataclasses.replace(config, auto=True)  # asked for by name: there is nothing to refuse
+    check_machine(config)
+    machine = find_machine(config.hardware)
+    print(f"machine: {machine}")
+    prepared = open_prepared(config)
+    loaded = inputs.load(config, machine)
+    estimator = inputs.reference_estimator(config)
+    store = inputs.reference_store(config, prepared, loaded, estimator)
+    if config.verify:
+        verify(config, loaded, store, estimator, prepared)
+    else:
+        pairs = prepared.train
+        settings = loop_settings(config, len(pairs), best_metric=None)
+        windows = [
+            ([pairs[i] for i in indices], estimator.draw_indices(epoch))
+            for epoch, indices in visited_windows(
+                config.seed, settings.total_steps, len(pairs), settings.items_per_step, config.dpo.mask_rounds
+            )
+        ]
+        with stop_on_signal() as stop:
+            inputs.complete_reference(config, loaded, store, estimator, windows, stop, "training pairs")
+            held_out = list(prepared.validation)[: config.evaluation.num_pairs]
+            if held_out:
+                inputs.held_out_items(config, prepared, loaded, held_out, stop, "validation pairs")
+    print(store.folder)
+
+
+def verify(config: RunConfig, loaded, store, estimator, prepared) -> None:
+    """Recompute stored values of a sample of pairs on this machine and compare; `RunFault` when they differ."""
+    import numpy as np
+
+    from laddpo.core.gradient import score_items
+    from laddpo.core.tasks import pair_item, stored_pair
+    from laddpo.training import STEP_ZERO_TOLERANCE
+
+    draws = estimator.draw_indices(0)
+    known = [pair for pair in prepared.train if not store.missing(stored_pair(pair), draws)]
+    step = max(1, len(known) // VERIFIED_PAIRS)
+    sample = known[::step][:VERIFIED_PAIRS]
+    if not sample:
+        print(f"{store.folder}: holds no values for these pairs yet; nothing to verify")
+        return
+    items = [pair_item(pair, estimator, draws) for pair in sample]
+    now = score_items(loaded.denoiser, items, loaded.machine.token_budget).cpu().numpy()
+    stored = np.stack([store.values(stored_pair(pair), draws) for pair in sample])
+    difference = np.abs(now - stored)
+    relative = float((difference / np.maximum(1.0, np.abs(stored))).max())
+    tolerance = STEP_ZERO_TOLERANCE[loaded.machine.precision]
+    summary = f"{len(sample)} pairs, {stored.size} values: largest difference {difference.max():.3g} nats, relative {relative:.2g}"
+    if relative > tolerance:
+        worst = sample[int(difference.max(axis=(1, 2)).argmax())].id
+        raise RunFault(
+            f"{store.folder}: {summary}, allowed {tolerance:g} in {loaded.machine.precision}; worst pair {worst}. "
+            "Remove the folder and run python -m laddpo.precompute again."
+        )
+    print(f"{store.folder}: verified {summary}")
 
 
 if __name__ == "__main__":

@@ -168,21 +168,59 @@ class JsonLines:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock (flock on `.lock`), waiting while another process has it.
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the folder's lock (flock on `.lock`); while another process has it, wait, or with `wait=False` refuse.
 
     On a platform or file system without flock, no lock is taken: two writers are then the user's to avoid.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    path = folder / ".lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        _flock(fd, folder, wait)
+        os.truncate(fd, 0)
+        os.write(fd, f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
         yield
     finally:
         os.close(fd)
+
+
+def _flock(fd: int, folder: Path, wait: bool) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        holder = os.pread(fd, 200, 0).decode(errors="replace")
+        raise UserError(
+            f"{folder}: is in use by {holder or 'another process'}. Wait for it, or choose another output_dir."
+        ) from error
+    except OSError:  # a network file system without locks
+        return
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Fill a temporary folder that takes the place of `folder` as a whole when the block ends well.
+
+    A crash leaves the old folder, the new one, or for one instant neither, never a mixture.
+    """
+    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
+    old = folder.with_name(f".old-{os.getpid()}-{folder.name}")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_manifest(folder: Path, kind: str, fields: Mapping[str, Any], files: list[str], **provenance: Any) -> None:

@@ -83,11 +83,13 @@ class QuantizationSettings:
 
 @dataclass
 class Columns:
-    """Names of the row fields that hold prompt, chosen and rejected."""
+    """Names of the row fields that hold prompt, chosen, rejected, and, where there are any, system text and answer."""
 
     prompt: str | None = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
+    system: str | None = None
+    answer: str | None = None
 
 
 @dataclass
@@ -117,8 +119,14 @@ class DataSettings:
     on_bad_row: str = "error"
     max_bad_fraction: float = 1.0
     max_line_bytes: int = 16 * 2**20
+    follow_symlinks: bool = False
+    allow_empty_prompt: bool = False
+    allow_nul: bool = False
     num_pairs: int = 2048
     operand_max: int = 20
+    terms: int = 3
+    width: int = 2
+    habit: str = "drop_carry"
     length_quantiles: LengthQuantiles = field(default_factory=LengthQuantiles)
 
 
@@ -171,6 +179,8 @@ class EvaluationSettings:
     at_end: bool = True
     tasks: list[str] = field(default_factory=list)
     dataset_name: str | None = None
+    shots: int = 0
+    shots_from: str | None = None
     limit: int | None = None
     every_steps: int | None = None
     num_pairs: int | None = 128

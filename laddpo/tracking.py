@@ -12,7 +12,6 @@ import netrc
 import numbers
 import os
 import queue
-import re
 import secrets
 import threading
 from collections.abc import Callable, Mapping
@@ -20,13 +19,12 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
+from laddpo.redaction import redact
 from laddpo.runs import write_text
 
 WANDB_ID_FILE = "wandb_id.txt"
 TENSORBOARD_FOLDER = "tensorboard"
 EVENTS_WAITING = 10_000  # logged steps that may wait for a slow tracker before they are dropped
-SECRET_NAME = re.compile(r"(^|[_.\-])(api_?key|access_?key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
-HIDDEN = "(hidden)"
 
 Say = Callable[[str], None]
 
@@ -60,7 +58,7 @@ class Trackers:
         self._feeds: list[_Feed] = []
         for name, open_tracker in TRACKERS.items():
             if settings.get(name):
-                arguments = (folder, dict(settings), without_secrets(config), resume_step, say)
+                arguments = (folder, dict(settings), _redacted(config), resume_step, say)
                 self._feeds.append(_Feed(name, open_tracker, arguments, say))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
@@ -211,27 +209,13 @@ def wandb_id(folder: Path) -> str:
     return made
 
 
-def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `config` in which secrets read "(hidden)".
-
-    Hidden are texts under names such as api_key, hf_token or password, and every occurrence of the value of an
-    environment variable with such a name, wherever an interpolation may have carried it.
-    """
-    environment = [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 8]
-
-    def cleaned(name: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): cleaned(str(key), inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [cleaned(name, inner) for inner in value]
-        if isinstance(value, str) and value:
-            if SECRET_NAME.search(name):
-                return HIDDEN
-            for secret in environment:
-                value = value.replace(secret, HIDDEN)
-        return value
-
-    return cleaned("", config)
+def _redacted(value: Any) -> Any:
+    """A plain copy of a config tree with every credential taken out of its texts."""
+    if isinstance(value, Mapping):
+        return {str(key): _redacted(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_redacted(inner) for inner in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _has_wandb_key() -> bool:

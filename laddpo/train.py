@@ -1,16 +1,151 @@
-"""train: not built yet."""
+"""DPO on preference pairs: rows, reference and base model in; adapter, metrics, plots and an evaluation out.
+
+    python -m laddpo.train                                      the embedded task on the embedded model, minutes on a CPU
+    python -m laddpo.train model=llada_8b hardware=rtx4080      the real job
+    python -m laddpo.train -m dpo.beta=0.5,1,2                  a sweep on one reference store
+
+Prepared pairs and reference log-likelihoods are made first when they are not there yet (auto=true).
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from laddpo.app import run_stage
-from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
-    raise UserError("not built yet.")
+    """Train one run in `run_folder`, or in the run that `resume` names."""
+    from laddpo.resuming import find_run
+
+    place = find_run(config, run_folder, "train")
+    if place.is_finished:
+        print(f"{place.folder}: this run is finished; nothing was changed.")
+        print(place.folder)
+        return
+    from laddpo import runs
+    from laddpo.signals import stop_on_signal
+
+    with runs.locked(place.folder, wait=False), stop_on_signal() as stop:
+        train(config, place.folder, place.is_resumed, stop)
+    print(place.folder)
+
+
+def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
+    """Everything between the settings and the finished run folder."""
+    from laddpo import inputs, runs
+    from laddpo.compose import write_config
+    from laddpo.config import check_machine
+    from laddpo.core.loop import train_loop
+    from laddpo.core.optim import build_optimizer
+    from laddpo.core.tasks import DpoTask, visited_windows
+    from laddpo.machine import find_machine
+    from laddpo.prepare import open_prepared
+    from laddpo.training import loop_settings, open_validation, run_outputs, step_zero_check
+
+    check_machine(config)
+    machine = find_machine(config.hardware)
+    print(f"machine: {machine}")
+    prepared = open_prepared(config)
+    loaded = inputs.load(config, machine)
+    write_config(config, folder)
+
+    pairs = prepared.train
+    settings = loop_settings(config, len(pairs), best_metric=None)
+    estimator, reference_estimator = inputs.training_estimator(config), inputs.reference_estimator(config)
+    store = inputs.reference_store(config, prepared, loaded, reference_estimator)
+    windows = [
+        ([pairs[i] for i in indices], reference_estimator.draw_indices(epoch))
+        for epoch, indices in visited_windows(
+            config.seed, settings.total_steps, len(pairs), settings.items_per_step, config.dpo.mask_rounds
+        )
+    ]
+    inputs.complete_reference(config, loaded, store, reference_estimator, windows, stop, "training pairs")
+    validation = open_validation(config, prepared, loaded, stop)
+
+    parameters = inputs.make_trainable(config, loaded)
+    optim = config.optim
+    optimizer = build_optimizer(optim.optimizer, parameters, tuple(optim.betas), optim.eps, optim.weight_decay)
+    objective = inputs.objective_of(config)
+    backward = choose_backward(config, pairs, machine.token_budget)
+    task = DpoTask(
+        loaded.denoiser, parameters, pairs, store, estimator, objective, machine.token_budget, backward
+    )
+    settings = loop_settings(config, len(pairs), validation.best_metric)
+    steps = f"{settings.total_steps} steps of {settings.items_per_step} pairs from {len(pairs)}"
+    print(f"DPO: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}")
+    if not is_resumed:
+        step_zero_check(config, task, settings, machine.precision)
+    with run_outputs(config, folder, loaded, is_resumed) as outputs:
+        state = train_loop(
+            task,
+            parameters,
+            optimizer,
+            settings,
+            outputs,
+            validation.measure if validation.is_wanted else None,
+            stop,
+            resume=is_resumed,
+            scaler=machine_scaler(machine),
+        )
+    finish(config, folder, prepared, loaded, state, settings, stop)
+    runs.write_manifest(
+        folder,
+        "train",
+        {"step": state.step, "best_step": state.best_step, "stopped_early": state.stopped_early},
+        ["config.yaml", "metrics.jsonl"],
+        **runs.provenance(),
+    )
+
+
+def choose_backward(config: RunConfig, pairs, token_budget: int) -> str:
+    """`auto`: stream, unless full fine-tuning meets pairs larger than a micro-step, whose buffers would each be a
+    copy of the weights."""
+    if config.hardware.backward != "auto":
+        return config.hardware.backward
+    draws = config.dpo.diffusion_samples
+    longest = max(
+        (2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)) * draws for pair in pairs
+    )
+    if config.adapter.kind == "full" and longest > token_budget:
+        print(
+            f"backward: two_pass, since a pair takes up to {longest} tokens (more than the {token_budget} of a micro-step) "
+            "and its gradient buffer would be as large as the model"
+        )
+        return "two_pass"
+    return "stream"
+
+
+def machine_scaler(machine):
+    """The loss scaler that float16 needs; None elsewhere."""
+    import torch
+
+    return torch.amp.GradScaler(machine.device.type) if machine.precision == "fp16" else None
+
+
+def finish(config, folder: Path, prepared, loaded, state, settings, stop) -> None:
+    """Plot the run, say how it ended, evaluate base against tuned."""
+    from laddpo.core.loop import RunOutputs
+    from laddpo.evaluation.plots import training_plot
+    from laddpo.evaluate import evaluate_run
+
+    outputs = RunOutputs(folder, save_best=lambda step: None, save_last=lambda step: None)
+    training_plot(
+        outputs.metrics.read(),
+        folder / "plots" / "training.png",
+        timing=outputs.timing.read(),
+        title=f"{config.model.name}, {config.data.source}: beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}",
+        best_step=state.best_step if settings.best_metric else None,
+    )
+    if state.stopped_early:
+        print(f"stopped early at step {state.step}: {state.stopped_early}")
+    if settings.best_metric and state.best_value is not None and math.isfinite(state.best_value):
+        print(f"kept step {state.best_step}: {settings.best_metric} = {state.best_value:.4g}")
+    if config.evaluation.at_end:
+        evaluate_run(config, folder, folder / "evaluation", prepared, loaded, stop)
+    print(f"adapter, metrics, checkpoints and plots: {folder}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write `checkpoints/step_<step>` whole or not at all, then remove all but the newest `keep`.
+    """Write `checkpoints/step_<step>` whole or not at all, then remove all but the newest `keep` (0: keep all).
 
     `tensors` are the trainable parameters by name. Older checkpoints go only after the new one is in place.
     """
@@ -65,7 +65,7 @@ def save_checkpoint(
         runs.sync_folder(checkpoints)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in step_folders(checkpoints)[keep:]:
+    for old in step_folders(checkpoints)[keep:] if keep else []:
         shutil.rmtree(old)
     return folder
 

@@ -15,10 +15,15 @@ import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from importlib import metadata
+from typing import Any
 
-NUMBER = re.compile(r"-?\$?-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
+from laddpo.errors import UserError
+
+# a minus counts only where it cannot be a subtraction: "10-5" holds 10 and 5, "= -5" and "$-5" hold -5
+NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\$-?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
-FIRST_ANSWER_S = 120.0  # importing sympy on a cold disk
+READY = "ready"
+START_S = 120.0  # a new process importing sympy from a cold disk
 ANSWER_S = 30.0  # math-verify stops itself after 5 s of parsing and 5 s of comparing
 
 
@@ -36,11 +41,17 @@ class FunctionGrader:
         pass
 
 
-class MathVerifyGrader:
-    """math-verify in a worker process, started at the first text. `close()` ends the worker."""
+class WorkerGrader:
+    """A grader in a worker process, started at the first text; `close()` ends it.
 
-    def __init__(self) -> None:
-        self.name = f"math-verify {metadata.version('math-verify')} in a worker process"
+    `serve(pipe)` runs in the worker: it sends READY, then receives (text, answer) and sends a bool until the pipe
+    closes.
+    A worker that never gets ready is a `UserError`; one that hangs or dies on a text makes that text wrong.
+    """
+
+    def __init__(self, name: str, serve: Callable[[Any], None], answer_s: float = ANSWER_S):
+        self.name = name
+        self._serve, self._answer_s = serve, answer_s
         self._worker: multiprocessing.process.BaseProcess | None = None
         self._pipe = None
 
@@ -48,26 +59,34 @@ class MathVerifyGrader:
         return [self._grade(text, answer) for text, answer in zip(texts, answers, strict=True)]
 
     def _grade(self, text: str, answer: str) -> bool:
-        seconds = ANSWER_S
         if self._worker is None:
             self._start()
-            seconds = FIRST_ANSWER_S
-        try:
-            self._pipe.send((answer_part(text), answer))
-            if self._pipe.poll(seconds):
-                return self._pipe.recv()
-        except (EOFError, OSError):
-            pass  # the worker died on this text
-        self.close()
-        return False
+        self._pipe.send((text, answer))
+        reply = self._receive(self._answer_s)
+        if reply is None:
+            self.close()  # the next text starts another worker
+        return bool(reply)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share this process's CUDA context and threads
         self._pipe, theirs = context.Pipe()
         # off POSIX math-verify starts processes itself, which a daemon may not
-        self._worker = context.Process(target=_serve_math_verify, args=(theirs,), daemon=os.name == "posix")
+        self._worker = context.Process(target=self._serve, args=(theirs,), daemon=os.name == "posix")
         self._worker.start()
         theirs.close()
+        if self._receive(START_S) != READY:
+            self.close()
+            raise UserError(
+                f"{self.name}: the worker process could not start (its own message stands above). Reinstall with "
+                f"pip install 'laddpo[eval]', or uninstall math-verify to compare final numbers instead."
+            )
+
+    def _receive(self, seconds: float) -> Any:
+        """The worker's next message, or None when it hangs or has died."""
+        try:
+            return self._pipe.recv() if self._pipe.poll(seconds) else None
+        except (EOFError, OSError):
+            return None
 
     def close(self) -> None:
         if self._worker is not None:
@@ -77,10 +96,10 @@ class MathVerifyGrader:
             self._worker = self._pipe = None
 
 
-def math_grader() -> FunctionGrader | MathVerifyGrader:
+def math_grader() -> FunctionGrader | WorkerGrader:
     """math-verify where it is installed, else the plain comparison of final numbers; `.name` says which."""
     if importlib.util.find_spec("math_verify") is not None:
-        return MathVerifyGrader()
+        return WorkerGrader(f"math-verify {metadata.version('math-verify')} in a worker process", _serve_math_verify)
     return FunctionGrader("numeric comparison of the final number (math-verify is not installed)", same_final_number)
 
 
@@ -114,18 +133,19 @@ def answer_part(text: str) -> str:
     return boxed[-1] if boxed else text
 
 
-def _serve_math_verify(pipe) -> None:
+def _serve_math_verify(pipe: Any) -> None:
     """The worker: grade (text, answer) messages until the other end closes."""
     import logging
 
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an ungradable text is an ordinary wrong answer
+    pipe.send(READY)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             text, answer = pipe.recv()
             try:
-                is_right = bool(verify(parse(answer), parse(text)))
+                is_right = bool(verify(parse(answer), parse(answer_part(text))))
             except Exception:
                 is_right = False
             pipe.send(is_right)

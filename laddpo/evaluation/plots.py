@@ -17,7 +17,7 @@ from laddpo.evaluation.tables import is_share
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-VALIDATION_PREFIXES = ("validation/", "eval/")
+VALIDATION = "validation/"  # prefix of a metric of the validation pairs
 SMOOTH_FROM = 60  # logged steps above which a curve gets its moving average
 
 
@@ -83,10 +83,11 @@ def evaluation_plot(
     """Base against tuned with 95% intervals for every metric of results.json, and the distribution of the margins.
 
     An entry has base, tuned, difference, interval and items (what `stats.compare` gives); where it brings no interval
-    of its own for base or tuned, a proportion gets Wilson's. Other numbers than shares are left to the table. Margins are
-    drawn where given; base margins that are all 0 (the base is its own reference) are said, not drawn.
+    of its own for base or tuned, a proportion gets Wilson's. Other numbers than shares are left to the table. Margins
+    are drawn where given; base margins that are all 0 (the base is its own reference) are said, not drawn.
     """
-    shown = {name: entry for name, entry in results.items() if isinstance(entry, Mapping) and is_share(name, entry)}
+    entries = {name: entry for name, entry in results.items() if isinstance(entry, Mapping)}
+    shown = {name: entry for name, entry in entries.items() if is_share(name, entry)}
     has_margins = tuned_margins is not None and len(tuned_margins) > 0
     figure = new_figure(max(4.8, 1.7 * len(shown) + 2.6) + (5.0 if has_margins else 0), 4.2, title)
     widths = [max(4.8, 1.7 * len(shown) + 2.6), 5.0]
@@ -108,18 +109,11 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np
                 and not isinstance(value, bool)
                 and math.isfinite(value)
             ):
-                found.setdefault(_plain_name(name), {})[row["step"]] = float(value)
+                found.setdefault(name, {})[row["step"]] = float(value)
     return {
         name: (np.array(sorted(points)), np.array([points[s] for s in sorted(points)]))
         for name, points in found.items()
     }
-
-
-def _plain_name(name: str) -> str:
-    for prefix in VALIDATION_PREFIXES:
-        if name.startswith(prefix):
-            return VALIDATION_PREFIXES[0] + name.removeprefix(prefix)
-    return name
 
 
 def _with_validation(panel: Panel) -> list[Curve]:
@@ -129,9 +123,7 @@ def _with_validation(panel: Panel) -> list[Curve]:
         twins.append(curve)
         label = f"{curve.label}, validation" if len(panel.curves) > 1 else "validation"
         color = ACCENT if len(panel.curves) == 1 else curve.color
-        twins.append(
-            Curve(VALIDATION_PREFIXES[0] + curve.metric, label, color, ":" if len(panel.curves) > 1 else "--", "o")
-        )
+        twins.append(Curve(VALIDATION + curve.metric, label, color, ":" if len(panel.curves) > 1 else "--", "o"))
     return twins
 
 
@@ -152,10 +144,13 @@ def _draw_panel(axes: Axes, panel: Panel, series: Mapping, best_step: int | None
     else:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     if best_step is not None:
-        axes.axvline(best_step, color=RULE, linewidth=0.9, linestyle="-.", label=f"kept: step {best_step}")
-    labels = axes.get_legend_handles_labels()[1]
-    if any(label != "training" and not label.startswith("kept") for label in labels):
+        label = f"kept: step {best_step}" if panel.title == "Loss" else None  # said once is enough
+        axes.axvline(best_step, color=RULE, linewidth=0.9, linestyle="-.", label=label)
+    if set(axes.get_legend_handles_labels()[1]) - {"training"}:
         axes.legend(fontsize=7.5, frameon=False)
+    last_step = max(int(steps[-1]) for steps, _ in series.values())
+    axes.set_xlim(-0.03 * max(last_step, 1), 1.03 * max(last_step, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_curve(axes: Axes, curve: Curve, steps: np.ndarray, values: np.ndarray, is_exact: bool) -> None:
@@ -291,6 +286,6 @@ PANELS: tuple[Panel, ...] = (
 DETAIL_PANELS: tuple[Panel, ...] = (
     Panel("ELBO", "nats", (Curve("logps/chosen", "chosen"), Curve("logps/rejected", "rejected", ACCENT, "--"))),
     Panel("ELBO minus reference, both sides", "nats", (Curve("kl", "training"),), level=0.0),
-    Panel("Speed", "pairs per second", (Curve("speed/pairs_per_s", "training"),)),
+    Panel("Speed", "tokens per second", (Curve("speed/tokens_per_s", "training"),)),
     Panel("Peak memory", "GiB", (Curve("memory/peak_gib", "training"),), is_exact=True),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,10 @@ Prompt = tuple[Message, ...]
 Generate = Callable[[list[Prompt]], list[str]]
 
 GSM8K_HUB_ID = "openai/gsm8k"
+GSM8K_FIELDS = (
+    ("question", "text", r"\S"),
+    ("answer", "text that ends with `#### number`", r"####\s*[-$]*[\d.,]*\d\s*$"),
+)
 GSM8K_INSTRUCTION = "\n\nReason step by step and end with a line `#### ` and the number."
 
 
@@ -256,18 +261,18 @@ def _gsm8k_question(question: str) -> Message:
 
 
 def _gsm8k_rows(source: str, split: str, options: TaskOptions) -> list[dict[str, str]]:
-    """Rows of a local file or of the hub's data set; each checked, all faults of a file reported by their line."""
+    """Rows of a local file or of the hub's data set, each checked; a bad one is a `UserError` naming its line."""
     path = _local_file(source, options)
-    rows = _read_jsonl(path) if path else _hub_rows(source, split, options.revision)
-    for number, row in enumerate(rows, 1):
-        for key in ("question", "answer"):
-            if not isinstance(row.get(key), str) or (key == "answer" and "####" not in row[key]):
-                expected = "text that ends with `#### number`" if key == "answer" else "text"
+    numbered = _read_jsonl(path) if path else list(enumerate(_hub_rows(source, split, options.revision), 1))
+    for number, row in numbered:
+        for key, expected, pattern in GSM8K_FIELDS:
+            value = row.get(key)
+            if not isinstance(value, str) or not re.search(pattern, value):
                 raise UserError(
-                    f"{path or source}:{number}: field {key!r} is {str(row.get(key))[:60]!r}, expected {expected}. "
+                    f"{path or source}:{number}: field {key!r} is {str(value)[-60:]!r}, expected {expected}. "
                     f"Mend or remove the row, or name another file in evaluation.dataset_name."
                 )
-    return rows
+    return [row for _, row in numbered]
 
 
 def _local_file(source: str, options: TaskOptions) -> Path | None:
@@ -283,7 +288,8 @@ def _local_file(source: str, options: TaskOptions) -> Path | None:
     return None
 
 
-def _read_jsonl(path: Path) -> list[dict]:
+def _read_jsonl(path: Path) -> list[tuple[int, dict]]:
+    """(line number, row) of every line that is not blank."""
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
@@ -296,7 +302,7 @@ def _read_jsonl(path: Path) -> list[dict]:
             ) from error
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: is {line[:40]!r}, expected an object with question and answer.")
-        rows.append(row)
+        rows.append((number, row))
     return rows
 
 
@@ -316,3 +322,6 @@ TASKS: dict[str, Callable[[TaskOptions], Task]] = {
     "arithmetic": arithmetic_task,
     "gsm8k": gsm8k_task,
 }
+
+# Tasks with problems of their own to choose a checkpoint by; the others have test problems only.
+HAS_VALIDATION_SPLIT = frozenset({"arithmetic"})

@@ -1,0 +1,88 @@
+"""Held-out preference evaluation: reward accuracy and margins, with the errors that pairs and draws bring.
+
+Policy and reference see the same masks. The estimator here is fixed, whatever the run was trained with, so that runs
+can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from laddpo.core.elbo import Denoiser, ElboEstimator
+from laddpo.core.gradient import Item, score_items
+from laddpo.core.metrics import accuracy, preference_metrics
+from laddpo.core.objectives import DpoObjective, mean_variance, pair_scores, reference_draws
+
+WINDOW = 64  # pairs scored together; only rounding depends on it
+
+
+def evaluation_estimator(diffusion_samples: int, seed: int) -> ElboEstimator:
+    """The estimator that measures every run: complementary masks, evenly spread counts."""
+    return ElboEstimator("complement", "low_discrepancy", diffusion_samples, seed)
+
+
+@dataclass(frozen=True)
+class PreferenceScores:
+    """Per-draw values of a policy on held-out pairs. `draws` float64 [pairs, 2, draws]."""
+
+    items: Sequence[Item]
+    draws: Tensor
+    objective: DpoObjective
+    block: int
+
+    @property
+    def margins(self) -> np.ndarray:
+        """beta * (chosen ratio - rejected ratio). # float64 [pairs]"""
+        return (self.objective.beta * pair_scores(self.items, self.draws).margin).numpy()
+
+    @property
+    def accuracies(self) -> np.ndarray:
+        """1, 1/2 on an exact tie, 0. # float64 [pairs]"""
+        return accuracy(torch.from_numpy(self.margins)).numpy()
+
+    @property
+    def margin_draw_error(self) -> np.ndarray:
+        """Standard error of each pair's margin from its own draws. # float64 [pairs]"""
+        ratio = self.draws - reference_draws(self.items, self.draws.device)
+        return mean_variance(self.objective.beta * (ratio[:, 0] - ratio[:, 1]), self.block).sqrt().numpy()
+
+    def metrics(self) -> dict[str, float]:
+        """Validation metrics: those of training under `validation/`, and the chosen ratio in nats."""
+        losses = self.objective.losses(self.items, self.draws)
+        metrics = preference_metrics(self.items, self.draws, losses, self.objective.beta, self.block)
+        metrics["chosen_ratio"] = float(pair_scores(self.items, self.draws).chosen_ratio.mean())
+        return {f"validation/{name}": value for name, value in metrics.items()}
+
+
+def score_preferences(
+    denoiser: Denoiser, items: Sequence[Item], objective: DpoObjective, block: int, token_budget: int
+) -> PreferenceScores:
+    """The policy's values on held-out pairs, whose items carry the reference's."""
+    parts = [
+        score_items(denoiser, items[start : start + WINDOW], token_budget).cpu()
+        for start in range(0, len(items), WINDOW)
+    ]
+    return PreferenceScores(items, torch.cat(parts), objective, block)
+
+
+def length_buckets(scores: PreferenceScores, buckets: int = 4) -> list[dict[str, Any]]:
+    """Reward accuracy and margin by tokens of chosen plus rejected, in equally filled buckets."""
+    tokens = np.array([sum(item.response_tokens) for item in scores.items])
+    order = np.argsort(tokens, kind="stable")
+    rows = []
+    for part in np.array_split(order, min(buckets, len(order))):
+        rows.append(
+            {
+                "tokens": [int(tokens[part].min()), int(tokens[part].max())],
+                "pairs": len(part),
+                "reward_accuracy": float(scores.accuracies[part].mean()),
+                "margin": float(scores.margins[part].mean()),
+            }
+        )
+    return rows

@@ -1,0 +1,244 @@
+"""What a stage works on: model, prepared pairs, reference values. Each is found, or made by the stage before.
+
+Stages import from here; below this file nothing sees the whole configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from laddpo import runs
+from laddpo.config import CONF_DIR
+from laddpo.core.elbo import ElboEstimator
+from laddpo.core.gradient import Item
+from laddpo.core.objectives import DpoObjective
+from laddpo.core.reference import ReferenceStore
+from laddpo.core.tasks import fill_reference, pair_item, stored_pair
+from laddpo.errors import UserError
+from laddpo.evaluation.margins import WINDOW, evaluation_estimator
+from laddpo.machine import Machine
+from laddpo.models import adapters, loading
+from laddpo.models.denoiser import TransformerDenoiser
+from laddpo.preference.encode import EncodedPair, TextEncoder
+from laddpo.preference.prepared import PreparedPairs
+from laddpo.settings import RunConfig
+from laddpo.signals import StopFlag
+
+ADAPTER, ADAPTER_LAST, MODEL, MODEL_LAST = "adapter", "adapter_last", "model", "model_last"
+PAIRS_PER_SHARD = 512
+
+
+@dataclass
+class Loaded:
+    """A model on its device with what belongs to it. `weights` stands for the base and the starting adapter in keys."""
+
+    model: Any
+    tokenizer: Any
+    denoiser: TransformerDenoiser
+    machine: Machine
+    weights: dict[str, str]
+
+
+def model_path(config: RunConfig) -> str:
+    """A local folder from the working directory or beside the installed conf/, else the hub id as given."""
+    given = config.model.model_name_or_path
+    shipped = CONF_DIR.parent / given
+    return str(shipped) if not Path(given).expanduser().is_dir() and shipped.is_dir() else given
+
+
+def load(config: RunConfig, machine: Machine) -> Loaded:
+    """The base model, with `adapter.path` on it when given: that is the reference, and where training starts.
+
+    Full fine-tuning keeps float32 weights and computes in `hardware.precision`; otherwise the frozen base is stored in
+    it.
+    """
+    path, revision = model_path(config), config.model.revision
+    is_full = config.adapter.kind == "full"
+    tokenizer = loading.load_tokenizer(path, revision)
+    model = loading.load_model(
+        path,
+        revision,
+        dtype="fp32" if is_full else machine.precision,
+        quantization=dataclasses.asdict(config.quantization),
+        device=machine.device,
+        attention=machine.attention,
+    )
+    model.requires_grad_(False)
+    _check_shape(config, model.config)
+    weights = {"base": loading.weights_fingerprint(path, revision), "adapter": "none"}
+    if config.adapter.path:
+        attach_adapter(config, model)
+        weights["adapter"] = runs.file_sha256(Path(config.adapter.path) / adapters.ADAPTER_FILES[1])
+    if machine.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    compute = machine.dtype if is_full and machine.precision != "fp32" else None
+    denoiser = TransformerDenoiser(model, loading.mask_token_id(model.config, tokenizer), autocast=compute)
+    return Loaded(model, tokenizer, denoiser, machine, weights)
+
+
+def attach_adapter(config: RunConfig, model) -> list[str]:
+    """Put the run's LoRA on the model; the names of the modules that carry it."""
+    adapter = config.adapter
+    return adapters.attach_lora(
+        model,
+        r=adapter.r,
+        alpha=adapter.lora_alpha,
+        dropout=adapter.lora_dropout,
+        target_modules=adapter.target_modules,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        seed=config.seed,
+        path=adapter.path,
+    )
+
+
+def make_trainable(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
+    """Switch on what the run trains and say what it is; the trainable parameters by name."""
+    model = loaded.model
+    if config.adapter.kind == "full":
+        model.requires_grad_(True)
+        print("training all weights")
+    else:
+        matched = adapters.block_linears(model) if adapters.has_adapter(model) else attach_adapter(config, model)
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in matched})
+        print(f"LoRA r={config.adapter.r} on {len(matched)} linear layers: {', '.join(kinds)}")
+    parameters = adapters.trainable_parameters(model)
+    trained, total = (sum(p.numel() for p in group) for group in (parameters.values(), model.parameters()))
+    print(f"{trained:,} of {total:,} stored parameters are trained")
+    return parameters
+
+
+def encoder_for(config: RunConfig, tokenizer) -> TextEncoder:
+    """How this run's texts become tokens."""
+    return TextEncoder(
+        tokenizer,
+        template=config.data.template,
+        max_length=config.data.max_length,
+        truncation=config.data.truncation,
+    )
+
+
+def training_estimator(config: RunConfig) -> ElboEstimator:
+    """The policy's draws during training."""
+    dpo = config.dpo
+    return ElboEstimator(
+        dpo.estimator, dpo.schedule, dpo.diffusion_samples, config.seed, dpo.shared_counts, dpo.mask_rounds
+    )
+
+
+def reference_estimator(config: RunConfig) -> ElboEstimator:
+    """The reference's draws: the policy's own, or an independent stream without common random numbers."""
+    policy = training_estimator(config)
+    return policy if config.dpo.common_random_numbers else dataclasses.replace(policy, stream="/reference")
+
+
+def objective_of(config: RunConfig) -> DpoObjective:
+    """The preference loss of this run."""
+    dpo = config.dpo
+    return DpoObjective(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.sft_weight)
+
+
+def pairs_per_step(config: RunConfig) -> int:
+    """Pairs of one optimizer step."""
+    return config.optim.per_device_train_batch_size * config.optim.gradient_accumulation_steps
+
+
+def reference_fields(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, estimator: ElboEstimator) -> dict:
+    """Everything that the reference's values depend on: the key of the store.
+
+    Not among it: which rows, their order, the number of draws, batch, learning rate, beta, loss, LoRA, memory settings.
+    """
+    quantization = config.quantization
+    stored = "none"
+    if quantization.load_in_4bit:
+        stored = (
+            f"{quantization.bnb_4bit_quant_type}, double {quantization.bnb_4bit_use_double_quant}, "
+            f"compute {quantization.bnb_4bit_compute_dtype or 'default'}"
+        )
+    elif quantization.load_in_8bit:
+        stored = f"int8, threshold {quantization.llm_int8_threshold}"
+    return {
+        "encoding": prepared.manifest["fields"]["encoding"],
+        "weights": loaded.weights,
+        "quantization": stored,
+        "precision": loaded.machine.precision,
+        "draws": estimator.store_fields(),
+    }
+
+
+def reference_store(
+    config: RunConfig, prepared: PreparedPairs, loaded: Loaded, estimator: ElboEstimator
+) -> ReferenceStore:
+    """The store that holds, or will hold, this run's reference values."""
+    stores = Path(config.paths.data_dir) / "reference"
+    return ReferenceStore.open(stores, reference_fields(config, prepared, loaded, estimator))
+
+
+def complete_reference(
+    config: RunConfig,
+    loaded: Loaded,
+    store: ReferenceStore,
+    estimator: ElboEstimator,
+    windows: Sequence[tuple[list[EncodedPair], range]],
+    stop: StopFlag,
+    label: str,
+) -> None:
+    """Compute what the store lacks for these windows of pairs, saying how much that is."""
+    lacking = sum(bool(store.missing(stored_pair(pair), draws)) for pairs, draws in windows for pair in pairs)
+    total = sum(len(pairs) for pairs, _ in windows)
+    if not lacking:
+        print(f"reference, {label}: all {total} pairs are in {store.folder}")
+        return
+    if not config.auto:
+        raise UserError(
+            f"{store.folder}: {lacking} of {total} pairs ({label}) have no reference values yet and auto is false. "
+            "Run python -m laddpo.precompute with the same settings, or set auto=true."
+        )
+    print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}")
+    with tqdm(total=total, unit="pairs", desc="reference", dynamic_ncols=True) as progress:
+        fill_reference(
+            loaded.denoiser,
+            store,
+            windows,
+            estimator,
+            loaded.machine.token_budget,
+            stop,
+            PAIRS_PER_SHARD,
+            progress.update,
+        )
+
+
+def held_out_items(
+    config: RunConfig,
+    prepared: PreparedPairs,
+    loaded: Loaded,
+    pairs: Sequence[EncodedPair],
+    stop: StopFlag,
+    label: str,
+) -> tuple[list[Item], int]:
+    """Held-out pairs with the reference's values under the evaluation's own draws; and the draws' block size."""
+    estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
+    draws = estimator.draw_indices(0)
+    store = reference_store(config, prepared, loaded, estimator)
+    windows = [(list(pairs[start : start + WINDOW]), draws) for start in range(0, len(pairs), WINDOW)]
+    complete_reference(config, loaded, store, estimator, windows, stop, label)
+    items = [pair_item(pair, estimator, draws, store.values(stored_pair(pair), draws)) for pair in pairs]
+    return items, estimator.block
+
+
+def _check_shape(config: RunConfig, found) -> None:
+    """The sizes in conf/model/*.yaml, which `plan` believes, against the checkpoint's own."""
+    problems = [
+        f"model.shape.{field.name} is {wanted} but {config.model.model_name_or_path} has {getattr(found, field.name)}. "
+        f"Correct it in conf/model/{config.model.name}.yaml or on the command line."
+        for field in dataclasses.fields(config.model.shape)
+        if (wanted := getattr(config.model.shape, field.name)) != getattr(found, field.name)
+    ]
+    if problems:
+        raise UserError(*problems)

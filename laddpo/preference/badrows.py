@@ -1,0 +1,149 @@
+"""Bad rows: how one is described, the stable codes, and the rule for when they stop the run.
+
+`on_bad_row=error` reads to the end, then stops with the first twenty and the count; `skip` counts them with reason and
+example, and stops only when they are more than `max_bad_fraction` of all rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from laddpo.errors import UserError
+
+LISTED = 20  # bad rows shown in an error message
+EXAMPLES = 3  # bad rows kept per code for the report
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used: where, the stable code, the field ("" for the whole row), what is wrong, what to do."""
+
+    place: str
+    code: str
+    field: str
+    problem: str
+    advice: str
+
+    def __str__(self) -> str:
+        named = f"{self.field}: " if self.field else ""
+        return f"{self.place}: {named}{self.problem} ({self.code}). {self.advice}"
+
+
+class RowError(Exception):
+    """Raised while a row is looked at, by code that does not know where the row stands."""
+
+    def __init__(self, code: str, field: str, problem: str, advice: str):
+        super().__init__(problem)
+        self.code, self.field, self.problem, self.advice = code, field, problem, advice
+
+    def at(self, place: str) -> BadRow:
+        return BadRow(place, self.code, self.field, self.problem, self.advice)
+
+
+def file_error(path: Path | str, code: str, problem: str, advice: str) -> UserError:
+    """The error for a file that cannot be used at all."""
+    return UserError(f"{path}: {problem} ({code}). {advice}")
+
+
+@dataclass
+class BadRows:
+    """Collects the bad rows of one run: counts per code, a few examples of each, the first twenty in full."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    first: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def add(self, row: BadRow) -> None:
+        self.counts[row.code] += 1
+        shown = self.examples.setdefault(row.code, [])
+        if len(shown) < EXAMPLES:
+            shown.append(str(row))
+        if len(self.first) < LISTED:
+            self.first.append(str(row))
+
+    def stop_if_too_many(self, on_bad_row: str, max_bad_fraction: float, rows_read: int) -> None:
+        """Raise UserError when the rule says that these bad rows stop the run."""
+        if self.total and on_bad_row == "error":
+            more = f"… and {self.total - len(self.first):,} more. " if self.total > len(self.first) else ""
+            raise UserError(
+                f"{self.total:,} of {rows_read:,} rows cannot be used:",
+                *self.first,
+                f"{more}Fix the rows, or set data.on_bad_row=skip to leave them out and have them counted.",
+            )
+        if rows_read and self.total == rows_read:
+            raise UserError(f"None of the {rows_read:,} rows can be used (DATA-40):", *self.first)
+        if rows_read and self.total / rows_read > max_bad_fraction:
+            raise UserError(
+                f"{self.total:,} of {rows_read:,} rows ({self.total / rows_read:.1%}) cannot be used, more than "
+                f"data.max_bad_fraction={max_bad_fraction}:",
+                *self.first,
+                "Fix the rows or raise data.max_bad_fraction.",
+            )
+
+
+CODES: dict[str, str] = {
+    "DATA-01": "a field is missing",
+    "DATA-04": "a field is null",
+    "DATA-05": "the prompt is empty",
+    "DATA-07": "a response is empty",
+    "DATA-08": "a field has only white space or invisible characters",
+    "DATA-09": "chosen and rejected are the same: no preference",
+    "DATA-10": "chosen and rejected have the same tokens",
+    "DATA-12": "a field is a number or an object, not text",
+    "DATA-13": "a field is true or false, not text",
+    "DATA-15": "a number is NaN or infinite",
+    "DATA-16": "a number is too large to hold",
+    "DATA-17": "a key or column occurs twice",
+    "DATA-18": "a row is not an object",
+    "DATA-19": "a .jsonl file holds one array",
+    "DATA-20": "objects are spread over lines, or a .json file holds no array",
+    "DATA-21": "bytes are not UTF-8",
+    "DATA-22": "the file is UTF-16 or UTF-32",
+    "DATA-24": "a byte order mark stands inside the file",
+    "DATA-25": "lines end with a lone CR",
+    "DATA-27": "a raw control character stands in JSON",
+    "DATA-28": "a text contains the character NUL",
+    "DATA-29": "a text contains half of a surrogate pair",
+    "DATA-35": "JSON is broken or cut",
+    "DATA-37": "a line is longer than the limit",
+    "DATA-38": "a row is nested too deep",
+    "DATA-39": "the file has no rows",
+    "DATA-40": "no row can be used",
+    "DATA-41": "the file is not there, or its kind is unknown",
+    "DATA-42": "not a regular file",
+    "DATA-43": "the file may not be read",
+    "DATA-44": "a link leads nowhere, or out of its folder",
+    "DATA-45": "the packed file ends early",
+    "DATA-46": "the packed file is damaged",
+    "DATA-48": "the file is an archive",
+    "DATA-49": "the packed file unpacks to suspiciously much",
+    "DATA-51": "a module needed to read the file is missing",
+    "DATA-52": "the file changed while it was read",
+    "DATA-53": "a parquet column has the wrong type",
+    "DATA-54": "the parquet file is cut or damaged",
+    "DATA-55": "a parquet column is binary",
+    "DATA-56": "files read together have different columns",
+    "DATA-57": "CSV is broken, or named .jsonl",
+    "DATA-58": "text and messages are mixed in a row",
+    "DATA-59": "text rows and message rows are mixed in a file",
+    "DATA-60": "messages are not a list, or an empty one",
+    "DATA-61": "a message lacks role or content",
+    "DATA-62": "a message has parts other than text",
+    "DATA-63": "a message has an unknown role",
+    "DATA-64": "messages are in the wrong order",
+    "DATA-65": "the prompt ends, or the response starts, with the wrong role",
+    "DATA-66": "chosen and rejected differ before the last turn",
+    "DATA-67": "chosen and rejected share no whole prompt",
+    "DATA-68": "a response has several turns",
+    "DATA-75": "the row is longer than data.max_length",
+    "DATA-79": "a text is too long to be tokenised",
+    "DATA-91": "the path has a form that is not allowed",
+    "DATA-93": "the dataset cannot be loaded from the hub",
+    "DATA-95": "the chat template lost text of the row",
+}

@@ -1,0 +1,232 @@
+"""From text to token ids: the chat template on the prompt alone, the response apart, one scored terminator at its end.
+
+Text of rows that looks like a special token is encoded as plain text, never as the token. A row that is too long is
+treated by a rule with a name; responses are never cut. Needs a fast tokenizer, no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from laddpo.errors import UserError, choose
+from laddpo.preference.badrows import RowError
+from laddpo.preference.pairs import Example, Message, PreferencePair, plain_prompt
+from laddpo.preference.shorten import shorten_prompt
+from laddpo.preference.special_text import PlainTokenizer
+from laddpo.preference.templates import ChatTemplate
+
+Prompt = tuple[Message, ...]
+MIN_BYTE_LIMIT = 2**20  # a text below it is always tokenised; above it only if it might fit max_length
+MAX_BYTES_PER_TOKEN = 256
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of a pair, int32 [L] each; the responses include their terminator."""
+
+    id: str
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+    group: str
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Token ids of an SFT example, int32 [L] each; the response includes its terminator."""
+
+    id: str
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One prompt with its responses, and what was done to it.
+
+    `prompt` is what was encoded (shorter than the row's when `cut_tokens` > 0), `special_text` names the special tokens
+    whose text occurred in the row.
+    """
+
+    prompt: Prompt
+    prompt_ids: np.ndarray
+    response_ids: tuple[np.ndarray, ...]
+    cut_tokens: int
+    special_text: tuple[str, ...]
+
+
+class TextEncoder:
+    """Encodes prompts and responses for one tokenizer.
+
+    `template`: auto (the tokenizer's chat template if it has one), chat (fail without one), plain (prompt text, then
+    response). `truncation`: a key of TRUNCATIONS, what happens to a row longer than `max_length` tokens.
+    """
+
+    def __init__(self, tokenizer: Any, template: str = "auto", max_length: int = 1024, truncation: str = "error"):
+        choose(TRUNCATIONS, truncation, "data.truncation", "laddpo/preference/encode.py")
+        if max_length < 2:
+            raise UserError(f"data.max_length is {max_length}; a row needs at least a prompt and a response token.")
+        self.max_length, self.truncation = max_length, truncation
+        self.chat = choose(TEMPLATES, template, "data.template", "laddpo/preference/encode.py")(tokenizer)
+        self.bos_id: int | None = tokenizer.bos_token_id
+        role_markers = self.chat.markers if self.chat else ()
+        self.tokens = PlainTokenizer(tokenizer, role_markers)
+        terminator = self.chat.terminator if self.chat and self.chat.terminator else tokenizer.eos_token
+        if terminator is None:
+            raise UserError("The tokenizer has neither an end-of-turn nor an eos token, so no response could end.")
+        self.terminator = terminator
+        self.terminator_id: int = self.tokens.special_ids[terminator]
+        self.stop_ids = sorted({self.terminator_id, tokenizer.eos_token_id} - {None})
+
+    def fields(self) -> dict[str, Any]:
+        """What the encoding depends on, for fingerprints."""
+        template = self.chat.source if self.chat else None
+        return {
+            "tokenizer": self.tokens.fingerprint,
+            "template": hashlib.sha256(template.encode()).hexdigest()[:16] if template else "plain",
+            "terminator": self.terminator,
+            "max_length": self.max_length,
+            "truncation": self.truncation,
+        }
+
+    def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
+        """int32 [L]: what stands before the response, in training and in generation alike."""
+        return self._encode_prompts([tuple(messages)])[0]
+
+    def encode_response(self, text: str) -> np.ndarray:
+        """int32 [L]: the response and its terminator."""
+        return self._encode_responses([text])[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens shown."""
+        return self.tokens.decode(ids)
+
+    def decode_response(self, ids: Iterable[int]) -> str:
+        """Text of a generated response: up to the first terminator or eos."""
+        kept: list[int] = []
+        for token in ids:
+            if int(token) in self.stop_ids:
+                break
+            kept.append(int(token))
+        return self.tokens.decode(kept)
+
+    def encode_pair(self, pair: PreferencePair) -> EncodedPair:
+        """One pair; RowError when it cannot be used. Many pairs are faster through `encode_rows`."""
+        (row,) = self.encode_rows([(pair.prompt, (pair.chosen, pair.rejected))])
+        if isinstance(row, RowError):
+            raise row
+        return EncodedPair(pair.id, row.prompt_ids, *row.response_ids, pair.group)
+
+    def encode_example(self, example: Example) -> EncodedExample:
+        """One example; RowError when it cannot be used."""
+        (row,) = self.encode_rows([(example.prompt, (example.response,))])
+        if isinstance(row, RowError):
+            raise row
+        return EncodedExample(example.id, row.prompt_ids, *row.response_ids)
+
+    def encode_rows(self, rows: Sequence[tuple[Prompt, tuple[str, ...]]]) -> list[EncodedRow | RowError]:
+        """Each prompt with its responses, in one batch; a RowError in the place of each row that cannot be used."""
+        outcomes: list[EncodedRow | RowError | None] = [self._refused_by_size(*row) for row in rows]
+        usable = [index for index, outcome in enumerate(outcomes) if outcome is None]
+        prompts = self._encode_prompts_or_errors([rows[index][0] for index in usable])
+        flat = self._encode_responses([response for index in usable for response in rows[index][1]])
+        taken = 0
+        for index, prompt_ids in zip(usable, prompts, strict=True):
+            prompt, responses = rows[index]
+            response_ids = tuple(flat[taken : taken + len(responses)])
+            taken += len(responses)
+            try:
+                if isinstance(prompt_ids, RowError):
+                    raise prompt_ids
+                outcomes[index] = self._fit(prompt, prompt_ids, responses, response_ids)
+            except RowError as error:
+                outcomes[index] = error
+        assert None not in outcomes, "a row without an outcome"
+        return outcomes
+
+    def _fit(
+        self, prompt: Prompt, prompt_ids: np.ndarray, responses: tuple[str, ...], response_ids: tuple[np.ndarray, ...]
+    ) -> EncodedRow:
+        if len(response_ids) == 2 and np.array_equal(*response_ids):
+            problem = "has the same tokens as chosen: they differ only in what the template trims"
+            raise RowError("DATA-10", "rejected", problem, "Remove the row.")
+        texts = [message.content for message in prompt] + list(responses)
+        special_text = self.tokens.special_text(texts)
+        room = self.max_length - max(map(len, response_ids))
+        kept, kept_ids = prompt, prompt_ids
+        if len(prompt_ids) > room:
+            kept, kept_ids = TRUNCATIONS[self.truncation](self, prompt, prompt_ids, room)
+        return EncodedRow(kept, kept_ids, response_ids, len(prompt_ids) - len(kept_ids), special_text)
+
+    def _refused_by_size(self, prompt: Prompt, responses: tuple[str, ...]) -> RowError | None:
+        """Texts so long that they cannot fit are refused before they could stall the tokenizer."""
+        limit = max(MIN_BYTE_LIMIT, MAX_BYTES_PER_TOKEN * self.max_length)
+        longest = max(map(len, [message.content for message in prompt] + list(responses)))
+        if longest <= limit:
+            return None
+        problem = f"has a text of {longest:,} characters, far more than data.max_length={self.max_length} tokens"
+        return RowError("DATA-79", "", problem, "Remove the row.")
+
+    def _encode_prompts_or_errors(self, prompts: list[Prompt]) -> list[np.ndarray | RowError]:
+        try:
+            return self._encode_prompts(prompts)
+        except RowError as error:
+            if len(prompts) == 1:
+                return [error]
+            return [outcome for prompt in prompts for outcome in self._encode_prompts_or_errors([prompt])]
+
+    def _encode_prompts(self, prompts: list[Prompt]) -> list[np.ndarray]:
+        if self.chat is None:
+            bos = [] if self.bos_id is None else [self.bos_id]
+            bodies = self.tokens.encode_plain([plain_prompt(prompt) for prompt in prompts])
+            return [np.array(bos + body, dtype=np.int32) for body in bodies]
+        rendered = [self.chat.render(prompt, self.tokens) for prompt in prompts]
+        return [np.array(ids, dtype=np.int32) for ids in self.tokens.encode_rendered(rendered)]
+
+    def _encode_responses(self, texts: list[str]) -> list[np.ndarray]:
+        trimmed = [text.strip() if self.chat and self.chat.trims_responses else text for text in texts]
+        bodies = self.tokens.encode_plain(trimmed)
+        for body in bodies:
+            assert not self.tokens.has_special(body), "a special token inside the text of a response"
+        return [np.array([*body, self.terminator_id], dtype=np.int32) for body in bodies]
+
+
+def refuse_long(encoder: TextEncoder, prompt: Prompt, prompt_ids: np.ndarray, room: int) -> tuple[Prompt, np.ndarray]:
+    """error and drop: the row is not used. `drop` counts it as dropped, `error` as a bad row."""
+    problem = (
+        f"has {len(prompt_ids):,} prompt and {encoder.max_length - room:,} response tokens, "
+        f"data.max_length is {encoder.max_length:,}"
+    )
+    raise RowError("DATA-75", "", problem, "Raise data.max_length, or set data.truncation=drop, keep_start or keep_end.")
+
+
+def keep_prompt_start(encoder: TextEncoder, prompt: Prompt, _: np.ndarray, room: int) -> tuple[Prompt, np.ndarray]:
+    """keep_start: cut the end of the prompt's text; the template around it stays whole."""
+    return shorten_prompt(prompt, room, "start", encoder.encode_prompt, encoder.tokens)
+
+
+def keep_prompt_end(encoder: TextEncoder, prompt: Prompt, _: np.ndarray, room: int) -> tuple[Prompt, np.ndarray]:
+    """keep_end: cut the start of the prompt's text (oldest turns first); the template around it stays whole."""
+    return shorten_prompt(prompt, room, "end", encoder.encode_prompt, encoder.tokens)
+
+
+def need_chat_template(tokenizer: Any) -> ChatTemplate:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "data.template is 'chat', but the tokenizer has no chat template. Set data.template=plain, or use a model "
+            "whose tokenizer_config.json has one."
+        )
+    return ChatTemplate(tokenizer)
+
+
+TEMPLATES = {
+    "auto": lambda tokenizer: ChatTemplate(tokenizer) if tokenizer.chat_template else None,
+    "chat": need_chat_template,
+    "plain": lambda tokenizer: None,
+}
+TRUNCATIONS = {"error": refuse_long, "drop": refuse_long, "keep_start": keep_prompt_start, "keep_end": keep_prompt_end}

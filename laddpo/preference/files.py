@@ -1,0 +1,402 @@
+"""Reads local files of rows strictly and in bounded memory: JSON lines, JSON arrays, CSV and parquet, packed or not.
+
+Every row comes out as a dictionary with its place ("file:line"), every bad one as a BadRow that says what was found,
+what was expected and what to do. What makes a whole file unusable is a UserError. Nothing is repaired in silence and
+nothing is decoded with replacement characters. Codes DATA-nn are stable: see CODES in laddpo/preference/badrows.py.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from laddpo.errors import UserError, nearest
+from laddpo.preference.badrows import BadRow, RowError, file_error
+from laddpo.preference.compression import open_plain
+
+BOM = "\ufeff"
+
+
+@dataclass
+class ReadLog:
+    """What reading found besides rows: files with their rows, and things worth a warning with their counts."""
+
+    files: dict[str, int] = field(default_factory=dict)
+    warnings: dict[str, int] = field(default_factory=dict)
+
+    def warn(self, message: str, count: int = 1) -> None:
+        self.warnings[message] = self.warnings.get(message, 0) + count
+
+
+RawRow = tuple[str, dict]  # (place, fields)
+
+
+def read_rows(
+    files: list[Path], max_line_bytes: int, log: ReadLog, kind: str | None = None
+) -> Iterator[RawRow | BadRow]:
+    """The rows of the files in the given order. Raises UserError for a file that cannot be read as rows at all.
+
+    `kind` (a key of READERS) overrules the files' names.
+    """
+    columns: tuple[Path, tuple[str, ...]] | None = None
+    for path in files:
+        rows = 0
+        reader = READERS[kind or file_kind(path)]
+        with open_checked(path, max_line_bytes, log) as stream:
+            for row in reader(path, stream, max_line_bytes):
+                rows += 1
+                if reader in SCHEMA_READERS and not isinstance(row, BadRow):
+                    columns = same_columns(columns, path, tuple(row[1]))
+                yield row
+        if rows == 0:
+            raise file_error(path, "DATA-39", "has 0 rows", "Give a file with at least one row.")
+        log.files[str(path)] = rows
+
+
+@contextmanager
+def open_checked(path: Path, max_line_bytes: int, log: ReadLog) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked, once it is known to be a regular readable file; complains if it changes meanwhile."""
+    try:
+        before = path.stat()
+        if not stat.S_ISREG(before.st_mode):
+            raise file_error(path, "DATA-42", "is not a regular file", "Give a file, or a folder of files.")
+        with path.open("rb") as raw:
+            yield open_plain(path, raw, log.warn)
+    except PermissionError as error:
+        mode = stat.filemode(path.lstat().st_mode) if os.path.lexists(path) else "?"
+        problem = f"may not be read (mode {mode}, we are uid {os.getuid() if hasattr(os, 'getuid') else '?'})"
+        raise file_error(path, "DATA-43", problem, "Change its permissions.") from error
+    except FileNotFoundError as error:
+        raise missing_file(path) from error
+    after = path.stat()
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise file_error(path, "DATA-52", "changed while it was read", "Run again when nothing writes to it.")
+
+
+def missing_file(path: Path) -> UserError:
+    """Why a path cannot be had: a broken link, or nothing there (naming what is near)."""
+    if path.is_symlink():
+        target = os.readlink(path)
+        return file_error(path, "DATA-44", f"is a link to {target!r}, which is not there", "Restore the link's target.")
+    siblings = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+    guess = nearest(path.name, siblings)
+    hint = f" Did you mean {path.parent / guess}?" if guess else ""
+    return file_error(path, "DATA-41", f"not found from {Path.cwd()}", f"Check data.dataset_name.{hint}")
+
+
+def file_kind(path: Path) -> str:
+    """jsonl, json, csv or parquet by the name, the packing suffix aside."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in PACKED_SUFFIXES:
+        suffixes.pop()
+    kind = SUFFIXES.get(suffixes[-1] if suffixes else "")
+    if kind is None:
+        if suffixes and suffixes[-1] in ARCHIVE_SUFFIXES:
+            raise file_error(path, "DATA-48", "is an archive of files", "Unpack it first and give the folder.")
+        known = ", ".join(sorted(SUFFIXES))
+        raise file_error(
+            path, "DATA-41", "has no known kind of name", f"Rename it to end in one of {known} (+ .gz, .zst)."
+        )
+    return kind
+
+
+def read_json_lines(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawRow | BadRow]:
+    """One JSON object per line. Lines end at `\\n` bytes alone: U+2028 and U+0085 inside a text do not end a row."""
+    started = False
+    for number, line in numbered_lines(path, stream, max_line_bytes):
+        if not line.strip(b" \t\r\n"):
+            continue
+        place = f"{path}:{number}"
+        if not started:
+            refuse_other_kinds(path, line)
+            started = True
+        try:
+            row = parse_object(decode_line(line, first=number == 1), ends_file=not line.endswith(b"\n"))
+        except RowError as error:
+            yield error.at(place)
+        else:
+            yield place, row
+
+
+def read_json_array(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawRow | BadRow]:
+    """One JSON array of objects, read piece by piece: memory is bounded by the longest row, not by the file."""
+    text = _TextWindow(path, stream)
+    if (start := text.peek()) != "[":
+        advice = "A .json file is one array of objects; objects line by line belong in .jsonl."
+        raise file_error(path, "DATA-20", f"starts with {start!r}, not with '['", advice)
+    text.skip(1)
+    is_first = True
+    while (separator := text.peek()) != "]":
+        if not is_first:
+            if separator != ",":
+                problem = f"line {text.line}: found {separator!r}, expected a comma or the end of the array"
+                raise file_error(path, "DATA-35", problem, "Repair the file.")
+            text.skip(1)
+            text.peek()
+        is_first = False
+        place, value_text = f"{path}:{text.line}", text.take_value(max_line_bytes)
+        try:
+            yield place, parse_object(value_text)
+        except RowError as error:
+            yield error.at(place)
+    text.skip(1)
+    if not text.is_at_end():
+        raise file_error(path, "DATA-35", f"line {text.line}: goes on after its array", "Keep one array per file.")
+
+
+def read_csv(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawRow | BadRow]:
+    """Comma-separated rows under a header; every field is text. A quoted field may span lines."""
+    csv.field_size_limit(max_line_bytes)
+
+    def decoded() -> Iterator[str]:
+        for number, line in numbered_lines(path, stream, max_line_bytes):
+            try:
+                yield decode_line(line, first=number == 1)
+            except RowError as error:
+                raise UserError(str(error.at(f"{path}:{number}"))) from error
+
+    rows = csv.reader(decoded(), strict=True)
+    try:
+        header = next(rows, [])
+        if len(set(header)) != len(header):
+            raise file_error(path, "DATA-17", f"has a repeated column in its header {header}", "Rename one of them.")
+        while True:
+            place = f"{path}:{rows.line_num + 1}"
+            row = next(rows, None)
+            if row is None:
+                return
+            if not row:
+                continue
+            if len(row) != len(header):
+                problem = f"has {len(row)} fields, the header has {len(header)}"
+                yield BadRow(place, "DATA-57", "", problem, "Quote fields that contain commas or line ends.")
+            else:
+                yield place, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise file_error(path, "DATA-57", f"line {rows.line_num}: {error}", "Repair the CSV quoting.") from error
+
+
+def read_parquet(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawRow | BadRow]:
+    """Rows of a parquet file, batch by batch; the place of a row is its number."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:  # comes with `datasets`, but may have been left out on purpose
+        raise file_error(path, "DATA-51", "needs pyarrow to be read", "pip install pyarrow") from error
+    try:
+        parquet = pq.ParquetFile(path)
+        for column in parquet.schema_arrow:
+            if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+                problem = f"column {column.name}: is {column.type}, want string or list<struct<role, content>>"
+                raise file_error(path, "DATA-55", problem, "Save the column as text.")
+        number = 0
+        for batch in parquet.iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
+    except pa.ArrowException as error:
+        raise file_error(path, "DATA-54", f"is not a whole parquet file ({_words(error)})", "Copy it again.") from error
+
+
+def same_columns(
+    known: tuple[Path, tuple[str, ...]] | None, path: Path, columns: tuple[str, ...]
+) -> tuple[Path, tuple[str, ...]]:
+    """Table files read together must have the same columns."""
+    if known is not None and set(known[1]) != set(columns):
+        problem = f"has the columns {sorted(columns)}, but {known[0]} has {sorted(known[1])}"
+        raise file_error(path, "DATA-56", problem, "Read files of different kinds as separate sources.")
+    return known or (path, columns)
+
+
+def numbered_lines(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Lines with their number, from 1; a line longer than the limit is refused without being read whole."""
+    number = 0
+    while line := stream.readline(max_line_bytes + 1):
+        number += 1
+        if len(line) > max_line_bytes:
+            problem = f"line {number} is longer than {max_line_bytes:,} bytes"
+            raise file_error(path, "DATA-37", problem, "Check its line ends, or raise data.max_line_bytes.")
+        yield number, line
+
+
+def refuse_other_kinds(path: Path, line: bytes) -> None:
+    """A .jsonl whose first line shows that it is something else."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\x00{" in line[:8] or line[1:2] == b"\x00":
+        raise file_error(path, "DATA-22", "is UTF-16 or UTF-32 text", "Save it as UTF-8.")
+    text = line.removeprefix(codecs.BOM_UTF8).strip()
+    if b"\r" in text and text.startswith(b"{"):
+        raise file_error(path, "DATA-25", "ends its lines with a lone CR", "Save it with \\n line ends.")
+    if text.startswith(b"["):
+        raise file_error(path, "DATA-19", "holds a JSON array", "Rename it to .json, or write one object per line.")
+    if text == b"{":
+        advice = "Write each object on one line, or put them in an array and name the file .json."
+        raise file_error(path, "DATA-20", "holds an object spread over several lines", advice)
+    if b"," in text and not text.startswith((b"{", b'"')) and re.fullmatch(rb"[\w \"',;.-]+", text):
+        raise file_error(path, "DATA-57", f"looks like CSV ({text[:60]!r})", "Rename it to .csv.")
+
+
+def decode_line(line: bytes, first: bool) -> str:
+    """UTF-8 without guessing; a byte order mark is dropped at the start of the file only."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8: byte {line[error.start]:#04x} at offset {error.start} of the line"
+        raise RowError("DATA-21", "", problem, "Save the file as UTF-8.") from error
+    if text.startswith(BOM):
+        if not first:
+            problem = "starts with a byte order mark inside the file"
+            raise RowError("DATA-24", "", problem, "Files were joined; remove the mark (U+FEFF).")
+        text = text[1:]
+    return text
+
+
+def parse_object(text: str, ends_file: bool = False) -> dict:
+    """One strict JSON object: no repeated keys, no NaN or infinity, no overflow."""
+    text = text.strip(" \t\r\n")
+    try:
+        return check_object(_STRICT.decode(text))
+    except json.JSONDecodeError as error:
+        if "control character" in error.msg:
+            problem = f"has a raw control character at column {error.colno}"
+            raise RowError("DATA-27", "", problem, "Write it escaped (\\n, \\t, \\u0001).") from error
+        if ends_file and (error.pos >= len(text) - 1 or "Unterminated" in error.msg):
+            problem = f"ends in the middle of the object ({error.msg} at column {error.colno})"
+            raise RowError("DATA-35", "", problem, "The file may have been cut; copy it again.") from error
+        problem = f"is not JSON: {error.msg} at column {error.colno}"
+        raise RowError("DATA-35", "", problem, "Write one JSON object per line.") from error
+    except RecursionError as error:
+        raise RowError("DATA-38", "", "is nested too deep", "Rows are flat objects or lists of messages.") from error
+
+
+def check_object(value: object) -> dict:
+    if not isinstance(value, dict):
+        kind = {list: "a list", str: "text", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+        raise RowError("DATA-18", "", f"is {kind}, want an object", 'Write each row as {"prompt": …, …}.')
+    return value
+
+
+def _unique_keys(items: list[tuple[str, object]]) -> dict:
+    row = dict(items)
+    if len(row) != len(items):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in items if key in seen or seen.add(key))
+        raise RowError("DATA-17", repeated, f"has the key {repeated!r} twice", "Keep one of them.")
+    return row
+
+
+def _no_constant(name: str) -> object:
+    raise RowError("DATA-15", "", f"has the non-finite number {name}", "JSON has no such number; write null or text.")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise RowError("DATA-16", "", f"has the number {text[:40]}, too large to hold", "Write it as text.")
+    return value
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > 1000:  # Python refuses to convert very long digit strings, with a traceback of its own
+        raise RowError("DATA-16", "", f"has a number of {len(text)} digits", "Write it as text.")
+    return int(text)
+
+
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_float, parse_int=_whole_number
+)
+_LENIENT = json.JSONDecoder(parse_float=str, parse_int=str)
+
+
+class _TextWindow:
+    """A growing window over the characters of a stream, of which the part already used is forgotten."""
+
+    def __init__(self, path: Path, stream: BinaryIO):
+        self._path, self._stream = path, stream
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._is_over = False
+        self._bytes_read = 0
+        self.window, self.position, self.line = "", 0, 1
+
+    def peek(self) -> str:
+        """The next character that is not white space, which is skipped; the end of the file is an error."""
+        while True:
+            match = re.compile(r"[ \t\r\n]*").match(self.window, self.position)
+            self.skip(match.end() - self.position)
+            if self.position < len(self.window):
+                return self.window[self.position]
+            if not self.grow(1 << 62):
+                if self._bytes_read == 0:
+                    raise file_error(self._path, "DATA-39", "has 0 rows", "Give a file with at least one row.")
+                problem = f"ends at line {self.line} without closing its array"
+                raise file_error(self._path, "DATA-35", problem, "The file may have been cut; copy it again.")
+
+    def skip(self, count: int) -> None:
+        self.line += self.window.count("\n", self.position, self.position + count)
+        self.position += count
+
+    def take_value(self, limit: int) -> str:
+        """The text of the JSON value that starts here."""
+        while True:
+            try:
+                _, end = _LENIENT.raw_decode(self.window, self.position)
+            except (ValueError, RecursionError) as error:
+                if isinstance(error, ValueError) and self.grow(limit):
+                    continue
+                raise file_error(self._path, "DATA-35", f"line {self.line}: {_words(error)}", "Repair it.") from error
+            if end == len(self.window) and self.grow(limit):
+                continue  # a number may go on
+            value_text = self.window[self.position : end]
+            self.skip(end - self.position)
+            return value_text
+
+    def is_at_end(self) -> bool:
+        """Whether only white space is left."""
+        while not self.window[self.position :].strip():
+            self.position = len(self.window)
+            if not self.grow(1 << 62):
+                return True
+        return False
+
+    def grow(self, limit: int) -> bool:
+        """Read more; False at the end of the file. The window never holds more than `limit` unused characters."""
+        unused = len(self.window) - self.position
+        if self._is_over:
+            return False
+        if unused > limit:
+            problem = f"line {self.line}: a row is longer than {limit:,} characters"
+            raise file_error(self._path, "DATA-37", problem, "Raise data.max_line_bytes if that is right.")
+        block = self._stream.read(max(1 << 20, unused))
+        self._is_over = not block
+        try:
+            fresh = self._decoder.decode(block, final=self._is_over)
+        except UnicodeDecodeError as error:
+            problem = f"is not UTF-8 near byte {self._bytes_read + error.start}"
+            raise file_error(self._path, "DATA-21", problem, "Save the file as UTF-8.") from error
+        self._bytes_read += len(block)
+        self.window, self.position = self.window[self.position :] + fresh, 0
+        return bool(block)
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".7z")
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+READERS: dict[str, Callable[[Path, BinaryIO, int], Iterator[RawRow | BadRow]]] = {
+    "jsonl": read_json_lines,
+    "json": read_json_array,
+    "csv": read_csv,
+    "parquet": read_parquet,
+}
+SCHEMA_READERS = (read_csv, read_parquet)

@@ -1,0 +1,66 @@
+"""Rows of a dataset of the hub, through `datasets` (imported here only, so that local files never need it)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from laddpo.errors import UserError, nearest
+from laddpo.preference.files import ReadLog
+
+
+def hub_rows(
+    dataset_name: str, dataset_split: str | None, revision: str | None, log: ReadLog
+) -> Iterator[tuple[str, dict]]:
+    """The rows of one split, whole and in order; the place of a row is `dataset[split]:number`.
+
+    Not streamed: a sample and a split by content need every row, and a stream that breaks would look like a short one.
+    """
+    split = dataset_split or "train"
+    rows = load_split(dataset_name, split, revision)
+    if revision is None:
+        log.warn(f"{dataset_name} is read without data.revision: a later download may give other rows")
+    name = f"{dataset_name}[{split}]"
+    log.files[name] = len(rows)
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}:{number}", row
+
+
+def load_split(dataset_name: str, split: str, revision: str | None):
+    """The dataset, downloaded or from the cache; one clear UserError when neither has it."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError(
+            f"{dataset_name} is a dataset of the hub, and reading it needs the package `datasets`. pip install datasets, "
+            f"or set data.dataset_name to a local file."
+        ) from error
+    wanted = f"{dataset_name}@{revision or 'newest'}, split {split}"
+    try:
+        return load_dataset(dataset_name, split=split, revision=revision)
+    except ValueError as error:
+        known = _known_splits(error)
+        if known:
+            guess = nearest(split, known)
+            hint = f" Did you mean {guess}?" if guess else ""
+            raise UserError(f"data.dataset_split is {split!r}; {dataset_name} has {', '.join(known)}.{hint}") from error
+        raise UserError(_unavailable(wanted, error)) from error
+    except Exception as error:  # the hub client has many ways to say that it could not reach or find something
+        if "script" in str(error).lower():
+            raise UserError(
+                f"{wanted}: needs a loading script, which is never run (DATA-93). Download its data files and give their path."
+            ) from error
+        raise UserError(_unavailable(wanted, error)) from error
+
+
+def _unavailable(wanted: str, error: BaseException) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return (
+        f"data.dataset_name: {wanted} could not be had, neither from the network nor from the cache ({reason}) (DATA-93). "
+        f"Check the name, or download its files on another machine and set data.dataset_name to their local path."
+    )
+
+
+def _known_splits(error: ValueError) -> list[str]:
+    """Split names out of the message of `datasets` for an unknown split."""
+    _, mark, names = str(error).partition("Should be one of ")
+    return [name.strip(" '\"") for name in names.strip("[]. ").split(",")] if mark else []

@@ -1,0 +1,74 @@
+"""Shortens a prompt to a number of tokens by cutting text of its messages; template and roles stay whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from laddpo.preference.badrows import RowError
+from laddpo.preference.pairs import Message
+from laddpo.preference.special_text import PlainTokenizer
+
+Prompt = tuple[Message, ...]
+
+
+def shorten_prompt(
+    prompt: Prompt, room: int, keep: str, encode: Callable[[Prompt], np.ndarray], tokens: PlainTokenizer
+) -> tuple[Prompt, np.ndarray]:
+    """The prompt cut to at most `room` tokens, and its ids.
+
+    keep "end": the oldest turns go first, then the start of the oldest that is left. keep "start": the newest turns go
+    first, then the end of the newest that is left. A system turn stays as long as there is another turn to cut, and what
+    is left starts and ends with the user. RowError when not even one token of text fits.
+    """
+    system = prompt[:1] if prompt[0].role == "system" and len(prompt) > 1 else ()
+    turns = prompt[len(system) :]
+    while len(turns) > 1:
+        fewer = _drop_oldest(turns) if keep == "end" else _drop_newest(turns)
+        if not fewer or len(encode(system + fewer)) <= room:
+            break
+        turns = fewer
+    shorter = _drop_oldest(turns) if keep == "end" else _drop_newest(turns)
+    edge = 0 if keep == "end" else len(turns) - 1
+    text_ids = tokens.encode_plain([turns[edge].content])[0]
+    left = len(text_ids)
+    excess = len(encode(system + turns)) - room
+    while excess > 0:
+        left -= excess
+        if left <= 0:
+            break
+        text = _cut(text_ids, left, keep, tokens, turns[edge].content)
+        candidate = system + turns[:edge] + (Message(turns[edge].role, text),) + turns[edge + 1 :]
+        ids = encode(candidate)
+        excess = len(ids) - room
+        if excess <= 0 and text.strip():
+            return candidate, ids
+    if shorter:  # no text of the turn at the edge fits beside the others: it goes whole
+        ids = encode(system + shorter)
+        if len(ids) <= room:
+            return system + shorter, ids
+    problem = f"has responses that leave {max(room, 0)} tokens for the prompt, too few for any of its text"
+    raise RowError("DATA-75", "prompt", problem, "Raise data.max_length or remove the row.")
+
+
+def _drop_oldest(turns: Prompt) -> Prompt:
+    left = turns[1:]
+    while left and left[0].role != "user":
+        left = left[1:]
+    return left
+
+
+def _drop_newest(turns: Prompt) -> Prompt:
+    left = turns[:-1]
+    while left and left[-1].role != "user":
+        left = left[:-1]
+    return left
+
+
+def _cut(ids: list[int], left: int, keep: str, tokens: PlainTokenizer, original: str) -> str:
+    """Text of the last or first `left` tokens, without the broken character that a cut inside one leaves."""
+    text = tokens.decode(ids[-left:] if keep == "end" else ids[:left])
+    if "\ufffd" not in original:
+        text = text.strip("\ufffd")
+    return text

@@ -1,0 +1,190 @@
+"""Where preference pairs come from: SOURCES lists the readers, each a generator of pairs and bad rows.
+
+A reader is given what was asked for (a Request), yields PreferencePair or BadRow for every row it meets, and says in
+`identity` what its rows depend on, for the fingerprint. Rows are streamed; nothing is held but the row at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from laddpo.errors import UserError, choose
+from laddpo.preference import arithmetic
+from laddpo.preference.badrows import BadRow, RowError
+from laddpo.preference.files import ReadLog, read_rows
+from laddpo.preference.hub import hub_rows
+from laddpo.preference.locate import locate
+from laddpo.preference.pairs import PreferencePair, content_digest, prompt_group
+from laddpo.preference.rows import SHAPES, RowRules
+from laddpo.runs import file_sha256
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a source; each uses the part that concerns it.
+
+    Rows of files and of the hub: `dataset_name` (path, name in `preference_dir`, or hub id), `dataset_split`,
+    `revision`, `columns`, `format` (a shape of rows, or auto), limits. Generated rows: `num_pairs`, `difficulty`,
+    `habit`, `seed`, and the share that validation gets.
+    """
+
+    dataset_name: str | None = None
+    dataset_split: str | None = None
+    revision: str | None = None
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    format: str = "auto"
+    preference_dir: Path | None = None
+    max_line_bytes: int = 16 * 2**20
+    follow_symlinks: bool = False
+    allow_empty_prompt: bool = False
+    allow_nul: bool = False
+    num_pairs: int = 2048
+    difficulty: arithmetic.Difficulty = arithmetic.Difficulty()
+    habit: str = "drop_carry"
+    seed: int = 0
+    validation_fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """`read` streams the rows, `identity` lists what they depend on, `split_of` places a pair where the source itself
+    keeps its splits apart (None: the split is by prompt), `is_graded` says whether pairs carry a gold answer."""
+
+    read: Callable[[Request, ReadLog], Iterator[PreferencePair | BadRow]]
+    identity: Callable[[Request], dict]
+    split_of: Callable[[PreferencePair], str] | None = None
+    is_graded: bool = False
+
+
+def open_source(name: str) -> Source:
+    """The source of that name."""
+    return choose(SOURCES, name, "data.source", "laddpo/preference/sources.py")
+
+
+def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iterator[PreferencePair | BadRow]:
+    """Pairs of local files or of the hub, in the shape of `shape` or else of `request.format`."""
+    rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
+    to_pair = SHAPES[shape or shape_name(request.format)]
+    used = {rules.column(name) for name in ("prompt", "chosen", "rejected", "system", "answer")}
+    kind: bool | None = None
+    for row in raw_rows(request, log):
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        place, fields = row
+        for extra in fields.keys() - used:
+            used.add(extra)
+            log.warn(f"column {extra!r} is not used")
+        try:
+            if request.format == "explicit":
+                kind = same_kind(kind, fields, rules)
+            prompt, chosen, rejected = to_pair(fields, rules, log.warn)
+        except RowError as error:
+            yield error.at(place)
+            continue
+        gold = fields.get(rules.columns.get("answer") or "")
+        row_id = content_digest(prompt, chosen, rejected) + "-0"
+        answer = gold if isinstance(gold, str) else None
+        yield PreferencePair(row_id, prompt, chosen, rejected, place, prompt_group(prompt), answer)
+
+
+def raw_rows(request: Request, log: ReadLog) -> Iterator[tuple[str, dict] | BadRow]:
+    """Rows of the files that the name means, else of the hub."""
+    files = local_files(request, log)
+    if files:
+        return read_rows(files, request.max_line_bytes, log, "json" if request.format == "json" else None)
+    return hub_rows(request.dataset_name, request.dataset_split, request.revision, log)
+
+
+def local_files(request: Request, log: ReadLog) -> list[Path]:
+    if not request.dataset_name:
+        raise UserError("data.dataset_name is not set. Give a local path, or a hub id such as org/name.")
+    return locate(request.dataset_name, request.preference_dir, log, request.follow_symlinks)
+
+
+def same_kind(kind: bool | None, fields: dict, rules: RowRules) -> bool:
+    """Text rows and message rows in one file are refused at the first change, unless data.format=auto."""
+    is_text = isinstance(fields.get(rules.column("chosen")), str)
+    if kind is not None and kind != is_text:
+        problem = "is a row of text among rows of messages" if is_text else "is a row of messages among rows of text"
+        raise RowError("DATA-59", "", problem, "Keep one kind per file, or set data.format=auto.")
+    return is_text
+
+
+def shape_name(format: str) -> str:
+    """The shape of rows that a data.format asks for."""
+    known = {**{name: name for name in SHAPES}, "auto": "explicit", "json": "explicit"}
+    return choose(known, format, "data.format", "laddpo/preference/rows.py")
+
+
+def rows_identity(request: Request) -> dict:
+    """What pairs of files or of the hub depend on: the bytes of the files, not their names or order."""
+    files = local_files(request, ReadLog())
+    fields = {
+        "columns": {name: column for name, column in sorted(request.columns.items()) if column},
+        "format": request.format,
+        "allow_empty_prompt": request.allow_empty_prompt,
+        "allow_nul": request.allow_nul,
+    }
+    if files:
+        return {**fields, "files": sorted(file_sha256(path) for path in files)}
+    hub = {"dataset": request.dataset_name, "split": request.dataset_split or "train", "revision": request.revision}
+    return {**fields, "hub": hub}
+
+
+def arithmetic_pairs(request: Request, log: ReadLog) -> Iterator[PreferencePair | BadRow]:
+    """Generated pairs: the validation share from problems of the validation split, the rest from the training split."""
+    num_validation = round(request.num_pairs * request.validation_fraction)
+    for split, num_pairs in (("train", request.num_pairs - num_validation), ("validation", num_validation)):
+        yield from arithmetic.preference_pairs(split, num_pairs, request.seed, request.difficulty, request.habit)
+
+
+def arithmetic_identity(request: Request) -> dict:
+    """What generated pairs depend on."""
+    return {
+        "num_pairs": request.num_pairs,
+        "operand_max": request.difficulty.operand_max,
+        "terms": request.difficulty.terms,
+        "width": request.difficulty.width,
+        "habit": request.habit,
+        "seed": request.seed,
+    }
+
+
+def rows_in_shape(shape: str | None = None, **defaults) -> Source:
+    """A source of files or of the hub: rows in that shape, with `defaults` for what the request leaves open."""
+
+    def completed(request: Request) -> Request:
+        columns = {**defaults.get("columns", {}), **{k: v for k, v in request.columns.items() if v and v != k}}
+        return replace(
+            request,
+            dataset_name=request.dataset_name or defaults.get("dataset_name"),
+            dataset_split=request.dataset_split or defaults.get("dataset_split"),
+            format=defaults.get("format", request.format),
+            columns=columns,
+        )
+
+    return Source(
+        read=lambda request, log: read_pairs(completed(request), log, shape),
+        identity=lambda request: {"shape": shape, **rows_identity(completed(request))},
+    )
+
+
+def arithmetic_split(pair: PreferencePair) -> str:
+    return arithmetic.split_of(pair.prompt[0].content)
+
+
+SOURCES: dict[str, Source] = {
+    "arithmetic": Source(arithmetic_pairs, arithmetic_identity, split_of=arithmetic_split, is_graded=True),
+    "jsonl": rows_in_shape(),
+    "hh_rlhf": rows_in_shape("hh_rlhf", dataset_name="Anthropic/hh-rlhf"),
+    "ultrafeedback": rows_in_shape(
+        "conversation", dataset_name="HuggingFaceH4/ultrafeedback_binarized", dataset_split="train_prefs"
+    ),
+    "orca_dpo_pairs": rows_in_shape(
+        dataset_name="Intel/orca_dpo_pairs", columns={"prompt": "question", "system": "system"}
+    ),
+    "laddpo_public": rows_in_shape(format="json"),
+}

@@ -1,0 +1,84 @@
+"""Tokenises text of rows so that nothing in it can become a special token, and rendered templates so that theirs do.
+
+A special token is any that the tokenizer flags so, and any added token that the chat template writes around messages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from laddpo.errors import UserError
+
+
+class PlainTokenizer:
+    """Two views of one fast tokenizer: `encode_plain` knows no special tokens, `encode_rendered` only the template's."""
+
+    def __init__(self, tokenizer: Any, role_markers: Iterable[str] = ()):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError(
+                f"{type(tokenizer).__name__} is a slow tokenizer. A fast one (with tokenizer.json) is needed, which can "
+                f"tell special tokens from text that looks like them."
+            )
+        from tokenizers import Tokenizer
+
+        described = json.loads(backend.to_str())
+        described["truncation"] = described["padding"] = None
+        markers = set(role_markers)
+        self.special_ids: dict[str, int] = {}
+        for token in described["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in markers
+            if token["special"]:
+                self.special_ids[token["content"]] = token["id"]
+        text = json.dumps(described, sort_keys=True, ensure_ascii=False)
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._plain, self._knowing = Tokenizer.from_str(text), Tokenizer.from_str(text)
+        self._plain.encode_special_tokens = True
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._special_id_set = frozenset(self.special_ids.values())
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts in which everything is text."""
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_rendered(self, rendered: Sequence[tuple[str, dict[str, str]]]) -> list[list[int]]:
+        """Token ids of rendered templates.
+
+        Each comes with the stand-ins that hide special-token text of the messages (usually none): without them the
+        tokenizer is simply right; with them the text is split at the template's own special tokens by hand, and in
+        the pieces the stand-ins are turned back into plain text.
+        """
+        simple = [text for text, hidden in rendered if not hidden]
+        ids = iter(self._knowing.encode_batch_fast(simple, add_special_tokens=False))
+        return [self._encode_pieces(text, hidden) if hidden else next(ids).ids for text, hidden in rendered]
+
+    def _encode_pieces(self, text: str, hidden: dict[str, str]) -> list[int]:
+        ids: list[int] = []
+        end = 0
+        for match in [*self.pattern.finditer(text), None]:
+            piece = text[end : match.start() if match else len(text)]
+            for stand_in, original in hidden.items():
+                piece = piece.replace(stand_in, original)
+            if piece:
+                ids += self.encode_plain([piece])[0]
+            if match:
+                ids.append(self.special_ids[match.group()])
+                end = match.end()
+        return ids
+
+    def special_text(self, texts: Iterable[str]) -> tuple[str, ...]:
+        """The special tokens whose text occurs, sorted."""
+        found = {token for text in texts for token in self.pattern.findall(text)}
+        return tuple(sorted(found))
+
+    def has_special(self, ids: Iterable[int]) -> bool:
+        return not self._special_id_set.isdisjoint(ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens shown."""
+        return self._plain.decode([int(token) for token in ids], skip_special_tokens=False)

@@ -1,0 +1,166 @@
+"""What each single setting may be: names out of a list, numbers within bounds.
+
+`single_problems(config)` checks every setting by itself; laddpo/config.py checks settings against each other. The names
+are those of tables in modules that import torch, which a configuration must not; a test keeps both equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from laddpo.errors import nearest
+
+
+def single_problems(config: Any) -> Iterator[str]:
+    """A sentence for each setting of a dataclass tree whose value cannot be meant."""
+    for key, value in leaves(config):
+        numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, float)]
+        if not all(map(math.isfinite, numbers)):
+            yield f"{key} is {value}; expected a finite number; write one, or null where the key allows it."
+        elif value is not None and key in CHOICES:
+            for name in value if isinstance(value, list) else [value]:
+                if name not in CHOICES[key]:
+                    yield unknown_name(key, name, CHOICES[key])
+        elif value is not None and key in RANGES:
+            yield from _outside(key, value, RANGES[key])
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting of a dataclass tree."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def unknown_name(key: str, name: str, known: tuple[str, ...]) -> str:
+    guess = nearest(name, known)
+    return (
+        f"{key} is {name!r}; known: {', '.join(known)}; {f'did you mean {guess}?' if guess else 'choose one of them.'}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a number, both allowed (`above`: the lower one is not), and what is usual."""
+
+    usual: str
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+
+
+def at_least(low: float, usual: str, high: float | None = None) -> Range:
+    return Range(usual, low, high)
+
+
+def more_than(low: float, usual: str, high: float | None = None) -> Range:
+    return Range(usual, low, high, above=True)
+
+
+def _outside(key: str, value: float, bounds: Range) -> Iterator[str]:
+    too_low = value <= bounds.low if bounds.above else value < bounds.low
+    if too_low or (bounds.high is not None and value > bounds.high):
+        lower = f"{'>' if bounds.above else '>='} {_plain(bounds.low)}"
+        upper = f" and at most {_plain(bounds.high)}" if bounds.high is not None else ""
+        yield f"{key} is {value}; it must be {lower}{upper}; {bounds.usual}."
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "adapter.kind": ("lora", "full"),
+    "quantization.bnb_4bit_quant_type": ("nf4", "fp4"),
+    "quantization.bnb_4bit_compute_dtype": ("bf16", "fp16", "fp32"),
+    "data.source": ("arithmetic", "jsonl", "hh_rlhf", "ultrafeedback", "orca_dpo_pairs", "laddpo_public"),
+    "data.format": ("auto", "explicit", "conversation", "implicit", "hh_rlhf", "json"),
+    "data.habit": ("drop_carry", "smaller_from_larger"),
+    "data.template": ("auto", "chat", "plain"),
+    "data.truncation": ("error", "drop", "keep_start", "keep_end"),
+    "data.on_bad_row": ("error", "skip"),
+    "dpo.loss": ("sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down", "sigmoid_norm"),
+    "dpo.estimator": ("count", "complement", "bernoulli"),
+    "dpo.schedule": ("iid", "low_discrepancy", "stratified", "systematic"),
+    "optim.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
+    "optim.lr_scheduler_type": ("cosine", "linear", "constant"),
+    "hardware.device": ("auto", "cpu", "cuda"),
+    "hardware.precision": ("auto", "fp32", "bf16", "fp16"),
+    "hardware.attention": ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"),
+    "hardware.backward": ("auto", "stream", "two_pass", "joint"),
+    "evaluation.tasks": ("arithmetic", "gsm8k"),
+    "evaluation.remasking": ("low_confidence", "random"),
+    "logger.wandb_mode": ("online", "offline", "disabled"),
+    "sft.examples": ("corpus", "chosen"),
+}
+
+RANGES: dict[str, Range] = {
+    "seed": at_least(0, "any whole number such as 42", 2**63 - 1),
+    "save_steps": at_least(1, "null turns saving by steps off"),
+    "save_minutes": more_than(0, "null turns saving by time off"),
+    "save_total_limit": at_least(1, "2 keeps the newest and the one before it"),
+    "logging_steps": at_least(1, "1 logs every step"),
+    "rounds": at_least(1, "1 trains once"),
+    "stopping.patience": at_least(1, "null never stops early"),
+    "stopping.max_chosen_fall": more_than(0, "null never stops for it"),
+    "model.shape.d_model": at_least(1, "see the model's config.json"),
+    "model.shape.n_layers": at_least(1, "see the model's config.json"),
+    "model.shape.n_heads": at_least(1, "see the model's config.json"),
+    "model.shape.n_kv_heads": at_least(1, "see the model's config.json"),
+    "model.shape.mlp_hidden_size": at_least(1, "see the model's config.json"),
+    "model.shape.vocab_size": at_least(1, "see the model's config.json"),
+    "model.shape.max_sequence_length": at_least(1, "see the model's config.json"),
+    "adapter.r": at_least(1, "8 to 64 is usual"),
+    "adapter.lora_alpha": more_than(0, "twice adapter.r is usual"),
+    "adapter.lora_dropout": at_least(0, "use 0", 1),
+    "quantization.llm_int8_threshold": at_least(0, "6 is usual, 0 keeps values independent of packing"),
+    "data.max_length": at_least(1, "1024 is usual"),
+    "data.random_sample_size": at_least(1, "null takes every row"),
+    "data.validation_fraction": at_least(0, "0.05 is usual", 0.9),
+    "data.max_bad_fraction": at_least(0, "1 never stops because of skipped rows", 1),
+    "data.max_line_bytes": at_least(1024, "16777216 is usual"),
+    "data.num_pairs": at_least(1, "2048 is usual"),
+    "data.operand_max": at_least(1, "20 is what llada_nano was trained on"),
+    "data.terms": at_least(2, "3 is what llada_nano was trained on", 16),
+    "data.width": at_least(1, "2 is what llada_nano was trained on", 9),
+    "dpo.beta": more_than(0, "0.05 to 0.5 is usual for long answers, near 1 for short ones"),
+    "dpo.diffusion_samples": at_least(1, "4 is the default, 8 the paper's value"),
+    "dpo.mask_rounds": at_least(1, "1 uses the same masks in every epoch"),
+    "dpo.sft_weight": at_least(0, "0 turns the SFT term off, 0.05 is the paper's value"),
+    "dpo.label_smoothing": at_least(0, "0 trusts every label", 0.5),
+    "optim.learning_rate": more_than(0, "5e-7 (full) to 1e-4 (LoRA) is usual", 1),
+    "optim.weight_decay": at_least(0, "0.01 is usual"),
+    "optim.eps": more_than(0, "1e-8 is usual"),
+    "optim.max_grad_norm": more_than(0, "1.0 is usual, null turns clipping off"),
+    "optim.num_warmup_steps": at_least(0, "0 starts at the full learning rate"),
+    "optim.per_device_train_batch_size": at_least(1, "1 is usual; it does not change memory"),
+    "optim.gradient_accumulation_steps": at_least(1, "pairs per step = this x the batch size x processes"),
+    "optim.num_train_epochs": more_than(0, "1 is usual"),
+    "optim.max_train_steps": at_least(1, "null trains num_train_epochs"),
+    "optim.skip_nonfinite": at_least(0, "0 stops at the first non-finite step"),
+    "hardware.token_budget": at_least(1, "null lets the memory plan choose"),
+    "hardware.vram_gib": more_than(0, "null asks the device"),
+    "hardware.threads": at_least(1, "null leaves torch's own choice"),
+    "evaluation.limit": at_least(1, "null takes every item"),
+    "evaluation.shots": at_least(0, "0 shows no worked examples"),
+    "evaluation.every_steps": at_least(1, "null evaluates only at the end"),
+    "evaluation.num_pairs": at_least(1, "null takes every validation pair"),
+    "evaluation.diffusion_samples": at_least(1, "32 gives small errors"),
+    "evaluation.gen_length": at_least(1, "256 is usual for GSM8K"),
+    "evaluation.steps": at_least(1, "as many as gen_length is the slow, exact choice"),
+    "evaluation.block_length": at_least(1, "16 to 32 is usual"),
+    "evaluation.temperature": at_least(0, "0 takes the most likely token"),
+    "evaluation.cfg_scale": at_least(0, "0 turns guidance off"),
+    "evaluation.batch_size": at_least(1, "8 is usual"),
+    "sft.num_examples": at_least(1, "20000 is usual"),
+    "sft.mistake_share": at_least(0, "0 makes every solution correct", 1),
+    "sft.learning_rate": more_than(0, "1e-3 is usual for a small model from scratch", 1),
+    "sft.max_train_steps": at_least(1, "1800 made llada_nano"),
+    "sft.batch_size": at_least(1, "192 made llada_nano"),
+}

@@ -1,0 +1,72 @@
+"""Which folder a training run writes to, and whether it goes on where an earlier one stopped.
+
+`resume` is false (a new run), true (output_dir, else the newest unfinished run of equal settings) or a run's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from laddpo import runs
+from laddpo.compose import read_config
+from laddpo.errors import UserError
+from laddpo.settings import RunConfig
+
+# What a resumed run may change: where it runs, how it reports, how often it saves, and how long it trains.
+MAY_CHANGE = (
+    "output_dir", "resume", "auto", "verify", "run", "runs", "dry_run", "logging_steps", "save_", "logger.", "paths.",
+    "hardware.", "evaluation.at_end", "optim.max_train_steps", "optim.num_train_epochs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Where a run writes; `is_resumed`: an earlier part of it is there; `is_finished`: nothing is left to do."""
+
+    folder: Path
+    is_resumed: bool = False
+    is_finished: bool = False
+
+
+def find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:
+    """Decide from `resume`. Raises `UserError` listing the differing settings when the run there is another one."""
+    if config.resume == "false":
+        return RunPlace(new_folder)
+    if config.resume != "true":
+        folder = Path(config.resume)
+        if not (folder / "config.yaml").exists():
+            raise UserError(f"resume is {config.resume!r}, which holds no run (no config.yaml); check the path.")
+        return _existing(config, folder, stage)
+    if config.output_dir is not None:
+        folder = Path(config.output_dir)
+        if (folder / "config.yaml").exists():
+            return _existing(config, folder, stage)
+        print(f"resume=true, but {folder} holds no run yet; starting a new one there.")
+        return RunPlace(folder)
+    earlier = Path(config.paths.outputs_dir) / stage
+    for config_file in sorted(earlier.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        folder = config_file.parent
+        if not (folder / runs.MANIFEST).exists() and not changed_settings(read_config(folder), config):
+            print(f"resume=true: going on with {folder}")
+            return RunPlace(folder, is_resumed=True)
+    print(f"resume=true, but {earlier} has no unfinished run of these settings; starting a new one.")
+    return RunPlace(new_folder)
+
+
+def _existing(config: RunConfig, folder: Path, stage: str) -> RunPlace:
+    differences = changed_settings(read_config(folder), config)
+    if differences:
+        raise UserError(
+            f"{folder}: is a run of other settings:\n  " + "\n  ".join(differences) + "\nGive the same settings, or start "
+            "a new run with resume=false. A resumed run may change logger, logging_steps, save_*, hardware, "
+            "evaluation.at_end and the number of steps."
+        )
+    return RunPlace(folder, is_resumed=True, is_finished=(folder / runs.MANIFEST).exists())
+
+
+def changed_settings(stored: RunConfig, wanted: RunConfig) -> list[str]:
+    """`key: stored a, now b` for every setting that a resumed run may not change."""
+    lines = runs.differing_fields(dataclasses.asdict(stored), dataclasses.asdict(wanted))
+    return [line for line in lines if not line.startswith(MAY_CHANGE)]

@@ -1,0 +1,174 @@
+"""What DPO and SFT runs share around the loop: its settings, its outputs, validation, and the check at step 0."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from laddpo import inputs, runs
+from laddpo.answering import VALIDATION_LIMIT, answer_task, open_task
+from laddpo.core.gradient import Item, score_items
+from laddpo.core.loop import LoopSettings, RunOutputs, step_items
+from laddpo.core.objectives import reference_draws
+from laddpo.core.tasks import DpoTask
+from laddpo.errors import RunFault
+from laddpo.evaluation.margins import score_preferences
+from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
+from laddpo.inputs import Loaded
+from laddpo.models import adapters, loading
+from laddpo.preference.prepared import PreparedPairs
+from laddpo.settings import RunConfig
+from laddpo.signals import StopFlag
+from laddpo.tracking import Trackers
+
+EXACT_MATCH, LOSS = "validation/exact_match", "validation/loss"
+STEP_ZERO_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}  # relative, for another packing than the reference's
+
+
+def loop_settings(config: RunConfig, item_count: int, best_metric: str | None) -> LoopSettings:
+    """The loop's settings for a run over `item_count` rows."""
+    optim, stopping = config.optim, config.stopping
+    items_per_step = inputs.pairs_per_step(config)
+    epochs = math.ceil(optim.num_train_epochs * math.ceil(item_count / items_per_step))
+    steps = min(epochs, optim.max_train_steps) if optim.max_train_steps else epochs
+    if config.dry_run:
+        steps = min(steps, 2)
+    return LoopSettings(
+        seed=config.seed,
+        total_steps=steps,
+        items_per_step=items_per_step,
+        learning_rate=optim.learning_rate,
+        lr_scheduler_type=optim.lr_scheduler_type,
+        num_warmup_steps=optim.num_warmup_steps,
+        max_grad_norm=optim.max_grad_norm or 0.0,
+        save_steps=config.save_steps or 0,
+        save_minutes=config.save_minutes or 0.0,
+        save_total_limit=config.save_total_limit or 0,
+        logging_steps=config.logging_steps,
+        eval_steps=config.evaluation.every_steps or 0,
+        best_metric=best_metric,
+        higher_is_better=best_metric != LOSS,
+        patience=stopping.patience or 0,
+        max_chosen_fall=stopping.max_chosen_fall or 0.0,
+        skip_nonfinite=optim.skip_nonfinite,
+    )
+
+
+@contextlib.contextmanager
+def run_outputs(config: RunConfig, folder: Path, loaded: Loaded, is_resumed: bool) -> Iterator[RunOutputs]:
+    """Where the loop writes: weights, metrics, and the trackers, closed at the end."""
+    is_full = config.adapter.kind == "full"
+    best, last = (inputs.MODEL, inputs.MODEL_LAST) if is_full else (inputs.ADAPTER, inputs.ADAPTER_LAST)
+
+    def save(name: str, step: int) -> None:
+        with runs.replaced_folder(folder / name) as target:
+            files = (loading.save_model if is_full else adapters.save_adapter)(loaded.model, target)
+            if is_full:
+                loaded.tokenizer.save_pretrained(target)
+            fields = {"step": step, "base": loaded.weights}
+            runs.write_manifest(target, "weights", fields, list(files), **runs.provenance())
+
+    settings = dataclasses.asdict(config.logger)
+    with Trackers(folder, settings, dataclasses.asdict(config), resume_step=0 if is_resumed else None) as trackers:
+        yield RunOutputs(
+            folder,
+            save_best=lambda step: save(best, step),
+            save_last=lambda step: save(last, step),
+            track=lambda metrics, step: trackers.scalars(step, metrics),
+        )
+
+
+@dataclass
+class Validation:
+    """Held-out pairs and problems, measured during training."""
+
+    config: RunConfig
+    loaded: Loaded
+    items: Sequence[Item]
+    block: int
+    tasks: list[Task] = field(default_factory=list)
+
+    @property
+    def is_wanted(self) -> bool:
+        return bool(self.items or self.tasks)
+
+    @property
+    def best_metric(self) -> str | None:
+        """What chooses the checkpoint: exact match where the data has a grader, else the validation loss."""
+        if self.config.best_metric != "auto":
+            return None if self.config.best_metric == "none" else self.config.best_metric
+        return EXACT_MATCH if self.tasks else LOSS if self.items else None
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Validation metrics of the model as it is now."""
+        metrics: dict[str, float] = {}
+        if self.items:
+            objective = inputs.objective_of(self.config)
+            budget = self.loaded.machine.token_budget
+            scores = score_preferences(self.loaded.denoiser, self.items, objective, self.block, budget)
+            metrics.update(scores.metrics())
+        if self.tasks:
+            shares = [self._exact_match(task) for task in self.tasks]
+            metrics[EXACT_MATCH] = sum(shares) / len(shares)
+        return metrics
+
+    def _exact_match(self, task: Task) -> float:
+        scratch = Path(tempfile.mkdtemp(prefix="laddpo-"))
+        try:
+            records = answer_task(self.config, self.loaded, task, scratch / "items.jsonl", {}, "validation")
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return sum(record["correct"] for record in records) / len(records)
+
+
+def open_validation(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, stop: StopFlag) -> Validation:
+    """The validation pairs with their reference values, and the problems of tasks that have a validation split.
+
+    Test problems are never looked at during training.
+    """
+    pairs = list(prepared.validation)[: config.evaluation.num_pairs]
+    items, block = [], 1
+    if pairs:
+        items, block = inputs.held_out_items(config, prepared, loaded, pairs, stop, "validation pairs")
+    names = [name for name in config.evaluation.tasks if name in HAS_VALIDATION_SPLIT]
+    limit = min(VALIDATION_LIMIT, config.evaluation.limit or VALIDATION_LIMIT)
+    tasks = [open_task(config, name, "validation", limit) for name in names]
+    return Validation(config, loaded, items, block, tasks)
+
+
+def step_zero_check(config: RunConfig, task: DpoTask, settings: LoopSettings, precision: str) -> None:
+    """Before the first step the policy is the reference: every draw agrees, every margin is 0, or the run stops here.
+
+    Catches what would silently train on a wrong margin: a stale store, other masks, dropout, an adapter that is not
+    neutral. Without common random numbers policy and reference saw other masks, and there is nothing to compare.
+    """
+    if not config.dpo.common_random_numbers:
+        print("step 0: not checked, since dpo.common_random_numbers=false gives policy and reference other masks")
+        return
+    _, indices = step_items(settings.seed, 0, task.item_count, settings.items_per_step)
+    items = task.items(indices, 0)
+    draws = score_items(task.denoiser, items, task.token_budget)
+    reference = reference_draws(items, draws.device)
+    difference = (draws - reference).abs()
+    relative = float((difference / reference.abs().clamp(min=1.0)).max())
+    losses = task.objective.losses(items, draws)
+    at_zero = float(task.objective.losses(items, reference).mean())
+    tolerance = STEP_ZERO_TOLERANCE[precision]
+    if relative > tolerance:
+        worst = items[int(difference.flatten(1).max(dim=1).values.argmax())].id
+        raise RunFault(
+            f"step 0: policy and reference differ by {float(difference.max()):.3g} nats on pair {worst} (relative "
+            f"{relative:.2g}, allowed {tolerance:g} in {precision}), expected the same value before any training. The "
+            "reference store may have been computed by another program or on faulty hardware: check it with "
+            "python -m laddpo.precompute verify=true, or remove its folder."
+        )
+    print(
+        f"step 0: loss {float(losses.mean()):.6f} (at margin 0: {at_zero:.6f}), largest |policy - reference| "
+        f"{float(difference.max()):.2g} nats over {draws.numel()} draws"
+    )
