@@ -1,0 +1,236 @@
+"""Tasks from generated and from written rows; runs that are interrupted, continued, changed."""
+
+import json
+
+import pytest
+
+from laddpo.errors import UserError
+from laddpo.evaluation.grading import FunctionGrader
+from laddpo.evaluation.tasks import Item, Task, TaskOptions, load_task, run_task
+from laddpo.preference.pairs import user_prompt
+from laddpo.runs import JsonLines
+
+
+class Adder:
+    """A generate function that adds two numbers, remembers its batches and stops where it is told."""
+
+    def __init__(self, wrong=(), stop_at=None):
+        self.wrong, self.stop_at, self.batches = set(wrong), stop_at, []
+
+    def __call__(self, prompts):
+        texts = [prompt[-1].content for prompt in prompts]
+        if self.stop_at in texts:
+            raise KeyboardInterrupt
+        self.batches.append(texts)
+        return [str(sum(map(int, text.split("+"))) + (text in self.wrong)) for text in texts]
+
+
+def sums(count=10, grader_name="equality"):
+    items = [Item(f"sum-{n}", user_prompt(f"{n}+{n}"), str(2 * n)) for n in range(count)]
+    return Task("sums", items, FunctionGrader(grader_name, lambda text, answer: text == answer))
+
+
+def run(generate, task, path, fields=None, **more):
+    said = []
+    more = {"batch_size": 4, "fields": fields or {"weights": "a"}, "show_progress": False, "say": said.append, **more}
+    return run_task(generate, task, items_path=path, **more), said
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def gsm8k_rows(count, offset=0):
+    return [
+        {"question": f"What is {n} plus 1?", "answer": f"{n}+1=<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"}
+        for n in range(offset, offset + count)
+    ]
+
+
+def test_records_hold_prompt_answer_text_and_verdict_in_the_order_of_the_items(tmp_path):
+    records, _ = run(Adder(wrong=["3+3"]), sums(), tmp_path / "items.jsonl", labels={"model": "base"})
+    assert [record["id"] for record in records] == [f"sum-{n}" for n in range(10)]
+    assert [record["correct"] for record in records] == [n != 3 for n in range(10)]
+    assert {key: records[3][key] for key in ("task", "model", "prompt", "answer", "text", "grader")} == {
+        "task": "sums",
+        "model": "base",
+        "prompt": "3+3",
+        "answer": "6",
+        "text": "7",
+        "grader": "equality",
+    }
+    assert JsonLines(tmp_path / "items.jsonl").read() == records
+
+
+def test_an_interrupted_run_continues_and_ends_as_an_uninterrupted_one(tmp_path):
+    whole, _ = run(Adder(), sums(), tmp_path / "whole.jsonl")
+    path = tmp_path / "items.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(Adder(stop_at="9+9"), sums(), path)
+    generate = Adder()
+    records, said = run(generate, sums(), path)
+    assert generate.batches == [["8+8", "9+9"]]
+    assert records == whole
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert said == [f"sums: 8 of 10 items are already in {path}"]
+
+
+def test_a_torn_last_line_is_generated_again_within_its_old_batch(tmp_path):
+    path = tmp_path / "items.jsonl"
+    whole, _ = run(Adder(), sums(), path)
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    for cut in (len(content) - 1, len(content) - 20, len(content) - len(lines[-1]) + 1):
+        path.write_bytes(content[:cut])
+        generate = Adder()
+        records, _ = run(generate, sums(), path)
+        assert records == whole
+        assert path.read_bytes() == content
+        # only the newline is missing: the record is whole; else its batch (8+8, 9+9) runs again as it was
+        assert generate.batches == ([] if cut == len(content) - 1 else [["8+8", "9+9"]])
+
+
+def test_other_weights_replace_records_of_the_same_label_and_say_so(tmp_path):
+    path = tmp_path / "items.jsonl"
+    run(Adder(), sums(), path, labels={"model": "tuned"})
+    records, said = run(Adder(wrong=["1+1"]), sums(), path, {"weights": "b"}, labels={"model": "tuned"})
+    assert [record["correct"] for record in records].count(False) == 1
+    assert JsonLines(path).read() == records
+    assert "10 items" in said[0] and "generated anew" in said[0]
+
+
+def test_base_and_tuned_share_a_file(tmp_path):
+    path = tmp_path / "items.jsonl"
+    base, _ = run(Adder(wrong=["1+1", "2+2"]), sums(), path, {"weights": "a"}, labels={"model": "base"})
+    tuned, _ = run(Adder(wrong=["1+1"]), sums(), path, {"weights": "b"}, labels={"model": "tuned"})
+    again = Adder()
+    assert run(again, sums(), path, {"weights": "a"}, labels={"model": "base"})[0] == base
+    assert again.batches == []
+    assert JsonLines(path).read() == base + tuned
+
+
+def test_a_larger_limit_adds_items_and_a_smaller_one_keeps_them_on_disk(tmp_path):
+    path = tmp_path / "items.jsonl"
+    run(Adder(), sums(8), path)
+    generate = Adder()
+    assert len(run(generate, sums(10), path)[0]) == 10
+    assert generate.batches == [["8+8", "9+9"]]
+    assert len(run(Adder(), sums(2), path)[0]) == 2
+    assert len(JsonLines(path).read()) == 10
+
+
+def test_another_grader_grades_stored_texts_without_generating(tmp_path):
+    path = tmp_path / "items.jsonl"
+    run(Adder(wrong=["1+1"]), sums(), path)
+    lenient = Task("sums", sums().items, FunctionGrader("lenient", lambda text, answer: True))
+    generate = Adder()
+    records, _ = run(generate, lenient, path)
+    assert generate.batches == [] and all(record["correct"] for record in records)
+    assert {record["grader"] for record in JsonLines(path).read()} == {"lenient"}
+    assert len(JsonLines(path).read()) == 10
+
+
+def test_a_generate_function_that_loses_a_text_is_caught(tmp_path):
+    with pytest.raises(AssertionError, match="3 texts for 4 prompts"):
+        run(lambda prompts: ["1"] * (len(prompts) - 1), sums(), tmp_path / "items.jsonl")
+
+
+def test_arithmetic_problems_of_test_and_validation_differ_and_are_graded_by_their_final_number():
+    test, validation = (load_task("arithmetic", TaskOptions(split=s, limit=50)) for s in ("test", "validation"))
+    assert len(test.items) == 50
+    assert not {i.id for i in test.items} & {i.id for i in validation.items}
+    item = test.items[0]
+    assert item.prompt[-1].content.endswith("=")
+    assert test.grade(f"steps#{item.answer}", item.answer)
+    assert not test.grade(f"steps#{item.answer}0", item.answer)
+
+
+def test_a_larger_limit_of_arithmetic_continues_a_smaller_one():
+    few, many = (load_task("arithmetic", TaskOptions(limit=n)).items for n in (5, 20))
+    assert many[:5] == few
+
+
+def test_gsm8k_reads_a_local_file_and_takes_the_number_after_the_mark(tmp_path):
+    name = write_rows(tmp_path / "rows.jsonl", gsm8k_rows(5))
+    task = load_task("gsm8k", TaskOptions(dataset_name=name, limit=3))
+    assert [item.answer for item in task.items] == ["1", "2", "3"]
+    assert task.items[0].prompt[0].content.startswith("What is 0 plus 1?")
+    assert task.grade("0+1=1\n#### 1", "1") and not task.grade("#### 2", "1")
+    task.grader.close()
+    assert task.fields["items"] == 3
+
+
+def test_gsm8k_finds_a_file_by_its_name_in_the_benchmarks_folder(tmp_path):
+    write_rows(tmp_path / "mine.jsonl", gsm8k_rows(2))
+    for name in ("mine", "mine.jsonl"):
+        assert len(load_task("gsm8k", TaskOptions(dataset_name=name, benchmarks_dir=tmp_path)).items) == 2
+
+
+def test_few_shot_prompts_hold_worked_examples_that_are_not_graded_themselves(tmp_path):
+    name = write_rows(tmp_path / "test.jsonl", gsm8k_rows(3))
+    worked = write_rows(tmp_path / "train.jsonl", gsm8k_rows(5, offset=1))  # two of five are test questions
+    options = TaskOptions(dataset_name=name, shots_from=worked, shots=3, seed=1)
+    items = load_task("gsm8k", options).items
+    assert [message.role for message in items[0].prompt] == ["user", "assistant"] * 3 + ["user"]
+    shown = {message.content for message in items[0].prompt[:-1]}
+    assert not shown & {item.prompt[-1].content for item in items}
+    assert items == load_task("gsm8k", options).items
+    with pytest.raises(UserError, match="has 3 rows that are not graded"):
+        load_task("gsm8k", TaskOptions(dataset_name=name, shots_from=worked, shots=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset_name": "absent.jsonl"}, "no file absent.jsonl"),
+        ({"dataset_name": "FILE", "shots": 2}, "evaluation.shots_from"),
+        ({"dataset_name": "FILE", "limit": 0}, "no rows to evaluate"),
+    ],
+)
+def test_a_gsm8k_request_that_cannot_be_met_says_what_to_set(tmp_path, options, message):
+    name = write_rows(tmp_path / "rows.jsonl", gsm8k_rows(2))
+    options = {key: name if value == "FILE" else value for key, value in options.items()}
+    with pytest.raises(UserError, match=message):
+        load_task("gsm8k", TaskOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", ":2: not JSON"),
+        ("[1, 2]", ":2: is b'\\[1, 2\\]'"),
+        ('{"question": "q", "answer": "18"}', ":2: field 'answer' is '18', expected text that ends with"),
+        ('{"question": 5, "answer": "#### 1"}', ":2: field 'question' is '5'"),
+        ('{"question": "q", "answer": "no number ####"}', ":2: field 'answer'"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(gsm8k_rows(1)[0]) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_task("gsm8k", TaskOptions(dataset_name=str(path)))
+
+
+def test_without_network_or_cache_the_hub_is_one_clear_error(monkeypatch):
+    def no_network(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("datasets.load_dataset", no_network)
+    with pytest.raises(UserError, match=r"openai/gsm8k \(split test\).*point evaluation.dataset_name at a local"):
+        load_task("gsm8k", TaskOptions())
+
+
+def test_an_unknown_task_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean gsm8k"):
+        load_task("gsm8", TaskOptions())
+
+
+def test_the_real_gsm8k_rows_load_and_their_own_answers_are_right(shared_folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # the numeric grader, whatever is installed
+    path = shared_folder / "data" / "gsm8k_test_first1000.jsonl"
+    task = load_task("gsm8k", TaskOptions(dataset_name=str(path)))
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(task.items) == len(rows) == 1000
+    verdicts = task.grader.grade_all([row["answer"] for row in rows], [item.answer for item in task.items])
+    assert all(verdicts)
