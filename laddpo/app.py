@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import logging
 import os
 import sys
 import time
@@ -77,6 +78,7 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
             return EXIT_DONE
         if args.info:
             compose_tree(hydra, args.config_name, args.overrides, _mode(args))
+            logging.raiseExceptions = False  # a closed pipe (--info | head) is no fault
             hydra.show_info(args.info, config_name=args.config_name, overrides=args.overrides)
             return EXIT_DONE
         tree = compose_tree(hydra, args.config_name, args.overrides, _mode(args))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from laddpo.errors import UserError
-from laddpo.ranges import single_problems
+from laddpo.ranges import leaves, single_problems
 from laddpo.settings import RunConfig
 
 
@@ -26,10 +26,13 @@ def _find_conf_dir() -> Path:
 CONF_DIR = _find_conf_dir()
 
 
-def find_problems(config: RunConfig) -> list[str]:
-    """Every contradiction in the settings, one sentence or two each; an empty list when there is none."""
-    single = list(single_problems(config))
-    wrong_keys = {problem.split(" ", 1)[0] for problem in single}
+def find_problems(config: RunConfig, ignore: set[str] = frozenset()) -> list[str]:
+    """Everything wrong with the settings, one sentence or two each; an empty list when nothing is.
+
+    `ignore` names keys already known to be wrong: nothing more is said about them.
+    """
+    single = [problem for problem in single_problems(config) if problem.split(" ", 1)[0] not in ignore]
+    wrong_keys = {problem.split(" ", 1)[0] for problem in single} | ignore
     return [*single, *_contradictions(config, wrong_keys)]
 
 
@@ -46,6 +49,16 @@ def shipped_path(name: str) -> str:
     path = Path(name)
     beside = CONF_DIR.parent / path
     return str(beside) if not path.is_absolute() and not path.exists() and beside.exists() else name
+
+
+def differing_settings(one: RunConfig, other: RunConfig) -> list[str]:
+    """`key: <one's value>, <other's value>` for settings that change what a run computes; MAY_CHANGE is left out."""
+    values = dict(leaves(other))
+    return [
+        f"{key}: {value!r}, {values[key]!r}"
+        for key, value in leaves(one)
+        if value != values[key] and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
 
 
 def _contradictions(config: RunConfig, wrong_keys: set[str]) -> Iterator[str]:
@@ -212,8 +225,8 @@ def unlikely_settings(config: RunConfig) -> list[str]:
     notes = [
         (
             not recommended.beta / 5 <= dpo.beta <= recommended.beta * 5,
-            f"dpo.beta={dpo.beta:g} is far from what suits {name} ({recommended.beta:g}): too small lets the policy leave "
-            "the reference, too large holds it still.",
+            f"dpo.beta={dpo.beta:g} is far from what suits {name} ({recommended.beta:g}): too small lets the policy "
+            "leave the reference, too large holds it still.",
         ),
         (
             not rate / 9 <= optim.learning_rate <= rate * 9,
@@ -226,8 +239,8 @@ def unlikely_settings(config: RunConfig) -> list[str]:
         ),
         (
             is_arithmetic and dpo.beta < 0.3,
-            f"dpo.beta={dpo.beta:g} with data.source=arithmetic: the likelihood of so short an answer is a few nats, and "
-            "a beta below 0.3 made a small model collapse; near 1 suits it.",
+            f"dpo.beta={dpo.beta:g} with data.source=arithmetic: so short an answer has a likelihood of a few nats, "
+            "and a beta below 0.3 made a small model collapse; near 1 suits it.",
         ),
         (
             dpo.estimator == "bernoulli",
@@ -239,8 +252,8 @@ def unlikely_settings(config: RunConfig) -> list[str]:
         ),
         (
             repeats_masks,
-            f"optim.num_train_epochs={optim.num_train_epochs:g} with dpo.mask_rounds={dpo.mask_rounds}: later epochs see "
-            "the same masks again and may fit their noise; raise dpo.mask_rounds (each costs one reference pass).",
+            f"optim.num_train_epochs={optim.num_train_epochs:g} with dpo.mask_rounds={dpo.mask_rounds}: later epochs "
+            "see the same masks again and may fit their noise; raise dpo.mask_rounds (each costs one reference pass).",
         ),
         (
             dpo.loss in PER_TOKEN_LOSSES and dpo.beta == recommended.beta,
@@ -298,3 +311,22 @@ SHORTEST_PAIR = 24  # tokens: the template of one turn, a short prompt, a token 
 TAKES_LABEL_SMOOTHING = ("sigmoid", "robust", "sigmoid_norm")
 PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm")
 NEEDS_A_DATASET = ("jsonl", "laddpo_public")
+# What a resumed run may set otherwise than the run it continues.
+MAY_CHANGE = (
+    "resume",
+    "output_dir",
+    "auto",
+    "verify",
+    "save_steps",
+    "save_minutes",
+    "save_total_limit",
+    "logging_steps",
+    "logger",
+    "paths",
+    "run",
+    "runs",
+    "evaluation.at_end",
+    "evaluation.batch_size",
+    "hardware.vram_gib",
+    "hardware.threads",
+)

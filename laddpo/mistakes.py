@@ -1,0 +1,280 @@
+"""What is wrong with a command line or a yaml file, in words: all mistakes together, each with the nearest valid name.
+
+Hydra stops at its first error. `diagnose` takes a refused command line apart instead: each override is parsed by
+itself, the group choices that exist are composed, the values are applied to that one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from laddpo.errors import nearest
+from laddpo.redaction import find_secrets, redact
+from laddpo.settings import RunConfig
+
+
+@dataclasses.dataclass
+class Composed:
+    """What could be composed of a refused command line (None: nothing), and the mistakes found on the way."""
+
+    tree: DictConfig | None
+    problems: list[str]
+
+
+def diagnose(hydra: Hydra, config_name: str, overrides: list[str], mode: RunMode) -> Composed:
+    """Every mistake in the overrides, and the tree without them, on which contradictions can still be looked for."""
+    parser = OverridesParser.create(config_loader=hydra.config_loader)
+    groups = config_groups(hydra)
+    problems: list[str] = []
+    choices: list[str] = []
+    values: list[Override] = []
+    for text in overrides:
+        if refused := forbidden(text):
+            problems += refused
+            continue
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            problems.append(_grammar_mistake(text))
+            continue
+        name = override.key_or_group
+        if override.is_sweep_override():
+            if mode == RunMode.RUN:
+                problems.append(_several_values(text))
+            elif not _is_known(name, groups):
+                problems.append(unknown_key(name, groups))
+        elif name in groups:
+            options = hydra.config_loader.get_group_options(name, ObjectType.CONFIG)
+            chosen = override.value() if isinstance(override.value(), list) else [override.value()]
+            unknown = [str(x) for x in chosen if x is not None and str(x) not in options]
+            problems += [_unknown_option(name, x, options) for x in unknown]
+            if not unknown:
+                choices.append(text)
+        elif name.split("/")[0].split(".")[0] == "hydra":
+            choices.append(text)
+        else:
+            values.append(override)
+    try:
+        tree = hydra.compose_config(config_name, choices, run_mode=mode, with_log_configuration=False)
+    except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        return Composed(None, [*problems, yaml_mistake(error, hydra)])
+    problems += foreign_code(tree)
+    problems += [problem for override in values if (problem := _apply(tree, override, groups))]
+    return Composed(tree, problems)
+
+
+def forbidden(text: str) -> list[str]:
+    """What no override may do, whatever its key: carry a secret, name code to run, add or remove a setting."""
+    key, _, value = text.partition("=")
+    bare = key.lstrip("+~")
+    if problems := find_secrets({bare: value}):
+        return problems
+    if re.search(CODE_KEYS, text):
+        return [f"{redact(text)}: names code to run, which no setting may; choose components by their names."]
+    if "@" in key:
+        return [f"{text}: a group is chosen without @; write {bare.split('@')[0]}={value}."]
+    if key.startswith("~"):
+        return [f"{text}: a setting cannot be removed; expected key=value; write {bare}=null to switch it off."]
+    if key.startswith("+") and not bare.startswith("hydra"):
+        known = bare in schema_types()
+        return [
+            f"{text}: settings cannot be added; "
+            + (f"write {text.lstrip('+')}." if known else unknown_key(bare, set()))
+        ]
+    return []
+
+
+def foreign_code(tree: DictConfig) -> list[str]:
+    """Hydra's own node may name only Hydra's plugins as code to run (launchers, sweepers); the rest nothing at all."""
+
+    def walk(prefix: str, value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                inside = f"{prefix}.{key}" if prefix else str(key)
+                is_plugin = inside.startswith("hydra.") and str(item).startswith(("hydra._internal.", "hydra_plugins."))
+                if (key == "()" or re.fullmatch(CODE_KEYS, str(key))) and not (key == "_target_" and is_plugin):
+                    yield f"{inside} is {str(item)!r}: names code to run, which no setting may; remove it."
+                yield from walk(inside, item)
+        elif isinstance(value, list):
+            for item in value:
+                yield from walk(prefix, item)
+
+    return list(walk("", OmegaConf.to_container(tree, resolve=False)))
+
+
+def unresolved(tree: DictConfig) -> dict[str, str]:
+    """{key: what is wrong} for settings without a value and for references like ${dpo.beta} that do not resolve."""
+    problems = {}
+    for key in schema_types():
+        group, _, last = key.rpartition(".")
+        node = OmegaConf.select(tree, group) if group else tree
+        if OmegaConf.is_interpolation(node, last):
+            written = str(OmegaConf.to_container(node, resolve=False)[last])
+            resolvers = set(re.findall(r"\$\{\s*([\w.]+)\s*:", written)) - ALLOWED_RESOLVERS
+            try:
+                if resolvers:
+                    raise OmegaConfBaseException(f"{', '.join(sorted(resolvers))} is not an allowed resolver")
+                node[last]
+            except OmegaConfBaseException as error:
+                wanted = f"expected {type_words(key)}, or a reference like ${{dpo.beta}} that resolves to it"
+                problems[key] = f"{key} is {written!r}: {_first_line(error)}; {wanted}."
+        elif OmegaConf.is_missing(node, last):
+            advice = f"add {key}=<value> to the command or to its yaml"
+            problems[key] = f"{key} is not set; expected {type_words(key)}; {advice}."
+    return problems
+
+
+def put_stand_in(tree: DictConfig, key: str) -> None:
+    """Give a setting without a usable value one of its type, so that the others can still be checked."""
+    kind = schema_types()[key]
+    value = next((value for name, value in STAND_INS.items() if kind.startswith(name)), None)
+    OmegaConf.update(tree, key, value, force_add=True)
+
+
+def yaml_mistake(error: Exception | None, hydra: Hydra) -> str:
+    """A yaml file that does not fit the schema, a file that does not exist, or what Hydra says of anything else."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}:{mark.line + 1}: {error.problem}; expected yaml; correct that line."
+    chain = [str(e) for e in (error, getattr(error, "__cause__", None)) if e is not None]
+    text = "\n".join(chain)
+    where = re.search(r"In '([^']+)'", text)
+    file = f"{where.group(1)}.yaml: " if where else ""
+    key = re.search(r"full_key: (\S+)", text)
+    if key and re.search(r"Key '[^']*' (not in|is not in struct)", text):
+        return file + unknown_key(key.group(1), set())
+    if key:
+        value = re.search(r"Value '(.*?)' of type", text)
+        found = f" is {redact(value.group(1))!r}" if value else " has a value of another type"
+        return f"{file}{key.group(1)}{found}; expected {type_words(key.group(1))}; correct it there."
+    if missing := re.search(r"Cannot find primary config '([^']+)'", text):
+        known = sorted(
+            set(hydra.config_loader.get_group_options("", ObjectType.CONFIG)) - {"schema", "_dummy_empty_config_"}
+        )
+        return f"--config-name is {missing.group(1)!r}; known: {', '.join(known)}; others are read from --config-dir."
+    if missing := re.search(r"Could not (?:find|load) '([^']+)'", text):
+        group, _, option = missing.group(1).rpartition("/")
+        if group in config_groups(hydra):
+            return file + _unknown_option(
+                group, option, hydra.config_loader.get_group_options(group, ObjectType.CONFIG)
+            )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return redact(" ".join(dict.fromkeys(lines)))
+
+
+def _apply(tree: DictConfig, override: Override, groups: set[str]) -> str | None:
+    """Put one value into the tree; what is wrong with it, if anything (the tree is then as it was)."""
+    key = override.key_or_group
+    if not _is_known(key, groups):
+        return unknown_key(key, groups)
+    try:
+        ConfigLoaderImpl._apply_overrides_to_config([override], tree)
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        full_key = getattr(cause, "full_key", None) or key
+        if not _is_known(full_key, groups):
+            return unknown_key(full_key, groups)
+        found = redact(str(override.get_value_element_as_str()))
+        return f"{full_key} is {found!r}; expected {type_words(full_key)}; correct the value."
+    return None
+
+
+def _is_known(key: str, groups: set[str]) -> bool:
+    return key in groups or key in schema_types() or any(name.startswith(f"{key}.") for name in schema_types())
+
+
+def unknown_key(key: str, groups: set[str]) -> str:
+    """The sentence about a setting that does not exist, with what was probably meant."""
+    names = list(schema_types())
+    last_parts = {name.rpartition(".")[2]: name for name in reversed(names)}
+    guess = nearest(key, [*names, *groups])
+    if guess is None and (part := nearest(key.rpartition(".")[2], last_parts)):
+        guess = last_parts[part]
+    hint = f"did you mean {guess}?" if guess else "--cfg job lists all there are."
+    return f"{key}: no such setting; {hint}"
+
+
+def _unknown_option(group: str, value: str, options: list[str]) -> str:
+    guess = nearest(value, options)
+    hint = f"did you mean {group}={guess}?" if guess else f"choose one, or add {group}/{value}.yaml by --config-dir."
+    return f"{group} is {value!r}; known: {', '.join(sorted(options))}; {hint}"
+
+
+def _grammar_mistake(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if not equals:
+        return f"{text!r} is not a setting; expected key=value; a run's folder is named as run={text}."
+    return (
+        f"{key} is {value!r}, which does not parse; expected text, a number or a list like [a,b]; "
+        f"text with spaces, brackets or = goes into quotes twice: '{key}=\"{value}\"'."
+    )
+
+
+def _several_values(text: str) -> str:
+    key, _, value = text.partition("=")
+    is_decimal = re.fullmatch(r"\d+,\d+", value)
+    decimal = f"{key}={value.replace(',', '.')} if a decimal point was meant, " if is_decimal else ""
+    return (
+        f"{key} is {value!r}, several values; expected one; write {decimal}{key}=[{value}] for a list, "
+        "or add -m to run a job for each."
+    )
+
+
+def config_groups(hydra: Hydra) -> set[str]:
+    """Names of our and the user's groups, without Hydra's own."""
+    return {group for group in hydra.list_all_config_groups() if not group.startswith("hydra")}
+
+
+@functools.cache
+def schema_types() -> dict[str, str]:
+    """Type of every setting as written in laddpo/settings.py, by dotted key."""
+
+    def walk(kind: type, prefix: str) -> Iterator[tuple[str, str]]:
+        node = OmegaConf.structured(kind)
+        for item in dataclasses.fields(kind):
+            inner = OmegaConf.get_type(node, item.name)
+            if dataclasses.is_dataclass(inner):
+                yield from walk(inner, f"{prefix}{item.name}.")
+            else:
+                yield f"{prefix}{item.name}", str(item.type)
+
+    return dict(walk(RunConfig, ""))
+
+
+def type_words(key: str) -> str:
+    """`float | None` as a person says it."""
+    kind = schema_types().get(key, "")
+    words = next((words for name, words in TYPE_WORDS.items() if kind.startswith(name)), "a group of settings")
+    return words + (" or null" if "None" in kind else "")
+
+
+def _first_line(error: Exception) -> str:
+    return redact(str(error).splitlines()[0])
+
+
+CODE_KEYS = r"_(target|partial|args|recursive|convert)_"
+ALLOWED_RESOLVERS = {"oc.env", "oc.select"}  # a secret's name in oc.env is refused by laddpo/redaction.py
+TYPE_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list[str]": "a list like [a,b]",
+    "list[float]": "a list of numbers like [0.9,0.95]",
+}
+STAND_INS = {"int": 1, "float": 1.0, "bool": False, "str": "unset", "list[str]": [], "list[float]": [0.9, 0.95]}
