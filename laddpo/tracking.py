@@ -7,6 +7,7 @@ token is ever sent: W&B takes its key from WANDB_API_KEY or the netrc file, and 
 
 from __future__ import annotations
 
+import contextlib
 import html
 import netrc
 import numbers
@@ -98,7 +99,7 @@ class _Feed:
         self._thread = threading.Thread(target=self._deliver, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
-    def put(self, event: tuple | None) -> None:
+    def put(self, event: tuple) -> None:
         if self._has_failed:
             return
         try:
@@ -107,15 +108,17 @@ class _Feed:
             self._fail(f"{EVENTS_WAITING} logged events are waiting for it")
 
     def close(self, timeout_s: float) -> None:
-        self.put(None)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive() and not self._has_failed:
-            self._fail(f"it did not finish within {timeout_s:.0f} s")
+        with contextlib.suppress(queue.Full):
+            self._events.put_nowait(None)
+        if not self._has_failed:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                self._fail(f"it did not finish within {timeout_s:g} s")
 
     def _deliver(self) -> None:
         try:
             tracker = self._open(*self._arguments)
-            while (event := self._events.get()) is not None:
+            while not self._has_failed and (event := self._events.get()) is not None:
                 method, arguments = event
                 getattr(tracker, method)(*arguments)
             tracker.close()

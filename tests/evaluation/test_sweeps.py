@@ -1,0 +1,85 @@
+"""Sweeps as tables and pictures: pooled seeds, numeric order, every shape of grid."""
+
+import struct
+
+import pytest
+
+from laddpo.evaluation.figures import DPI
+from laddpo.evaluation.sweeps import SweepJob, number_text, sweep_plot, sweep_table
+from laddpo.evaluation.tables import sweep_markdown, sweep_text
+
+
+def size_inches(path) -> tuple[float, float]:
+    """Width and height of a PNG, from its header."""
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", head[16:24])
+    return width / DPI, height / DPI
+
+
+def sweep_jobs() -> list[SweepJob]:
+    return [
+        SweepJob({"dpo.beta": beta, "dpo.diffusion_samples": draws, "seed": seed}, 0.5 + 0.1 * draws + 0.01 * seed)
+        for beta in ("0.5", "1", "10")
+        for draws in (1, 2)
+        for seed in (0, 2)
+    ]
+
+
+def test_a_sweep_pools_seeds_and_orders_numbers_as_numbers():
+    table = sweep_table(sweep_jobs(), "exact_match")
+    assert table.keys == ("dpo.beta", "dpo.diffusion_samples")
+    assert table.values_of("dpo.beta") == [0.5, 1.0, 10.0]
+    assert len(table.cells) == 6
+    cell = table.cells[0]
+    assert cell.mean == pytest.approx(0.61)  # seeds 0 and 2 give 0.60 and 0.62: error sqrt(0.0002 / 2) = 0.01
+    assert cell.interval == (pytest.approx(0.59), pytest.approx(0.63))
+    assert cell.spread_text == "±0.01, 2 runs"
+    assert table.best.values[1] == 2.0
+
+
+def test_a_lower_metric_can_be_the_better_one():
+    jobs = [SweepJob({"dpo.loss": loss}, value) for loss, value in (("ipo", 0.3), ("sigmoid", 0.2), ("hinge", None))]
+    table = sweep_table(jobs, "validation/loss", is_higher_better=False)
+    assert [cell.values[0] for cell in table.sorted_cells()] == ["sigmoid", "ipo", "hinge"]
+
+
+@pytest.mark.parametrize("jobs", [sweep_jobs(), sweep_jobs()[:4], sweep_jobs()[:1], [SweepJob({"a": 1}, None)], []])
+def test_every_shape_of_sweep_has_a_picture_and_a_table(tmp_path, jobs):
+    table = sweep_table(jobs, "exact_match")
+    sweep_plot(table, tmp_path / "p.png", title="a sweep")
+    assert len((tmp_path / "p.png").read_bytes()) > 1000
+    assert len(sweep_text(table).splitlines()) == 2 + len(table.cells)
+
+
+def test_a_heat_map_grows_with_its_grid(tmp_path):
+    jobs = [SweepJob({"a": a, "b": b}, a * b) for a in range(5) for b in range(9)]
+    sweep_plot(sweep_table(jobs, "m"), tmp_path / "p.png")
+    assert size_inches(tmp_path / "p.png") == (
+        pytest.approx(1.3 * 9 + 2.4, abs=0.02),
+        pytest.approx(0.75 * 5 + 1.9, abs=0.02),
+    )
+
+
+def test_failed_jobs_are_counted_in_the_table():
+    jobs = [SweepJob({"dpo.beta": 1}, 0.5, (0.4, 0.6)), SweepJob({"dpo.beta": 2}, None), SweepJob({"dpo.beta": 0}, 0.7)]
+    assert sweep_text(sweep_table(jobs, "exact_match")).splitlines() == [
+        "dpo.beta  exact_match    interval    runs",
+        "─────────────────────────────────────────",
+        "0                 0.7                   1",
+        "1                 0.5  [0.4, 0.6]       1",
+        "2              failed              0 of 1",
+    ]
+    assert sweep_markdown(sweep_table(jobs, "exact_match")).splitlines()[:3] == [
+        "| dpo.beta | exact_match | interval | runs |",
+        "|---|---:|---:|---:|",
+        "| 0 | 0.7 |  | 1 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.125, "0.125"), (5e-7, "5e-07"), (1500.0, "1500"), (2.0, "2"), (0.66666, "0.667"), ("ipo", "ipo")],
+)
+def test_numbers_are_short(value, text):
+    assert number_text(value) == text
