@@ -6,9 +6,11 @@ example, and stops only when they are more than `max_bad_fraction` of all rows.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 from laddpo.errors import UserError
 
@@ -18,7 +20,7 @@ EXAMPLES = 3  # bad rows kept per code for the report
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: where, the stable code, the field ("" for the whole row), what is wrong, what to do."""
+    """A row that cannot be used: where, stable code, field ("" for the whole row), what is wrong, what to do."""
 
     place: str
     code: str
@@ -49,8 +51,12 @@ def file_error(path: Path | str, code: str, problem: str, advice: str) -> UserEr
 
 @dataclass
 class BadRows:
-    """Collects the bad rows of one run: counts per code, a few examples of each, the first twenty in full."""
+    """Collects the bad rows of one run: counts per code, a few examples of each, the first twenty in full.
 
+    Every one is written to `log` as a JSON line, without the text of the row.
+    """
+
+    log: IO[str] | None = None
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     first: list[str] = field(default_factory=list)
@@ -61,6 +67,8 @@ class BadRows:
 
     def add(self, row: BadRow) -> None:
         self.counts[row.code] += 1
+        if self.log is not None:
+            self.log.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
         shown = self.examples.setdefault(row.code, [])
         if len(shown) < EXAMPLES:
             shown.append(str(row))
@@ -141,9 +149,11 @@ CODES: dict[str, str] = {
     "DATA-66": "chosen and rejected differ before the last turn",
     "DATA-67": "chosen and rejected share no whole prompt",
     "DATA-68": "a response has several turns",
+    "DATA-74": "text and template together spell a special token",
     "DATA-75": "the row is longer than data.max_length",
     "DATA-79": "a text is too long to be tokenised",
     "DATA-91": "the path has a form that is not allowed",
+    "DATA-83": "the row repeats another",
     "DATA-93": "the dataset cannot be loaded from the hub",
     "DATA-95": "the chat template lost text of the row",
 }

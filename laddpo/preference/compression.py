@@ -39,7 +39,7 @@ def open_plain(path: Path, raw: BinaryIO, warn: Callable[[str], None]) -> Binary
 
 
 class _Guarded(io.RawIOBase):
-    """Unpacked bytes, with errors that name the file and a limit on how much larger they may be than the packed ones."""
+    """Unpacked bytes, with errors that name the file and a limit on how many there may be."""
 
     def __init__(self, path: Path, raw: BinaryIO, unpacked: BinaryIO):
         self._path, self._raw, self._unpacked = path, raw, unpacked
@@ -76,12 +76,16 @@ def _open_zstd(path: Path, raw: BinaryIO) -> BinaryIO:
     return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
 
 
+def _open_xz(path: Path, raw: BinaryIO) -> BinaryIO:
+    return lzma.LZMAFile(raw)
+
+
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00", "bzip2": b"BZh"}
 ARCHIVE_MAGIC = (b"PK\x03\x04", b"PK\x05\x06", b"7z\xbc\xaf\x27\x1c", b"Rar!")
 SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 OPENERS: dict[str, Callable[[Path, BinaryIO], BinaryIO]] = {
     "gzip": lambda _, raw: gzip.GzipFile(fileobj=raw),
     "zstd": _open_zstd,
-    "xz": lambda _, raw: lzma.LZMAFile(raw),
+    "xz": _open_xz,
     "bzip2": lambda _, raw: bz2.BZ2File(raw),
 }

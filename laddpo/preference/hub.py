@@ -31,7 +31,7 @@ def load_split(dataset_name: str, split: str, revision: str | None):
         from datasets import load_dataset
     except ImportError as error:
         raise UserError(
-            f"{dataset_name} is a dataset of the hub, and reading it needs the package `datasets`. pip install datasets, "
+            f"{dataset_name} is a dataset of the hub; reading it needs the package `datasets`. pip install datasets, "
             f"or set data.dataset_name to a local file."
         ) from error
     wanted = f"{dataset_name}@{revision or 'newest'}, split {split}"
@@ -47,7 +47,8 @@ def load_split(dataset_name: str, split: str, revision: str | None):
     except Exception as error:  # the hub client has many ways to say that it could not reach or find something
         if "script" in str(error).lower():
             raise UserError(
-                f"{wanted}: needs a loading script, which is never run (DATA-93). Download its data files and give their path."
+                f"{wanted}: needs a loading script, which is never run (DATA-93). Download its data files "
+                f"and give their path."
             ) from error
         raise UserError(_unavailable(wanted, error)) from error
 
@@ -55,8 +56,8 @@ def load_split(dataset_name: str, split: str, revision: str | None):
 def _unavailable(wanted: str, error: BaseException) -> str:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return (
-        f"data.dataset_name: {wanted} could not be had, neither from the network nor from the cache ({reason}) (DATA-93). "
-        f"Check the name, or download its files on another machine and set data.dataset_name to their local path."
+        f"data.dataset_name: {wanted} could not be had, neither from the network nor from the cache ({reason}) "
+        f"(DATA-93). Check the name, or download its files elsewhere and set data.dataset_name to their local path."
     )
 
 

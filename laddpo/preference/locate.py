@@ -27,9 +27,9 @@ def locate(dataset_name: str, preference_dir: Path | None, log: ReadLog, follow_
             return folder_files(path, log, follow_symlinks)
         if os.path.lexists(path):
             return [path]
-        if re.search(r"[*?\[]", path.name) and path.parent.is_dir():
-            if matches := sorted(p for p in path.parent.glob(path.name) if p.is_file()):
-                return matches
+        is_pattern = re.search(r"[*?\[]", path.name) and path.parent.is_dir()
+        if is_pattern and (matches := sorted(p for p in path.parent.glob(path.name) if p.is_file())):
+            return matches
     if HUB_ID.fullmatch(dataset_name) and not has_file_name(dataset_name):
         return []
     if re.search(r"[*?\[]", dataset_name):
@@ -80,7 +80,8 @@ def refuse_strange(dataset_name: str) -> None:
     for pattern, problem in STRANGE.items():
         if re.search(pattern, dataset_name):
             raise UserError(
-                f"data.dataset_name is {dataset_name!r}: {problem} (DATA-91). Give a plain path, or a hub id such as org/name."
+                f"data.dataset_name is {dataset_name!r}: {problem} (DATA-91). Give a plain path, or a hub id "
+                f"such as org/name."
             )
 
 

@@ -8,6 +8,7 @@ No torch here: the settings and the readers are checked before anything heavy is
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -80,8 +81,13 @@ def prompt_rows(prompt: Iterable[Message]) -> list[dict[str, str]]:
 
 
 def prompt_group(prompt: Iterable[Message]) -> str:
-    """The key of a prompt: 16 hex digits of the sha256 of its messages."""
-    return _digest(prompt_rows(prompt))[:16]
+    """The key of a prompt: 16 hex digits. Prompts that differ only in case, spacing or normal form share one."""
+    return _digest([[message.role, fold(message.content).casefold()] for message in prompt])[:16]
+
+
+def fold(text: str) -> str:
+    """Text with runs of white space as one space and in normal form C: what a reader would call the same."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def content_digest(prompt: Iterable[Message], *responses: str) -> str:

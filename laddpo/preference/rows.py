@@ -14,7 +14,7 @@ from typing import Any
 
 from laddpo.errors import nearest
 from laddpo.preference.badrows import RowError
-from laddpo.preference.pairs import ROLES, Message
+from laddpo.preference.pairs import ROLES, Message, fold
 
 Prompt = tuple[Message, ...]
 Warn = Callable[[str], None]
@@ -73,7 +73,7 @@ def implicit_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, 
 
 
 def hh_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, str]:
-    """Columns chosen and rejected, both whole dialogues written as "\\n\\nHuman: …\\n\\nAssistant: …" (Anthropic/hh-rlhf).
+    """Columns chosen and rejected, both whole dialogues "\\n\\nHuman: …\\n\\nAssistant: …" (Anthropic/hh-rlhf).
 
     Split at the last assistant turn of the dialogues, never at the first differing character.
     """
@@ -166,11 +166,6 @@ def different(chosen: str, rejected: str, warn: Warn) -> tuple[str, str]:
     if fold(chosen) == fold(rejected):
         warn("pairs whose responses differ only in white space or Unicode normal form")
     return chosen, rejected
-
-
-def fold(text: str) -> str:
-    """Text with runs of white space as one space and in normal form C: what a reader would call the same."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def read_dialogue(text: str, name: str) -> Prompt:

@@ -19,8 +19,8 @@ def shorten_prompt(
     """The prompt cut to at most `room` tokens, and its ids.
 
     keep "end": the oldest turns go first, then the start of the oldest that is left. keep "start": the newest turns go
-    first, then the end of the newest that is left. A system turn stays as long as there is another turn to cut, and what
-    is left starts and ends with the user. RowError when not even one token of text fits.
+    first, then the end of the newest that is left. A system turn stays as long as there is another turn to cut, and
+    what is left starts and ends with the user. RowError when not even one token of text fits.
     """
     system = prompt[:1] if prompt[0].role == "system" and len(prompt) > 1 else ()
     turns = prompt[len(system) :]

@@ -16,8 +16,8 @@ from laddpo.preference.badrows import BadRow, RowError
 from laddpo.preference.files import ReadLog, read_rows
 from laddpo.preference.hub import hub_rows
 from laddpo.preference.locate import locate
-from laddpo.preference.pairs import PreferencePair, content_digest, prompt_group
-from laddpo.preference.rows import SHAPES, RowRules
+from laddpo.preference.pairs import Example, Message, PreferencePair, content_digest, prompt_group
+from laddpo.preference.rows import SHAPES, RowRules, explicit_example
 from laddpo.runs import file_sha256
 
 
@@ -27,7 +27,7 @@ class Request:
 
     Rows of files and of the hub: `dataset_name` (path, name in `preference_dir`, or hub id), `dataset_split`,
     `revision`, `columns`, `format` (a shape of rows, or auto), limits. Generated rows: `num_pairs`, `difficulty`,
-    `habit`, `seed`, and the share that validation gets.
+    `habit`, `seed`, and the share that validation gets; for a corpus `num_examples` and `mistake_share`.
     """
 
     dataset_name: str | None = None
@@ -41,26 +41,33 @@ class Request:
     allow_empty_prompt: bool = False
     allow_nul: bool = False
     num_pairs: int = 2048
-    difficulty: arithmetic.Difficulty = arithmetic.Difficulty()
+    difficulty: arithmetic.Difficulty = field(default_factory=arithmetic.Difficulty)
     habit: str = "drop_carry"
     seed: int = 0
     validation_fraction: float = 0.0
+    num_examples: int = 20_000
+    mistake_share: float = 0.0
 
 
 @dataclass(frozen=True)
 class Source:
-    """`read` streams the rows, `identity` lists what they depend on, `split_of` places a pair where the source itself
+    """`read` streams the rows, `identity` lists what they depend on, `split_of` places a prompt where the source itself
     keeps its splits apart (None: the split is by prompt), `is_graded` says whether pairs carry a gold answer."""
 
-    read: Callable[[Request, ReadLog], Iterator[PreferencePair | BadRow]]
+    read: Callable[[Request, ReadLog], Iterator[PreferencePair | Example | BadRow]]
     identity: Callable[[Request], dict]
-    split_of: Callable[[PreferencePair], str] | None = None
+    split_of: Callable[[tuple[Message, ...]], str] | None = None
     is_graded: bool = False
 
 
 def open_source(name: str) -> Source:
-    """The source of that name."""
+    """The source of preference pairs of that name."""
     return choose(SOURCES, name, "data.source", "laddpo/preference/sources.py")
+
+
+def open_corpus(name: str) -> Source:
+    """The source of SFT examples of that name."""
+    return choose(CORPORA, name, "data.source", "laddpo/preference/sources.py")
 
 
 def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iterator[PreferencePair | BadRow]:
@@ -88,6 +95,22 @@ def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iter
         row_id = content_digest(prompt, chosen, rejected) + "-0"
         answer = gold if isinstance(gold, str) else None
         yield PreferencePair(row_id, prompt, chosen, rejected, place, prompt_group(prompt), answer)
+
+
+def read_examples(request: Request, log: ReadLog) -> Iterator[Example | BadRow]:
+    """SFT examples of local files or of the hub: columns prompt and response."""
+    rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
+    for row in raw_rows(request, log):
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        place, fields = row
+        try:
+            prompt, response = explicit_example(fields, rules, log.warn)
+        except RowError as error:
+            yield error.at(place)
+        else:
+            yield Example(content_digest(prompt, response) + "-0", prompt, response, place)
 
 
 def raw_rows(request: Request, log: ReadLog) -> Iterator[tuple[str, dict] | BadRow]:
@@ -153,6 +176,19 @@ def arithmetic_identity(request: Request) -> dict:
     }
 
 
+def arithmetic_corpus(request: Request, log: ReadLog) -> Iterator[Example | BadRow]:
+    """The generated SFT corpus, a share of it with the wrong habit."""
+    return arithmetic.corpus(
+        request.num_examples, request.mistake_share, request.seed, request.difficulty, request.habit
+    )
+
+
+def corpus_identity(request: Request) -> dict:
+    """What the generated corpus depends on."""
+    sizes = {"num_examples": request.num_examples, "mistake_share": request.mistake_share}
+    return {**{key: value for key, value in arithmetic_identity(request).items() if key != "num_pairs"}, **sizes}
+
+
 def rows_in_shape(shape: str | None = None, **defaults) -> Source:
     """A source of files or of the hub: rows in that shape, with `defaults` for what the request leaves open."""
 
@@ -172,8 +208,8 @@ def rows_in_shape(shape: str | None = None, **defaults) -> Source:
     )
 
 
-def arithmetic_split(pair: PreferencePair) -> str:
-    return arithmetic.split_of(pair.prompt[0].content)
+def arithmetic_split(prompt: tuple[Message, ...]) -> str:
+    return arithmetic.split_of(prompt[0].content)
 
 
 SOURCES: dict[str, Source] = {
@@ -187,4 +223,8 @@ SOURCES: dict[str, Source] = {
         dataset_name="Intel/orca_dpo_pairs", columns={"prompt": "question", "system": "system"}
     ),
     "laddpo_public": rows_in_shape(format="json"),
+}
+CORPORA: dict[str, Source] = {
+    "arithmetic": Source(arithmetic_corpus, corpus_identity),
+    "jsonl": Source(read_examples, rows_identity),
 }

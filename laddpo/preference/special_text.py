@@ -15,14 +15,14 @@ from laddpo.errors import UserError
 
 
 class PlainTokenizer:
-    """Two views of one fast tokenizer: `encode_plain` knows no special tokens, `encode_rendered` only the template's."""
+    """Two views of a fast tokenizer: `encode_plain` knows no special tokens, `encode_rendered` only the template's."""
 
     def __init__(self, tokenizer: Any, role_markers: Iterable[str] = ()):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(
-                f"{type(tokenizer).__name__} is a slow tokenizer. A fast one (with tokenizer.json) is needed, which can "
-                f"tell special tokens from text that looks like them."
+                f"{type(tokenizer).__name__} is a slow tokenizer. A fast one (with tokenizer.json) is needed, one that "
+                f"can tell special tokens from text that looks like them."
             )
         from tokenizers import Tokenizer
 

@@ -20,8 +20,8 @@ PROBE = "probe"
 
 
 class ChatTemplate:
-    """`markers` are the added tokens written around messages, `terminator` the one right after an assistant's text (None:
-    the template writes none), `trims_responses` whether white space around an assistant's text is removed."""
+    """`markers` are the added tokens written around messages, `terminator` the one right after an assistant's text
+    (None: the template writes none), `trims_responses` whether white space around an assistant's text is removed."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -37,8 +37,8 @@ class ChatTemplate:
         )
         if PROBE not in answered or len(answered.split(PROBE)) != 4:
             raise UserError(
-                "The chat template does not write every message once (data.template). Use data.template=plain, or repair "
-                "the template in tokenizer_config.json."
+                "The chat template does not write every message once (data.template). Use data.template=plain, or "
+                "repair the template in tokenizer_config.json."
             )
         self._expected = lru_cache(maxsize=1024)(self._count_specials)
 

@@ -1,0 +1,238 @@
+"""Prepares rows for training: reads, samples, splits, encodes and reports, into one folder that is whole or absent.
+
+`prepare_pairs` for preference data and `prepare_examples` for an SFT corpus. Rows are streamed: they are read once into
+a temporary file beside the result, and what stays in memory is a few dozen bytes a row. Every decision (sample, split,
+order) is by the content of rows and the seed, so the same rows in another order or in other files give the same pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from laddpo.errors import UserError, choose
+from laddpo.preference.badrows import BadRow, BadRows, RowError
+from laddpo.preference.encode import TextEncoder
+from laddpo.preference.files import ReadLog
+from laddpo.preference.pairs import prompt_rows
+from laddpo.preference.prepared import (
+    REJECTED,
+    SPLITS,
+    Prepared,
+    PreparedExamples,
+    PreparedPairs,
+    PreparedWriter,
+    whole_folder,
+)
+from laddpo.preference.report import ReportBuilder, report_figure, report_table
+from laddpo.preference.selection import choose_rows, choose_validation
+from laddpo.preference.sources import Request, Source, open_corpus, open_source
+from laddpo.preference.spool import Spool
+from laddpo.runs import MANIFEST, atomic_file, fingerprint
+
+BATCH_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of rows. In a mixture the parts appear in proportion to their weights."""
+
+    source: str
+    request: Request
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What happens to rows between reading and training.
+
+    `random_sample_size` rows (None: all) are taken before anything else; prompts with a share of `validation_fraction`
+    are kept for validation; `on_bad_row` is error or skip, and skip stops above `max_bad_fraction`; `duplicates` is
+    keep or drop.
+    """
+
+    seed: int = 0
+    random_sample_size: int | None = None
+    validation_fraction: float = 0.0
+    on_bad_row: str = "error"
+    max_bad_fraction: float = 1.0
+    duplicates: str = "keep"
+
+    def __post_init__(self) -> None:
+        choose({"error": 0, "skip": 0}, self.on_bad_row, "data.on_bad_row", "laddpo/preference/preparation.py")
+        choose({"keep": 0, "drop": 0}, self.duplicates, "data.duplicates", "laddpo/preference/preparation.py")
+        if self.random_sample_size is not None and self.random_sample_size < 1:
+            raise UserError(f"data.random_sample_size is {self.random_sample_size}; expected at least 1, or null.")
+        if not 0.0 <= self.validation_fraction < 1.0:
+            raise UserError(f"data.validation_fraction is {self.validation_fraction}; expected 0 up to (not with) 1.")
+
+
+@dataclass(frozen=True)
+class _Job:
+    prepared: type[Prepared]
+    parts: Sequence[Part]
+    sources: Sequence[Source]
+    encoder: TextEncoder
+    rules: Rules
+    evaluation_prompts: Mapping[str, Iterable[str]]
+    progress: bool
+
+
+def prepare_pairs(
+    prepared_dir: Path,
+    name: str,
+    parts: Sequence[Part],
+    encoder: TextEncoder,
+    rules: Rules,
+    evaluation_prompts: Mapping[str, Iterable[str]] | None = None,
+    show: Callable[[str], None] = print,
+    progress: bool = True,
+) -> PreparedPairs:
+    """The prepared folder of these preference pairs: found, or made.
+
+    `evaluation_prompts` maps the name of an evaluation set to the keys of its prompts (`prompt_group`), for the report
+    of leaks. Raises UserError when rows stop the run; then nothing is left behind.
+    """
+    sources = [open_source(part.source) for part in parts]
+    job = _Job(PreparedPairs, parts, sources, encoder, rules, evaluation_prompts or {}, progress)
+    return _find_or_make(job, prepared_dir, name, show)
+
+
+def prepare_examples(
+    prepared_dir: Path,
+    name: str,
+    parts: Sequence[Part],
+    encoder: TextEncoder,
+    rules: Rules,
+    evaluation_prompts: Mapping[str, Iterable[str]] | None = None,
+    show: Callable[[str], None] = print,
+    progress: bool = True,
+) -> PreparedExamples:
+    """As prepare_pairs, for an SFT corpus."""
+    sources = [open_corpus(part.source) for part in parts]
+    job = _Job(PreparedExamples, parts, sources, encoder, rules, evaluation_prompts or {}, progress)
+    return _find_or_make(job, prepared_dir, name, show)
+
+
+def prepared_fields(
+    parts: Sequence[Part], sources: Sequence[Source], encoder: TextEncoder, rules: Rules
+) -> dict[str, Any]:
+    """What a prepared folder depends on; its name carries the fingerprint of these."""
+    return {
+        "sources": [
+            {"source": part.source, **source.identity(part.request), **({"weight": part.weight} if parts[1:] else {})}
+            for part, source in zip(parts, sources, strict=True)
+        ],
+        "encoding": encoder.fields(),
+        "seed": rules.seed,
+        "random_sample_size": rules.random_sample_size,
+        "validation_fraction": rules.validation_fraction,
+        "on_bad_row": rules.on_bad_row,
+        "duplicates": rules.duplicates,
+    }
+
+
+def _find_or_make(job: _Job, prepared_dir: Path, name: str, show: Callable[[str], None]) -> Any:
+    fields = prepared_fields(job.parts, job.sources, job.encoder, job.rules)
+    folder = Path(prepared_dir) / f"{name}-{fingerprint(fields)}"
+    if (folder / MANIFEST).exists():
+        found = job.prepared.load(folder)
+        show(f"{folder}: already prepared, {len(found.train):,} rows for training, {len(found.validation):,} held out")
+        return found
+    with whole_folder(folder) as building:
+        show(report_table(_make(job, building, fields)))
+    return job.prepared.load(folder)
+
+
+def _make(job: _Job, folder: Path, fields: Mapping[str, Any]) -> dict:
+    """Write all files of the folder; returns the report."""
+    log = ReadLog()
+    rejected = folder / REJECTED
+    with (
+        closing(Spool(folder, job.prepared.sides)) as spool,
+        closing(PreparedWriter(folder, job.prepared.rows_file)) as writer,
+    ):
+        with atomic_file(rejected, "w") as out:
+            bad = BadRows(out)
+            report = ReportBuilder(job.prepared.sides, job.encoder, log, bad)
+            _read_rows(job, spool, report, log)
+            _encode_rows(job, spool, report, writer, log)
+        if not bad.total:
+            rejected.unlink()
+        content = report.finish()
+        writer.finish(job.prepared.kind, fields, content, report_figure(content), [REJECTED] if bad.total else [])
+    return content
+
+
+def _read_rows(job: _Job, spool: Spool, report: ReportBuilder, log: ReadLog) -> None:
+    """Every row into the spool or among the bad ones."""
+    rows = (
+        (part, row)
+        for part, (source, asked) in enumerate(zip(job.sources, job.parts, strict=True))
+        for row in source.read(asked.request, log)
+    )
+    for part, row in tqdm(rows, desc="reading", unit=" rows", disable=not job.progress, mininterval=0.5):
+        report.rows["read"] += 1
+        if isinstance(row, BadRow):
+            report.bad.add(row)
+        else:
+            spool.add(row, part)
+    report.bad.stop_if_too_many(job.rules.on_bad_row, job.rules.max_bad_fraction, report.rows["read"])
+
+
+def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: PreparedWriter, log: ReadLog) -> None:
+    """Sample, split, encode and write what the spool holds."""
+    spool.sort()
+    chosen = choose_rows(spool, [part.weight for part in job.parts], job.rules.seed, job.rules.random_sample_size, log)
+    is_validation = choose_validation(spool, chosen, job.rules.seed, job.rules.validation_fraction, log)
+    report.rows["not_sampled"] = len(spool) - len(chosen)
+    report.facts = {
+        "prompts": len(np.unique(spool.groups[chosen])),
+        "duplicates": int(np.count_nonzero(spool.occurrences[chosen])),
+        "contradictions": spool.contradictions(chosen),
+        "leaks": {
+            name: int(np.isin(spool.groups[chosen], np.array([int(key, 16) for key in keys], dtype=np.uint64)).sum())
+            for name, keys in job.evaluation_prompts.items()
+        },
+    }
+    held_out = dict(zip(chosen.tolist(), is_validation.tolist(), strict=True))
+    rows = spool.read(chosen)
+    with tqdm(total=len(chosen), desc="encoding", unit=" rows", disable=not job.progress, mininterval=0.5) as bar:
+        while batch := list(islice(rows, BATCH_ROWS)):
+            _encode_batch(job, spool, batch, held_out, report, writer)
+            bar.update(len(batch))
+    report.bad.stop_if_too_many(job.rules.on_bad_row, job.rules.max_bad_fraction, report.rows["read"])
+    if not report.rows["kept"]:
+        raise UserError("No row is left to train on:", *report.dropped_examples())
+
+
+def _encode_batch(
+    job: _Job, spool: Spool, batch: list, held_out: Mapping[int, bool], report: ReportBuilder, writer: PreparedWriter
+) -> None:
+    outcomes = job.encoder.encode_rows([(row.prompt, row.responses) for row in batch])
+    for row, outcome in zip(batch, outcomes, strict=True):
+        if isinstance(outcome, RowError):
+            is_too_long = outcome.code in ("DATA-75", "DATA-79")
+            leave_out = report.drop if is_too_long and job.encoder.truncation == "drop" else report.bad.add
+            leave_out(outcome.at(row.place))
+        elif job.rules.duplicates == "drop" and spool.occurrences[row.index]:
+            report.drop(BadRow(row.place, "DATA-83", "", "repeats another row", "Set data.duplicates=keep to keep it."))
+        else:
+            place_by_source = job.sources[spool.parts[row.index]].split_of
+            split = place_by_source(row.prompt) if place_by_source else SPLITS[held_out[row.index]]
+            row_id = spool.row_id(row.index)
+            texts = dict(zip(job.prepared.sides, row.responses, strict=True))
+            record = {"id": row_id, "prompt": prompt_rows(outcome.prompt), **texts, "split": split, "group": row.group}
+            if row.answer is not None:
+                record["answer"] = row.answer
+            if outcome.cut_tokens:
+                record["cut_tokens"] = outcome.cut_tokens
+            writer.add(record, (outcome.prompt_ids, *outcome.response_ids))
+            report.keep(row_id, row.place, split, outcome)

@@ -1,0 +1,283 @@
+"""The folder of prepared rows: written whole or not at all, read without pyarrow, datasets or torch.
+
+    pairs.jsonl          one object per row: id, prompt (messages), chosen, rejected, split, group, answer?
+    tokens.safetensors   "ids" int32, all tokens one after the other; "offsets" int64 [rows * sequences + 1], in the
+                         order prompt, chosen, rejected (examples: prompt, response)
+    report.json  report.png  rejected.jsonl (with on_bad_row=skip)  manifest.json (last)
+
+An SFT corpus is the same with examples.jsonl and two sequences a row. Token ids are read through a memory map.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laddpo.errors import UserError
+from laddpo.preference.encode import EncodedExample, EncodedPair
+from laddpo.runs import (
+    MANIFEST,
+    atomic_file,
+    canonical_json,
+    provenance,
+    read_json,
+    read_manifest,
+    sync_folder,
+    write_bytes,
+    write_json,
+    write_manifest,
+)
+
+TOKENS, REPORT, FIGURE, REJECTED = "tokens.safetensors", "report.json", "report.png", "rejected.jsonl"
+SPLITS = ("train", "validation")
+
+
+class PairRows(Sequence):
+    """Rows of one split as EncodedPair, read from disk when asked for."""
+
+    def __init__(self, prepared: Prepared, rows: np.ndarray):
+        self._prepared, self._rows = prepared, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self._prepared.row(int(row)) for row in self._rows[index]]
+        return self._prepared.row(int(self._rows[index]))
+
+    def lengths(self) -> np.ndarray:
+        """int64 [rows, sequences]: tokens of prompt and of each response, without reading the tokens."""
+        return self._prepared.lengths()[self._rows]
+
+    def column(self, name: str) -> list:
+        """`id`, `group` or `answer` of every row."""
+        return [self._prepared.columns[name][row] for row in self._rows]
+
+
+class Prepared:
+    """A finished folder. `train` and `validation` behave like lists of encoded rows."""
+
+    kind, rows_file, sides = "", "", ()
+
+    def __init__(self, folder: Path, manifest: dict):
+        self.folder, self.manifest = folder, manifest
+        self.columns: dict[str, list] = {"id": [], "group": [], "answer": [], "split": []}
+        with (folder / self.rows_file).open("rb") as lines:
+            for line in lines:
+                record = json.loads(line)
+                for name, values in self.columns.items():
+                    values.append(record.get(name))
+        ids, self._offsets = map_tokens(folder / TOKENS)
+        self._ids = ids.view(np.ndarray)  # a memory map still, without the cost of its class at every slice
+        split = np.array([SPLITS.index(name) for name in self.columns["split"]])
+        self.train, self.validation = (PairRows(self, np.flatnonzero(split == side)) for side in range(len(SPLITS)))
+
+    @classmethod
+    def load(cls, folder: Path, verify: bool = True):
+        """The folder's rows; UserError when it is unfinished or its files are not those that were sealed."""
+        folder = Path(folder)
+        manifest = read_manifest(folder, cls.kind, verify=verify)
+        if manifest is None:
+            raise UserError(
+                f"{folder} has no {MANIFEST}, so it is not a finished folder of prepared rows. Run prepare."
+            )
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return len(self.columns["id"])
+
+    @property
+    def content(self) -> str:
+        """Hash of the rows and their tokens: equal for equal data, whatever files it came from."""
+        return self.manifest["fields"]["content"]
+
+    def report(self) -> dict:
+        """What report.json says."""
+        return read_json(self.folder / REPORT)
+
+    def sequences(self, row: int) -> list[np.ndarray]:
+        """int32 [L] of prompt and responses of a row."""
+        width = 1 + len(self.sides)
+        edges = self._offsets[row * width : (row + 1) * width + 1]
+        return [self._ids[start:end] for start, end in pairwise(edges)]
+
+    def lengths(self) -> np.ndarray:
+        """int64 [rows, sequences]."""
+        return np.diff(self._offsets).reshape(-1, 1 + len(self.sides))
+
+    def texts(self, split: str) -> Iterator[dict]:
+        """The records of a split, read one by one."""
+        with (self.folder / self.rows_file).open("rb") as lines:
+            for line in lines:
+                record = json.loads(line)
+                if record["split"] == split:
+                    yield record
+
+    def row(self, row: int):
+        raise NotImplementedError
+
+
+class PreparedPairs(Prepared):
+    """Prepared preference pairs."""
+
+    kind, rows_file, sides = "prepared", "pairs.jsonl", ("chosen", "rejected")
+
+    def row(self, row: int) -> EncodedPair:
+        return EncodedPair(self.columns["id"][row], *self.sequences(row), self.columns["group"][row])
+
+
+class PreparedExamples(Prepared):
+    """A prepared SFT corpus."""
+
+    kind, rows_file, sides = "prepared_examples", "examples.jsonl", ("response",)
+
+    def row(self, row: int) -> EncodedExample:
+        return EncodedExample(self.columns["id"][row], *self.sequences(row))
+
+
+def chosen_examples(pairs: Sequence[EncodedPair]) -> list[EncodedExample]:
+    """The chosen side of pairs as SFT examples."""
+    return [EncodedExample(pair.id, pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+
+
+class PreparedWriter:
+    """Writes the files of one folder row by row; nothing has its name before `finish`, and the manifest is last."""
+
+    def __init__(self, folder: Path, rows_file: str):
+        self._folder, self._rows_file = folder, rows_file
+        self._stack = ExitStack()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._rows = self._stack.enter_context(atomic_file(folder / rows_file))
+        self._ids = self._stack.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+        self._offsets = array("q", [0])
+        self._digest = hashlib.sha256()
+
+    def add(self, record: Mapping[str, Any], sequences: Iterable[np.ndarray]) -> None:
+        """One row: what its line in the rows file says, and its token ids in order."""
+        line = canonical_json(record).encode("utf-8") + b"\n"
+        self._rows.write(line)
+        self._digest.update(line)
+        for ids in sequences:
+            block = np.ascontiguousarray(ids, dtype="<i4").tobytes()
+            self._ids.write(block)
+            self._digest.update(block)
+            self._offsets.append(self._offsets[-1] + len(ids))
+
+    def finish(
+        self, kind: str, fields: Mapping[str, Any], report: dict, figure: bytes, more: Sequence[str] = ()
+    ) -> None:
+        """Write the tokens, the report and the manifest; `more` names other files already in the folder."""
+        with atomic_file(self._folder / TOKENS) as out:
+            write_tokens(out, self._ids, np.frombuffer(self._offsets, dtype=np.int64))
+        self.close()
+        write_json(self._folder / REPORT, report)
+        write_bytes(self._folder / FIGURE, figure)
+        sealed = {**fields, "content": self._digest.hexdigest()}
+        files = [self._rows_file, TOKENS, REPORT, FIGURE, *more]
+        write_manifest(self._folder, kind, sealed, files, **provenance())
+
+    def close(self) -> None:
+        """Close the files. Without `finish` there is no manifest, and the folder is nothing."""
+        self._stack.close()
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends well, and vanishes otherwise.
+
+    When another process finished the same folder meanwhile, its folder stays: equal names mean equal content.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mine = f".building-{folder.name}-{platform.node()}-"
+    for abandoned in folder.parent.glob(f"{glob.escape(mine)}*"):  # of a process that was killed
+        owner = abandoned.name.removeprefix(mine).partition("-")[0]
+        if owner.isdigit() and not _is_running(int(owner)):
+            shutil.rmtree(abandoned, ignore_errors=True)
+    building = folder.parent / f"{mine}{os.getpid()}-{time.monotonic_ns():x}"
+    building.mkdir()
+    try:
+        yield building
+        try:
+            os.rename(building, folder)
+        except OSError:
+            if not (folder / MANIFEST).exists():
+                raise UserError(
+                    f"{folder} is in the way: it exists and is unfinished. Remove it and run again."
+                ) from None
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def write_prepared(
+    folder: Path,
+    rows: Iterable[tuple[Mapping[str, Any], Sequence[np.ndarray]]],
+    report: dict,
+    fields: Mapping[str, Any],
+    prepared: type[Prepared] = PreparedPairs,
+    figure: bytes = b"",
+) -> Prepared:
+    """Write rows that are already encoded, as (record, [prompt ids, response ids, …]), and load the folder."""
+    with whole_folder(folder) as building, closing(PreparedWriter(building, prepared.rows_file)) as writer:
+        for record, sequences in rows:
+            writer.add(record, sequences)
+        writer.finish(prepared.kind, fields, report, figure)
+    return prepared.load(folder)
+
+
+def write_tokens(out, ids_file, offsets: np.ndarray) -> None:
+    """A safetensors file of "ids" and "offsets", the ids copied from a file: they never are in memory at once."""
+    ids_bytes, offsets_bytes = int(offsets[-1]) * 4, len(offsets) * 8
+    header = {
+        "offsets": {"dtype": "I64", "shape": [len(offsets)], "data_offsets": [0, offsets_bytes]},
+        "ids": {
+            "dtype": "I32",
+            "shape": [int(offsets[-1])],
+            "data_offsets": [offsets_bytes, offsets_bytes + ids_bytes],
+        },
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    out.write(len(text).to_bytes(8, "little") + text)
+    out.write(offsets.astype("<i8").tobytes())
+    ids_file.flush()
+    ids_file.seek(0)
+    shutil.copyfileobj(ids_file, out, 1 << 20)
+
+
+def map_tokens(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """ "ids" as a memory map and "offsets" of a tokens file."""
+    with path.open("rb") as f:
+        header_bytes = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(header_bytes))
+    start = 8 + header_bytes
+    offsets_at, ids_at = (start + header[name]["data_offsets"][0] for name in ("offsets", "ids"))
+    offsets = np.fromfile(path, dtype="<i8", count=header["offsets"]["shape"][0], offset=offsets_at)
+    count = header["ids"]["shape"][0]
+    ids = np.memmap(path, dtype="<i4", mode="r", offset=ids_at, shape=(count,)) if count else np.zeros(0, "<i4")
+    return ids, offsets

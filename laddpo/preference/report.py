@@ -1,0 +1,196 @@
+"""What preparation did to every row: counts with reasons and examples, lengths, doubtful rows, decoded samples.
+
+`ReportBuilder` collects while rows pass; `report_table` is the text for the terminal and `report_figure` the PNG.
+Every row read is accounted for: read = bad + not sampled + dropped + kept (of which some were cut).
+"""
+
+from __future__ import annotations
+
+import io
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from laddpo.preference.badrows import CODES, EXAMPLES, BadRow, BadRows
+from laddpo.preference.encode import EncodedRow, TextEncoder
+from laddpo.preference.files import ReadLog
+
+QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+SAMPLES = 3
+SAMPLE_CHARACTERS = 1200
+SCORED = ("⟦", "⟧")  # what stands between is scored: the response and its terminator
+IMBALANCE = 20  # one response this many times longer than the other is worth a warning
+
+
+class ReportBuilder:
+    """Collects what report.json says."""
+
+    def __init__(self, sides: Sequence[str], encoder: TextEncoder, log: ReadLog, bad: BadRows):
+        self.sides, self._encoder, self._log, self.bad = tuple(sides), encoder, log, bad
+        self.rows: Counter[str] = Counter(read=0, bad=0, not_sampled=0, dropped=0, cut=0, kept=0, train=0, validation=0)
+        self.facts: dict[str, Any] = {}
+        self._lengths = {name: array("i") for name in ("prompt", *self.sides)}
+        self._dropped: dict[str, dict] = {}
+        self._special_text: Counter[str] = Counter()
+        self._cut: dict[str, Any] = {"rows": 0, "tokens": 0, "examples": []}
+        self._samples: list[dict] = []
+
+    def drop(self, row: BadRow) -> None:
+        """A usable row that a setting leaves out."""
+        self.rows["dropped"] += 1
+        entry = self._dropped.setdefault(row.code, {"count": 0, "meaning": CODES[row.code], "examples": []})
+        entry["count"] += 1
+        if len(entry["examples"]) < EXAMPLES:
+            entry["examples"].append(str(row))
+
+    def keep(self, row_id: str, place: str, split: str, row: EncodedRow) -> None:
+        """A row that is written."""
+        self.rows["kept"] += 1
+        self.rows[split] += 1
+        for name, ids in zip(self._lengths, (row.prompt_ids, *row.response_ids), strict=True):
+            self._lengths[name].append(len(ids))
+        self._special_text.update(row.special_text)
+        if row.cut_tokens:
+            self.rows["cut"] += 1
+            self._cut["tokens"] += row.cut_tokens
+            if len(self._cut["examples"]) < EXAMPLES:
+                self._cut["examples"].append(f"{place}: prompt cut by {row.cut_tokens:,} tokens")
+        lengths = [len(ids) for ids in row.response_ids]
+        if max(lengths) > IMBALANCE * min(lengths):
+            self._log.warn(f"pairs with one response more than {IMBALANCE} times longer than the other")
+        if len(self._samples) < SAMPLES:
+            self._samples.append({"id": row_id, "place": place, **self.sample(row)})
+
+    def dropped_examples(self) -> list[str]:
+        """One example for each reason for which rows were dropped."""
+        return [entry["examples"][0] for entry in self._dropped.values()]
+
+    def sample(self, row: EncodedRow) -> dict[str, str]:
+        """Each sequence decoded from its ids, the scored region between ⟦ and ⟧."""
+        prompt = _shortened(self._encoder.decode(row.prompt_ids))
+        return {
+            side: prompt + SCORED[0] + _shortened(self._encoder.decode(ids)) + SCORED[1]
+            for side, ids in zip(self.sides, row.response_ids, strict=True)
+        }
+
+    def finish(self) -> dict:
+        """The content of report.json."""
+        self.rows["bad"] = self.bad.total
+        rows = dict(self.rows)
+        accounted = rows["bad"] + rows["not_sampled"] + rows["dropped"] + rows["kept"]
+        assert rows["read"] == accounted, f"{rows['read']} rows read, {accounted} accounted for"
+        lengths = {name: np.frombuffer(values, dtype=np.int32) for name, values in self._lengths.items()}
+        totals = [lengths["prompt"] + lengths[side] for side in self.sides]
+        lengths["prompt + response"] = np.concatenate(totals)
+        self._cut["rows"] = rows["cut"]
+        return {
+            "rows": rows,
+            "bad": {
+                code: {"count": count, "meaning": CODES[code], "examples": self.bad.examples[code]}
+                for code, count in sorted(self.bad.counts.items())
+            },
+            "dropped": dict(sorted(self._dropped.items())),
+            "cut": self._cut,
+            "lengths": {name: _quantiles(values) for name, values in lengths.items()},
+            "histograms": {name: _histogram(values, self._encoder.max_length) for name, values in lengths.items()},
+            "max_length": self._encoder.max_length,
+            "special_token_text": dict(sorted(self._special_text.items())),
+            "warnings": dict(sorted(self._log.warnings.items())),
+            "files": self._log.files,
+            "samples": self._samples,
+            **self.facts,
+        }
+
+
+def report_table(report: Mapping[str, Any]) -> str:
+    """The report as a few lines for the terminal."""
+    rows = report["rows"]
+    lines = [
+        f"{rows['read']:,} rows read = {rows['kept']:,} kept + {rows['bad']:,} bad + {rows['dropped']:,} dropped + "
+        f"{rows['not_sampled']:,} not sampled; {rows['cut']:,} of the kept were cut",
+        f"{rows['train']:,} for training, {rows['validation']:,} for validation, from {report['prompts']:,} prompts",
+    ]
+    for title in ("bad", "dropped"):
+        for code, entry in report[title].items():
+            lines.append(f"  {title:8} {entry['count']:>8,}  {code} {entry['meaning']}; e.g. {entry['examples'][0]}")
+    if rows["cut"]:
+        cut = report["cut"]
+        lines.append(f"  cut      {cut['rows']:>8,}  {cut['tokens']:,} prompt tokens in all; e.g. {cut['examples'][0]}")
+    names = list(QUANTILES)
+    lines.append("  tokens of          " + "".join(f"{name:>8}" for name in ("mean", *names)))
+    for name, values in report["lengths"].items():
+        if values:
+            shown = f"{values['mean']:>8.1f}" + "".join(f"{values[quantile]:>8,}" for quantile in names)
+            lines.append(f"  {name:19}{shown}")
+    facts = [
+        ("duplicates", "rows that repeat another row"),
+        ("contradictions", "rows whose preference another row reverses"),
+        *((f"leaks/{name}", f"rows whose prompt is in {name}") for name in report.get("leaks", {})),
+    ]
+    counts = {**report, **{f"leaks/{name}": count for name, count in report.get("leaks", {}).items()}}
+    lines += [f"  note     {counts[key]:>8,}  {meaning}" for key, meaning in facts if counts.get(key)]
+    for token, count in report["special_token_text"].items():
+        lines.append(f"  note     {count:>8,}  rows with the text {token}, encoded as plain text")
+    lines += [f"  note     {count:>8,}  {message}" for message, count in report["warnings"].items()]
+    return "\n".join(lines)
+
+
+def report_figure(report: Mapping[str, Any]) -> bytes:
+    """One PNG: what became of the rows, and the lengths in tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    names = ["kept", "cut", "dropped", "bad", "not_sampled"]
+    counts = {**report["rows"], "kept": report["rows"]["kept"] - report["rows"]["cut"]}
+    values = [counts[name] for name in names]
+    labels = ["kept whole", "kept, prompt cut", "dropped", "bad", "not sampled"]
+    bars = left.barh(labels[::-1], values[::-1], color=COLOURS[: len(names)][::-1])
+    left.bar_label(bars, [f"{value:,}" for value in values[::-1]], padding=3)
+    left.set_xlim(0, max(1, *values) * 1.2)
+    left.set_title(f"{report['rows']['read']:,} rows read")
+    left.spines[["top", "right"]].set_visible(False)
+    for colour, (name, histogram) in zip(COLOURS, report["histograms"].items(), strict=False):
+        if histogram["counts"]:
+            right.stairs(histogram["counts"], histogram["edges"], label=name, color=colour, linewidth=1.6)
+    right.axvline(report["max_length"], color="0.5", linestyle="--", linewidth=1)
+    right.annotate("max_length", (report["max_length"], 0.97), xycoords=("data", "axes fraction"), ha="right", va="top",
+                   rotation=90, color="0.4")  # fmt: skip
+    right.set_xlabel("tokens")
+    right.set_ylabel("sequences")
+    right.set_title("lengths of the kept rows")
+    right.spines[["top", "right"]].set_visible(False)
+    if any(histogram["counts"] for histogram in report["histograms"].values()):
+        right.legend(frameon=False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
+    return png.getvalue()
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    if not len(values):
+        return {}
+    found = np.quantile(values, list(QUANTILES.values()), method="inverted_cdf")
+    return {"mean": round(float(values.mean()), 3), **{name: int(q) for name, q in zip(QUANTILES, found, strict=True)}}
+
+
+def _histogram(values: np.ndarray, max_length: int) -> dict[str, list]:
+    if not len(values):
+        return {"edges": [], "counts": []}
+    top = int(min(max_length, values.max() * 1.05)) + 1
+    width = max(1, -(-top // 40))
+    counts, edges = np.histogram(values, bins=np.arange(0, top + width, width))
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= SAMPLE_CHARACTERS:
+        return text
+    half = SAMPLE_CHARACTERS // 2
+    return f"{text[:half]} […{len(text) - 2 * half:,} characters…] {text[-half:]}"
+
+
+COLOURS = ("#2a6f97", "#e09f3e", "#8d99ae", "#c1121f", "#588157")

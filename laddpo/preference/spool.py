@@ -1,0 +1,108 @@
+"""Rows that were read, kept in a temporary file, with what sampling, splitting and ordering need of each in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from laddpo.preference.pairs import Example, Message, PreferencePair, content_digest, prompt_group, prompt_rows
+
+DIGEST_BYTES = 12
+
+
+@dataclass(frozen=True)
+class SpooledRow:
+    """A row as it was read; `index` is its place in the order of content."""
+
+    index: int
+    prompt: tuple[Message, ...]
+    responses: tuple[str, ...]
+    place: str
+    group: str
+    answer: str | None
+
+
+class Spool:
+    """`add` rows in any order; everything after that is in the order of their content.
+
+    Arrays over rows, in content order once `sort` was called: `digests` S12, `occurrences` (0 for the first of equal
+    rows), `groups` uint64 (keys of prompts), `parts` (which of several sources).
+    """
+
+    def __init__(self, folder: Path, sides: Sequence[str]):
+        self._sides = tuple(sides)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by `close`, has no name)
+        self._positions = array("q")
+        self._digests, self._mirrored = bytearray(), bytearray()
+        self._groups, self._parts = array("Q"), array("B")
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def add(self, row: PreferencePair | Example, part: int) -> None:
+        responses = [getattr(row, side) for side in self._sides]
+        group = row.group if isinstance(row, PreferencePair) else prompt_group(row.prompt)
+        record = [prompt_rows(row.prompt), responses, row.source, group, getattr(row, "answer", None)]
+        self._positions.append(self._file.tell())
+        self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
+        self._digests += bytes.fromhex(row.id.partition("-")[0])
+        if len(responses) == 2:
+            self._mirrored += bytes.fromhex(content_digest(row.prompt, *responses[::-1]))
+        self._groups.append(int(group, 16))
+        self._parts.append(part)
+
+    def sort(self) -> None:
+        """Put rows in the order of their content and number equal ones."""
+        self._file.flush()
+        digests = np.frombuffer(bytes(self._digests), dtype=f"V{DIGEST_BYTES}")
+        keys = np.frombuffer(bytes(self._digests), dtype=">u4").reshape(-1, 3)
+        order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
+        self.digests = digests[order]
+        self.groups = np.frombuffer(self._groups, dtype=np.uint64)[order]
+        self.parts = np.frombuffer(self._parts, dtype=np.uint8)[order]
+        self._places = np.frombuffer(self._positions, dtype=np.int64)[order]
+        is_first = np.ones(len(order), dtype=bool)
+        is_first[1:] = self.digests[1:] != self.digests[:-1]
+        start = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
+        self.occurrences = np.arange(len(order)) - start
+
+    def row_id(self, row: int) -> str:
+        """The id of a row: digest of its content and occurrence number."""
+        return f"{self.digests[row].tobytes().hex()}-{self.occurrences[row]}"
+
+    def keyed_positions(self, seed: int, rows: np.ndarray) -> np.ndarray:
+        """uint64 per row: a pseudo-random position that depends on the row's content and the seed alone."""
+        return np.array([keyed_position(seed, self.row_id(int(row))) for row in rows], dtype=np.uint64)
+
+    def contradictions(self, rows: np.ndarray) -> int:
+        """How many of the rows have the same prompt and the same two responses as another, the other way round."""
+        if not self._mirrored:
+            return 0
+        forward = {digest.tobytes() for digest in self.digests[rows]}
+        size = DIGEST_BYTES
+        mirrored = {bytes(self._mirrored[i : i + size]) for i in range(0, len(self._mirrored), size)}
+        both = forward & mirrored
+        return sum(digest.tobytes() in both for digest in self.digests[rows])
+
+    def read(self, rows: np.ndarray) -> Iterator[SpooledRow]:
+        """The rows asked for, in that order."""
+        for index in rows:
+            self._file.seek(self._places[index])
+            prompt, responses, place, group, answer = json.loads(self._file.readline())
+            messages = tuple(Message(message["role"], message["content"]) for message in prompt)
+            yield SpooledRow(int(index), messages, tuple(responses), place, group, answer)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def keyed_position(seed: int, key: str) -> int:
+    """A uniform integer below 2**64 that is a function of seed and key."""
+    return int.from_bytes(hashlib.blake2b(f"laddpo sample/{seed}/{key}".encode(), digest_size=8).digest(), "big")
