@@ -84,13 +84,13 @@ class TextEncoder:
         self.stop_ids = sorted({self.terminator_id, tokenizer.eos_token_id} - {None})
 
     def fields(self) -> dict[str, Any]:
-        """What the encoding depends on, for fingerprints."""
+        """What token ids depend on, for fingerprints. Not `max_length`: it decides which rows are left, not their ids
+        (a prompt that `truncation` cut is told apart by its ids)."""
         template = self.chat.source if self.chat else None
         return {
             "tokenizer": self.tokens.fingerprint,
             "template": hashlib.sha256(template.encode()).hexdigest()[:16] if template else "plain",
             "terminator": self.terminator,
-            "max_length": self.max_length,
             "truncation": self.truncation,
         }
 

@@ -105,6 +105,15 @@ def prepare_pairs(
     return _find_or_make(job, prepared_dir, name, show)
 
 
+def find_prepared(
+    prepared_dir: Path, name: str, parts: Sequence[Part], encoder: TextEncoder, rules: Rules
+) -> PreparedPairs | None:
+    """The finished folder that prepare_pairs would find, or None when it would have to make it."""
+    sources = [open_source(part.source) for part in parts]
+    folder = prepared_folder(prepared_dir, name, prepared_fields(parts, sources, encoder, rules))
+    return PreparedPairs.load(folder) if (folder / MANIFEST).exists() else None
+
+
 def prepare_examples(
     prepared_dir: Path,
     name: str,
@@ -121,6 +130,15 @@ def prepare_examples(
     return _find_or_make(job, prepared_dir, name, show)
 
 
+def find_prepared(
+    prepared_dir: Path, name: str, parts: Sequence[Part], encoder: TextEncoder, rules: Rules
+) -> Path | None:
+    """The finished folder of these preference pairs, or None when they are still to be prepared."""
+    fields = prepared_fields(parts, [open_source(part.source) for part in parts], encoder, rules)
+    folder = prepared_folder(prepared_dir, name, fields)
+    return folder if (folder / MANIFEST).exists() else None
+
+
 def prepared_fields(
     parts: Sequence[Part], sources: Sequence[Source], encoder: TextEncoder, rules: Rules
 ) -> dict[str, Any]:
@@ -131,12 +149,18 @@ def prepared_fields(
             for part, source in zip(parts, sources, strict=True)
         ],
         "encoding": encoder.fields(),
+        "max_length": encoder.max_length,
         "seed": rules.seed,
         "random_sample_size": rules.random_sample_size,
         "validation_fraction": rules.validation_fraction,
         "on_bad_row": rules.on_bad_row,
         "duplicates": rules.duplicates,
     }
+
+
+def prepared_folder(prepared_dir: Path, name: str, fields: Mapping[str, Any]) -> Path:
+    """Where rows with these fields lie."""
+    return Path(prepared_dir) / f"{name}-{fingerprint(fields)}"
 
 
 def _find_or_make(job: _Job, prepared_dir: Path, name: str, show: Callable[[str], None]) -> Any:

@@ -173,6 +173,7 @@ def arithmetic_identity(request: Request) -> dict:
         "width": request.difficulty.width,
         "habit": request.habit,
         "seed": request.seed,
+        "validation_fraction": request.validation_fraction,
     }
 
 
