@@ -105,15 +105,6 @@ def prepare_pairs(
     return _find_or_make(job, prepared_dir, name, show)
 
 
-def find_prepared(
-    prepared_dir: Path, name: str, parts: Sequence[Part], encoder: TextEncoder, rules: Rules
-) -> PreparedPairs | None:
-    """The finished folder that prepare_pairs would find, or None when it would have to make it."""
-    sources = [open_source(part.source) for part in parts]
-    folder = prepared_folder(prepared_dir, name, prepared_fields(parts, sources, encoder, rules))
-    return PreparedPairs.load(folder) if (folder / MANIFEST).exists() else None
-
-
 def prepare_examples(
     prepared_dir: Path,
     name: str,
@@ -165,7 +156,7 @@ def prepared_folder(prepared_dir: Path, name: str, fields: Mapping[str, Any]) ->
 
 def _find_or_make(job: _Job, prepared_dir: Path, name: str, show: Callable[[str], None]) -> Any:
     fields = prepared_fields(job.parts, job.sources, job.encoder, job.rules)
-    folder = Path(prepared_dir) / f"{name}-{fingerprint(fields)}"
+    folder = prepared_folder(prepared_dir, name, fields)
     if (folder / MANIFEST).exists():
         found = job.prepared.load(folder)
         show(f"{folder}: already prepared, {len(found.train):,} rows for training, {len(found.validation):,} held out")
