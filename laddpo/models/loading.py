@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from laddpo import runs
-from laddpo.errors import UserError, choose
+from laddpo.errors import UserError
 from laddpo.models.families import Family, find_family
+from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 WEIGHTS = "*.safetensors"
@@ -45,25 +44,24 @@ def load_model(
     folder = checkpoint_folder(path, revision, [*SMALL_FILES, WEIGHTS])
     config, family = read_config(folder)
     require_safetensors(folder)
-    quantizer = quantization_config(quantization, family)
+    require_fitting_weights(folder, config, family)
+    weights_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    quantizer = quantization_config(quantization, family, weights_dtype)
     kwargs: dict[str, Any] = {"attn_implementation": "sdpa" if attention == "auto" else attention}
     if quantizer is not None or torch.device(device).type != "cpu":
         kwargs["device_map"] = {"": str(device)}
     with _quiet_small_loads(folder):
-        model, report = family.model_class.from_pretrained(
+        model = family.model_class.from_pretrained(
             str(folder),
             config=config,
-            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+            dtype=weights_dtype,
             quantization_config=quantizer,
             use_safetensors=True,
-            output_loading_info=True,
             **kwargs,
         )
-    _require_complete(folder, report)
     model.packed_kernel = "auto" if attention == "auto" else "batched"
     if quantizer is not None:
-        model.requires_grad_(False)
-        _assert_quantized(model, family)
+        settle_quantized(model, family)
     return model.eval()
 
 
@@ -138,8 +136,33 @@ def save_model(model, folder: Path, shard_bytes: int = 4 * 2**30) -> list[str]:
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
         )
         names.append("model.safetensors.index.json")
-    runs.write_text(folder / "config.json", model.config.to_json_string(use_diff=False))
+    runs.write_json(folder / "config.json", config_content(model))
     return ["config.json", *names]
+
+
+def config_content(model) -> dict[str, Any]:
+    """What a checkpoint's config.json holds: the model's fields and its weights' dtype, no place of this machine."""
+    content = {key: value for key, value in model.config.to_dict().items() if key not in FOREIGN_FIELDS}
+    return {**content, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def load_weights(model, folder: Path) -> None:
+    """Overwrite the weights of an unquantised model with those of a checkpoint folder; all must fit."""
+    from safetensors.torch import load_file
+
+    own = model.state_dict()
+    unseen = set(own)
+    with torch.no_grad():
+        for file in weight_files(folder):
+            for name, tensor in load_file(file).items():
+                if name not in own or own[name].shape != tensor.shape:
+                    raise UserError(f"{file}: its tensor {name} does not fit the model. Use weights of the same model.")
+                own[name].copy_(tensor)
+                unseen.discard(name)
+    if unseen:
+        raise UserError(
+            f"{folder}: {len(unseen)} weights are missing, first {min(unseen)}; expected a whole checkpoint."
+        )
 
 
 def checkpoint_folder(path: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
@@ -183,9 +206,37 @@ def require_safetensors(folder: Path) -> None:
             )
 
 
+def require_fitting_weights(folder: Path, config, family: Family) -> None:
+    """Compare the names and shapes in the files with the config's, before any weight is read. Raises `UserError`."""
+    from safetensors import safe_open
+
+    with torch.device("meta"):
+        wanted = {name: tuple(t.shape) for name, t in family.model_class(config).state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(str(file), "pt") as content:
+                found |= {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise UserError(f"{file}: cannot be read ({error}). It is damaged or incomplete: get it again.") from error
+    problems = [
+        f"{folder}: weights and config.json disagree: {len(names)} tensors {kind} (first: {min(names)}). "
+        "Check that all files come from one checkpoint, and that its weights are not quantised."
+        for names, kind in (
+            (wanted.keys() - found.keys(), "are missing"),
+            (found.keys() - wanted.keys(), "are unknown"),
+            ({n for n in wanted.keys() & found.keys() if wanted[n] != found[n]}, "have another shape"),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the model itself, without adapters."""
-    return sorted(f for f in folder.glob(WEIGHTS) if not f.name.startswith("adapter"))
+    """The safetensors files of the model: model.safetensors, else its shards. Others in the folder are not read."""
+    whole = folder / "model.safetensors"
+    return [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
 
 
 def weights_fingerprint(path: str, revision: str | None = None) -> str:
@@ -218,64 +269,6 @@ def _remembered_sha256(file: Path) -> str:
     return digest
 
 
-def quantization_config(quantization: dict[str, Any] | None, family: Family):
-    """BitsAndBytesConfig for the config group, or None when nothing is quantised. The head and embedding never are.
-
-    The head is skipped by its FULL name: the blocks' down-projections share its last name, `ff_out`.
-    """
-    settings = dict(quantization or {})
-    if not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
-        return None
-    from transformers import BitsAndBytesConfig
-
-    _quiet_bitsandbytes()
-    compute = settings.pop("bnb_4bit_compute_dtype", None)
-    if isinstance(compute, str):
-        compute = choose(DTYPES, compute, "quantization.bnb_4bit_compute_dtype", "laddpo/models/loading.py")
-    known = {key: value for key, value in settings.items() if key in QUANTIZATION_FIELDS and value is not None}
-    if settings.get("load_in_4bit") and compute is not None:
-        known["bnb_4bit_compute_dtype"] = compute
-    return BitsAndBytesConfig(llm_int8_skip_modules=[family.head], **known)
-
-
-def _quiet_bitsandbytes() -> None:
-    """Drop two messages that say nothing is wrong: one for every int8 product, one about an optional CPU kernel."""
-    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
-        logger = logging.getLogger(name)
-        if _is_news not in logger.filters:
-            logger.addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    return "inputs will be cast" not in message and "kernels-community" not in message
-
-
-def _assert_quantized(model: nn.Module, family: Family) -> None:
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            in_block = re.match(family.block, name) is not None
-            assert in_block == isinstance(module, Linear4bit | Linear8bitLt), f"{name} must be quantised iff in a block"
-
-
-def _require_complete(folder: Path, report) -> None:
-    get = report.get if isinstance(report, dict) else lambda key: getattr(report, key, None)
-    problems = [
-        f"{folder}: weights and config.json disagree: {len(names)} {kind} (first: {sorted(map(str, names))[0]}). "
-        "Check that all files come from one checkpoint."
-        for key, kind in (
-            ("missing_keys", "tensors are missing"),
-            ("unexpected_keys", "tensors are unknown"),
-            ("mismatched_keys", "tensors have another shape"),
-        )
-        if (names := get(key))
-    ]
-    if problems:
-        raise UserError(*problems)
-
-
 @contextlib.contextmanager
 def _quiet_small_loads(folder: Path) -> Iterator[None]:
     """No progress bar for what loads in a moment."""
@@ -291,21 +284,16 @@ def _quiet_small_loads(folder: Path) -> Iterator[None]:
             progress.enable_progress_bar()
 
 
-DTYPES = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-QUANTIZATION_FIELDS = (
-    "load_in_4bit",
-    "load_in_8bit",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
-    "llm_int8_threshold",
+FOREIGN_FIELDS = (  # transformers' own, without meaning for this model
+    "_name_or_path",
+    "chunk_size_feed_forward",
+    "dtype",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "transformers_version",
 )
