@@ -91,7 +91,7 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
         if sweeping:
             from laddpo.sweep import run_sweep
 
-            return run_sweep(hydra, stage, args.config_name, args.config_dir, args.overrides)
+            return run_sweep(hydra, stage, args.config_name, args.config_dir, args.overrides, tree)
         config = to_run_config(tree)
     folder = run_folder(stage, config)
     if _rank() == 0:
@@ -116,8 +116,8 @@ def run_folder(stage: str, config: RunConfig) -> Path:
         world, local_world = (int(os.environ.get(k, "1")) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         if local_world not in (1, world):
             raise UserError(
-                f"output_dir is not set and the run spans several machines ({world} processes, {local_world} here), which "
-                "cannot agree on a folder by themselves; add output_dir=<a folder that all of them see>."
+                f"output_dir is not set and the run spans several machines ({world} processes, {local_world} here), "
+                "which cannot agree on a folder by themselves; add output_dir=<a folder that all of them see>."
             )
         folder = (
             Path(config.paths.outputs_dir) / stage / f"{_launch_stamp(world)}-{config.model.name}-{config.data.source}"
@@ -215,7 +215,7 @@ def _parse(stage: str, argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--{chosen[0]} and --{chosen[1]} were both given; expected one of them.")
     if args.resolve and not args.cfg:
         raise UserError(
-            "--resolve was given without --cfg; write --cfg job --resolve to see the settings with all references filled in."
+            "--resolve was given without --cfg; write --cfg job --resolve to see the settings without references."
         )
     return args
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from laddpo.errors import UserError
-from laddpo.ranges import leaves, single_problems
+from laddpo.ranges import single_problems
 from laddpo.settings import RunConfig
 
 
@@ -42,23 +42,6 @@ def check(config: RunConfig) -> RunConfig:
     if problems:
         raise UserError(*problems)
     return config
-
-
-def shipped_path(name: str) -> str:
-    """A path as given, or, if it is relative and only exists beside our conf/ (data/llada_nano), that one."""
-    path = Path(name)
-    beside = CONF_DIR.parent / path
-    return str(beside) if not path.is_absolute() and not path.exists() and beside.exists() else name
-
-
-def differing_settings(one: RunConfig, other: RunConfig) -> list[str]:
-    """`key: <one's value>, <other's value>` for settings that change what a run computes; MAY_CHANGE is left out."""
-    values = dict(leaves(other))
-    return [
-        f"{key}: {value!r}, {values[key]!r}"
-        for key, value in leaves(one)
-        if value != values[key] and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
-    ]
 
 
 def _contradictions(config: RunConfig, wrong_keys: set[str]) -> Iterator[str]:
@@ -311,22 +294,3 @@ SHORTEST_PAIR = 24  # tokens: the template of one turn, a short prompt, a token 
 TAKES_LABEL_SMOOTHING = ("sigmoid", "robust", "sigmoid_norm")
 PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm")
 NEEDS_A_DATASET = ("jsonl", "laddpo_public")
-# What a resumed run may set otherwise than the run it continues.
-MAY_CHANGE = (
-    "resume",
-    "output_dir",
-    "auto",
-    "verify",
-    "save_steps",
-    "save_minutes",
-    "save_total_limit",
-    "logging_steps",
-    "logger",
-    "paths",
-    "run",
-    "runs",
-    "evaluation.at_end",
-    "evaluation.batch_size",
-    "hardware.vram_gib",
-    "hardware.threads",
-)

@@ -160,7 +160,5 @@ RANGES: dict[str, Range] = {
     "evaluation.batch_size": at_least(1, "8 is usual"),
     "sft.num_examples": at_least(1, "20000 is usual"),
     "sft.mistake_share": at_least(0, "0 makes every solution correct", 1),
-    "sft.learning_rate": more_than(0, "1e-3 is usual for a small model from scratch", 1),
-    "sft.max_train_steps": at_least(1, "1800 made llada_nano"),
-    "sft.batch_size": at_least(1, "192 made llada_nano"),
+    "sft.diffusion_samples": at_least(1, "1 is usual; more batches of other rows teach more than more masks of one"),
 }

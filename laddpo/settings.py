@@ -211,9 +211,7 @@ class SftSettings:
     examples: str = "corpus"
     num_examples: int = 20000
     mistake_share: float = 0.6
-    learning_rate: float | None = None
-    max_train_steps: int | None = None
-    batch_size: int = 64
+    diffusion_samples: int = 1
     from_scratch: bool = False
 
 

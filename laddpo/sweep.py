@@ -1,6 +1,318 @@
 """Several jobs from one command line: `-m dpo.beta=0.5,1,2` runs each combination in a process of its own.
 
 Hydra's sweeper and launcher decide which jobs there are and where they run (so joblib, submitit and sweeper plugins
-work); the task handed to them starts `python -m laddpo.<stage>` with the job's overrides. Each job has its own folder
-below outputs/sweep/<time>/, all share data/reference. Afterwards sweep.json lists jobs, exit codes and results.
+work); the task handed to them starts `python -m laddpo.<stage>` with the job's overrides. Each job has a folder of its
+own below outputs/sweep/<time>/, all share data/reference. Afterwards sweep.json lists overrides, exit codes, results.
 """
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+import laddpo
+from laddpo.compose import compose_tree, settings_problems
+from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
+from laddpo.runs import read_json, write_json
+
+SWEEP_FILE = "sweep.json"
+JOB_FILE = "job.json"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all jobs have in common. `folder` holds one folder per job."""
+
+    stage: str
+    config_name: str
+    config_dir: str | None
+    overrides: list[str]
+    folder: Path
+    is_resumed: bool
+
+
+def run_sweep(
+    hydra: Hydra, stage: str, config_name: str, config_dir: str | None, overrides: list[str], tree: DictConfig
+) -> int:
+    """Check all jobs, run them, and report; the exit code is 0 only if every job's is. `tree`: what they share."""
+    own, rest = split_overrides(hydra, overrides)
+    folder, is_resumed = sweep_folder(own, Path(tree.paths.outputs_dir))
+    sweep = Sweep(stage, config_name, config_dir, rest, folder, is_resumed)
+    jobs = planned_jobs(hydra, sweep, tree)
+    check_jobs(hydra, sweep, jobs)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    print(f"sweep of {len(jobs) if jobs else 'jobs chosen as it goes'} in {sweep.folder}", flush=True)
+    launch = [*sweep.overrides, *_hydra_settings(sweep)]
+    task = JobTask(sweep, len(jobs) if jobs else None)
+    with forward_signals(), contextlib.suppress(_SweepStopped):
+        try:
+            hydra.multirun(config_name, task, launch, with_log_configuration=False)
+        except HydraException as error:
+            raise UserError(f"the sweep could not be started: {error}") from error
+    records = write_sweep_file(sweep, jobs)
+    print(jobs_table(records))
+    print(sweep.folder)
+    return exit_code(records)
+
+
+def split_overrides(hydra: Hydra, overrides: list[str]) -> tuple[dict[str, object], list[str]]:
+    """(output_dir and resume, which are the sweep's own; the overrides that go to the jobs)."""
+    own: dict[str, object] = {}
+    rest = []
+    for override in OverridesParser.create(hydra.config_loader).parse_overrides(overrides):
+        key = override.key_or_group
+        if key in ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir"):
+            raise UserError(
+                f"{override.input_line}: a sweep's folder is named by output_dir; write output_dir=<folder>."
+            )
+        if key not in ("output_dir", "resume"):
+            rest.append(override.input_line)
+        elif override.is_sweep_override():
+            raise UserError(
+                f"{override.input_line}: a sweep has one folder, and its jobs get theirs in it; give one value."
+            )
+        else:
+            own[key] = override.value()
+    return own, rest
+
+
+def sweep_folder(own: dict[str, object], outputs_dir: Path) -> tuple[Path, bool]:
+    """(the sweep's folder, whether an earlier sweep there goes on); refuses a folder that holds another one."""
+    resume = str(own.get("resume", False)).lower()
+    given = own.get("output_dir")
+    if resume not in ("true", "false") or (resume == "true" and given is None):
+        raise UserError(
+            f"resume is {own['resume']!r}; expected true and the sweep's folder: resume=true output_dir=<folder>."
+        )
+    folder = outputs_dir / "sweep" / time.strftime("%Y-%m-%d_%H-%M-%S") if given is None else Path(str(given))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir is {str(folder)!r}, a file; expected a folder for the sweep's jobs.")
+    if resume == "false" and any(folder.glob(f"*/{JOB_FILE}")):
+        raise UserError(
+            f"output_dir is {str(folder)!r}, which holds a sweep; nothing is overwritten; add resume=true to run what "
+            "is missing of it, or choose another folder."
+        )
+    return folder, resume == "true"
+
+
+def planned_jobs(hydra: Hydra, sweep: Sweep, tree: DictConfig) -> list[list[str]]:
+    """Overrides of every job of Hydra's basic sweeper; an empty list for sweepers that choose jobs as they go."""
+    sweeper = tree.hydra.sweeper
+    if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
+        return []
+    swept = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    parsed = OverridesParser.create(hydra.config_loader).parse_overrides([*swept, *sweep.overrides])
+    return BasicSweeper.split_arguments([override for override in parsed if not override.is_hydra_override()], None)[0]
+
+
+def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
+    """Refuse the sweep before its first job when any job's settings are wrong; equal problems are named once."""
+    where: dict[str, list[int]] = {}
+    for number, overrides in enumerate(jobs):
+        try:
+            problems = settings_problems(compose_tree(hydra, sweep.config_name, overrides))[1]
+        except UserError as error:
+            problems = list(error.problems)
+        stored = sweep.folder / str(number) / JOB_FILE
+        if sweep.is_resumed and stored.exists() and (held := read_json(stored)["overrides"]) != overrides:
+            problems.append(
+                f"{stored}: was a job of {' '.join(held)}, not of {' '.join(overrides)}; repeat the same command."
+            )
+        for problem in problems:
+            where.setdefault(problem, []).append(number)
+    if where:
+        of_all = f" of {len(jobs)}"
+        raise UserError(
+            *(
+                f"{p} (job {', '.join(map(str, n[:5]))}{', ...' if len(n) > 5 else ''}{of_all})"
+                for p, n in where.items()
+            )
+        )
+
+
+def _hydra_settings(sweep: Sweep) -> list[str]:
+    """Hydra keeps to deciding and launching: no log files, no .hydra folders, job folders below the sweep's."""
+    settings = {
+        "hydra.mode": "MULTIRUN",
+        "hydra.sweep.dir": quoted(str(sweep.folder)),
+        "hydra.sweep.subdir": "${hydra.job.num}",
+        "hydra.output_subdir": "null",
+        "hydra/hydra_logging": "none",
+        "hydra/job_logging": "none",
+    }
+    given = {text.partition("=")[0] for text in sweep.overrides}
+    return [f"{key}={value}" for key, value in settings.items() if key not in given]
+
+
+def quoted(text: str) -> str:
+    """A text as a quoted value of Hydra's override grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+@dataclass(frozen=True)
+class JobTask:
+    """What Hydra's launcher calls for each job: run it as a child process. Picklable, so that it can run elsewhere.
+
+    Returns the job's number to maximise for sweepers that learn from it; nan when the job failed.
+    """
+
+    sweep: Sweep
+    count: int | None
+
+    def __call__(self, tree: DictConfig) -> float:
+        if _stop_requested.is_set():
+            raise _SweepStopped
+        hydra = HydraConfig.get()
+        folder = Path(os.path.relpath(hydra.runtime.output_dir))
+        overrides = [str(text) for text in hydra.overrides.task]
+        done = folder / JOB_FILE
+        if self.sweep.is_resumed and done.exists() and read_json(done)["exit_code"] == EXIT_DONE:
+            print(f"job {hydra.job.num}: done before, {folder}", flush=True)
+        else:
+            print(f"job {hydra.job.num}{f' of {self.count}' if self.count else ''}: {' '.join(overrides)}", flush=True)
+            code = run_child(child_command(self.sweep, overrides, folder))
+            write_json(done, {"overrides": overrides, "exit_code": code})
+            if code == EXIT_STOPPED:
+                _stop_requested.set()
+        return objective(find_results(folder))
+
+
+def child_command(sweep: Sweep, overrides: Sequence[str], folder: Path) -> list[str]:
+    """`python -m laddpo.<stage>` with a job's overrides and its own folder."""
+    flags = ["--config-name", sweep.config_name]
+    if sweep.config_dir is not None:
+        flags += ["--config-dir", sweep.config_dir]
+    own = [f"output_dir={quoted(str(folder))}", "hydra.mode=RUN"]
+    if sweep.is_resumed:
+        own.append("resume=true")
+    return [sys.executable, "-m", f"laddpo.{sweep.stage}", *flags, *overrides, *own]
+
+
+def run_child(command: list[str]) -> int:
+    """The exit code of a child process. It finds this package even where the package is not installed."""
+    root = str(Path(laddpo.__file__).resolve().parents[1])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([*paths, root]))}
+    # Its own session: Ctrl-C reaches it through forward_signals only, so exactly once.
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    _children.add(child)
+    try:
+        return child.wait()
+    finally:
+        _children.discard(child)
+
+
+@contextlib.contextmanager
+def forward_signals() -> Iterator[None]:
+    """Within the block, signals to stop go to the running jobs, and no further job is started."""
+    _stop_requested.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def forward(number: int, frame: Any) -> None:
+        _stop_requested.set()
+        for child in list(_children):
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def find_results(folder: Path) -> dict[str, Any]:
+    """results.json of a job: its own when it evaluated, that of its evaluation when it trained; {} if there is none."""
+    for path in (folder / "results.json", folder / "evaluation" / "results.json"):
+        if path.exists():
+            return read_json(path)
+    return {}
+
+
+def objective(results: dict[str, Any]) -> float:
+    """The one number that says how good a job was: tuned exact match, else tuned reward accuracy, else nan."""
+    for name in ("exact_match", "reward_accuracy"):
+        value = results.get(name)
+        if isinstance(value, dict) and isinstance(value.get("tuned"), int | float):
+            return float(value["tuned"])
+    return math.nan
+
+
+def write_sweep_file(sweep: Sweep, jobs: list[list[str]]) -> list[dict[str, Any]]:
+    """Gather the jobs' folders into sweep.json; a job that was planned and never ran has exit code null."""
+    found = {int(p.parent.name): read_json(p) for p in sweep.folder.glob(f"*/{JOB_FILE}") if p.parent.name.isdigit()}
+    numbers = sorted(found.keys() | set(range(len(jobs))))
+    records = [
+        {
+            "job": number,
+            "overrides": found[number]["overrides"] if number in found else jobs[number],
+            "exit_code": found[number]["exit_code"] if number in found else None,
+            "folder": str(number),
+            "results": find_results(sweep.folder / str(number)),
+        }
+        for number in numbers
+    ]
+    write_json(sweep.folder / SWEEP_FILE, {"stage": sweep.stage, "jobs": records})
+    return records
+
+
+def jobs_table(records: list[dict[str, Any]]) -> str:
+    """One line for each job: what was varied, how it ended, what came out."""
+    common = set.intersection(*(set(record["overrides"]) for record in records)) if len(records) > 1 else set()
+    rows = [["job", "settings", "exit", *RESULT_COLUMNS]]
+    for record in records:
+        varied = " ".join(text for text in record["overrides"] if text not in common) or "-"
+        code = "not run" if record["exit_code"] is None else str(record["exit_code"])
+        numbers = [_shown(record["results"].get(name)) for name in RESULT_COLUMNS]
+        rows.append([str(record["job"]), varied, code, *numbers])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _shown(value: Any) -> str:
+    """`0.512 -> 0.634` of a before-and-after result."""
+    if not isinstance(value, dict):
+        return "-"
+    numbers = [value.get(name) for name in ("base", "tuned")]
+    return " -> ".join(f"{number:.3f}" for number in numbers if isinstance(number, int | float)) or "-"
+
+
+def exit_code(records: list[dict[str, Any]]) -> int:
+    """0 if all jobs are done; 75 if stopped; 2 if every failure was the user's; else 1."""
+    codes = [record["exit_code"] for record in records]
+    if all(code == EXIT_DONE for code in codes):
+        return EXIT_DONE
+    if _stop_requested.is_set():
+        return EXIT_STOPPED
+    return EXIT_USER if all(code in (EXIT_DONE, EXIT_USER) for code in codes) else EXIT_FAULT
+
+
+class _SweepStopped(BaseException):
+    """Ends the sweeper's own loop: Hydra catches every Exception of a job."""
+
+
+_children: set[subprocess.Popen] = set()
+_stop_requested = threading.Event()
+RESULT_COLUMNS = ("exact_match", "reward_accuracy")
