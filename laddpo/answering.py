@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from laddpo import runs
 from laddpo.evaluation.sampling import SamplerSettings, generate
 from laddpo.evaluation.tasks import Generate, Task, TaskOptions, load_task, run_task
 from laddpo.inputs import Loaded, encoder_for
 from laddpo.preference.arithmetic import Difficulty
+from laddpo.preference.pairs import prompt_rows
 from laddpo.settings import RunConfig
 
 VALIDATION_LIMIT = 200  # problems answered at every evaluation during training: an interval of about +-7 points
@@ -28,7 +30,9 @@ def open_task(config: RunConfig, name: str, split: str, limit: int | None) -> Ta
             split=split,
             limit=limit,
             seed=config.seed,
+            shots=evaluation.shots,
             dataset_name=evaluation.dataset_name,
+            shots_from=evaluation.shots_from,
             benchmarks_dir=Path(config.paths.data_dir) / "benchmarks",
             difficulty=Difficulty(operand_max=config.data.operand_max),
         ),
@@ -39,7 +43,7 @@ def sampler_settings(config: RunConfig) -> SamplerSettings:
     """The decoding that the evaluation group asks for."""
     names = {field.name for field in dataclasses.fields(SamplerSettings)}
     chosen = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if name in names}
-    return SamplerSettings(**chosen)
+    return SamplerSettings(**chosen, seed=config.seed)
 
 
 def answerer(config: RunConfig, loaded: Loaded) -> Generate:
@@ -53,9 +57,12 @@ def answerer(config: RunConfig, loaded: Loaded) -> Generate:
             [encoder.encode_prompt(prompt) for prompt in prompts],
             settings,
             mask_token_id=loaded.denoiser.mask_token_id,
-            stop_token_ids=encoder.stop_token_ids,
+            stop_token_ids=encoder.stop_ids,
+            # draws above temperature 0 belong to the question, so they are the same in any batch and after a resume
+            keys=[runs.canonical_json(prompt_rows(prompt)) for prompt in prompts],
+            autocast=loaded.denoiser.autocast,
         )
-        return [loaded.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+        return [encoder.decode_response(response) for response in responses]
 
     return answer
 

@@ -19,10 +19,8 @@ from laddpo.settings import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Evaluate the run that `run` names, or the configured model as it is."""
-    import dataclasses
-
     from laddpo import inputs, runs
-    from laddpo.compose import read_config, write_config
+    from laddpo.compose import write_config
     from laddpo.config import check_machine
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
@@ -31,10 +29,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     trained = None
     if config.run:
         trained = Path(config.run)
-        # the run says what it is; this command line says how to measure it and on what machine
-        config = dataclasses.replace(
-            read_config(trained), evaluation=config.evaluation, hardware=config.hardware, run=config.run
-        )
+        config = config_of_run(config, trained)
     check_machine(config)
     with runs.locked(run_folder, wait=False), stop_on_signal() as stop:
         write_config(config, run_folder)
@@ -45,6 +40,16 @@ def main(config: RunConfig, run_folder: Path) -> None:
         else:
             evaluate_base(config, run_folder, loaded)
     print(run_folder)
+
+
+def config_of_run(config: RunConfig, trained: Path) -> RunConfig:
+    """The settings of a finished run, measured as this command line says and on this machine."""
+    import dataclasses
+
+    from laddpo.compose import read_config
+
+    kept = ("evaluation", "hardware", "paths", "run", "auto")
+    return dataclasses.replace(read_config(trained), **{name: getattr(config, name) for name in kept})
 
 
 def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loaded, stop) -> dict:

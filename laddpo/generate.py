@@ -1,4 +1,11 @@
-"""generate: not built yet."""
+"""Answers to prompts, base beside tuned: from the command line, from a file, or typed in.
+
+    python -m laddpo.generate prompt="07+15-04="                              the configured model
+    python -m laddpo.generate run=outputs/train/<run> prompt="07+15-04="      base and tuned side by side
+    python -m laddpo.generate run=outputs/train/<run> prompts=questions.txt   one prompt a line
+
+Writes generations.jsonl into the run's folder and prints the texts. Decoding is set by the evaluation group.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,60 @@ from laddpo.settings import RunConfig
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
-    raise UserError("not built yet.")
+    """Answer every prompt with the base and, with `run`, with the tuned model."""
+    from laddpo import inputs, runs
+    from laddpo.answering import answerer
+    from laddpo.config import check_machine
+    from laddpo.evaluate import base_model, config_of_run, tuned_weights, use_weights
+    from laddpo.machine import find_machine
+    from laddpo.preference.pairs import user_prompt
+
+    texts = wanted_prompts(config)
+    trained = Path(config.run) if config.run else None
+    if trained:
+        config = config_of_run(config, trained)
+    check_machine(config)
+    loaded = inputs.load(config, find_machine(config.hardware))
+    prompts = [user_prompt(text) for text in texts]
+    answers: dict[str, list[str]] = {}
+    if trained:
+        inputs.make_trainable(config, loaded)
+        with base_model(config, loaded):
+            answers["base"] = _answer_all(config, answerer(config, loaded), prompts)
+        use_weights(config, loaded, tuned_weights(config, trained))
+        answers["tuned"] = _answer_all(config, answerer(config, loaded), prompts)
+    else:
+        answers["base"] = _answer_all(config, answerer(config, loaded), prompts)
+    rows = [
+        {"prompt": text, **{name: found[i] for name, found in answers.items()}} for i, text in enumerate(texts)
+    ]
+    for row in rows:
+        print()
+        for name, text in row.items():
+            print(f"{name:>6}  {text}")
+    run_folder.mkdir(parents=True, exist_ok=True)
+    runs.write_text(run_folder / "generations.jsonl", "".join(runs.canonical_json(row) + "\n" for row in rows))
+    print(f"\n{run_folder}")
+
+
+def wanted_prompts(config: RunConfig) -> list[str]:
+    """The prompt given, the lines of the file given, or what is typed."""
+    if config.prompt is not None:
+        return [config.prompt]
+    if config.prompts is not None:
+        path = Path(config.prompts)
+        if not path.is_file():
+            raise UserError(f"prompts is {config.prompts!r}: no such file; expected a text file with one prompt a line.")
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise UserError(f"{path}: holds no prompt; expected one prompt a line.")
+        return lines
+    raise UserError('neither prompt nor prompts is set; expected prompt="a question" or prompts=<file, one prompt a line>.')
+
+
+def _answer_all(config: RunConfig, answer, prompts: list) -> list[str]:
+    size = config.evaluation.batch_size
+    return [text for start in range(0, len(prompts), size) for text in answer(prompts[start : start + size])]
 
 
 if __name__ == "__main__":

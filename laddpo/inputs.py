@@ -25,6 +25,7 @@ from laddpo.evaluation.margins import WINDOW, evaluation_estimator
 from laddpo.machine import Machine
 from laddpo.models import adapters, loading
 from laddpo.models.denoiser import TransformerDenoiser
+from laddpo.models.llada_config import LLaDAConfig
 from laddpo.preference.encode import EncodedPair, TextEncoder
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.settings import RunConfig
@@ -80,6 +81,27 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
     compute = machine.dtype if is_full and machine.precision != "fp32" else None
     denoiser = TransformerDenoiser(model, loading.mask_token_id(model.config, tokenizer), autocast=compute)
     return Loaded(model, tokenizer, denoiser, machine, weights)
+
+
+def new_model(config: RunConfig, machine: Machine) -> Loaded:
+    """Random weights in the shape of `model.shape`, with the tokenizer of `model.model_name_or_path`."""
+    tokenizer = loading.load_tokenizer(model_path(config), config.model.revision)
+    shape = dataclasses.asdict(config.model.shape)
+    if len(tokenizer) > shape["vocab_size"]:
+        raise UserError(
+            f"model.shape.vocab_size is {shape['vocab_size']} but the tokenizer of {config.model.model_name_or_path} has "
+            f"{len(tokenizer)} tokens; expected at least as many rows. Raise model.shape.vocab_size."
+        )
+    model_config = LLaDAConfig(
+        **shape,
+        mask_token_id=tokenizer.convert_tokens_to_ids(loading.MASK_TOKEN),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = loading.new_model(model_config, config.seed).to(machine.device)
+    denoiser = TransformerDenoiser(model, model_config.mask_token_id)
+    return Loaded(model, tokenizer, denoiser, machine, {"base": f"random weights of seed {config.seed}", "adapter": "none"})
 
 
 def attach_adapter(config: RunConfig, model) -> list[str]:

@@ -43,7 +43,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.tasks import DpoTask, visited_windows
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
-    from laddpo.training import loop_settings, open_validation, run_outputs, step_zero_check
+    from laddpo.training import gradient_scaler, loop_settings, open_validation, resume_step, run_outputs, step_zero_check
 
     check_machine(config)
     machine = find_machine(config.hardware)
@@ -78,7 +78,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     print(f"DPO: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}")
     if not is_resumed:
         step_zero_check(config, task, settings, machine.precision)
-    with run_outputs(config, folder, loaded, is_resumed) as outputs:
+    with run_outputs(config, folder, loaded, resume_step(folder) if is_resumed else None) as outputs:
         state = train_loop(
             task,
             parameters,
@@ -88,7 +88,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             validation.measure if validation.is_wanted else None,
             stop,
             resume=is_resumed,
-            scaler=machine_scaler(machine),
+            scaler=gradient_scaler(machine),
         )
     finish(config, folder, prepared, loaded, state, settings, stop)
     runs.write_manifest(
@@ -116,13 +116,6 @@ def choose_backward(config: RunConfig, pairs, token_budget: int) -> str:
         )
         return "two_pass"
     return "stream"
-
-
-def machine_scaler(machine):
-    """The loss scaler that float16 needs; None elsewhere."""
-    import torch
-
-    return torch.amp.GradScaler(machine.device.type) if machine.precision == "fp16" else None
 
 
 def finish(config, folder: Path, prepared, loaded, state, settings, stop) -> None:

@@ -11,8 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from laddpo import inputs, runs
 from laddpo.answering import VALIDATION_LIMIT, answer_task, open_task
+from laddpo.core.checkpoint import step_folders
 from laddpo.core.gradient import Item, score_items
 from laddpo.core.loop import LoopSettings, RunOutputs, step_items
 from laddpo.core.objectives import reference_draws
@@ -21,6 +24,7 @@ from laddpo.errors import RunFault
 from laddpo.evaluation.margins import score_preferences
 from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
 from laddpo.inputs import Loaded
+from laddpo.machine import Machine
 from laddpo.models import adapters, loading
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.settings import RunConfig
@@ -35,8 +39,7 @@ def loop_settings(config: RunConfig, item_count: int, best_metric: str | None) -
     """The loop's settings for a run over `item_count` rows."""
     optim, stopping = config.optim, config.stopping
     items_per_step = inputs.pairs_per_step(config)
-    epochs = math.ceil(optim.num_train_epochs * math.ceil(item_count / items_per_step))
-    steps = min(epochs, optim.max_train_steps) if optim.max_train_steps else epochs
+    steps = optim.max_train_steps or math.ceil(optim.num_train_epochs * math.ceil(item_count / items_per_step))
     if config.dry_run:
         steps = min(steps, 2)
     return LoopSettings(
@@ -61,7 +64,7 @@ def loop_settings(config: RunConfig, item_count: int, best_metric: str | None) -
 
 
 @contextlib.contextmanager
-def run_outputs(config: RunConfig, folder: Path, loaded: Loaded, is_resumed: bool) -> Iterator[RunOutputs]:
+def run_outputs(config: RunConfig, folder: Path, loaded: Loaded, resume_step: int | None) -> Iterator[RunOutputs]:
     """Where the loop writes: weights, metrics, and the trackers, closed at the end."""
     is_full = config.adapter.kind == "full"
     best, last = (inputs.MODEL, inputs.MODEL_LAST) if is_full else (inputs.ADAPTER, inputs.ADAPTER_LAST)
@@ -75,13 +78,19 @@ def run_outputs(config: RunConfig, folder: Path, loaded: Loaded, is_resumed: boo
             runs.write_manifest(target, "weights", fields, list(files), **runs.provenance())
 
     settings = dataclasses.asdict(config.logger)
-    with Trackers(folder, settings, dataclasses.asdict(config), resume_step=0 if is_resumed else None) as trackers:
+    with Trackers(folder, settings, dataclasses.asdict(config), resume_step=resume_step) as trackers:
         yield RunOutputs(
             folder,
             save_best=lambda step: save(best, step),
             save_last=lambda step: save(last, step),
             track=lambda metrics, step: trackers.scalars(step, metrics),
         )
+
+
+def resume_step(folder: Path) -> int:
+    """The step that a resumed run goes on from, for the trackers: the newest checkpoint's by its name."""
+    newest = step_folders(folder / "checkpoints")[:1]
+    return int(newest[0].name.removeprefix("step_")) if newest else 0
 
 
 @dataclass
@@ -102,7 +111,7 @@ class Validation:
     def best_metric(self) -> str | None:
         """What chooses the checkpoint: exact match where the data has a grader, else the validation loss."""
         if self.config.best_metric != "auto":
-            return None if self.config.best_metric == "none" else self.config.best_metric
+            return None if self.config.best_metric == "none" else f"validation/{self.config.best_metric}"
         return EXACT_MATCH if self.tasks else LOSS if self.items else None
 
     def measure(self, step: int) -> dict[str, float]:
@@ -136,10 +145,19 @@ def open_validation(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, 
     items, block = [], 1
     if pairs:
         items, block = inputs.held_out_items(config, prepared, loaded, pairs, stop, "validation pairs")
+    return Validation(config, loaded, items, block, validation_tasks(config))
+
+
+def validation_tasks(config: RunConfig) -> list[Task]:
+    """The tasks that have validation problems, with as many of them as an evaluation during training answers."""
     names = [name for name in config.evaluation.tasks if name in HAS_VALIDATION_SPLIT]
     limit = min(VALIDATION_LIMIT, config.evaluation.limit or VALIDATION_LIMIT)
-    tasks = [open_task(config, name, "validation", limit) for name in names]
-    return Validation(config, loaded, items, block, tasks)
+    return [open_task(config, name, "validation", limit) for name in names]
+
+
+def gradient_scaler(machine: Machine) -> torch.amp.GradScaler | None:
+    """The loss scaler that float16 needs; None elsewhere."""
+    return torch.amp.GradScaler(machine.device.type) if machine.precision == "fp16" else None
 
 
 def step_zero_check(config: RunConfig, task: DpoTask, settings: LoopSettings, precision: str) -> None:

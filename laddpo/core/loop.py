@@ -249,11 +249,11 @@ def _evaluate(
             state.evaluations_since_best += 1
         if settings.patience and state.evaluations_since_best >= settings.patience:
             state.stopped_early = f"{settings.best_metric} has not improved for {settings.patience} evaluations"
-    fall = -metrics.get("validation/chosen_ratio", 0.0)
+    fall = metrics.get("validation/chosen_fall", 0.0)
     if settings.max_chosen_fall and fall > settings.max_chosen_fall:
         state.stopped_early = (
-            f"the likelihood of the chosen responses fell {fall:.2f} nats below the reference "
-            f"(stopping.max_chosen_fall={settings.max_chosen_fall})"
+            f"the log-likelihood of the chosen responses fell by {fall:.0%} of the reference's "
+            f"(stopping.max_chosen_fall={settings.max_chosen_fall:g})"
         )
     outputs.metrics.append({"step": state.step, **metrics})
     outputs.track(metrics, state.step)

@@ -18,13 +18,21 @@ if TYPE_CHECKING:
 class TransformerDenoiser:
     """Scores masked tokens with `model`; `head_chunk` rows of logits live at a time (None: chosen by vocabulary).
 
+    `autocast`: the arithmetic of float32 weights that are trained in mixed precision; None computes in the weights' own.
     Everything runs inside the model's forward, so that wrappers which gather or reduce around it (DDP, FSDP) see it.
     """
 
-    def __init__(self, model: nn.Module, mask_token_id: int, head_chunk: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        mask_token_id: int,
+        head_chunk: int | None = None,
+        autocast: torch.dtype | None = None,
+    ):
         self.model = model
         self.mask_token_id = mask_token_id
         self.head_chunk = head_chunk
+        self.autocast = autocast
 
     @property
     def device(self) -> torch.device:
@@ -32,12 +40,13 @@ class TransformerDenoiser:
 
     def token_logps(self, packed: PackedSequences) -> Tensor:
         """log p(target) at every masked token, differentiable. # float32 [M], float64 for a float64 model"""
-        output = self.model(
-            input_ids=packed.input_ids[None],
-            position_ids=packed.position_ids[None],
-            lengths=packed.lengths,
-            rows=packed.rows,
-            targets=packed.targets,
-            head_chunk=self.head_chunk,
-        )
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            output = self.model(
+                input_ids=packed.input_ids[None],
+                position_ids=packed.position_ids[None],
+                lengths=packed.lengths,
+                rows=packed.rows,
+                targets=packed.targets,
+                head_chunk=self.head_chunk,
+            )
         return output.token_logps
