@@ -56,7 +56,7 @@ class SamplerSettings:
                 f"evaluation.gen_length is {self.gen_length}, no multiple of evaluation.block_length "
                 f"{self.block_length}; blocks must tile the answer. Change one of them."
             )
-        elif self.steps % (blocks := self.gen_length // self.block_length):
+        elif self.confidence_threshold is None and self.steps % (blocks := self.gen_length // self.block_length):
             problems.append(
                 f"evaluation.steps is {self.steps}, no multiple of the {blocks} blocks (gen_length / block_length); "
                 f"every block takes the same number of steps. Use {-(-self.steps // blocks) * blocks}."

@@ -1,0 +1,317 @@
+"""The sampler against recorded generations, against a plain one written out here, and on hand-made probabilities."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from laddpo.errors import UserError
+from laddpo.evaluation.sampling import SamplerSettings, generate, until_stop
+from laddpo.models.llada import LLaDAConfig
+from laddpo.models.loading import load_model, new_model
+
+MASK, EOS, EOT = 39, 38, 37
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = LLaDAConfig(
+        d_model=32, n_heads=4, n_layers=2, mlp_hidden_size=48, vocab_size=40, max_sequence_length=64, mask_token_id=MASK
+    )
+    return new_model(config, seed=4).double()
+
+
+def prompts(count=5, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 37, size=3 + i % 3).astype(np.int32) for i in range(count)]
+
+
+def sample(model, items, stops=(EOS, EOT), keys=None, **settings):
+    settings = {"gen_length": 12, "steps": 12, "block_length": 6, "stop_early": False, **settings}
+    return generate(model, items, SamplerSettings(**settings), MASK, list(stops), keys)
+
+
+@pytest.fixture(scope="module")
+def golden(shared_folder):
+    folder = shared_folder / "golden" / "llada_tiny"
+    return load_model(str(folder)), load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+
+
+@pytest.mark.parametrize("prompt", ["single", "batch_leftpad"])
+@pytest.mark.parametrize("steps", [16, 8])
+@pytest.mark.parametrize("block", [16, 8])
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+def test_tokens_equal_the_recorded_generations(golden, prompt, steps, block, cfg):
+    model, inputs, expected = golden
+    ids = inputs[f"prompt.{prompt}"]
+    real = inputs.get(f"prompt.{prompt}.attention_mask", torch.ones_like(ids)).bool()
+    settings = SamplerSettings(gen_length=16, steps=steps, block_length=block, cfg_scale=cfg, stop_early=False)
+    answers = generate(model, [row[keep].numpy() for row, keep in zip(ids, real, strict=True)], settings, 150, [151])
+    wanted = expected[f"gen.{prompt}.steps{steps}.block{block}.cfg{cfg}"][:, ids.shape[1] :]
+    assert np.array_equal(np.stack(answers), wanted.numpy())
+
+
+def plain_sample(model, prompt, gen_length, steps, block_length, cfg_scale=0.0, suppress="no"):
+    """The public procedure for one prompt at temperature 0, full logits, no packing."""
+    x = torch.cat([torch.as_tensor(prompt).long(), torch.full((gen_length,), MASK)])[None]
+    is_prompt = torch.arange(x.shape[1]) < len(prompt)
+    blocks = gen_length // block_length
+    for block in range(blocks):
+        left, right = len(prompt) + block * block_length, len(prompt) + (block + 1) * block_length
+        per_step = steps // blocks
+        for step in range(per_step):
+            logits = model(input_ids=x).logits[0]
+            if cfg_scale:
+                free = model(input_ids=torch.where(is_prompt, MASK, x)).logits[0]
+                logits = free + (cfg_scale + 1) * (logits - free)
+            if suppress == "logits":
+                logits[:, [EOS, EOT]] = -torch.inf
+            tokens = logits.argmax(-1)
+            if suppress == "confidence":
+                logits[:, [EOS, EOT]] = -torch.inf
+            confidence = logits.softmax(-1).gather(1, tokens[:, None])[:, 0]
+            confidence[x[0] != MASK] = -1
+            confidence[:left], confidence[right:] = -1, -1
+            count = block_length // per_step + (step < block_length % per_step)
+            chosen = confidence.argsort(descending=True, stable=True)[:count]
+            x[0, chosen] = tokens[chosen]
+    return x[0, len(prompt) :].numpy()
+
+
+@pytest.mark.parametrize("steps", [12, 6, 4, 2, 24])
+@pytest.mark.parametrize("block", [12, 6, 4])
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 0.7}, {"suppress": "logits"}, {"suppress": "confidence"}])
+@torch.no_grad()
+def test_packed_batches_equal_the_plain_procedure_one_by_one(model, steps, block, options):
+    if steps % (12 // block):
+        pytest.skip("steps do not divide over the blocks")
+    items = prompts()
+    wanted = [plain_sample(model, p, 12, steps, block, **options) for p in items]
+    settings = {"suppress_eos" if k == "suppress" else k: v for k, v in options.items()}
+    answers = sample(model, items, steps=steps, block_length=block, **settings)
+    assert all(np.array_equal(a, w) for a, w in zip(answers, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.8},
+        {"remasking": "random"},
+        {"temperature": 1.0, "cfg_scale": 0.5},
+        {"confidence_threshold": 0.1},
+        {"temperature": 0.8, "stop_early": True, "stops": range(20, 39)},
+    ],
+)
+def test_an_answer_does_not_depend_on_its_batch(model, options):
+    items, keys = prompts(), list("abcde")
+    together = sample(model, items, keys=keys, **options)
+    alone = [sample(model, [item], keys=[key], **options)[0] for item, key in zip(items, keys, strict=True)]
+    by_two = sample(model, items[::-1], keys=keys[::-1], batch_size=2, **options)[::-1]
+    for a, b, c in zip(together, alone, by_two, strict=True):
+        assert np.array_equal(a, b) and np.array_equal(a, c)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"remasking": "random"}])
+def test_draws_come_from_seed_and_key_and_never_from_global_state(model, options):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = sample(model, prompts(), **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert all(np.array_equal(a, b) for a, b in zip(first, sample(model, prompts(), **options), strict=True))
+    other = sample(model, prompts(), seed=1, **options)
+    assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    same_prompt = sample(model, [prompts()[0]] * 6, **options)
+    assert len({a.tobytes() for a in same_prompt}) > 1, "equal prompts under different keys differ"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_follow_the_tempered_distribution(model, temperature):
+    prompt, draws = prompts(1)[0], 4000
+    answers = sample(
+        model, [prompt] * draws, gen_length=1, steps=1, block_length=1, temperature=temperature, batch_size=draws
+    )
+    ids = torch.cat([torch.as_tensor(prompt).long(), torch.tensor([MASK])])[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, -1]
+    logits[MASK] = -torch.inf
+    expected = (logits / temperature).softmax(-1).numpy() * draws
+    found = np.bincount(np.concatenate(answers), minlength=40)
+    big = expected > 5
+    chi2 = ((found - expected)[big] ** 2 / expected[big]).sum()
+    # chi-square with about k degrees of freedom: mean k, standard deviation sqrt(2k); the seed is fixed
+    assert chi2 < big.sum() + 4 * np.sqrt(2 * big.sum())
+    assert found[~big].sum() == pytest.approx(expected[~big].sum(), abs=4 * np.sqrt(expected[~big].sum() + 1))
+
+
+class Table(torch.nn.Module):
+    """A mask predictor whose probabilities at answer position i are row i of a table, whatever is written elsewhere."""
+
+    def __init__(self, probabilities, prompt_length=2):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(probabilities, dtype=torch.float64).log())
+        self.prompt_length, self.calls, self.sizes = prompt_length, 0, []
+        self.config = LLaDAConfig(vocab_size=self.logits.shape[1], d_model=2, n_heads=1)
+
+    def forward(self, input_ids, position_ids, lengths, rows):
+        self.calls += 1
+        self.sizes.append((len(lengths), len(rows)))
+        at = position_ids[0, rows] - self.prompt_length
+        out = self.logits[at].clone()
+        return type("Output", (), {"logits": out})
+
+
+def table(*rows):
+    """Rows of (token, probability); the rest is spread over tokens 0..4; 5 stops, 6 masks. # [positions, 7]"""
+    out = np.full((len(rows), 7), 0.0)
+    for i, (token, probability) in enumerate(rows):
+        out[i, :5] = (1 - probability) / (5 - (token < 5))
+        out[i, token] = probability
+    return Table(out + 1e-12)
+
+
+def decode(model, count=1, **settings):
+    length = len(model.logits)
+    settings = {"gen_length": length, "steps": length, "block_length": length, "stop_early": False, **settings}
+    return generate(model, [np.array([0, 1])] * count, SamplerSettings(**settings), mask_token_id=6, stop_token_ids=[5])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.05])
+def test_demoted_stop_tokens_are_committed_last_at_any_temperature(temperature):
+    """Position 0 wants to stop with probability 0.99; the others are less sure of real tokens."""
+    model = table((5, 0.99), (1, 0.9), (2, 0.8), (3, 0.7))
+    partial = []
+    plain = model.forward
+
+    def watch(input_ids, **kwargs):
+        partial.append(input_ids[0, 2:].tolist())
+        return plain(input_ids, **kwargs)
+
+    model.forward = watch
+    for suppress, last in (("confidence", [6, 1, 2, 3]), ("no", [5, 1, 2, 6])):
+        partial.clear()
+        (answer,) = decode(model, temperature=temperature, suppress_eos=suppress)
+        assert answer.tolist() == [5, 1, 2, 3]
+        assert partial[-1] == last
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.05, 2.0])
+def test_suppressed_stop_tokens_are_never_emitted_at_any_temperature(temperature):
+    answers = decode(table((5, 0.99), (1, 0.9), (5, 0.6)), count=20, temperature=temperature, suppress_eos="logits")
+    assert 5 not in np.stack(answers)
+
+
+def test_true_and_false_mean_confidence_and_no():
+    assert SamplerSettings(suppress_eos=True).suppression == "confidence"
+    assert SamplerSettings(suppress_eos=False).suppression == "no"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_mask_token_and_rows_beyond_the_vocabulary_are_never_emitted(temperature):
+    model = Table([[0.01, 0.0, 0.0, 0.0, 0.09, 0.0, 0.4, 0.5]] * 3 + np.full((3, 8), 1e-12))
+    model.config.vocab_size, model.config.embedding_size = 7, 8
+    answers = np.stack(decode(model, count=30, temperature=temperature))
+    assert set(np.unique(answers)) <= {0, 4}
+
+
+def test_a_confidence_threshold_commits_all_sure_tokens_at_once_and_at_least_one():
+    model = table((0, 0.95), (1, 0.5), (2, 0.97), (3, 0.6), (4, 0.92))
+    (answer,) = decode(model, confidence_threshold=0.9)
+    assert answer.tolist() == [0, 1, 2, 3, 4]
+    assert [rows for _, rows in model.sizes] == [5, 2, 1], "three sure ones, then the better of two, then the last"
+
+
+def test_a_threshold_that_nothing_reaches_equals_one_token_a_step(model):
+    one_by_one = sample(model, prompts())
+    threshold = sample(model, prompts(), confidence_threshold=0.999999)
+    assert all(np.array_equal(a, b) for a, b in zip(one_by_one, threshold, strict=True))
+
+
+def test_items_move_through_blocks_at_their_own_pace_under_a_threshold(model):
+    items = prompts()
+    together = sample(model, items, confidence_threshold=0.06, block_length=3)
+    alone = [sample(model, [item], confidence_threshold=0.06, block_length=3)[0] for item in items]
+    assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"steps": 6}, {"confidence_threshold": 0.05}, {"cfg_scale": 0.5}]
+)
+@pytest.mark.parametrize("block", [12, 4])
+def test_stopping_early_changes_nothing_up_to_the_stop_token(model, options, block):
+    stops = list(range(20, 39))  # half of all tokens stop, so that most answers do
+    full = sample(model, prompts(12), stops, block_length=block, **{"steps": 12, **options})
+    early = sample(model, prompts(12), stops, block_length=block, stop_early=True, **{"steps": 12, **options})
+    stopped = 0
+    for a, b in zip(full, early, strict=True):
+        assert np.array_equal(until_stop(a, stops), until_stop(b, stops))
+        end = len(until_stop(a, stops))
+        stopped += end < len(a)
+        assert set(b[end:].tolist()) <= {a[end]} if end < len(a) else True, "filled with the stop token that was found"
+    assert stopped >= 6
+
+
+def test_stopping_early_saves_forward_passes_and_finished_items_leave_the_batch():
+    rows = [(1, 0.99), (5, 0.98), (2, 0.5), (3, 0.4), (4, 0.4), (2, 0.4)]
+    full, early = table(*rows), table(*rows)
+    decode(full)
+    (answer,) = decode(early, stop_early=True)
+    assert (full.calls, early.calls) == (6, 2)
+    assert answer.tolist() == [1, 5, 5, 5, 5, 5]
+
+
+def test_a_stop_token_after_an_open_position_does_not_stop():
+    model = table((1, 0.5), (5, 0.9), (2, 0.8))
+    (answer,) = decode(model, stop_early=True)
+    assert answer.tolist() == [1, 5, 5]
+    assert model.calls == 3
+
+
+def test_only_open_positions_of_the_current_block_reach_the_head():
+    model = table(*[(i % 5, 0.9 - 0.01 * i) for i in range(6)])
+    decode(model, steps=6, block_length=3)
+    assert [rows for _, rows in model.sizes] == [3, 2, 1, 3, 2, 1]
+
+
+def test_guidance_costs_one_forward_pass_of_twice_the_sequences():
+    model = table((1, 0.5), (2, 0.6))
+    decode(model, cfg_scale=1.0, count=3)
+    assert [sequences for sequences, _ in model.sizes] == [6, 6]
+
+
+def test_until_stop_cuts_at_the_first_of_several():
+    assert until_stop(np.array([4, 7, 9, 8, 9]), [8, 9]).tolist() == [4, 7]
+    assert until_stop(np.array([4, 7]), [8]).tolist() == [4, 7]
+
+
+def test_commits_per_step_are_as_even_as_they_can_be():
+    assert SamplerSettings(gen_length=16, steps=6, block_length=8).commits_per_step() == [3, 3, 2]
+    assert SamplerSettings(gen_length=8, steps=12, block_length=8).commits_per_step() == [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gen_length": 10, "block_length": 4}, "no multiple of evaluation.block_length 4"),
+        ({"gen_length": 8, "block_length": 4, "steps": 5}, "no multiple of the 2 blocks.*Use 6"),
+        ({"remasking": "lowconfidence"}, "did you mean low_confidence"),
+        ({"suppress_eos": "always"}, "evaluation.suppress_eos is 'always'"),
+        ({"confidence_threshold": 1.5}, "expected between 0 and 1"),
+        ({"confidence_threshold": 0.9, "remasking": "random"}, "needs remasking=low_confidence"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        SamplerSettings(**settings)
+
+
+def test_suppressing_without_a_stop_token_is_refused(model):
+    with pytest.raises(UserError, match="the model has no stop token"):
+        sample(model, prompts(), stops=(), suppress_eos=True)
+
+
+def test_no_prompts_give_no_answers(model):
+    assert sample(model, []) == []
