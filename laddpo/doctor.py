@@ -123,7 +123,7 @@ def check_gpu(config: RunConfig) -> Iterator[Finding]:
         if driver and torch.version.cuda is None:
             fix = "torch is a CPU build; install the CUDA build (see pytorch.org) to use the GPU"
         elif driver:
-            fix = f"driver {driver} does not serve CUDA {torch.version.cuda}; update the driver, or install torch for an older CUDA"
+            fix = f"driver {driver} does not serve CUDA {torch.version.cuda}; update it, or install an older torch"
         else:
             fix = "install an NVIDIA driver, or use hardware=cpu (llada_nano runs there)"
         status = FAIL if is_wanted else WARN if driver else OK
@@ -199,6 +199,8 @@ def check_model(config: RunConfig) -> Iterator[Finding]:
 def check_folders(config: RunConfig) -> Iterator[Finding]:
     """Can each folder be written to, and how much room is there?"""
     constants = importlib.import_module("huggingface_hub.constants")
+    name = config.model.model_name_or_path
+    is_local = Path(name).expanduser().is_dir() or (CONF_DIR.parent / name).is_dir()
     folders = {
         "data": Path(config.paths.data_dir),
         "outputs": Path(config.paths.outputs_dir),
@@ -215,11 +217,9 @@ def check_folders(config: RunConfig) -> Iterator[Finding]:
         except OSError as error:
             yield Finding(f"{what} folder", FAIL, f"{folder}: {error.strerror}", "choose a folder you may write to")
             continue
-        needed = MODEL_GIB if what == "hub cache" and not Path(config.model.model_name_or_path).is_dir() else 1
-        is_local = (CONF_DIR.parent / config.model.model_name_or_path).is_dir()
-        enough = free >= (1 if is_local else needed)
+        needed = MODEL_GIB if what == "hub cache" and not is_local else 1
         fix = f"free {needed} GiB there, or choose another disk"
-        yield Finding(f"{what} folder", OK if enough else WARN, f"{folder}: {free:.1f} GiB free", fix)
+        yield Finding(f"{what} folder", OK if free >= needed else WARN, f"{folder}: {free:.1f} GiB free", fix)
 
 
 def check_start(config: RunConfig) -> Iterator[Finding]:

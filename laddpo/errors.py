@@ -62,5 +62,6 @@ def choose(table: Mapping[str, T], name: str, field: str, where: str) -> T:
     guess = nearest(name, table)
     hint = f"did you mean {guess}? " if guess else ""
     raise UserError(
-        f"{field} is {name!r}; known: {', '.join(sorted(table))}; {hint}fix the name or add a row to the table in {where}."
+        f"{field} is {name!r}; known: {', '.join(sorted(table))}; {hint}"
+        f"fix the name or add a row to the table in {where}."
     )

@@ -119,7 +119,8 @@ def evaluate_base(config: RunConfig, folder: Path, loaded) -> dict:
             "items": len(records),
             "task": {"name": name, "grader": task.grader.name, **task.fields},
         }
-        print(f"{name}: {right} of {len(records)} exact, {right / len(records):.1%} (95% interval {low:.1%} to {high:.1%})")
+        share = f"{right / len(records):.1%} (95% interval {low:.1%} to {high:.1%})"
+        print(f"{name}: {right} of {len(records)} exact, {share}")
     runs.write_json(folder / "results.json", results)
     return results
 

@@ -41,9 +41,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         answers["tuned"] = _answer_all(config, answerer(config, loaded), prompts)
     else:
         answers["base"] = _answer_all(config, answerer(config, loaded), prompts)
-    rows = [
-        {"prompt": text, **{name: found[i] for name, found in answers.items()}} for i, text in enumerate(texts)
-    ]
+    rows = [{"prompt": text, **{name: found[i] for name, found in answers.items()}} for i, text in enumerate(texts)]
     for row in rows:
         print()
         for name, text in row.items():
@@ -60,12 +58,14 @@ def wanted_prompts(config: RunConfig) -> list[str]:
     if config.prompts is not None:
         path = Path(config.prompts)
         if not path.is_file():
-            raise UserError(f"prompts is {config.prompts!r}: no such file; expected a text file with one prompt a line.")
+            raise UserError(f"prompts is {config.prompts!r}: no such file; expected text with one prompt a line.")
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not lines:
             raise UserError(f"{path}: holds no prompt; expected one prompt a line.")
         return lines
-    raise UserError('neither prompt nor prompts is set; expected prompt="a question" or prompts=<file, one prompt a line>.')
+    raise UserError(
+        'neither prompt nor prompts is set; expected prompt="a question" or prompts=<file, one prompt a line>.'
+    )
 
 
 def _answer_all(config: RunConfig, answer, prompts: list) -> list[str]:

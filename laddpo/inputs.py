@@ -89,8 +89,8 @@ def new_model(config: RunConfig, machine: Machine) -> Loaded:
     shape = dataclasses.asdict(config.model.shape)
     if len(tokenizer) > shape["vocab_size"]:
         raise UserError(
-            f"model.shape.vocab_size is {shape['vocab_size']} but the tokenizer of {config.model.model_name_or_path} has "
-            f"{len(tokenizer)} tokens; expected at least as many rows. Raise model.shape.vocab_size."
+            f"model.shape.vocab_size is {shape['vocab_size']} but the tokenizer of {config.model.model_name_or_path} "
+            f"has {len(tokenizer)} tokens; expected at least as many rows. Raise model.shape.vocab_size."
         )
     model_config = LLaDAConfig(
         **shape,
@@ -101,7 +101,8 @@ def new_model(config: RunConfig, machine: Machine) -> Loaded:
     )
     model = loading.new_model(model_config, config.seed).to(machine.device)
     denoiser = TransformerDenoiser(model, model_config.mask_token_id)
-    return Loaded(model, tokenizer, denoiser, machine, {"base": f"random weights of seed {config.seed}", "adapter": "none"})
+    weights = {"base": f"random weights of seed {config.seed}", "adapter": "none"}
+    return Loaded(model, tokenizer, denoiser, machine, weights)
 
 
 def attach_adapter(config: RunConfig, model) -> list[str]:

@@ -1,4 +1,4 @@
-"""What this machine will do with a run: device, arithmetic, micro-step size. Settings say `auto`; this decides and says.
+"""What this machine will do with a run: device, arithmetic, micro-step size. Settings say `auto`; this decides.
 
 A hardware profile changes memory and speed, never the quantity being optimised.
 """

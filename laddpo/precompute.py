@@ -78,7 +78,8 @@ def verify(config: RunConfig, loaded, store, estimator, prepared) -> None:
     difference = np.abs(now - stored)
     relative = float((difference / np.maximum(1.0, np.abs(stored))).max())
     tolerance = STEP_ZERO_TOLERANCE[loaded.machine.precision]
-    summary = f"{len(sample)} pairs, {stored.size} values: largest difference {difference.max():.3g} nats, relative {relative:.2g}"
+    largest = f"largest difference {difference.max():.3g} nats, relative {relative:.2g}"
+    summary = f"{len(sample)} pairs, {stored.size} values: {largest}"
     if relative > tolerance:
         worst = sample[int(difference.max(axis=(1, 2)).argmax())].id
         raise RunFault(

@@ -1,7 +1,7 @@
 """Rows in, token ids out: reads preference data, checks every row, applies the chat template, reports what it did.
 
     python -m laddpo.prepare                                                     the embedded arithmetic pairs
-    python -m laddpo.prepare data=jsonl data.dataset_name=my_pairs.jsonl         prompt, chosen, rejected; one object a line
+    python -m laddpo.prepare data=jsonl data.dataset_name=my_pairs.jsonl         prompt, chosen, rejected a line
     python -m laddpo.prepare model=llada_8b data=hh_rlhf                         Anthropic/hh-rlhf for LLaDA-8B
 
 Writes data/prepared/<name>-<key>/: pairs.jsonl, tokens.safetensors, report.json, report.png, manifest.json.
@@ -40,7 +40,7 @@ def prepare(config: RunConfig):
 
     prepared = prepare_pairs(*_arguments(config))
     if not len(prepared.train):
-        raise UserError(f"{prepared.folder}: holds no pair for training; see its report.json for what became of the rows.")
+        raise UserError(f"{prepared.folder}: holds no pair for training; its report.json says what became of the rows.")
     return prepared
 
 

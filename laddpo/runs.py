@@ -66,7 +66,7 @@ def _digest(f: IO[bytes]) -> str:  # Python 3.10 has no hashlib.file_digest
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable. A file system that cannot fsync a folder (some network ones) is accepted."""
+    """Make renames inside `folder` durable, where the file system can (some network ones cannot)."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -104,7 +104,8 @@ def _disk_message(path: Path, error: OSError) -> str:
     free = ""
     with contextlib.suppress(OSError):
         free = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free there)"
-    return f"{path}: could not be written: {error.strerror or error}{free}. Free space or choose another folder, then run again."
+    reason = error.strerror or error
+    return f"{path}: could not be written: {reason}{free}. Free space or choose another folder, then run again."
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -128,7 +129,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). It may be damaged; remove its folder and run again.") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}). It may be damaged; remove its folder and run again."
+        ) from error
 
 
 class JsonLines:
@@ -235,7 +238,9 @@ def write_manifest(folder: Path, kind: str, fields: Mapping[str, Any], files: li
             "kind": kind,
             "fingerprint": fingerprint(fields),
             "fields": dict(fields),
-            "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in files},
+            "files": {
+                name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in files
+            },
             "provenance": provenance,
         },
     )

@@ -87,9 +87,9 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
 def open_examples(config: RunConfig, loaded) -> list:
     """The encoded rows to learn."""
     from laddpo.inputs import encoder_for
-    from laddpo.prepare import open_prepared
     from laddpo.preference.arithmetic import Difficulty, corpus
     from laddpo.preference.encode import EncodedExample
+    from laddpo.prepare import open_prepared
 
     if config.sft.examples == "chosen":
         return [EncodedExample(pair.id, pair.prompt_ids, pair.chosen_ids) for pair in open_prepared(config).train]

@@ -1,6 +1,6 @@
 """DPO on preference pairs: rows, reference and base model in; adapter, metrics, plots and an evaluation out.
 
-    python -m laddpo.train                                      the embedded task on the embedded model, minutes on a CPU
+    python -m laddpo.train                                      embedded task and model, minutes on a CPU
     python -m laddpo.train model=llada_8b hardware=rtx4080      the real job
     python -m laddpo.train -m dpo.beta=0.5,1,2                  a sweep on one reference store
 
@@ -43,7 +43,14 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.tasks import DpoTask, visited_windows
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
-    from laddpo.training import gradient_scaler, loop_settings, open_validation, resume_step, run_outputs, step_zero_check
+    from laddpo.training import (
+        gradient_scaler,
+        loop_settings,
+        open_validation,
+        resume_step,
+        run_outputs,
+        step_zero_check,
+    )
 
     check_machine(config)
     machine = find_machine(config.hardware)
@@ -70,9 +77,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     optimizer = build_optimizer(optim.optimizer, parameters, tuple(optim.betas), optim.eps, optim.weight_decay)
     objective = inputs.objective_of(config)
     backward = choose_backward(config, pairs, machine.token_budget)
-    task = DpoTask(
-        loaded.denoiser, parameters, pairs, store, estimator, objective, machine.token_budget, backward
-    )
+    task = DpoTask(loaded.denoiser, parameters, pairs, store, estimator, objective, machine.token_budget, backward)
     settings = loop_settings(config, len(pairs), validation.best_metric)
     steps = f"{settings.total_steps} steps of {settings.items_per_step} pairs from {len(pairs)}"
     print(f"DPO: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}")
@@ -106,13 +111,11 @@ def choose_backward(config: RunConfig, pairs, token_budget: int) -> str:
     if config.hardware.backward != "auto":
         return config.hardware.backward
     draws = config.dpo.diffusion_samples
-    longest = max(
-        (2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)) * draws for pair in pairs
-    )
+    longest = max((2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)) * draws for pair in pairs)
     if config.adapter.kind == "full" and longest > token_budget:
         print(
-            f"backward: two_pass, since a pair takes up to {longest} tokens (more than the {token_budget} of a micro-step) "
-            "and its gradient buffer would be as large as the model"
+            f"backward: two_pass, since a pair takes up to {longest} tokens, more than the {token_budget} of a "
+            "micro-step, and its gradient buffer would be as large as the model"
         )
         return "two_pass"
     return "stream"
@@ -121,8 +124,8 @@ def choose_backward(config: RunConfig, pairs, token_budget: int) -> str:
 def finish(config, folder: Path, prepared, loaded, state, settings, stop) -> None:
     """Plot the run, say how it ended, evaluate base against tuned."""
     from laddpo.core.loop import RunOutputs
-    from laddpo.evaluation.plots import training_plot
     from laddpo.evaluate import evaluate_run
+    from laddpo.evaluation.plots import training_plot
 
     outputs = RunOutputs(folder, save_best=lambda step: None, save_last=lambda step: None)
     training_plot(

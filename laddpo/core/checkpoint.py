@@ -1,8 +1,8 @@
 """Checkpoints of a training run: trainable tensors and optimizer state by name, and the few numbers that are state.
 
 Order of data, noise and learning rate are pure functions of (seed, step), so a checkpoint is three files and a
-manifest: `model.safetensors`, `optimizer.safetensors`, `state.json`. A folder is made under a temporary name and renamed
-when its manifest is on disk; the newest one whose checksums hold wins. No pickle is read or written.
+manifest: `model.safetensors`, `optimizer.safetensors`, `state.json`. A folder is made under a temporary name and
+renamed when its manifest is on disk; the newest one whose checksums hold wins. No pickle is read or written.
 """
 
 from __future__ import annotations

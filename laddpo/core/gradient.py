@@ -167,7 +167,8 @@ def _backward_whole_items(
 ) -> tuple[Tensor, Tensor]:
     values = _draw_values(denoiser, items)
     losses = objective.losses(items, values)
-    (scale * losses.sum()).backward()
+    if losses.requires_grad:  # draws that all mask nothing have no gradient
+        (scale * losses.sum()).backward()
     return values.detach(), losses.detach()
 
 

@@ -1,4 +1,4 @@
-"""Metrics of preference training, under TRL's names: means over pairs, with standard errors where they are estimates."""
+"""Metrics of preference training, under TRL's names: means over pairs, standard errors where they are estimates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from laddpo.core.gradient import Item
 from laddpo.core.objectives import mean_variance, pair_scores, score_variance
 
 
-def preference_metrics(items: Sequence[Item], draws: Tensor, losses: Tensor, beta: float, block: int = 1) -> dict[str, float]:
+def preference_metrics(
+    items: Sequence[Item], draws: Tensor, losses: Tensor, beta: float, block: int = 1
+) -> dict[str, float]:
     """Means over the pairs of one step or one evaluation.
 
     Rewards are beta times the ELBO ratio to the reference. A margin of exactly 0 counts half for the accuracy, so an

@@ -32,9 +32,7 @@ class DpoObjective:
 
     def losses(self, items: Sequence[Item], draws: Tensor) -> Tensor:
         """Loss per pair. # float64 [items]"""
-        return preference_loss(
-            self.loss, pair_scores(items, draws), self.beta, self.label_smoothing, self.sft_weight
-        )
+        return preference_loss(self.loss, pair_scores(items, draws), self.beta, self.label_smoothing, self.sft_weight)
 
     def coefficient_groups(self, sides: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
         """All draws of a side share dL/dB; for losses of the margin the two sides' are opposite: one buffer."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class TransformerDenoiser:
     """Scores masked tokens with `model`; `head_chunk` rows of logits live at a time (None: chosen by vocabulary).
 
-    `autocast`: the arithmetic of float32 weights that are trained in mixed precision; None computes in the weights' own.
+    `autocast`: the arithmetic of float32 weights trained in mixed precision; None computes in the weights' own.
     Everything runs inside the model's forward, so that wrappers which gather or reduce around it (DDP, FSDP) see it.
     """
 

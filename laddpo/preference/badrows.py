@@ -77,22 +77,23 @@ class BadRows:
 
     def stop_if_too_many(self, on_bad_row: str, max_bad_fraction: float, rows_read: int) -> None:
         """Raise UserError when the rule says that these bad rows stop the run."""
+        more = f"… and {self.total - len(self.first):,} more. " if self.total > len(self.first) else ""
         if self.total and on_bad_row == "error":
-            more = f"… and {self.total - len(self.first):,} more. " if self.total > len(self.first) else ""
-            raise UserError(
+            self._stop(
                 f"{self.total:,} of {rows_read:,} rows cannot be used:",
-                *self.first,
                 f"{more}Fix the rows, or set data.on_bad_row=skip to leave them out and have them counted.",
             )
         if rows_read and self.total == rows_read:
-            raise UserError(f"None of the {rows_read:,} rows can be used (DATA-40):", *self.first)
+            self._stop(f"None of the {rows_read:,} rows can be used (DATA-40):", f"{more}Fix the rows.")
         if rows_read and self.total / rows_read > max_bad_fraction:
-            raise UserError(
+            self._stop(
                 f"{self.total:,} of {rows_read:,} rows ({self.total / rows_read:.1%}) cannot be used, more than "
                 f"data.max_bad_fraction={max_bad_fraction}:",
-                *self.first,
-                "Fix the rows or raise data.max_bad_fraction.",
+                f"{more}Fix the rows or raise data.max_bad_fraction.",
             )
+
+    def _stop(self, head: str, advice: str) -> None:
+        raise UserError("\n".join([head, *(f"  {line}" for line in self.first), advice]))
 
 
 CODES: dict[str, str] = {

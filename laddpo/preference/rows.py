@@ -232,6 +232,8 @@ def get_field(row: dict, name: str, rules: RowRules) -> Any:
     if column not in row:
         guess = next((key for key in row if str(key).lower() in OTHER_NAMES.get(name, ())), None)
         hint = f"Set data.columns.{name}={guess}." if guess else f"Add the field, or set data.columns.{name}."
+        if name == "prompt" and str(row.get("chosen", "")).startswith("\n\nHuman:"):
+            hint = "These are dialogues of Anthropic/hh-rlhf: use data=hh_rlhf."
         found = ", ".join(str(key) for key in list(row)[:20])
         raise RowError("DATA-01", column, f"field missing; found the fields [{found[:200]}]", hint)
     value = row[column]
