@@ -94,5 +94,7 @@ def mean_variance(draws: Tensor, block: int = 1) -> Tensor:
     last draw is left out.
     """
     blocks = draws.shape[-1] // block
+    if blocks < 2:
+        return torch.full(draws.shape[:-1], torch.nan, dtype=draws.dtype, device=draws.device)
     means = draws[..., : blocks * block].unflatten(-1, (blocks, block)).mean(dim=-1)
     return means.var(dim=-1) / blocks
