@@ -38,10 +38,11 @@ def attach_lora(
 ) -> list[str]:
     """Freeze the model and put a LoRA adapter on linear layers of its blocks. Returns the matched module names.
 
-    `target_modules`: "all-linear", or last names such as ["q_proj", "ff_out"]; both are anchored inside the blocks, so
-    `ff_out` means the down-projections and never the vocabulary head. With `path`, rank, scale and weights come from
-    that PEFT adapter folder instead (warm start). Adapter weights are float32 (float64 under a float64 model), the
-    arithmetic stays in the model's dtype. Random numbers come from `seed`; the global state is left as it was.
+    `target_modules`: "all-linear", or names or regular expressions such as ["q_proj", "blocks[.][0-3][.]ff_.*"]; they
+    are looked for inside the blocks only, so `ff_out` means the down-projections and never the vocabulary head. With
+    `path`, rank, scale and weights come from that PEFT adapter folder instead (warm start). Adapter weights are float32
+    (float64 under a float64 model), the arithmetic stays in the model's dtype. Random numbers come from `seed`; the
+    global state is left as it was.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -52,7 +53,7 @@ def attach_lora(
     else:
         if dropout:
             raise UserError(
-                f"adapter.dropout is {dropout}; expected 0: policy and reference must see the same network at a mask, "
+                f"adapter.lora_dropout is {dropout}; expected 0: policy and reference must see the same network, "
                 "and gradients are summed over several passes of one pair. Set it to 0."
             )
         config = LoraConfig(
@@ -191,23 +192,34 @@ def _keep_adapter_wide(model) -> None:
             part.__class__ = WideLinear
 
 
-def _anchored(model, target_modules: str | Sequence[str]) -> str:
-    """A regular expression over full module names for "all-linear" or a list of last names."""
+def _anchored(model, target_modules: str | Sequence[str]) -> str | list[str]:
+    """What PEFT shall match: a regular expression anchored in the blocks, or full names when blocks differ."""
     family = find_family({"architectures": [type(model).__name__]}, "model")
-    known = sorted({name.rsplit(".", 1)[1] for name in block_linears(model)})
-    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    if wanted == [ALL_LINEAR]:
-        wanted = known
-    unknown = [name for name in wanted if name not in known]
-    if unknown or not wanted:
-        found = ", ".join(unknown) or "empty"
-        guess = nearest(unknown[0], known) if unknown else None
-        hint = f"did you mean {guess}? " if guess else ""
-        raise UserError(
-            f"adapter.target_modules: {found} is no linear layer of a block; known: {ALL_LINEAR}, {', '.join(known)}; "
-            f"{hint}the head and the embedding cannot carry an adapter here. Fix the name."
-        )
-    return rf"{family.block}\.({'|'.join(sorted(set(wanted)))})"
+    linears = block_linears(model)
+    known = sorted({name.rsplit(".", 1)[1] for name in linears})
+    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = linears if pattern == ALL_LINEAR else [n for n in linears if re.fullmatch(rf"(.*\.)?({pattern})", n)]
+        if not matched:
+            raise _unknown_target(pattern, known)
+        chosen.update(matched)
+    if not chosen:
+        raise _unknown_target("", known)
+    last = sorted({name.rsplit(".", 1)[1] for name in chosen})
+    if chosen == {name for name in linears if name.rsplit(".", 1)[1] in last}:
+        return rf"{family.block}\.({'|'.join(last)})"
+    return sorted(chosen)
+
+
+def _unknown_target(pattern: str, known: list[str]) -> UserError:
+    guess = nearest(pattern, known)
+    hint = f"did you mean {guess}? " if guess else ""
+    return UserError(
+        f"adapter.target_modules: {pattern!r} matches no linear layer of a block; known: {ALL_LINEAR}, "
+        f"{', '.join(known)}, or a regular expression over them; {hint}the head and the embedding cannot carry an "
+        "adapter. Fix the name."
+    )
 
 
 def _read_adapter_config(folder: Path, model):
@@ -232,11 +244,17 @@ def _read_adapter_config(folder: Path, model):
     config = PeftConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)
     config.inference_mode, config.lora_dropout, config.task_type = False, 0.0, None
-    if not isinstance(config.target_modules, str):
-        names = {name.rsplit(".", 1)[-1] for name in config.target_modules or ()}
-        config.target_modules = _anchored(model, sorted(names))
-    elif config.target_modules == ALL_LINEAR:
-        config.target_modules = _anchored(model, ALL_LINEAR)
+    wanted = config.target_modules
+    if isinstance(wanted, str) and wanted != ALL_LINEAR:
+        outside = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(wanted, n)}
+        outside -= set(block_linears(model))
+        if outside:
+            raise UserError(
+                f"{file}: target_modules {wanted!r} matches {min(outside)}; expected layers of blocks only."
+            )
+    else:
+        names = [wanted] if wanted == ALL_LINEAR else [re.escape(name) for name in sorted(wanted or ())]
+        config.target_modules = _anchored(model, names)
     return config
 
 

@@ -53,7 +53,24 @@ def test_ff_out_means_the_down_projections_and_never_the_head(tiny_model):
     ]
 
 
-@pytest.mark.parametrize("wrong", [["q_prj"], ["wte"], [], ["transformer.ff_out"], [".*"]])
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (["q_proj|k_proj"], ["0.q_proj", "0.k_proj", "1.q_proj", "1.k_proj"]),
+        (r"blocks\.1\.ff_.*", ["1.ff_proj", "1.ff_out"]),
+        ([r"blocks\.0\.q_proj", "ff_out"], ["0.q_proj", "0.ff_out", "1.ff_out"]),
+        (".*", [f"{i}.{part}" for i in range(2) for part in PARTS]),
+    ],
+)
+def test_targets_are_regular_expressions_looked_for_inside_the_blocks(tiny_model, tmp_path, pattern, expected):
+    model = tiny_model()
+    names = [f"model.transformer.blocks.{name}" for name in expected]
+    assert attach_lora(model, r=2, target_modules=pattern) == names
+    save_adapter(model, tmp_path)
+    assert attach_lora(tiny_model(), path=str(tmp_path)) == names
+
+
+@pytest.mark.parametrize("wrong", [["q_prj"], ["wte"], [], [r"transformer\.ff_out"], ["ln_f"]])
 def test_a_target_outside_the_blocks_is_refused(tiny_model, wrong):
     with pytest.raises(UserError, match=r"adapter\.target_modules.*known: all-linear, attn_out"):
         attach_lora(tiny_model(), target_modules=wrong)
@@ -181,7 +198,11 @@ def test_a_folder_without_adapter_is_refused(tiny_model, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"peft_type": "IA3"}, "peft_type is 'IA3'"), ({"modules_to_save": ["wte"]}, "trains more than LoRA matrices")],
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"modules_to_save": ["wte"]}, "trains more than LoRA matrices"),
+        ({"target_modules": r".*\.ff_out"}, r"matches model\.transformer\.ff_out; expected layers of blocks only"),
+    ],
 )
 def test_an_adapter_that_is_more_than_lora_is_refused(tiny_model, tmp_path, change, message):
     model = tiny_model()
@@ -198,7 +219,7 @@ def test_two_adapters_and_dropout_are_refused(tiny_model):
     attach_lora(model, r=2)
     with pytest.raises(UserError, match="already carries an adapter"):
         attach_lora(model, r=2)
-    with pytest.raises(UserError, match=r"adapter\.dropout is 0\.1"):
+    with pytest.raises(UserError, match=r"adapter\.lora_dropout is 0\.1"):
         attach_lora(tiny_model(), dropout=0.1)
 
 

@@ -242,12 +242,14 @@ def test_auto_classes_find_our_model(tiny_folder):
         assert type(auto.from_pretrained(tiny_folder)) is LLaDAModelLM
 
 
-def test_our_class_wins_over_remote_code_named_in_a_checkpoint(tiny_folder):
+def test_remote_code_named_in_a_checkpoint_is_never_looked_for(tiny_folder):
     from laddpo import runs
+    from laddpo.models.loading import load_model
 
     config = runs.read_json(tiny_folder / "config.json")
     runs.write_json(tiny_folder / "config.json", {**config, "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"}})
-    assert type(AutoModel.from_pretrained(tiny_folder, trust_remote_code=True)) is LLaDAModelLM
+    assert type(AutoModel.from_pretrained(tiny_folder)) is LLaDAModelLM
+    assert type(load_model(str(tiny_folder))) is LLaDAModelLM
 
 
 def test_initial_weights_shrink_with_fan_in_and_depth(tiny_model):
