@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import json
 import os
 import re
 import stat
@@ -22,8 +21,9 @@ from typing import BinaryIO
 from laddpo.errors import UserError, nearest
 from laddpo.preference.badrows import BadRow, RowError, file_error
 from laddpo.preference.compression import open_plain
-
-BOM = "\ufeff"
+from laddpo.preference.json_arrays import read_json_array
+from laddpo.preference.strict_json import decode_line, one_line, parse_object
+from laddpo.runs import file_sha256
 
 
 @dataclass
@@ -51,7 +51,7 @@ def read_rows(
     for path in files:
         rows = 0
         reader = READERS[kind or file_kind(path)]
-        with open_checked(path, max_line_bytes, log) as stream:
+        with open_checked(path, log) as stream:
             for row in reader(path, stream, max_line_bytes):
                 rows += 1
                 if reader in SCHEMA_READERS and not isinstance(row, BadRow):
@@ -63,23 +63,35 @@ def read_rows(
 
 
 @contextmanager
-def open_checked(path: Path, max_line_bytes: int, log: ReadLog) -> Iterator[BinaryIO]:
+def open_checked(path: Path, log: ReadLog) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked, once it is known to be a regular readable file; complains if it changes meanwhile."""
+    with readable(path) as before, path.open("rb") as raw:
+        yield open_plain(path, raw, log.warn)
+    after = path.stat()
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise file_error(path, "DATA-52", "changed while it was read", "Run again when nothing writes to it.")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[os.stat_result]:
+    """Turns what makes a path unreadable into UserErrors; a pipe or device is refused before it could block."""
     try:
-        before = path.stat()
-        if not stat.S_ISREG(before.st_mode):
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
             raise file_error(path, "DATA-42", "is not a regular file", "Give a file, or a folder of files.")
-        with path.open("rb") as raw:
-            yield open_plain(path, raw, log.warn)
+        yield found
     except PermissionError as error:
         mode = stat.filemode(path.lstat().st_mode) if os.path.lexists(path) else "?"
         problem = f"may not be read (mode {mode}, we are uid {os.getuid() if hasattr(os, 'getuid') else '?'})"
         raise file_error(path, "DATA-43", problem, "Change its permissions.") from error
     except FileNotFoundError as error:
         raise missing_file(path) from error
-    after = path.stat()
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise file_error(path, "DATA-52", "changed while it was read", "Run again when nothing writes to it.")
+
+
+def content_sha256(path: Path) -> str:
+    """sha256 of a data file's bytes."""
+    with readable(path):
+        return file_sha256(path)
 
 
 def missing_file(path: Path) -> UserError:
@@ -125,32 +137,6 @@ def read_json_lines(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterat
             yield error.at(place)
         else:
             yield place, row
-
-
-def read_json_array(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawRow | BadRow]:
-    """One JSON array of objects, read piece by piece: memory is bounded by the longest row, not by the file."""
-    text = _TextWindow(path, stream)
-    if (start := text.peek()) != "[":
-        advice = "A .json file is one array of objects; objects line by line belong in .jsonl."
-        raise file_error(path, "DATA-20", f"starts with {start!r}, not with '['", advice)
-    text.skip(1)
-    is_first = True
-    while (separator := text.peek()) != "]":
-        if not is_first:
-            if separator != ",":
-                problem = f"line {text.line}: found {separator!r}, expected a comma or the end of the array"
-                raise file_error(path, "DATA-35", problem, "Repair the file.")
-            text.skip(1)
-            text.peek()
-        is_first = False
-        place, value_text = f"{path}:{text.line}", text.take_value(max_line_bytes)
-        try:
-            yield place, parse_object(value_text)
-        except RowError as error:
-            yield error.at(place)
-    text.skip(1)
-    if not text.is_at_end():
-        raise file_error(path, "DATA-35", f"line {text.line}: goes on after its array", "Keep one array per file.")
 
 
 def read_csv(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawRow | BadRow]:
@@ -204,7 +190,9 @@ def read_parquet(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[
                 number += 1
                 yield f"{path}:{number}", row
     except pa.ArrowException as error:
-        raise file_error(path, "DATA-54", f"is not a whole parquet file ({_words(error)})", "Copy it again.") from error
+        raise file_error(
+            path, "DATA-54", f"is not a whole parquet file ({one_line(error)})", "Copy it again."
+        ) from error
 
 
 def same_columns(
@@ -242,152 +230,6 @@ def refuse_other_kinds(path: Path, line: bytes) -> None:
         raise file_error(path, "DATA-20", "holds an object spread over several lines", advice)
     if b"," in text and not text.startswith((b"{", b'"')) and re.fullmatch(rb"[\w \"',;.-]+", text):
         raise file_error(path, "DATA-57", f"looks like CSV ({text[:60]!r})", "Rename it to .csv.")
-
-
-def decode_line(line: bytes, first: bool) -> str:
-    """UTF-8 without guessing; a byte order mark is dropped at the start of the file only."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        problem = f"is not UTF-8: byte {line[error.start]:#04x} at offset {error.start} of the line"
-        raise RowError("DATA-21", "", problem, "Save the file as UTF-8.") from error
-    if text.startswith(BOM):
-        if not first:
-            problem = "starts with a byte order mark inside the file"
-            raise RowError("DATA-24", "", problem, "Files were joined; remove the mark (U+FEFF).")
-        text = text[1:]
-    return text
-
-
-def parse_object(text: str, ends_file: bool = False) -> dict:
-    """One strict JSON object: no repeated keys, no NaN or infinity, no overflow."""
-    text = text.strip(" \t\r\n")
-    try:
-        return check_object(_STRICT.decode(text))
-    except json.JSONDecodeError as error:
-        if "control character" in error.msg:
-            problem = f"has a raw control character at column {error.colno}"
-            raise RowError("DATA-27", "", problem, "Write it escaped (\\n, \\t, \\u0001).") from error
-        if ends_file and (error.pos >= len(text) - 1 or "Unterminated" in error.msg):
-            problem = f"ends in the middle of the object ({error.msg} at column {error.colno})"
-            raise RowError("DATA-35", "", problem, "The file may have been cut; copy it again.") from error
-        problem = f"is not JSON: {error.msg} at column {error.colno}"
-        raise RowError("DATA-35", "", problem, "Write one JSON object per line.") from error
-    except RecursionError as error:
-        raise RowError("DATA-38", "", "is nested too deep", "Rows are flat objects or lists of messages.") from error
-
-
-def check_object(value: object) -> dict:
-    if not isinstance(value, dict):
-        kind = {list: "a list", str: "text", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
-        raise RowError("DATA-18", "", f"is {kind}, want an object", 'Write each row as {"prompt": …, …}.')
-    return value
-
-
-def _unique_keys(items: list[tuple[str, object]]) -> dict:
-    row = dict(items)
-    if len(row) != len(items):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in items if key in seen or seen.add(key))
-        raise RowError("DATA-17", repeated, f"has the key {repeated!r} twice", "Keep one of them.")
-    return row
-
-
-def _no_constant(name: str) -> object:
-    raise RowError("DATA-15", "", f"has the non-finite number {name}", "JSON has no such number; write null or text.")
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise RowError("DATA-16", "", f"has the number {text[:40]}, too large to hold", "Write it as text.")
-    return value
-
-
-def _whole_number(text: str) -> int:
-    if len(text) > 1000:  # Python refuses to convert very long digit strings, with a traceback of its own
-        raise RowError("DATA-16", "", f"has a number of {len(text)} digits", "Write it as text.")
-    return int(text)
-
-
-_STRICT = json.JSONDecoder(
-    object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_float, parse_int=_whole_number
-)
-_LENIENT = json.JSONDecoder(parse_float=str, parse_int=str)
-
-
-class _TextWindow:
-    """A growing window over the characters of a stream, of which the part already used is forgotten."""
-
-    def __init__(self, path: Path, stream: BinaryIO):
-        self._path, self._stream = path, stream
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._is_over = False
-        self._bytes_read = 0
-        self.window, self.position, self.line = "", 0, 1
-
-    def peek(self) -> str:
-        """The next character that is not white space, which is skipped; the end of the file is an error."""
-        while True:
-            match = re.compile(r"[ \t\r\n]*").match(self.window, self.position)
-            self.skip(match.end() - self.position)
-            if self.position < len(self.window):
-                return self.window[self.position]
-            if not self.grow(1 << 62):
-                if self._bytes_read == 0:
-                    raise file_error(self._path, "DATA-39", "has 0 rows", "Give a file with at least one row.")
-                problem = f"ends at line {self.line} without closing its array"
-                raise file_error(self._path, "DATA-35", problem, "The file may have been cut; copy it again.")
-
-    def skip(self, count: int) -> None:
-        self.line += self.window.count("\n", self.position, self.position + count)
-        self.position += count
-
-    def take_value(self, limit: int) -> str:
-        """The text of the JSON value that starts here."""
-        while True:
-            try:
-                _, end = _LENIENT.raw_decode(self.window, self.position)
-            except (ValueError, RecursionError) as error:
-                if isinstance(error, ValueError) and self.grow(limit):
-                    continue
-                raise file_error(self._path, "DATA-35", f"line {self.line}: {_words(error)}", "Repair it.") from error
-            if end == len(self.window) and self.grow(limit):
-                continue  # a number may go on
-            value_text = self.window[self.position : end]
-            self.skip(end - self.position)
-            return value_text
-
-    def is_at_end(self) -> bool:
-        """Whether only white space is left."""
-        while not self.window[self.position :].strip():
-            self.position = len(self.window)
-            if not self.grow(1 << 62):
-                return True
-        return False
-
-    def grow(self, limit: int) -> bool:
-        """Read more; False at the end of the file. The window never holds more than `limit` unused characters."""
-        unused = len(self.window) - self.position
-        if self._is_over:
-            return False
-        if unused > limit:
-            problem = f"line {self.line}: a row is longer than {limit:,} characters"
-            raise file_error(self._path, "DATA-37", problem, "Raise data.max_line_bytes if that is right.")
-        block = self._stream.read(max(1 << 20, unused))
-        self._is_over = not block
-        try:
-            fresh = self._decoder.decode(block, final=self._is_over)
-        except UnicodeDecodeError as error:
-            problem = f"is not UTF-8 near byte {self._bytes_read + error.start}"
-            raise file_error(self._path, "DATA-21", problem, "Save the file as UTF-8.") from error
-        self._bytes_read += len(block)
-        self.window, self.position = self.window[self.position :] + fresh, 0
-        return bool(block)
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")

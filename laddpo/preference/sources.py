@@ -13,12 +13,11 @@ from pathlib import Path
 from laddpo.errors import UserError, choose
 from laddpo.preference import arithmetic
 from laddpo.preference.badrows import BadRow, RowError
-from laddpo.preference.files import ReadLog, read_rows
+from laddpo.preference.files import ReadLog, content_sha256, read_rows
 from laddpo.preference.hub import hub_rows
 from laddpo.preference.locate import locate
 from laddpo.preference.pairs import Example, Message, PreferencePair, content_digest, prompt_group
 from laddpo.preference.rows import SHAPES, RowRules, explicit_example
-from laddpo.runs import file_sha256
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def rows_identity(request: Request) -> dict:
         "allow_nul": request.allow_nul,
     }
     if files:
-        return {**fields, "files": sorted(file_sha256(path) for path in files)}
+        return {**fields, "files": sorted(content_sha256(path) for path in files)}
     hub = {"dataset": request.dataset_name, "split": request.dataset_split or "train", "revision": request.revision}
     return {**fields, "hub": hub}
 

@@ -313,3 +313,35 @@ def test_what_a_packed_file_is_decides_over_its_name(tmp_path):
     rows, log = read(path)
     assert [found.prompt[0].content for found in rows] == ["p", "q"]
     assert any("its name says not packed, its content gzip" in message for message in log.warnings)
+
+
+COMMAND_LINE = [(case, "row") for case in BAD_ROWS] + [(case, "file") for case in BAD_FILES]
+
+
+@pytest.mark.parametrize(("case", "kind"), COMMAND_LINE)
+def test_the_command_line_ends_with_exit_code_2_and_leaves_nothing(case, kind, tmp_path, capsys):
+    from laddpo.app import cli
+
+    if kind == "row":
+        bad, code, words = BAD_ROWS[case]
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(bad if isinstance(bad, bytes) else bad.encode("utf-8", "surrogatepass"))
+        path.write_bytes(row().encode() + b"\n" + path.read_bytes() + b"\n")
+        data = path
+    else:
+        name, make, code, words = BAD_FILES[case]
+        make(tmp_path / name)
+        data = f"'{tmp_path / name}'"
+    made = tmp_path / "data"
+    limit = 100_000_000 if case == "bomb" else 4000 if case == "long line" else 1_000_000
+    arguments = [
+        "data=jsonl", f"data.dataset_name={data}", f"paths.data_dir={made}", f"data.max_line_bytes={limit}",
+        f"paths.outputs_dir={tmp_path / 'outputs'}",
+    ]  # fmt: skip
+    assert cli("prepare", arguments) == 2
+    said = capsys.readouterr().err
+    assert f"({code})" in said
+    assert words in said
+    assert "Traceback" not in said
+    assert not [path for path in made.rglob("*") if path.is_file()]
+    assert not list(made.glob("prepared/.building*"))
