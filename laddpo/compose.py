@@ -118,7 +118,7 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(f"{path}: not found; expected the folder of a run, which holds config.yaml; check run=.")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
-    except (OmegaConfBaseException, ValueError, OSError, AttributeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path}: is not a configuration of this version ({redact(reason)}); use the one it was made with."

@@ -244,6 +244,11 @@ def unlikely_settings(config: RunConfig) -> list[str]:
             f"dpo.beta={dpo.beta:g} was chosen for sums.",
         ),
         (
+            "gsm8k_preferences" in (config.data.dataset_name or "") and "gsm8k" in config.evaluation.tasks,
+            "evaluation.tasks has gsm8k, and data.dataset_name holds pairs made from its test questions: that accuracy "
+            "would mean nothing; build pairs from training questions.",
+        ),
+        (
             is_large and config.hardware.precision == "fp32",
             f"hardware.precision=fp32 doubles the memory and more than doubles the time of bf16 for {name}.",
         ),

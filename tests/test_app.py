@@ -1,0 +1,274 @@
+"""The door of every stage: exit codes, flags, the run's folder, speed, and sweeps of real child processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import laddpo.sweep
+from laddpo import __version__
+from laddpo.app import cli, run_folder
+from laddpo.compose import compose, write_config
+from laddpo.errors import UserError
+
+STAGES = ["prepare", "precompute", "train", "evaluate", "sft", "generate", "plan", "doctor"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LADDPO_RUN_FOLDER"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def run_python(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=child_environment(), **kwargs
+    )
+
+
+def child_environment() -> dict[str, str]:
+    root = str(Path(laddpo.sweep.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+
+
+def test_a_stage_gets_the_typed_settings_and_a_folder_that_it_owns():
+    seen = []
+    assert cli("train", ["seed=7"], lambda config, folder: seen.append((config, folder))) == 0
+    config, folder = seen[0]
+    assert config.seed == 7
+    assert folder.parent == Path("outputs/train") and folder.name.endswith("-llada_nano-arithmetic")
+    assert not folder.exists()
+
+
+def test_exit_codes_tell_the_user_from_a_fault(capsys):
+    def ends_by(error):
+        def main(config, folder):
+            raise error
+
+        code = cli("train", [], main)
+        return code, capsys.readouterr().err
+
+    assert ends_by(UserError("a is 1", "b is 2")) == (2, "2 problems, nothing was run:\nerror: a is 1\nerror: b is 2\n")
+    code, err = ends_by(RuntimeError("bug"))
+    assert code == 1 and "Traceback" in err and "bug" in err
+    assert ends_by(SystemExit(75))[0] == 75
+    assert ends_by(SystemExit(None))[0] == 0
+    code, err = ends_by(KeyboardInterrupt())
+    assert code == 1 and "Traceback" not in err
+
+
+def test_a_traceback_does_not_show_a_secret(capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "correct-horse-battery")
+
+    def main(config, folder):
+        raise RuntimeError("could not log in with correct-horse-battery")
+
+    assert cli("train", [], main) == 1
+    assert "correct-horse" not in capsys.readouterr().err
+
+
+def test_only_the_first_process_of_a_launch_reports_a_mistake(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert cli("train", ["dpo.betta=1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_shows_its_purpose_and_the_options(stage, capsys):
+    assert cli(stage, ["--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"python -m laddpo.{stage}" in out and "rtx4080" in out and "vrpo_paper" in out
+
+
+def test_cfg_prints_the_settings_and_the_mistakes_in_them(capsys):
+    assert cli("train", ["--cfg", "job", "dpo.beta=0.3"]) == 0
+    out = capsys.readouterr().out
+    assert "beta: 0.3" in out and "${model.recommended." in out and "hydra" not in out
+    assert cli("train", ["--cfg", "job", "--resolve", "--package", "optim"]) == 0
+    assert "${" not in capsys.readouterr().out
+    assert cli("train", ["--cfg", "job", "dpo.beta=-1"]) == 2
+    captured = capsys.readouterr()
+    assert "beta: -1" in captured.out and "dpo.beta is -1.0" in captured.err
+    assert cli("train", ["--cfg", "job", "--package", "dpoo"]) == 2
+
+
+def test_version_and_info(capsys):
+    assert cli("train", ["--version"]) == 0
+    assert capsys.readouterr().out == f"laddpo {__version__}\n"
+    assert cli("train", ["--info", "defaults"]) == 0
+    assert "llada_nano" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["dpo.betta=1"], ["--cfg", "job"], ["model=llada_9b", "dpo.beta=x"]])
+def test_help_and_mistakes_answer_within_two_seconds_without_torch(arguments, tmp_path):
+    fastest = 99.0
+    for _ in range(5):  # a busy machine may delay one of them
+        started = time.perf_counter()
+        done = run_python("-X", "importtime", "-m", "laddpo.train", *arguments)
+        fastest = min(fastest, time.perf_counter() - started)
+        imported = {
+            line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")
+        }
+        assert "hydra" in imported
+        heavy = imported & {"torch", "transformers", "numpy", "datasets", "peft", "matplotlib", "wandb"}
+        assert not heavy
+        if fastest < 2:
+            break
+    assert fastest < 2
+    assert "Traceback" not in done.stderr
+
+
+def test_several_processes_of_a_launch_agree_on_a_folder(monkeypatch):
+    config = compose()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    first = run_folder("train", config)
+    time.sleep(1.1)
+    monkeypatch.setenv("RANK", "1")
+    assert run_folder("train", config) == first
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="several machines"):
+        run_folder("train", config)
+    monkeypatch.setenv("LADDPO_RUN_FOLDER", "outputs/given")
+    assert run_folder("train", config) == Path("outputs/given")
+
+
+def test_two_runs_started_in_the_same_second_get_different_folders():
+    config = compose()
+    assert run_folder("train", config) != run_folder("train", config)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    config = compose(["output_dir=mine"])
+    assert run_folder("train", config) == Path("mine")
+    write_config(config, Path("mine"))
+    with pytest.raises(UserError, match=r"holds an earlier run; nothing is overwritten; add resume=true"):
+        run_folder("train", config)
+    assert run_folder("train", compose(["output_dir=mine", "resume=true"])) == Path("mine")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    Path("file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="is a file; expected a folder"):
+        run_folder("train", compose(["output_dir=file/below"]))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="cannot be written to"):
+        run_folder("train", compose(["output_dir=elsewhere"]))
+
+
+CHILD = """
+import sys, time
+from laddpo.app import run_stage
+from laddpo.compose import write_config
+from laddpo.runs import JsonLines, write_json
+
+def main(config, folder):
+    JsonLines(folder.parent / "started.jsonl").append({"folder": folder.name})
+    write_config(config, folder)
+    if config.optim.weight_decay == 0.5:
+        raise RuntimeError("this job is broken")
+    time.sleep(config.optim.eps if config.optim.eps > 1 else 0)
+    beta = config.dpo.beta
+    results = {"exact_match": {"base": 0.5, "tuned": 0.5 + beta / 10}}
+    write_json(folder / "evaluation" / "results.json", results)
+
+run_stage("train", main)
+"""
+
+
+@pytest.fixture
+def tiny_jobs(tmp_path, monkeypatch):
+    """Jobs are real child processes with the door of a stage, but of a stage that only writes its results."""
+    child = tmp_path / "child.py"
+    child.write_text(CHILD, encoding="utf-8")
+    original = laddpo.sweep.child_command
+
+    def command(sweep, overrides, folder):
+        python, _, _, *rest = original(sweep, overrides, folder)
+        return [python, str(child), *rest]
+
+    monkeypatch.setattr(laddpo.sweep, "child_command", command)
+    return tmp_path
+
+
+def sweep_json(folder: str) -> list[dict]:
+    return json.loads(Path(folder, "sweep.json").read_text(encoding="utf-8"))["jobs"]
+
+
+def test_a_sweep_runs_each_combination_in_a_process_and_a_folder_of_its_own(tiny_jobs, capfd):
+    assert cli("train", ["-m", "dpo.beta=0.5,2", "dpo.diffusion_samples=2", "output_dir=sweep"]) == 0
+    jobs = sweep_json("sweep")
+    assert [job["overrides"] for job in jobs] == [[f"dpo.beta={b}", "dpo.diffusion_samples=2"] for b in ("0.5", "2")]
+    assert [job["exit_code"] for job in jobs] == [0, 0]
+    assert [job["results"]["exact_match"]["tuned"] for job in jobs] == [0.55, 0.7]
+    assert "beta: 2.0" in Path("sweep/1/config.yaml").read_text(encoding="utf-8")
+    out = capfd.readouterr().out
+    assert "0.500 -> 0.700" in out
+    assert out.splitlines()[-1] == "sweep"
+
+
+def test_a_sweep_without_a_folder_gets_one_below_outputs(tiny_jobs):
+    assert cli("train", ["-m", "dpo.beta=1,2", "paths.outputs_dir=out"]) == 0
+    assert len(list(Path("out/sweep").glob("*/sweep.json"))) == 1
+
+
+def test_a_failed_job_is_reported_and_the_others_run(tiny_jobs, capfd):
+    assert cli("train", ["-m", "optim.weight_decay=0.5,0.1", "output_dir=sweep"]) == 1
+    assert [job["exit_code"] for job in sweep_json("sweep")] == [1, 0]
+    assert "this job is broken" in capfd.readouterr().err
+
+
+def test_a_sweep_goes_on_where_it_was_and_repeats_nothing(tiny_jobs, capfd):
+    command = ["-m", "optim.weight_decay=0.5,0.1", "output_dir=sweep"]
+    cli("train", command)
+    assert cli("train", command) == 2
+    assert "holds a sweep; nothing is overwritten" in capfd.readouterr().err
+    assert cli("train", [*command, "resume=true"]) == 1
+    started = Path("sweep/started.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["folder"] for line in started] == ["0", "1", "0"]
+    assert cli("train", ["-m", "optim.weight_decay=0.1,0.5", "output_dir=sweep", "resume=true"]) == 2
+    assert "repeat the same command" in capfd.readouterr().err
+
+
+def test_the_sweep_experiment_needs_no_flag_and_its_jobs_do_not_sweep_again(tiny_jobs):
+    assert cli("train", ["experiment=sweep_beta_samples", "dpo.beta=1", "output_dir=sweep"]) == 0
+    assert [job["exit_code"] for job in sweep_json("sweep")] == [0, 0, 0]
+
+
+def test_no_job_starts_when_one_of_them_is_wrong(tiny_jobs, capsys):
+    assert cli("train", ["-m", "dpo.beta=1,-1,2", "dpo.diffusion_samples=2,3", "output_dir=sweep"]) == 2
+    err = capsys.readouterr().err
+    assert "dpo.beta is -1.0" in err and "(job 2, 3 of 6)" in err
+    assert "(job 1, 3, 5 of 6)" in err
+    assert not Path("sweep").exists()
+
+
+def test_stopping_a_sweep_stops_its_job_and_starts_no_other(tiny_jobs):
+    script = (
+        "import sys, laddpo.sweep as s; from laddpo.app import cli\n"
+        "original = s.child_command\n"
+        "s.child_command = lambda *a: [original(*a)[0], 'child.py', *original(*a)[3:]]\n"
+        "sys.exit(cli('train', ['-m', 'optim.eps=60', 'dpo.beta=1,2', 'output_dir=sweep']))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], env=child_environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not Path("sweep/0/config.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    jobs = sweep_json("sweep")
+    assert jobs[0]["exit_code"] not in (0, None)
+    assert jobs[1]["exit_code"] is None
+
+
+def test_a_jobs_values_keep_their_quotes(tiny_jobs):
+    assert cli("train", ["-m", "logger.wandb_name='a b','c,d'", "output_dir='my sweep'"]) == 0
+    assert [job["exit_code"] for job in sweep_json("my sweep")] == [0, 0]
+    assert "wandb_name: c,d" in Path("my sweep/1/config.yaml").read_text(encoding="utf-8")

@@ -1,0 +1,394 @@
+"""Mistakes in settings, through the command line: exit code 2, all together, no traceback, nothing run."""
+
+import dataclasses
+
+import pytest
+
+from laddpo.app import cli
+from laddpo.compose import compose, read_config, write_config
+from laddpo.config import check_machine, find_problems, unlikely_settings
+from laddpo.errors import UserError
+from laddpo.ranges import CHOICES, RANGES, leaves
+from laddpo.settings import RunConfig
+
+TOKEN = "hf_" + "a" * 30
+
+MISTAKES = {
+    # C1, C2: names
+    "a misspelt setting": (["dpo.betta=0.1"], ["dpo.betta: no such setting; did you mean dpo.beta?"]),
+    "a setting without its group": (
+        ["learning_rate=1"],
+        ["learning_rate: no such setting; did you mean optim.learning_rate?"],
+    ),
+    "a setting in the wrong group": (["optim.beta=1"], ["did you mean"]),
+    "an appended setting": (["+dpo.betta=0.1"], ["settings cannot be added", "did you mean dpo.beta?"]),
+    "an appended setting that exists": (["++dpo.beta=0.1"], ["settings cannot be added; write dpo.beta=0.1."]),
+    "a removed setting": (["~dpo.beta"], ["cannot be removed"]),
+    "an unknown group": (["modle=llada_8b"], ["modle: no such setting; did you mean model?"]),
+    "an unknown option": (["model=llada_9b"], ["model is 'llada_9b'; known:", "did you mean model=llada_8b?"]),
+    "an unknown option far from all": (["dpo=xyz"], ["dpo is 'xyz'; known: default,", "--config-dir"]),
+    "a group with a package": (["data@train=jsonl"], ["a group is chosen without @; write data=jsonl."]),
+    "an unknown launcher": (["hydra/launcher=nonsense"], ["hydra/launcher/nonsense"]),
+    # grammar and types
+    "a bare path": (["outputs/train/x"], ["'outputs/train/x' is not a setting", "run=outputs/train/x"]),
+    "a slice": (["data.dataset_split=train[:10]"], ["does not parse", "quotes twice"]),
+    "a value with an equals sign": (["logger.wandb_name=a=b"], ["does not parse"]),
+    "an unfinished list": (["evaluation.tasks=[gsm8k"], ["does not parse"]),
+    "text for a number": (["optim.learning_rate=fast"], ["optim.learning_rate is 'fast'; expected a number"]),
+    "a fraction for a whole number": (["dpo.diffusion_samples=2.5"], ["expected a whole number"]),
+    "a word for a truth value": (["auto=perhaps"], ["auto is 'perhaps'; expected true or false"]),
+    "a value for a list": (["logger.wandb_tags=a"], ["expected a list like [a,b]"]),
+    "null where a value is needed": (["dpo.beta=null"], ["dpo.beta", "expected a number"]),
+    "a value for a group": (["model.shape=3"], ["expected a group of settings"]),
+    "a decimal comma": (["dpo.beta=0,1"], ["several values", "write dpo.beta=0.1", "-m"]),
+    "an unknown flag": (["--multi-run"], ["no such option; did you mean --multirun?"]),
+    "a setting as a flag": (["--learning-rate=1"], ["settings are written learning_rate=<value>"]),
+    "two flags at once": (["--cfg", "job", "--info"], ["were both given"]),
+    "--resolve alone": (["--resolve"], ["without --cfg"]),
+    "a bad choice for a flag": (["--cfg", "jobs"], ["invalid choice"]),
+    "a folder that is not there": (["--config-dir", "nowhere"], ["--config-dir is 'nowhere'; no such folder"]),
+    "an unknown root file": (["--config-name", "other"], ["--config-name is 'other'; known: config"]),
+    "a reference to nothing": (["dpo.beta=${dpo.gamma}"], ["dpo.beta is '${dpo.gamma}'", "'dpo.gamma' not found"]),
+    "a reference to the wrong type": (["dpo.beta=${dpo.loss}"], ["'sigmoid'", "expected a number"]),
+    "a resolver": (["output_dir=${now:%Y}"], ["now is not an allowed resolver"]),
+    # C3, C4, C33 and other ranges
+    "a negative beta": (["dpo.beta=-0.1"], ["dpo.beta is -0.1; it must be > 0; 0.05 to 0.5 is usual"]),
+    "beta zero": (["dpo.beta=0"], ["it must be > 0"]),
+    "beta not a number": (["dpo.beta=nan"], ["dpo.beta is nan; expected a finite number"]),
+    "an infinite learning rate": (["optim.learning_rate=inf"], ["expected a finite number"]),
+    "no draws": (["dpo.diffusion_samples=0"], ["it must be >= 1", "8 the paper's value"]),
+    "a negative seed": (["seed=-1"], ["seed is -1; it must be >= 0"]),
+    "a seed beyond 63 bits": (["seed=9223372036854775808"], ["seed is 9223372036854775808"]),
+    "learning rate zero": (["optim.learning_rate=0"], ["it must be > 0"]),
+    "a learning rate of five": (["optim.learning_rate=5"], ["it must be > 0 and at most 1"]),
+    "all rows for validation": (["data.validation_fraction=1"], ["it must be >= 0 and at most 0.9"]),
+    "a loss that is not there": (
+        ["dpo.loss=sigmod"],
+        ["dpo.loss is 'sigmod'; known: sigmoid,", "did you mean sigmoid?"],
+    ),
+    "a task that is not there": (["evaluation.tasks=[gsm9k]"], ["did you mean gsm8k?"]),
+    "three betas of Adam": (["optim.betas=[0.9,0.95,0.99]"], ["optim.betas"]),
+    # C5
+    "an odd number of complement draws": (
+        ["dpo.estimator=complement", "dpo.diffusion_samples=5"],
+        ["expected 1 or an even number; set dpo.diffusion_samples=4 or 6"],
+    ),
+    # C6
+    "an unknown hardware profile": (
+        ["hardware=rtx4081"],
+        ["hardware is 'rtx4081'; known:", "auto", "hardware=rtx4080?"],
+    ),
+    # C7
+    "longer than the model": (["data.max_length=8192"], ["data.max_length is 8192; llada_nano knows 4096 positions"]),
+    "no room for a response": (["data.max_length=8"], ["no response would be left"]),
+    "a micro-step shorter than a row": (["hardware.token_budget=100"], ["a micro-step must hold the longest sequence"]),
+    "an answer longer than the model": (
+        ["evaluation.gen_length=8192", "evaluation.steps=8192"],
+        ["evaluation.gen_length is 8192; llada_nano knows 4096"],
+    ),
+    # C8
+    "fp16 on the CPU": (
+        ["hardware=cpu", "hardware.precision=fp16"],
+        ["hardware.precision is 'fp16'", "use hardware.precision=fp32"],
+    ),
+    "paging on the CPU": (["hardware=cpu", "optim=paged_adamw_8bit"], ["paging needs a CUDA device"]),
+    # C9, C11
+    "4 and 8 bits at once": (["quantization=nf4", "quantization.load_in_8bit=true"], ["are both true", "choose one"]),
+    "4 bits trained in full": (["quantization=nf4", "adapter=full"], ["quantized weights cannot be trained"]),
+    "8 bits trained in full": (["quantization=int8", "adapter=full"], ["load_in_8bit is true"]),
+    "an adapter in a full run": (["adapter=full", "adapter.path=a"], ["an adapter is loaded only into a LoRA run"]),
+    "dropout": (["adapter.lora_dropout=0.1"], ["adapter.lora_dropout is 0.1; expected 0"]),
+    # C24, C25
+    "a warm-up longer than the run": (
+        ["optim.num_warmup_steps=500", "optim.max_train_steps=100"],
+        ["the learning rate would never reach its value"],
+    ),
+    "patience without evaluations": (
+        ["stopping.patience=3", "evaluation.every_steps=null"],
+        ["stopping.patience is 3"],
+    ),
+    "patience with late evaluations": (
+        ["stopping.patience=3", "evaluation.every_steps=200", "optim.max_train_steps=100"],
+        ["no evaluation would happen before the end"],
+    ),
+    # data, losses, decoding
+    "no data set": (["data=jsonl"], ["data.dataset_name is not set", "add data.dataset_name=path/to/pairs.jsonl"]),
+    "numbers too wide": (["data.operand_max=100"], ["set data.operand_max=99 or lower"]),
+    "smoothing without a place": (["dpo.loss=hinge", "dpo.label_smoothing=0.1"], ["which has no such term"]),
+    "half of the labels wrong": (["dpo.loss=robust", "dpo.label_smoothing=0.5"], ["expected less than 0.5"]),
+    "blocks that do not fill an answer": (["evaluation.block_length=5"], ["set evaluation.block_length=4 or"]),
+    "steps that do not fill blocks": (
+        ["evaluation.block_length=16", "evaluation.steps=31"],
+        ["evaluation.steps is 31 over 2 blocks", "set evaluation.steps=30 or 32"],
+    ),
+    "an option of a decoder": (
+        ["evaluation.remasking=confidence"],
+        ["evaluation.remasking is 'confidence'", "did you mean"],
+    ),
+    # C29, C30
+    "a token": ([f"logger.wandb_name={TOKEN}"], ["looks like a Hugging Face token", "HF_TOKEN"]),
+    "a token under an unknown name": ([f"hf_token={'b' * 20}"], ["looks like a key or token"]),
+    "an address with a password": (
+        ["model.model_name_or_path=https://me:secret@host/x"],
+        ["an address with a password"],
+    ),
+    "a secret of the environment": (["logger.wandb_name=${oc.env:HF_TOKEN}"], ["a secret from the environment"]),
+    "a forty-digit key": ([f"logger.wandb_project={'0a' * 20}"], ["looks like an API key"]),
+    "code to run": (["+dpo._target_=os.system"], ["names code to run"]),
+    "code to run, partially": (["dpo._partial_=true"], ["names code to run"]),
+    "code to run in a value": (["data.columns={_target_: os.system}"], ["names code to run"]),
+    "code for the launcher": (["hydra.launcher._target_=os.system"], ["names code to run"]),
+    "a callback": (["+hydra.callbacks={a: {_target_: os.system}}"], ["names code to run"]),
+    # C31
+    "a swept folder": (["-m", "dpo.beta=1,2", "output_dir=a,b"], ["a sweep has one folder"]),
+    "a swept contradiction": (["-m", "dpo.beta=1,-2"], ["dpo.beta is -2.0", "(job 1 of 2)"]),
+    "a swept name": (["-m", "dpo.betta=1,2"], ["dpo.betta: no such setting"]),
+    "a sweep that goes on nowhere": (["-m", "dpo.beta=1,2", "resume=true"], ["resume=true output_dir=<folder>"]),
+}
+
+
+def never(config, folder):
+    raise AssertionError("a stage ran with wrong settings")
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_refused_in_our_own_words(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, needles = MISTAKES[name]
+    assert cli("train", arguments, never) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    for needle in needles:
+        assert needle in captured.err
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_mistakes_are_reported_together(capsys):
+    arguments = [
+        "dpo.betta=1",
+        "optim.learning_rate=abc",
+        "model=llada_9b",
+        "dpo.diffusion_samples=0",
+        "+x=1",
+        "outputs/a",
+    ]
+    assert (
+        cli("train", [*arguments, "data.max_length=9999", "dpo.loss=sigmod", "adapter=full", "quantization=nf4"], never)
+        == 2
+    )
+    err = capsys.readouterr().err
+    for part in [
+        "dpo.betta",
+        "optim.learning_rate",
+        "llada_9b",
+        "diffusion_samples is 0",
+        "+x=1",
+        "outputs/a",
+        "9999",
+        "sigmod",
+    ]:
+        assert part in err
+    assert "quantized weights" in err
+    assert err.startswith("9 problems, nothing was run:")
+
+
+def test_a_wrong_value_hides_no_contradiction_between_the_others(capsys):
+    assert cli("train", ["dpo.beta=${dpo.gamma}", "adapter=full", "quantization=nf4"], never) == 2
+    err = capsys.readouterr().err
+    assert "dpo.gamma" in err and "quantized weights" in err
+
+
+def test_no_message_repeats_a_secret(capsys, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
+    for arguments in [
+        [f"dpo.beta={TOKEN}"],
+        [f"nonsense={TOKEN}"],
+        [TOKEN],
+        ["logger.wandb_name=correct-horse-battery"],
+    ]:
+        assert cli("train", arguments, never) == 2
+        captured = capsys.readouterr()
+        assert TOKEN not in captured.err + captured.out
+        assert "correct-horse" not in captured.err + captured.out
+
+
+def test_a_commit_is_not_taken_for_a_key():
+    assert compose([f"model.revision={'0a' * 20}"]).model.revision == "0a" * 20
+
+
+def test_a_yaml_file_with_a_wrong_line_is_named(tmp_path, capsys):
+    (tmp_path / "dpo").mkdir()
+    cases = {
+        "beta: [1\n": ("mine.yaml:2", "expected yaml"),
+        "beta: x\n": ("dpo/mine.yaml: dpo.beta is 'x'; expected a number",),
+        "defaults: [defalt, _self_]\n": ("dpo is 'defalt'", "did you mean dpo=default?"),
+        "_target_: os.system\n": ("dpo/mine.yaml: dpo._target_: no such setting",),
+        f"loss: {TOKEN}\n": ("looks like a Hugging Face token",),
+    }
+    for text, needles in cases.items():
+        (tmp_path / "dpo" / "mine.yaml").write_text(text, encoding="utf-8")
+        assert cli("train", ["--config-dir", str(tmp_path), "dpo=mine"], never) == 2
+        err = capsys.readouterr().err
+        assert all(needle in err for needle in needles), err
+        assert "Traceback" not in err and TOKEN not in err
+
+
+def test_a_model_yaml_without_its_values_names_every_missing_one(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    text = "# @package _global_\nmodel:\n  name: mine\n  model_name_or_path: here\n"
+    (tmp_path / "model" / "mine.yaml").write_text(text, encoding="utf-8")
+    assert cli("train", ["--config-dir", str(tmp_path), "model=mine"], never) == 2
+    err = capsys.readouterr().err
+    for key in (
+        "model.shape.d_model",
+        "model.shape.vocab_size",
+        "model.recommended.beta",
+        "model.recommended.learning_rate.lora",
+    ):
+        assert f"{key} is not set; expected" in err
+
+
+def test_resume_takes_a_truth_value_or_a_folder():
+    assert [compose([f"resume={value}"]).resume for value in ("true", "False", "outputs/train/x")] == [
+        "true",
+        "false",
+        "outputs/train/x",
+    ]
+
+
+def test_unlikely_settings_are_named_and_run(capsys):
+    ran = []
+    assert cli("train", ["dpo.beta=0.1", "optim.learning_rate=0.01"], lambda config, folder: ran.append(config)) == 0
+    err = capsys.readouterr().err
+    assert ran and "note: dpo.beta=0.1 is far from what suits llada_nano" in err
+    assert "note: optim.learning_rate=0.01 is far" in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needle"),
+    [
+        (["model=llada_8b", "data=arithmetic"], "small embedded task"),
+        (["model=llada_8b", "hardware.precision=fp32"], "doubles the memory"),
+        (["dpo.estimator=bernoulli"], "biased"),
+        (["dpo=naive"], "noisier"),
+        (["model=llada_8b", "optim.num_train_epochs=3"], "raise dpo.mask_rounds"),
+        (["dpo=ipo"], "per token"),
+        (["data=gsm8k_preferences", "evaluation=gsm8k"], "test questions"),
+    ],
+)
+def test_each_unlikely_setting_has_its_note(overrides, needle):
+    assert any(needle in note for note in unlikely_settings(compose(overrides)))
+
+
+def test_the_run_config_is_written_and_read_back_whole(tmp_path):
+    config = compose(["dpo.beta=0.3", "evaluation.tasks=[gsm8k]", "resume=true"])
+    write_config(config, tmp_path)
+    assert read_config(tmp_path) == config
+    assert "${" not in (tmp_path / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_a_damaged_run_config_is_the_users_problem(tmp_path):
+    for text in ["dpo: [", "dpo: {betta: 1}", "- 1\n"]:
+        (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"config.yaml"):
+            read_config(tmp_path)
+    with pytest.raises(UserError, match="not found"):
+        read_config(tmp_path / "nowhere")
+
+
+def test_every_range_and_choice_belongs_to_a_setting():
+    keys = {key for key, _ in leaves(compose())}
+    assert CHOICES.keys() | RANGES.keys() <= keys
+
+
+def test_every_number_that_can_be_wrong_has_a_range():
+    free = {"model.recommended", "data.length_quantiles"}  # their effect is checked where it lands
+    numbers = {
+        key
+        for key, value in leaves(compose())
+        if isinstance(value, int | float) and not isinstance(value, bool) and not key.startswith(tuple(free))
+    }
+    assert numbers <= RANGES.keys()
+
+
+def test_names_in_the_settings_are_those_of_the_tables():
+    from laddpo.core.elbo import ESTIMATORS
+    from laddpo.core.gradient import BACKWARD_MODES
+    from laddpo.core.losses import LOSSES
+    from laddpo.core.noise import COUNT_SCHEDULES
+    from laddpo.core.optim import OPTIMIZERS, SCHEDULES
+    from laddpo.evaluation.tasks import TASKS
+    from laddpo.preference.arithmetic import HABITS
+    from laddpo.preference.rows import SHAPES
+    from laddpo.preference.sources import SOURCES
+
+    tables = {
+        "dpo.loss": LOSSES,
+        "dpo.estimator": ESTIMATORS,
+        "dpo.schedule": COUNT_SCHEDULES,
+        "optim.optimizer": OPTIMIZERS,
+        "optim.lr_scheduler_type": SCHEDULES,
+        "evaluation.tasks": TASKS,
+        "data.source": SOURCES,
+        "data.habit": HABITS,
+        "data.format": ["auto", "json", *SHAPES],
+        "hardware.backward": ["auto", *BACKWARD_MODES],
+    }
+    for key, table in tables.items():
+        assert set(CHOICES[key]) == set(table), key
+
+
+def test_losses_that_take_label_smoothing_are_known():
+    from laddpo.config import TAKES_LABEL_SMOOTHING
+    from laddpo.core.losses import LOSSES
+
+    assert set(TAKES_LABEL_SMOOTHING) == {name for name, loss in LOSSES.items() if loss.takes_label_smoothing}
+
+
+class Gpu:
+    """A CUDA device of a given compute capability, as torch describes it."""
+
+    def __init__(self, monkeypatch, capability):
+        import torch
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+
+
+def test_a_profile_for_a_gpu_is_refused_where_there_is_none(monkeypatch):
+    Gpu(monkeypatch, None)
+    with pytest.raises(UserError, match="torch finds no CUDA device"):
+        check_machine(compose(["hardware=rtx4080", "quantization=none"]))
+    check_machine(compose(["hardware=auto"]))
+
+
+def test_bf16_is_refused_by_name_on_a_gpu_without_it(monkeypatch):
+    Gpu(monkeypatch, (7, 5))
+    with pytest.raises(
+        UserError, match=r"bf16 needs compute capability 8.0 and Tesla T4 has 7.5; use hardware.precision=fp16"
+    ):
+        check_machine(compose(["hardware.precision=bf16"]))
+    check_machine(compose(["hardware.precision=fp16"]))
+
+
+def test_fp16_and_paging_are_refused_where_auto_means_the_cpu(monkeypatch):
+    Gpu(monkeypatch, None)
+    with pytest.raises(UserError) as caught:
+        check_machine(compose(["hardware.precision=fp16", "optim=paged_adamw_8bit"]))
+    assert len(caught.value.problems) == 2
+
+
+def test_a_broken_bitsandbytes_is_named_only_where_it_is_needed(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="cannot be imported"):
+        check_machine(compose(["quantization=nf4"]))
+    check_machine(compose())
+
+
+def test_problems_are_found_without_hydra_too():
+    config = compose()
+    wrong = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, beta=-1.0))
+    assert [p.split(" ", 1)[0] for p in find_problems(wrong)] == ["dpo.beta"]
+    assert isinstance(wrong, RunConfig)
