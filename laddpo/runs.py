@@ -258,10 +258,15 @@ def read_manifest(folder: Path, kind: str, verify: bool = True) -> dict | None:
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
         raise UserError(f"{path}: is a manifest of {found!r}, expected {kind!r}. Point the setting at a {kind} folder.")
+    try:
+        sealed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        manifest["fields"].items()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is damaged ({error!r}). Remove the folder {folder} and run again.") from error
     if verify:
-        for name, sealed in manifest["files"].items():
+        for name, (size, digest) in sealed.items():
             file = folder / name
-            if not file.exists() or file.stat().st_size != sealed["bytes"] or file_sha256(file) != sealed["sha256"]:
+            if not file.exists() or file.stat().st_size != size or file_sha256(file) != digest:
                 raise UserError(
                     f"{file}: differs from what {MANIFEST} sealed (missing, truncated or changed). "
                     f"Remove the folder {folder} and run again; it will be made anew."

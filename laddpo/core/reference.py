@@ -132,10 +132,19 @@ class ReferenceStore:
         if not path.exists():
             return
         manifest = runs.read_json(path)
-        differences = runs.differing_fields(manifest["fields"], self.fields)
+        try:
+            differences = runs.differing_fields(manifest["fields"], self.fields)
+            shards = {
+                name: {key: entry[key] for key in ("sha256", "pairs", "first_draw")}
+                for name, entry in manifest["shards"].items()
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: is damaged ({error!r}). Remove {self.folder} and run again; its values will be computed anew."
+            ) from error
         if differences:
             raise UserError(f"{self.folder}: holds reference values of other settings:", *differences)
-        self._shards = manifest["shards"]
+        self._shards = shards
 
     def _read_shard(self, name: str) -> None:
         path = self.folder / name
