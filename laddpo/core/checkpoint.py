@@ -51,7 +51,8 @@ def save_checkpoint(
     """
     folder = checkpoints / f"step_{step:07d}"
     temporary = checkpoints / f".tmp-{os.getpid()}-{folder.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left_by_a_killed_save in checkpoints.glob(".tmp-*"):
+        shutil.rmtree(left_by_a_killed_save, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         optimizer_tensors, optimizer_numbers = optimizer_state_by_name(optimizer, tensors)
@@ -97,10 +98,13 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
 
 def restore(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Copy a checkpoint into the model's trainable parameters and the optimizer, matching both by name."""
-    if checkpoint.tensors.keys() != tensors.keys():
-        unknown = sorted(checkpoint.tensors.keys() ^ tensors.keys())
+    stored, wanted = ({name: tuple(t.shape) for name, t in ts.items()} for ts in (checkpoint.tensors, tensors))
+    differing = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+    if differing:
+        name = differing[0]
         raise UserError(
-            f"{checkpoint.folder}: its trainable parameters differ from the model's, for example {unknown[0]}. "
+            f"{checkpoint.folder}: its trainable parameters differ from the model's, for example {name}: stored "
+            f"{stored.get(name, 'absent')}, now {wanted.get(name, 'absent')}. "
             "Resume with the adapter settings of the run that wrote it."
         )
     for name, tensor in tensors.items():
