@@ -32,6 +32,7 @@ import laddpo
 from laddpo.compose import compose_tree, open_hydra, to_run_config
 from laddpo.config import unlikely_settings
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, UserError, nearest
+from laddpo.mistakes import config_groups
 from laddpo.redaction import redact
 from laddpo.settings import RunConfig
 
@@ -247,7 +248,7 @@ def help_text(stage: str, hydra: Hydra) -> str:
     """What the stage does, the groups with their options, and the flags."""
     purpose = _first_paragraph(stage)
     loader = hydra.config_loader
-    groups = [group for group in hydra.list_all_config_groups() if not group.startswith("hydra")]
+    groups = sorted(config_groups(hydra))
     width = max(len(group) for group in groups)
     options = "\n".join(
         f"  {group:<{width}}  {', '.join(sorted(loader.get_group_options(group, ObjectType.CONFIG)))}"

@@ -237,7 +237,7 @@ def _several_values(text: str) -> str:
 
 def config_groups(hydra: Hydra) -> set[str]:
     """Names of our and the user's groups, without Hydra's own."""
-    return {group for group in hydra.list_all_config_groups() if not group.startswith("hydra")}
+    return {group for group in hydra.config_loader.list_groups("") if group != "hydra"}
 
 
 @functools.cache
