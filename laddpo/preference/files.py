@@ -86,6 +86,8 @@ def readable(path: Path) -> Iterator[os.stat_result]:
         raise file_error(path, "DATA-43", problem, "Change its permissions.") from error
     except FileNotFoundError as error:
         raise missing_file(path) from error
+    except OSError as error:
+        raise file_error(path, "DATA-43", f"could not be read: {one_line(error)}", "Check the disk.") from error
 
 
 def content_sha256(path: Path) -> str:

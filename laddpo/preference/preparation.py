@@ -172,7 +172,7 @@ def _make(job: _Job, folder: Path, fields: Mapping[str, Any]) -> dict:
     rejected = folder / REJECTED
     with (
         closing(Spool(folder, job.prepared.sides)) as spool,
-        closing(PreparedWriter(folder, job.prepared.rows_file)) as writer,
+        PreparedWriter(folder, job.prepared.rows_file) as writer,
     ):
         with atomic_file(rejected, "w") as out:
             bad = BadRows(out)

@@ -20,7 +20,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -184,16 +184,19 @@ class PreparedWriter:
         """Write the tokens, the report and the manifest; `more` names other files already in the folder."""
         with atomic_file(self._folder / TOKENS) as out:
             write_tokens(out, self._ids, np.frombuffer(self._offsets, dtype=np.int64))
-        self.close()
+        self._stack.close()
         write_json(self._folder / REPORT, report)
         write_bytes(self._folder / FIGURE, figure)
         sealed = {**fields, "content": self._digest.hexdigest()}
         files = [self._rows_file, TOKENS, REPORT, FIGURE, *more]
         write_manifest(self._folder, kind, sealed, files, **provenance())
 
-    def close(self) -> None:
-        """Close the files. Without `finish` there is no manifest, and the folder is nothing."""
-        self._stack.close()
+    def __enter__(self) -> PreparedWriter:
+        return self
+
+    def __exit__(self, *exception) -> bool | None:
+        """Without `finish` there is no manifest, and the folder is nothing."""
+        return self._stack.__exit__(*exception)
 
 
 @contextmanager
@@ -243,7 +246,7 @@ def write_prepared(
     figure: bytes = b"",
 ) -> Prepared:
     """Write rows that are already encoded, as (record, [prompt ids, response ids, …]), and load the folder."""
-    with whole_folder(folder) as building, closing(PreparedWriter(building, prepared.rows_file)) as writer:
+    with whole_folder(folder) as building, PreparedWriter(building, prepared.rows_file) as writer:
         for record, sequences in rows:
             writer.add(record, sequences)
         writer.finish(prepared.kind, fields, report, figure)

@@ -42,7 +42,11 @@ BAD_ROWS = {
     "prompt missing": (without("prompt"), "DATA-01", "prompt: field missing; found the fields [chosen, rejected]"),
     "chosen missing": (without("chosen"), "DATA-01", "chosen: field missing"),
     "rejected missing": (without("rejected"), "DATA-01", "rejected: field missing"),
-    "another name": ('{"question": "p", "chosen": "c", "rejected": "r"}', "DATA-01", "Set data.columns.prompt=question."),
+    "another name": (
+        '{"question": "p", "chosen": "c", "rejected": "r"}',
+        "DATA-01",
+        "Set data.columns.prompt=question.",
+    ),
     "null": (row(chosen=None), "DATA-04", "chosen: is null"),
     "empty prompt": (row(prompt=""), "DATA-05", "prompt: is empty"),
     "empty chosen": (row(chosen=""), "DATA-07", "chosen: is empty"),
@@ -63,11 +67,15 @@ BAD_ROWS = {
     "number row": ("17", "DATA-18", "is a int, want an object"),
     "not UTF-8": (b'{"prompt": "\xff"}', "DATA-21", "byte 0xff at offset 12 of the line"),
     "late byte order mark": (("\ufeff" + row()).encode(), "DATA-24", "byte order mark inside the file"),
-    "control byte": ('{"prompt": "a\x01b", "chosen": "c", "rejected": "r"}', "DATA-27", "control character at column 14"),
+    "control byte": (
+        '{"prompt": "a\x01b", "chosen": "c", "rejected": "r"}',
+        "DATA-27",
+        "control character at column 14",
+    ),
     "NUL": (json.dumps({**GOOD, "chosen": "a\x00"}), "DATA-28", "chosen: has the character NUL at 1"),
     "half a pair": ('{"prompt": "\\ud800", "chosen": "c", "rejected": "r"}', "DATA-29", "'\\ud800', at character 0"),
     "not JSON": ("prompt: p", "DATA-35", "is not JSON: Expecting value at column 1"),
-    "nested too deep": ('{"prompt": %s1%s}' % ("[" * 100_000, "]" * 100_000), "DATA-38", "nested too deep"),
+    "nested too deep": ('{"prompt": ' + "[" * 100_000 + "1" + "]" * 100_000 + "}", "DATA-38", "nested too deep"),
     "kinds mixed": (row(chosen=[assistant("c")]), "DATA-58", "text and lists of messages are mixed"),
     "no messages": (row(prompt=[], chosen=[assistant("c")], rejected=[assistant("r")]), "DATA-60", "empty list"),
     "message without content": (
@@ -227,7 +235,12 @@ BAD_FILES = {
     "array": ("a.jsonl", lambda path: path.write_text(f"[{row()}]"), "DATA-19", "Rename it to .json"),
     "spread object": ("a.jsonl", lambda path: path.write_text(json.dumps(GOOD, indent=1)), "DATA-20", "several lines"),
     "UTF-16": ("a.jsonl", utf16, "DATA-22", "Save it as UTF-8"),
-    "lone CR": ("a.jsonl", lambda path: path.write_bytes(row().encode() + b"\r" + row().encode()), "DATA-25", "lone CR"),
+    "lone CR": (
+        "a.jsonl",
+        lambda path: path.write_bytes(row().encode() + b"\r" + row().encode()),
+        "DATA-25",
+        "lone CR",
+    ),
     "long line": ("a.jsonl", lambda path: path.write_text(row(prompt="x" * 5000)), "DATA-37", "data.max_line_bytes"),
     "empty": ("a.jsonl", lambda path: path.write_bytes(b""), "DATA-39", "has 0 rows"),
     "only blank lines": ("a.jsonl", lambda path: path.write_bytes(b"\n \n\n"), "DATA-39", "has 0 rows"),
@@ -237,20 +250,50 @@ BAD_FILES = {
     "broken link": ("a.jsonl", lambda path: path.symlink_to("gone"), "DATA-44", "'gone', which is not there"),
     "gzip cut": ("a.jsonl.gz", gzip_cut, "DATA-45", "ends early"),
     "gzip damaged": ("a.jsonl.gz", gzip_damaged, "DATA-46", "is damaged"),
-    "xz cut": ("a.jsonl.xz", lambda path: path.write_bytes(lzma.compress(row().encode())[:-20]), "DATA-45", "ends early"),
+    "xz cut": (
+        "a.jsonl.xz",
+        lambda path: path.write_bytes(lzma.compress(row().encode())[:-20]),
+        "DATA-45",
+        "ends early",
+    ),
     "zip": ("a.zip", lambda path: path.write_bytes(b"PK\x03\x04"), "DATA-48", "Unpack it first"),
     "zip named otherwise": ("a.jsonl", lambda path: path.write_bytes(b"PK\x03\x04rest"), "DATA-48", "Unpack it first"),
     "bomb": ("a.jsonl.gz", bomb, "DATA-49", "more than 200 times"),
     "CSV": ("a.jsonl", lambda path: path.write_text("prompt,chosen,rejected\np,c,r\n"), "DATA-57", "Rename it to .csv"),
-    "CSV cut in quotes": ("a.csv", lambda path: path.write_text('prompt,chosen,rejected\n"p,c,r'), "DATA-57", "quoting"),
-    "CSV with equal columns": ("a.csv", lambda path: path.write_text("prompt,prompt\na,b\n"), "DATA-17", "repeated column"),
+    "CSV cut in quotes": (
+        "a.csv",
+        lambda path: path.write_text('prompt,chosen,rejected\n"p,c,r'),
+        "DATA-57",
+        "quoting",
+    ),
+    "CSV with equal columns": (
+        "a.csv",
+        lambda path: path.write_text("prompt,prompt\na,b\n"),
+        "DATA-17",
+        "repeated column",
+    ),
     "CSV not UTF-8": ("a.csv", lambda path: path.write_bytes(b"prompt,chosen,rejected\np,\xff,r"), "DATA-21", ":2: "),
     "object in .json": ("a.json", lambda path: path.write_text(row()), "DATA-20", "not with '['"),
     "JSON array cut": ("a.json", lambda path: path.write_text(f"[{row()}, {row()[:-4]}"), "DATA-35", "line 1"),
     "JSON array without commas": ("a.json", lambda path: path.write_text(f"[{row()} {row()}]"), "DATA-35", "a comma"),
-    "JSON array going on": ("a.json", lambda path: path.write_text(f"[{row()}] x"), "DATA-35", "goes on after its array"),
-    "JSON array not UTF-8": ("a.json", lambda path: path.write_bytes(b'[{"prompt": "\xff"}]'), "DATA-21", "near byte 13"),
-    "parquet damaged": ("a.parquet", lambda path: path.write_bytes(b"PAR1 nothing PAR1"), "DATA-54", "whole parquet file"),
+    "JSON array going on": (
+        "a.json",
+        lambda path: path.write_text(f"[{row()}] x"),
+        "DATA-35",
+        "goes on after its array",
+    ),
+    "JSON array not UTF-8": (
+        "a.json",
+        lambda path: path.write_bytes(b'[{"prompt": "\xff"}]'),
+        "DATA-21",
+        "near byte 13",
+    ),
+    "parquet damaged": (
+        "a.parquet",
+        lambda path: path.write_bytes(b"PAR1 nothing PAR1"),
+        "DATA-54",
+        "whole parquet file",
+    ),
     "unknown kind": ("a.docx", lambda path: path.touch(), "DATA-41", "Rename it to end in"),
 }
 
@@ -260,7 +303,9 @@ def test_a_bad_file_is_refused_with_its_name_and_code(case, tmp_path):
     name, make, code, words = BAD_FILES[case]
     make(tmp_path / name)
     with pytest.raises(UserError) as caught:
-        read(tmp_path / name, max_line_bytes=100_000_000 if case == "bomb" else 4000 if case == "long line" else 100_000)
+        read(
+            tmp_path / name, max_line_bytes=100_000_000 if case == "bomb" else 4000 if case == "long line" else 100_000
+        )
     message = str(caught.value)
     assert f"({code})" in message
     assert words in message
@@ -290,7 +335,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["file:///etc/passwd", "https://example.org/a.jsonl", "~/a.jsonl", "$HOME/a.jsonl", "a\nb.jsonl", "a\x00b", " "]
+    "name",
+    ["file:///etc/passwd", "https://example.org/a.jsonl", "~/a.jsonl", "$HOME/a.jsonl", "a\nb.jsonl", "a\x00b", " "],
 )
 def test_names_that_are_no_plain_path_are_refused(name):
     with pytest.raises(UserError, match="DATA-91"):

@@ -1,6 +1,7 @@
 """Token ids of prompts and responses: the template's own, one bos, one scored terminator, no forged special tokens."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_no_special_token_is_doubled(which, bos_count, terminator, request):
         sequence = [*pair.prompt_ids.tolist(), *ids.tolist()]
         assert sequence.count(tokenizer.bos_token_id) == bos_count
         special = special_ids(tokenizer)
-        assert not any(a == b and a in special for a, b in zip(sequence, sequence[1:], strict=False))
+        assert not any(a == b and a in special for a, b in pairwise(sequence))
         assert tokenizer.convert_ids_to_tokens(int(ids[-1])) == terminator
         assert not special & set(ids[:-1].tolist())
 
@@ -120,7 +121,9 @@ def test_text_of_special_tokens_stays_text(which, request):
 text_with_specials = st.lists(
     st.one_of(
         st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=8),
-        st.sampled_from(["<|mdm_mask|>", "<|eot_id|>", "<|start", "oftext|>", "<|endoftext|>", "\ue000", "\ue0000\ue000"]),
+        st.sampled_from(
+            ["<|mdm_mask|>", "<|eot_id|>", "<|start", "oftext|>", "<|endoftext|>", "\ue000", "\ue0000\ue000"]
+        ),
     ),
     max_size=6,
 ).map("".join)
@@ -144,7 +147,12 @@ def test_no_text_can_change_the_structure_of_a_prompt(contents, response):
 def test_both_ways_of_encoding_a_prompt_agree(dream):
     """The piecewise way that hides special-token text, forced on prompts that have none, gives the same ids."""
     encoder = TextEncoder(dream)
-    for prompt in (CONVERSATION, CONVERSATION[1:2], user_prompt("def f(x):\n\n    return  x\n\n\n"), user_prompt("é\n🙂 x")):
+    for prompt in (
+        CONVERSATION,
+        CONVERSATION[1:2],
+        user_prompt("def f(x):\n\n    return  x\n\n\n"),
+        user_prompt("é\n🙂 x"),
+    ):
         text, hidden = encoder.chat.render(prompt, encoder.tokens)
         assert not hidden
         simple, pieces = encoder.tokens.encode_rendered([(text, {}), (text, {"\ue000no\ue000": "no"})])
