@@ -118,7 +118,7 @@ def train_loop(
     outputs.timing.rewind(lambda record: record["step"] <= state.step if state.step else False)
     if state.step == 0 and validate:
         _evaluate(validate, settings, outputs, state)
-    last_save = time.monotonic()
+    last_save, saved_step = time.monotonic(), state.step
     progress = tqdm(total=settings.total_steps, initial=state.step, unit="step", desc="train", dynamic_ncols=True)
     with progress:
         while state.step < settings.total_steps and not state.stopped_early:
@@ -134,15 +134,17 @@ def train_loop(
             is_overdue = settings.save_minutes and time.monotonic() - last_save > 60 * settings.save_minutes
             if is_due or is_overdue or stop:
                 _save(outputs, parameters, optimizer, settings, state, scaler)
-                last_save = time.monotonic()
+                last_save, saved_step = time.monotonic(), state.step
             if stop and state.step < settings.total_steps:
                 raise Stopped(
                     f"{outputs.folder}: stopped by {stop.name} after step {state.step} of {settings.total_steps}, "
                     f"checkpoint saved. Continue with the same command and resume={outputs.folder}."
                 )
-    _save(outputs, parameters, optimizer, settings, state, scaler)
+    if saved_step != state.step:
+        _save(outputs, parameters, optimizer, settings, state, scaler)
     outputs.save_last(state.step)
-    if not validate or settings.best_metric is None:
+    if state.best_value is None:  # nothing was validated, or never with a finite value
+        state.best_step = state.step
         outputs.save_best(state.step)
     return state
 
@@ -175,7 +177,9 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    metrics = task.accumulate(indices, epoch, scaler.get_scale() if scaler else 1.0)
+    metrics = task.accumulate(indices, epoch, _loss_scale(scaler, parameters) if scaler else 1.0)
+    if all(parameter.grad is None for parameter in parameters.values()):
+        scaler = None  # no draw masked anything: there is no gradient, without which a scaler refuses to step
     if scaler:
         scaler.unscale_(optimizer)
     # without max_grad_norm the norm is still measured: infinity clips nothing
@@ -191,8 +195,17 @@ def _step(
             optimizer.step()
     if not is_finite:
         _count_nonfinite(task, indices, norm, metrics["loss"], settings, state)
-    metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    return {**metrics, "learning_rate": rate, "grad_norm": norm if math.isfinite(norm) else None, "epoch": epoch}
+    return _loggable({**metrics, "learning_rate": rate, "grad_norm": norm, "epoch": epoch})
+
+
+def _loss_scale(scaler: torch.amp.GradScaler, parameters: Mapping[str, Tensor]) -> float:
+    """The scaler's factor, by its `scale`: until that is called once, a GradScaler has no state to unscale with."""
+    return float(scaler.scale(torch.ones((), device=next(iter(parameters.values())).device)))
+
+
+def _loggable(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON has them: without NaN and infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _count_nonfinite(
@@ -242,7 +255,7 @@ def _evaluate(
     if settings.best_metric:
         value = metrics[settings.best_metric]
         sign = 1 if settings.higher_is_better else -1
-        if state.best_value is None or sign * value > sign * state.best_value:
+        if math.isfinite(value) and (state.best_value is None or sign * value > sign * state.best_value):
             state.best_value, state.best_step, state.evaluations_since_best = value, state.step, 0
             outputs.save_best(state.step)
         else:
@@ -255,8 +268,8 @@ def _evaluate(
             f"the log-likelihood of the chosen responses fell by {fall:.0%} of the reference's "
             f"(stopping.max_chosen_fall={settings.max_chosen_fall:g})"
         )
-    outputs.metrics.append({"step": state.step, **metrics})
-    outputs.track(metrics, state.step)
+    outputs.metrics.append({"step": state.step, **_loggable(metrics)})
+    outputs.track(_loggable(metrics), state.step)
 
 
 def _save(
