@@ -60,8 +60,8 @@ def _existing(config: RunConfig, folder: Path, stage: str) -> RunPlace:
     if differences:
         raise UserError(
             f"{folder}: is a run of other settings:\n  " + "\n  ".join(differences) + "\n"
-            "Give the same settings, or start a new run with resume=false. A resumed run may change logger, logging_steps, save_*, hardware, "
-            "evaluation.at_end and the number of steps."
+            "Give the same settings, or start a new run with resume=false. A resumed run may change logger, "
+            "logging_steps, save_*, hardware, evaluation.at_end and the number of steps."
         )
     return RunPlace(folder, is_resumed=True, is_finished=(folder / runs.MANIFEST).exists())
 

@@ -71,11 +71,13 @@ def run_outputs(config: RunConfig, folder: Path, loaded: Loaded, resume_step: in
 
     def save(name: str, step: int) -> None:
         with runs.replaced_folder(folder / name) as target:
-            files = (loading.save_model if is_full else adapters.save_adapter)(loaded.model, target)
             if is_full:
-                loaded.tokenizer.save_pretrained(target)
+                files = loading.save_model(loaded.model, target)
+                files += loading.copy_tokenizer(inputs.model_path(config), config.model.revision, target)
+            else:
+                files = adapters.save_adapter(loaded.model, target)
             fields = {"step": step, "base": loaded.weights}
-            runs.write_manifest(target, "weights", fields, list(files), **runs.provenance())
+            runs.write_manifest(target, "weights", fields, files, **runs.provenance())
 
     settings = dataclasses.asdict(config.logger)
     with Trackers(folder, settings, dataclasses.asdict(config), resume_step=resume_step) as trackers:

@@ -22,6 +22,7 @@ from laddpo.models.families import Family, find_family
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 WEIGHTS = "*.safetensors"
 MASK_TOKEN = "<|mdm_mask|>"  # LLaDA's tokenizer declares no mask_token
 
@@ -50,7 +51,7 @@ def load_model(
     kwargs: dict[str, Any] = {"attn_implementation": "sdpa" if attention == "auto" else attention}
     if quantizer is not None or torch.device(device).type != "cpu":
         kwargs["device_map"] = {"": str(device)}
-    with _quiet_small_loads(folder):
+    with _quiet_small_loads(folder), _explained_imports(attention):
         model = family.model_class.from_pretrained(
             str(folder),
             config=config,
@@ -83,6 +84,15 @@ def load_tokenizer(path: str, revision: str | None = None):
             "Copy the tokenizer's files into that folder."
         )
     return AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
+
+
+def copy_tokenizer(path: str, revision: str | None, target: Path) -> list[str]:
+    """Copy a checkpoint's tokenizer files byte for byte beside weights made from it. Returns their names."""
+    folder = checkpoint_folder(path, revision, SMALL_FILES)
+    files = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern))]
+    for file in files:
+        runs.write_bytes(target / file.name, file.read_bytes())
+    return [file.name for file in files]
 
 
 def mask_token_id(model_config, tokenizer=None) -> int:
@@ -143,7 +153,9 @@ def save_model(model, folder: Path, shard_bytes: int = 4 * 2**30) -> list[str]:
 def config_content(model) -> dict[str, Any]:
     """What a checkpoint's config.json holds: the model's fields and its weights' dtype, no place of this machine."""
     content = {key: value for key, value in model.config.to_dict().items() if key not in FOREIGN_FIELDS}
-    return {**content, "dtype": str(model.dtype).removeprefix("torch.")}
+    # a model made here has no architectures yet, and they are what a reader goes by
+    names = {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+    return {**content, **names}
 
 
 def load_weights(model, folder: Path) -> None:
@@ -267,6 +279,18 @@ def _remembered_sha256(file: Path) -> str:
     with contextlib.suppress(UserError, OSError):  # a read-only home costs time, not the run
         runs.write_text(memory, digest)
     return digest
+
+
+@contextlib.contextmanager
+def _explained_imports(attention: str) -> Iterator[None]:
+    """An attention or quantisation package that is not installed is the user's to mend."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"hardware.attention is {attention!r}, and what loads the model is not installed ({str(error).strip()}). "
+            "Install it, or set hardware.attention=auto and quantization=none."
+        ) from error
 
 
 @contextlib.contextmanager

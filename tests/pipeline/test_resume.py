@@ -1,0 +1,94 @@
+"""A run that is stopped, killed or misdirected: what is continued, to the bit, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def start(stages, *more: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "laddpo.train", *stages.overrides(*more)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(run, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "checkpoints" / f"step_{step:07d}").exists():
+            return
+        if process.poll() is not None:
+            pytest.fail(f"ended early with {process.returncode}:\n{process.stdout.read()}")
+        time.sleep(0.005)
+    pytest.fail("no checkpoint within two minutes")
+
+
+@pytest.mark.parametrize(("by", "exit_code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_a_stopped_run_resumes_to_the_same_bytes(stages, by, exit_code, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    longer = ["optim.max_train_steps=60", "evaluation.every_steps=20", "evaluation.at_end=false"]
+    whole, stopped = stages.folder / "whole", stages.folder / "stopped"
+    process = start(stages, *longer, f"output_dir={stopped}")
+    wait_for_step(stopped, 4, process)
+    process.send_signal(by)
+    process.communicate(timeout=60)
+    assert process.returncode == exit_code
+    assert not (stopped / "manifest.json").exists()
+    for run, resume in ((stopped, "true"), (whole, "false")):
+        process = start(stages, *longer, f"output_dir={run}", f"resume={resume}")
+        shown, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, shown
+    assert (stopped / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    for name in ("adapter", "adapter_last"):
+        file = f"{name}/adapter_model.safetensors"
+        assert (stopped / file).read_bytes() == (whole / file).read_bytes(), name
+
+
+def test_resume_of_a_finished_run_changes_nothing(stages, capsys):
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false", "resume=true") == 0
+    assert "finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_resume_into_a_run_of_other_settings_lists_them(stages, capsys):
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false", "resume=true", "dpo.beta=9") == 2
+    shown = capsys.readouterr().err
+    assert "dpo.beta: stored 1.0, now 9.0" in shown and "Traceback" not in shown
+
+
+def test_resume_in_an_empty_folder_starts_and_says_so(stages, capsys):
+    run = stages.folder / "new"
+    assert stages.run("train", f"output_dir={run}", "resume=true", "evaluation.at_end=false") == 0
+    assert "starting a new one" in capsys.readouterr().out
+
+
+def test_resume_true_finds_the_newest_unfinished_run_of_equal_settings(stages, capsys):
+    assert stages.run("train", "evaluation.at_end=false") == 0
+    (run,) = (stages.folder / "outputs" / "train").iterdir()
+    (run / "manifest.json").unlink()
+    assert stages.run("train", "evaluation.at_end=false", "resume=true") == 0
+    assert f"going on with {run}" in capsys.readouterr().out
+    assert (run / "manifest.json").exists()
+
+
+def test_a_run_folder_in_use_is_refused(stages, capsys):
+    from laddpo.runs import locked
+
+    run = stages.folder / "run"
+    with locked(run):
+        assert stages.run("train", f"output_dir={run}") == 2
+    assert "in use by process" in capsys.readouterr().err

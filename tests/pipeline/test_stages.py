@@ -1,0 +1,165 @@
+"""The four stages through the door a user uses: what each leaves, what it reuses, what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+def test_train_alone_goes_from_rows_to_an_evaluated_adapter(stages, capsys):
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}") == 0
+    shown = capsys.readouterr().out
+    assert shown.strip().splitlines()[-1] == str(run)
+    assert "step 0: loss 0.693147" in shown and "|policy - reference| 0 nats" in shown
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics if "grad_norm" in row] == list(range(1, 9))
+    assert [row["step"] for row in metrics if "validation/exact_match" in row] == [0, 4, 8]
+    for name in (
+        "config.yaml",
+        "manifest.json",
+        "timing.jsonl",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/manifest.json",
+        "adapter_last/adapter_model.safetensors",
+        "plots/training.png",
+        "evaluation/results.json",
+        "evaluation/items.jsonl",
+        "evaluation/pairs.jsonl",
+        "evaluation/plots/evaluation.png",
+    ):
+        assert (run / name).is_file(), name
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_0000006", "step_0000008"]
+    results = json.loads((run / "evaluation" / "results.json").read_text())
+    assert results["reward_accuracy"]["base"] == 0.5
+    assert results["reward_accuracy"]["items"] == 6
+    assert set(results["exact_match"]) >= {"base", "tuned", "difference", "interval", "items"}
+    items = [json.loads(line) for line in (run / "evaluation" / "items.jsonl").read_text().splitlines()]
+    assert sorted((item["model"], item["task"]) for item in items) == [("base", "arithmetic")] * 4 + [
+        ("tuned", "arithmetic")
+    ] * 4
+
+
+def test_training_moves_the_margin_of_the_pairs_it_sees(stages):
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}", "optim.max_train_steps=24", "evaluation.tasks=[]") == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "grad_norm" in row]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-6)
+    assert sum(losses[-6:]) / 6 < 0.66
+    validation = [row["validation/loss"] for row in rows if "validation/loss" in row]
+    assert validation[-1] < validation[0]
+
+
+def test_stages_one_by_one_equal_train_alone(stages):
+    assert stages.run("prepare") == 0
+    assert stages.run("precompute", "auto=false") == 0
+    together, apart = stages.folder / "together", stages.folder / "apart"
+    assert stages.run("train", f"output_dir={apart}", "auto=false") == 0
+    assert stages.run("train", f"output_dir={together}", f"paths.data_dir={stages.folder / 'other'}") == 0
+    assert (together / "metrics.jsonl").read_bytes() == (apart / "metrics.jsonl").read_bytes()
+    adapters = [(run / "adapter_last" / "adapter_model.safetensors").read_bytes() for run in (together, apart)]
+    assert adapters[0] == adapters[1]
+
+
+def test_without_auto_a_missing_input_names_the_stage_that_makes_it(stages, capsys):
+    assert stages.run("train", "auto=false") == 2
+    assert "python -m laddpo.prepare" in capsys.readouterr().err
+    assert stages.run("prepare") == 0
+    assert stages.run("train", "auto=false") == 2
+    assert "python -m laddpo.precompute" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "dpo.beta=3",
+        "dpo.loss=hinge",
+        "optim.learning_rate=1e-4",
+        "adapter.r=2",
+        "optim.per_device_train_batch_size=8",
+        "hardware.token_budget=2000",
+        "dpo.diffusion_samples=1",
+        "dpo.sft_weight=0.1",
+    ],
+)
+def test_what_does_not_change_reference_values_reuses_the_store(stages, capsys, change):
+    assert stages.run("precompute") == 0
+    capsys.readouterr()
+    steps = "optim.max_train_steps=4" if "batch" in change else "optim.max_train_steps=8"
+    assert stages.run("train", change, steps, "evaluation.at_end=false", "evaluation.tasks=[]") == 0
+    shown = capsys.readouterr().out
+    assert "reference, training pairs: all" in shown and "computing" not in shown
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["seed=7", "dpo.estimator=count", "dpo.schedule=iid", "dpo.shared_counts=false", "hardware.precision=bf16"],
+)
+def test_what_changes_reference_values_is_computed_anew(stages, capsys, change):
+    assert stages.run("precompute") == 0
+    capsys.readouterr()
+    assert stages.run("precompute", change) == 0
+    assert "computing" in capsys.readouterr().out
+
+
+def test_more_draws_are_added_to_the_store_of_fewer(stages, capsys):
+    assert stages.run("precompute") == 0
+    store = capsys.readouterr().out.strip().splitlines()[-1]
+    assert stages.run("precompute", "dpo.diffusion_samples=4") == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == store
+    assert stages.run("precompute", "dpo.diffusion_samples=4", "verify=true") == 0
+    assert "verified" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantised_weights_train_on_a_cpu(stages, quantization, capsys):
+    run = stages.folder / quantization
+    assert stages.run("train", f"quantization={quantization}", f"output_dir={run}", "optim.max_train_steps=3") == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["grad_norm"] > 0 for row in rows if "grad_norm" in row)
+    assert "step 0: loss 0.693" in capsys.readouterr().out
+
+
+def test_full_fine_tuning_writes_a_model_and_compares_it_with_the_base(stages):
+    run = stages.folder / "full"
+    assert stages.run("train", "adapter=full", f"output_dir={run}") == 0
+    assert (run / "model" / "model.safetensors").is_file() and (run / "model" / "tokenizer.json").is_file()
+    results = json.loads((run / "evaluation" / "results.json").read_text())
+    assert results["reward_accuracy"]["tuned"] != 0.5
+
+
+def test_evaluate_of_a_run_repeats_what_train_measured_at_its_end(stages):
+    run, again = stages.folder / "run", stages.folder / "again"
+    assert stages.run("train", f"output_dir={run}") == 0
+    assert stages.run("evaluate", f"run={run}", f"output_dir={again}") == 0
+    assert (again / "results.json").read_text() == (run / "evaluation" / "results.json").read_text()
+
+
+def test_generate_shows_base_beside_tuned(stages, capsys):
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    assert stages.run("generate", f"run={run}", "prompt='07+15-04='", f"output_dir={stages.folder / 'g'}") == 0
+    (row,) = [json.loads(line) for line in (stages.folder / "g" / "generations.jsonl").read_text().splitlines()]
+    assert row.keys() == {"prompt", "base", "tuned"} and row["prompt"] == "07+15-04="
+
+
+def test_sft_lowers_its_loss_and_makes_a_model_that_dpo_can_start_from(stages):
+    sft, dpo = stages.folder / "sft", stages.folder / "dpo"
+    settings = ["adapter=full", "sft.num_examples=64", "optim.max_train_steps=12", "evaluation.tasks=[]"]
+    assert stages.run("sft", *settings, f"output_dir={sft}") == 0
+    losses = [json.loads(line)["loss"] for line in (sft / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    assert stages.run("train", f"model.model_name_or_path={sft / 'model'}", f"output_dir={dpo}") == 0
+
+
+def test_dpo_from_an_sft_adapter_has_that_adapter_in_its_reference(stages, capsys):
+    sft, dpo = stages.folder / "sft", stages.folder / "dpo"
+    assert stages.run("sft", "sft.examples=chosen", "evaluation.tasks=[]", f"output_dir={sft}") == 0
+    assert stages.run("train", f"adapter.path={sft / 'adapter'}", f"output_dir={dpo}") == 0
+    shown = capsys.readouterr().out
+    assert "|policy - reference| 0 nats" in shown
+    results = json.loads((dpo / "evaluation" / "results.json").read_text())
+    assert results["reward_accuracy"]["base"] == 0.5
