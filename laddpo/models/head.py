@@ -30,7 +30,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int
 def chunk_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """Logits in float32 or wider. On CUDA the product itself leaves in float32: rounding logits of size 20 to bfloat16
     would move a log-probability by up to 0.06. # [rows, V]"""
-    if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
+    if hidden.is_cuda and torch.version.cuda is not None and hidden.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     logits = hidden @ weight.t()
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -47,13 +47,11 @@ class _TokenLogps(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         slopes = torch.empty_like(hidden) if needs_hidden else None
         for rows in _chunks(len(hidden), chunk_rows):
-            logits = chunk_logits(hidden[rows], weight)
-            total = logits.logsumexp(-1, keepdim=True)
             chosen = targets[rows, None]
-            logps[rows] = (logits.gather(1, chosen) - total)[:, 0]
+            logps[rows], residual = _score(chunk_logits(hidden[rows], weight), chosen)
             if needs_hidden:
-                residual = _residual(logits, total, chosen)
                 slopes[rows] = residual.to(hidden.dtype) @ weight
+            del residual  # or two chunks would live at once
         ctx.chunk_rows = chunk_rows
         ctx.save_for_backward(slopes, *((hidden, weight, targets) if needs_weight else (None, None, None)))
         return logps
@@ -67,18 +65,26 @@ class _TokenLogps(torch.autograd.Function):
         if weight is not None:
             grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
             for rows in _chunks(len(hidden), ctx.chunk_rows):
-                logits = chunk_logits(hidden[rows], weight)
-                residual = _residual(logits, logits.logsumexp(-1, keepdim=True), targets[rows, None])
+                _, residual = _score(chunk_logits(hidden[rows], weight), targets[rows, None])
                 residual *= grad[rows, None]
                 grad_weight += residual.to(hidden.dtype).t() @ hidden[rows]
+                del residual
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None
 
 
-def _residual(logits: Tensor, total: Tensor, chosen: Tensor) -> Tensor:
-    """one-hot(target) - softmax, written over `logits`."""
-    residual = logits.sub_(total).exp_().neg_()
-    return residual.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=residual.dtype))
+def _score(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax at the chosen tokens [rows], and one-hot(chosen) - softmax written over `logits` [rows, V].
+
+    One exponential and no second [rows, V] tensor: logsumexp would make one of its own.
+    """
+    top = logits.amax(-1, keepdim=True)
+    above = logits.gather(1, chosen) - top
+    exponentials = logits.sub_(top).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    residual = exponentials.div_(-total)
+    residual.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=residual.dtype))
+    return (above - total.log())[:, 0], residual
 
 
 def _chunks(rows: int, size: int) -> list[slice]:

@@ -1,5 +1,6 @@
 """Loading checkpoints: what is read, what is refused and in which words."""
 
+import importlib.util
 import os
 import pickle
 
@@ -60,6 +61,13 @@ def test_attention_auto_allows_the_fast_kernel_and_sdpa_does_not(tiny_folder):
     auto, sdpa = (load_model(str(tiny_folder), attention=a) for a in ("auto", "sdpa"))
     assert auto.config._attn_implementation == sdpa.config._attn_implementation == "sdpa"
     assert (auto.packed_kernel, sdpa.packed_kernel) == ("auto", "batched")
+
+
+def test_an_attention_package_that_is_not_installed_is_named(tiny_folder):
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash_attn is installed here")
+    with pytest.raises(UserError, match=r"hardware\.attention is 'flash_attention_2'.*set hardware\.attention=auto"):
+        load_model(str(tiny_folder), attention="flash_attention_2")
 
 
 def test_a_missing_tensor_is_refused_instead_of_drawn_at_random(tiny_folder):
