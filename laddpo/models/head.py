@@ -48,7 +48,7 @@ class _TokenLogps(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if needs_hidden else None
         for rows in _chunks(len(hidden), chunk_rows):
             chosen = targets[rows, None]
-            logps[rows], residual = _score(chunk_logits(hidden[rows], weight), chosen)
+            logps[rows], residual = _score(chunk_logits(hidden[rows], weight), chosen, needs_hidden)
             if needs_hidden:
                 slopes[rows] = residual.to(hidden.dtype) @ weight
             del residual  # or two chunks would live at once
@@ -65,7 +65,7 @@ class _TokenLogps(torch.autograd.Function):
         if weight is not None:
             grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
             for rows in _chunks(len(hidden), ctx.chunk_rows):
-                _, residual = _score(chunk_logits(hidden[rows], weight), targets[rows, None])
+                _, residual = _score(chunk_logits(hidden[rows], weight), targets[rows, None], True)
                 residual *= grad[rows, None]
                 grad_weight += residual.to(hidden.dtype).t() @ hidden[rows]
                 del residual
@@ -73,8 +73,8 @@ class _TokenLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def _score(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax at the chosen tokens [rows], and one-hot(chosen) - softmax written over `logits` [rows, V].
+def _score(logits: Tensor, chosen: Tensor, wants_residual: bool) -> tuple[Tensor, Tensor]:
+    """log softmax at the chosen tokens [rows]; `logits` [rows, V], overwritten by one-hot(chosen) - softmax if wanted.
 
     One exponential and no second [rows, V] tensor: logsumexp would make one of its own.
     """
@@ -82,9 +82,9 @@ def _score(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     above = logits.gather(1, chosen) - top
     exponentials = logits.sub_(top).exp_()
     total = exponentials.sum(-1, keepdim=True)
-    residual = exponentials.div_(-total)
-    residual.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=residual.dtype))
-    return (above - total.log())[:, 0], residual
+    if wants_residual:
+        exponentials.div_(-total).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=total.dtype))
+    return (above - total.log())[:, 0], exponentials
 
 
 def _chunks(rows: int, size: int) -> list[slice]:

@@ -1,0 +1,319 @@
+"""What a training step will need: bytes by part, from plain numbers, before any weight is loaded. No torch.
+
+`predict_memory(setup, load)` gives the peak of a micro-step of so many tokens; `largest_token_budget` turns that round;
+`explain` says why something does not fit and which two settings help most. Counted are the tensors that autograd keeps
+and the largest moment on top of them, as laddpo/models/llada.py makes them; verified on the CPU by counting allocated
+bytes (tests/core/test_memory.py). On CUDA the same count is arithmetic: the allocator rounds and the context is extra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+GIB = 2**30
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # logits held at once: laddpo/models/head.py
+MOST_TOKENS = 16384  # larger micro-steps gain no speed on any GPU tried by us or reported
+BUDGET_STEP = 64  # tokens
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the transformer. `vocab_size` counts the rows of embedding and head."""
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    mlp_hidden_size: int
+    vocab_size: int
+
+    @property
+    def kv_width(self) -> int:
+        return self.d_model // self.n_heads * self.n_kv_heads
+
+    def linear(self, name: str) -> tuple[int, int]:
+        """(inputs, outputs) of a block's linear layer."""
+        width, mlp = self.d_model, self.mlp_hidden_size
+        outputs = {"k_proj": self.kv_width, "v_proj": self.kv_width, "ff_proj": mlp, "up_proj": mlp}
+        return (mlp if name == "ff_out" else width), outputs.get(name, width)
+
+    @property
+    def block_parameters(self) -> int:
+        """Of the linear layers of one block."""
+        return sum(a * b for a, b in map(self.linear, BLOCK_LINEARS))
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model: blocks with two norms each, last norm, embedding and head."""
+        width = self.d_model
+        return self.n_layers * (self.block_parameters + 2 * width) + width + 2 * self.vocab_size * width
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides about memory, apart from how much is computed at once.
+
+    `rank` None: all weights are trained. `quantization`: none, nf4, nf4_double, fp4, ... by name of STORED_BYTES.
+    `gradient_groups`: buffers that a pair larger than a micro-step needs in `stream` (coefficient_groups of the loss).
+    """
+
+    shape: Shape
+    device: str = "cuda"
+    precision: str = "bf16"
+    quantization: str = "none"
+    rank: int | None = 16
+    targets: tuple[str, ...] = BLOCK_LINEARS
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    offload: bool = False
+    embeddings_on_cpu: bool = False
+    backward: str = "stream"
+    gradient_groups: int = 1
+
+    @property
+    def is_full(self) -> bool:
+        return self.rank is None
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters, all float32."""
+        if self.is_full:
+            return self.shape.parameters
+        return self.shape.n_layers * self.rank * sum(sum(self.shape.linear(name)) for name in self.targets)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One micro-step: `tokens`, of which `rows` are masked (None: half), in sequences of `mixed` lengths or of one.
+
+    `exceeds`: pairs larger than a micro-step occur, so that `stream` needs its buffers.
+    """
+
+    tokens: int
+    rows: int | None = None
+    mixed: bool = True
+    exceeds: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part at the moment of the peak. `resident` parts are there all the time."""
+
+    setup: Setup
+    load: Load
+    resident: dict[str, int]
+    passing: dict[str, int]
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return {**self.resident, **self.passing}
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def largest_part(self) -> str:
+        return max(self.parts, key=self.parts.__getitem__)
+
+
+def predict_memory(setup: Setup, load: Load) -> MemoryPlan:
+    """Bytes by part when a training step is at its largest."""
+    resident = {
+        "weights": _weights(setup),
+        "adapter": 0 if setup.is_full else 4 * setup.trained,
+        "optimizer": _optimizer(setup),
+        "gradient": 4 * setup.trained,
+        "gradient buffers": 4 * setup.trained * _buffers(setup, load),
+    }
+    saved = _saved_activations(setup, load)
+    moments = [_in_head(setup, load), _in_last_norm(setup, load), _in_block(setup, load)]
+    passing = max(
+        ({"activations": saved, **moment} for moment in moments), key=lambda moment: sum(moment.values())
+    )
+    update = {"activations": 0, "logits": 0, "workspace": _update_workspace(setup)}
+    return MemoryPlan(setup, load, resident, max(passing, update, key=lambda moment: sum(moment.values())))
+
+
+def largest_token_budget(setup: Setup, available: int, load: Load | None = None, most: int = MOST_TOKENS) -> int:
+    """The most tokens of a micro-step whose peak fits `available` bytes; 0 when not even the smallest does."""
+    load = load or Load(0)
+
+    def fits(tokens: int) -> bool:
+        return predict_memory(setup, dataclasses.replace(load, tokens=tokens, rows=None)).peak <= available
+
+    low, high = 0, most // BUDGET_STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * BUDGET_STEP) else (low, middle - 1)
+    return low * BUDGET_STEP
+
+
+def explain(plan: MemoryPlan, available: int, what: str) -> str:
+    """Why `what` does not fit: predicted, available, the largest part, and the two settings that save most."""
+    part = plan.largest_part
+    ranked = sorted(_remedies(plan.setup), key=lambda remedy: predict_memory(remedy[1], plan.load).peak)
+    helpful = [
+        f"{text} (saves {gib(plan.peak - predict_memory(setup, plan.load).peak)})"
+        for text, setup in ranked
+        if predict_memory(setup, plan.load).peak < plan.peak
+    ][:2]
+    helpful += ["data.max_length lower (with data.truncation=drop)", "a smaller adapter.r"][: 2 - len(helpful)]
+    return (
+        f"{what} does not fit: predicted {gib(plan.peak)}, available {gib(available)}. The largest part is "
+        f"{part} ({gib(plan.parts[part])}). What helps most: {', or '.join(helpful)}."
+    )
+
+
+def gib(size: float) -> str:
+    """1.25 GiB, or MiB below 0.1 GiB."""
+    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
+
+
+def _weights(setup: Setup) -> int:
+    """Blocks as they are stored; embedding, head and norms in the compute dtype. Full fine-tuning: float32 masters."""
+    shape, element = setup.shape, ELEMENT_BYTES[setup.precision]
+    if setup.is_full:
+        return 4 * shape.parameters
+    blocks = shape.n_layers * shape.block_parameters
+    stored = blocks * STORED_BYTES.get(setup.quantization, element)
+    if setup.quantization == "int8":  # one float32 scale for each row
+        stored += 4 * shape.n_layers * sum(shape.linear(name)[1] for name in BLOCK_LINEARS)
+    outside = shape.parameters - blocks - (shape.vocab_size * shape.d_model if setup.embeddings_on_cpu else 0)
+    return round(stored + outside * element)
+
+
+def _optimizer(setup: Setup) -> int:
+    """Two moments. 8-bit ones keep small tensors and one scale in 256 values in float32; paged ones may leave the GPU."""
+    if setup.optimizer == "adamw":
+        return 8 * setup.trained
+    small = 0
+    if not setup.is_full:
+        sizes = [setup.rank * n for name in setup.targets for n in setup.shape.linear(name)]
+        small = setup.shape.n_layers * sum(size for size in sizes if size < 4096)
+    return round(8 * small + 2 * (setup.trained - small) * (1 + 4 / 256))
+
+
+def _buffers(setup: Setup, load: Load) -> int:
+    return setup.gradient_groups if setup.backward == "stream" and load.exceeds else 0
+
+
+def _saved_activations(setup: Setup, load: Load) -> int:
+    """What autograd keeps until the backward pass, and the rotary angles, which all blocks share."""
+    shape, element = setup.shape, ELEMENT_BYTES[setup.precision]
+    rotation = 2 * 4 * shape.d_model // shape.n_heads + 3 * 8  # cos and sin; token ids, positions and their order
+    inputs = (shape.n_layers + 1) * shape.d_model * element
+    per_token = inputs if setup.checkpointing else shape.n_layers * _block_bytes(setup, load)
+    kept = 0 if setup.offload else per_token * load.tokens
+    casts = 0 if setup.checkpointing else shape.n_layers * _block_casts(setup)
+    return kept + rotation * load.tokens + casts
+
+
+def _block_bytes(setup: Setup, load: Load) -> int:
+    """Bytes that one block keeps for each token."""
+    shape, element = setup.shape, ELEMENT_BYTES[setup.precision]
+    width, mlp = shape.d_model, shape.mlp_hidden_size
+    wide = 4 if setup.device == "cpu" else element  # without a fused kernel a norm keeps its input in float32
+    norms = 2 * width * wide + 2 * 4 + (2 * width * element if setup.is_full else 0)
+    attention = 2 * (width + shape.kv_width) * element + 4 * shape.n_heads
+    if setup.device == "cpu" and load.mixed:  # outputs of runs of equal lengths are joined into a copy
+        attention += width * element
+    trained = BLOCK_LINEARS if setup.is_full else setup.targets
+    into_attention = width * element * bool({"q_proj", "k_proj", "v_proj"} & set(trained))
+    into_mlp = width * element * bool({"ff_proj", "up_proj"} & set(trained))
+    gated = mlp * element * (4 if "ff_out" in trained else 3)
+    low_rank = 0 if setup.is_full else setup.rank * len(setup.targets) * element
+    return norms + attention + into_attention + into_mlp + gated + low_rank
+
+
+def _block_casts(setup: Setup) -> int:
+    """Copies of float32 trained weights in a narrower compute dtype, kept for the backward pass."""
+    if setup.precision == "fp32":
+        return 0
+    element = ELEMENT_BYTES[setup.precision]
+    if setup.is_full:
+        return element * setup.shape.block_parameters
+    return element * setup.trained // setup.shape.n_layers
+
+
+def _in_block(setup: Setup, load: Load) -> dict[str, int]:
+    """The backward pass of a block's gated product: its gradients, unpacked weights, what is recomputed."""
+    shape, element = setup.shape, ELEMENT_BYTES[setup.precision]
+    width, mlp = shape.d_model, shape.mlp_hidden_size
+    workspace = load.tokens * 2 * mlp * element
+    if setup.checkpointing or setup.offload:  # the block's own activations are back
+        recomputed = _block_bytes(setup, load)
+        if setup.precision == "fp32" and setup.checkpointing and not setup.offload:
+            recomputed -= width * element  # its input is what was kept
+        workspace += load.tokens * recomputed + (_block_casts(setup) if setup.checkpointing else 0)
+    if setup.quantization != "none":
+        workspace += width * mlp * element
+    if setup.is_full:
+        workspace += 4 * width * mlp
+    return {"logits": 0, "workspace": workspace}
+
+
+def _in_last_norm(setup: Setup, load: Load) -> dict[str, int]:
+    """The backward pass of the norm before the head, when every activation is still kept."""
+    width = setup.shape.d_model
+    per_token = 5 * width * 4 if setup.device == "cpu" else 3 * width * ELEMENT_BYTES[setup.precision]
+    return {"logits": 0, "workspace": load.tokens * per_token}
+
+
+def _in_head(setup: Setup, load: Load) -> dict[str, int]:
+    """Forward and backward of the head on the masked rows, a chunk of logits at a time."""
+    shape, element = setup.shape, ELEMENT_BYTES[setup.precision]
+    rows = load.tokens // 2 if load.rows is None else load.rows
+    chunk_rows = min(rows, max(64, CHUNK_ELEMENTS[setup.device] // shape.vocab_size))
+    logits = (4 if element == 4 else 6) * chunk_rows * shape.vocab_size  # float32, and a copy in a narrower dtype
+    workspace = 2 * rows * shape.d_model * element  # hidden states, and the slope of every row
+    if setup.is_full:  # gradient of the head, and one chunk's share of it
+        workspace += 2 * 4 * shape.vocab_size * shape.d_model
+        if setup.precision != "fp32":
+            workspace += element * shape.vocab_size * shape.d_model
+    return {"logits": logits, "workspace": workspace}
+
+
+def _update_workspace(setup: Setup) -> int:
+    """The optimizer's own temporaries: on CUDA all tensors at once, on the CPU one after the other."""
+    if setup.optimizer != "adamw":
+        return 0
+    if setup.device == "cuda":
+        return 4 * setup.trained
+    linears = map(setup.shape.linear, BLOCK_LINEARS)
+    largest = max(a * b for a, b in linears) if setup.is_full else setup.rank * max(map(max, linears))
+    return 8 * max(largest, setup.shape.vocab_size * setup.shape.d_model if setup.is_full else 0)
+
+
+def _remedies(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    """Settings that could help, as written on the command line, and what they would change."""
+    for applies, text, changes in REMEDIES:
+        if applies(setup):
+            yield text, dataclasses.replace(setup, **changes)
+
+
+STORED_BYTES = {  # per weight of a block
+    "int8": 1.0,
+    "4bit": 0.5 + 4 / 64,  # one float32 scale for 64 values
+    "4bit_double": 0.5 + 1 / 64 + 4 / (64 * 256),  # scales in 8 bits, with scales of their own
+}
+
+REMEDIES: tuple[tuple[Callable[[Setup], bool], str, dict], ...] = (
+    (lambda s: not s.checkpointing, "hardware.gradient_checkpointing=true", {"checkpointing": True}),
+    (lambda s: not s.is_full and "4bit" not in s.quantization, "quantization=nf4", {"quantization": "4bit_double"}),
+    (lambda s: s.is_full, "adapter=lora", {"rank": 16}),
+    (lambda s: s.optimizer == "adamw", "optim=adamw_8bit", {"optimizer": "adamw_8bit"}),
+    (lambda s: s.device == "cuda" and not s.offload, "hardware.offload_activations=true", {"offload": True}),
+    (
+        lambda s: s.device == "cuda" and not s.is_full and not s.embeddings_on_cpu,
+        "hardware.embeddings_on_cpu=true",
+        {"embeddings_on_cpu": True},
+    ),
+    (lambda s: s.precision == "fp32" and s.device == "cuda", "hardware.precision=bf16", {"precision": "bf16"}),
+    (lambda s: not s.is_full and s.rank > 8, "adapter.r=8", {"rank": 8}),
+    (lambda s: s.backward == "stream" and s.is_full, "hardware.backward=two_pass", {"backward": "two_pass"}),
+)
