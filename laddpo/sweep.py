@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -34,6 +35,7 @@ from laddpo.runs import read_json, write_json
 
 SWEEP_FILE = "sweep.json"
 JOB_FILE = "job.json"
+PROCESS_FILE = "process.json"
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,13 @@ def run_sweep(
     print(f"sweep of {len(jobs) if jobs else 'jobs chosen as it goes'} in {sweep.folder}", flush=True)
     launch = [*sweep.overrides, *_hydra_settings(sweep)]
     task = JobTask(sweep, len(jobs) if jobs else None)
-    with forward_signals(), contextlib.suppress(_SweepStopped):
+    with forward_signals(folder), contextlib.suppress(_SweepStopped):
         try:
             hydra.multirun(config_name, task, launch, with_log_configuration=False)
         except HydraException as error:
             raise UserError(f"the sweep could not be started: {error}") from error
+        finally:
+            signal_jobs(folder, signal.SIGTERM)  # a launcher's worker that died leaves its job behind
     records = write_sweep_file(sweep, jobs)
     print(jobs_table(records))
     print(sweep.folder)
@@ -187,7 +191,7 @@ class JobTask:
             print(f"job {hydra.job.num}: done before, {folder}", flush=True)
         else:
             print(f"job {hydra.job.num}{f' of {self.count}' if self.count else ''}: {' '.join(overrides)}", flush=True)
-            code = run_child(child_command(self.sweep, overrides, folder))
+            code = run_child(child_command(self.sweep, overrides, folder), folder)
             write_json(done, {"overrides": overrides, "exit_code": code})
             if code == EXIT_STOPPED:
                 _stop_requested.set()
@@ -205,33 +209,36 @@ def child_command(sweep: Sweep, overrides: Sequence[str], folder: Path) -> list[
     return [sys.executable, "-m", f"laddpo.{sweep.stage}", *flags, *overrides, *own]
 
 
-def run_child(command: list[str]) -> int:
-    """The exit code of a child process. It finds this package even where the package is not installed."""
+def run_child(command: list[str], folder: Path) -> int:
+    """The exit code of a job's process, whose number stands in the job's folder while it runs.
+
+    It finds this package even where that is not installed. It has a session of its own, so that Ctrl-C reaches it
+    exactly once, through `forward_signals`.
+    """
     root = str(Path(laddpo.__file__).resolve().parents[1])
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([*paths, root]))}
-    # Its own session: Ctrl-C reaches it through forward_signals only, so exactly once.
     child = subprocess.Popen(command, env=environment, start_new_session=True)
-    _children.add(child)
+    write_json(folder / PROCESS_FILE, {"pid": child.pid, "host": socket.gethostname()})
     try:
         return child.wait()
     finally:
-        _children.discard(child)
+        (folder / PROCESS_FILE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def forward_signals() -> Iterator[None]:
+def forward_signals(folder: Path) -> Iterator[None]:
     """Within the block, signals to stop go to the running jobs, and no further job is started."""
     _stop_requested.clear()
+    for left_behind in folder.glob(f"*/{PROCESS_FILE}"):
+        left_behind.unlink()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def forward(number: int, frame: Any) -> None:
         _stop_requested.set()
-        for child in list(_children):
-            with contextlib.suppress(ProcessLookupError):
-                child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        signal_jobs(folder, signal.SIGTERM if number == signal.SIGHUP else number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -239,6 +246,15 @@ def forward_signals() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def signal_jobs(folder: Path, number: int) -> None:
+    """Send a signal to every job that runs on this machine, whichever launcher started it."""
+    for path in folder.glob(f"*/{PROCESS_FILE}"):
+        with contextlib.suppress(OSError, UserError, ProcessLookupError):
+            process = read_json(path)
+            if process["host"] == socket.gethostname():
+                os.kill(process["pid"], number)
 
 
 def find_results(folder: Path) -> dict[str, Any]:
@@ -313,6 +329,5 @@ class _SweepStopped(BaseException):
     """Ends the sweeper's own loop: Hydra catches every Exception of a job."""
 
 
-_children: set[subprocess.Popen] = set()
 _stop_requested = threading.Event()
 RESULT_COLUMNS = ("exact_match", "reward_accuracy")
