@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser, MaskedSequence, draw_logps
 
 BACKWARD_MODES = ("stream", "two_pass", "joint")
@@ -80,48 +81,42 @@ def accumulate_gradient(
     items: Sequence[Item],
     objective: Objective,
     scale: float,
-    token_budget: int,
+    token_budget: int | TokenBudget,
     mode: str = "stream",
 ) -> StepValues:
     """Add the gradient of `scale * sum of the items' losses` to every `parameter.grad`.
 
     `scale` is 1 / (items in the global step), times the loss scaler's factor in fp16. Peak memory is that of one
-    micro-step of at most `token_budget` tokens (or of one longer sequence), plus buffers for items that exceed it.
+    micro-step of at most `token_budget` tokens (or of one longer sequence), plus buffers for items that exceed it. When
+    memory runs out, all of it is done again in smaller micro-steps (core/budget.py).
     """
     assert mode in BACKWARD_MODES, f"backward mode {mode!r}"
-    if mode == "two_pass":
-        return _two_pass(denoiser, items, objective, scale, token_budget)
-    budget = token_budget if mode == "stream" else None
-    draws, losses = [None] * len(items), [None] * len(items)
-    for group in pack_items(items, budget):
-        members = [items[i] for i in group]
-        if mode == "stream" and members[0].tokens > token_budget:
-            values, loss = _stream_large_item(denoiser, parameters, members[0], objective, scale, token_budget)
-        else:
-            values, loss = _backward_whole_items(denoiser, members, objective, scale)
-        for position, i in enumerate(group):
-            draws[i], losses[i] = values[position], loss[position]
-    return StepValues(torch.stack(draws), torch.stack(losses))
+    if mode == "joint":
+        return _one_pass(denoiser, parameters, items, objective, scale, None)
+    earlier = [parameter.grad for parameter in parameters]
+
+    def attempt(tokens: int) -> StepValues:
+        for parameter in parameters:
+            parameter.grad = None
+        if mode == "two_pass":
+            return _two_pass(denoiser, items, objective, scale, tokens)
+        return _one_pass(denoiser, parameters, items, objective, scale, tokens)
+
+    values = TokenBudget.of(token_budget).run(attempt, longest_sequence(items))
+    for parameter, gradient in zip(parameters, earlier, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+    return values
 
 
-@torch.no_grad()
-def score_items(denoiser: Denoiser, items: Sequence[Item], token_budget: int) -> Tensor:
+def score_items(denoiser: Denoiser, items: Sequence[Item], token_budget: int | TokenBudget) -> Tensor:
     """Per-draw values without a graph, in the same packing as `stream`. # float64 [items, sides, draws]"""
-    values: list[Tensor | None] = [None] * len(items)
-    for group in pack_items(items, token_budget):
-        members = [items[i] for i in group]
-        if members[0].tokens > token_budget:
-            parts = [
-                draw_logps(denoiser, part)
-                for side in members[0].sides
-                for part in pack_sequence_runs(side, token_budget)
-            ]
-            scored = torch.cat(parts).view(1, len(members[0].sides), -1)
-        else:
-            scored = _draw_values(denoiser, members)
-        for position, i in enumerate(group):
-            values[i] = scored[position]
-    return torch.stack(values)
+    return TokenBudget.of(token_budget).run(lambda tokens: _score(denoiser, items, tokens), longest_sequence(items))
+
+
+def longest_sequence(items: Sequence[Item]) -> int:
+    """Tokens of the longest sequence: what a micro-step holds at least."""
+    return max((sequence.tokens for item in items for sequence in item.sequences), default=0)
 
 
 def pack_items(items: Sequence[Item], token_budget: int | None) -> list[list[int]]:
@@ -154,6 +149,46 @@ def pack_sequence_runs(sequences: Sequence[MaskedSequence], token_budget: int) -
         runs[-1].append(sequence)
         filled += sequence.tokens
     return runs
+
+
+def _one_pass(
+    denoiser: Denoiser,
+    parameters: Sequence[Tensor],
+    items: Sequence[Item],
+    objective: Objective,
+    scale: float,
+    token_budget: int | None,
+) -> StepValues:
+    """`stream`; without a budget `joint`."""
+    draws, losses = [None] * len(items), [None] * len(items)
+    for group in pack_items(items, token_budget):
+        members = [items[i] for i in group]
+        if token_budget is not None and members[0].tokens > token_budget:
+            values, loss = _stream_large_item(denoiser, parameters, members[0], objective, scale, token_budget)
+        else:
+            values, loss = _backward_whole_items(denoiser, members, objective, scale)
+        for position, i in enumerate(group):
+            draws[i], losses[i] = values[position], loss[position]
+    return StepValues(torch.stack(draws), torch.stack(losses))
+
+
+@torch.no_grad()
+def _score(denoiser: Denoiser, items: Sequence[Item], token_budget: int) -> Tensor:
+    values: list[Tensor | None] = [None] * len(items)
+    for group in pack_items(items, token_budget):
+        members = [items[i] for i in group]
+        if members[0].tokens > token_budget:
+            parts = [
+                draw_logps(denoiser, part)
+                for side in members[0].sides
+                for part in pack_sequence_runs(side, token_budget)
+            ]
+            scored = torch.cat(parts).view(1, len(members[0].sides), -1)
+        else:
+            scored = _draw_values(denoiser, members)
+        for position, i in enumerate(group):
+            values[i] = scored[position]
+    return torch.stack(values)
 
 
 def _draw_values(denoiser: Denoiser, items: Sequence[Item]) -> Tensor:
@@ -220,7 +255,7 @@ def _stream_large_item(
 def _two_pass(
     denoiser: Denoiser, items: Sequence[Item], objective: Objective, scale: float, token_budget: int
 ) -> StepValues:
-    values = score_items(denoiser, items, token_budget)
+    values = _score(denoiser, items, token_budget)
     coefficients, losses = _coefficients(objective, items, values, scale)
     sequences = [sequence for item in items for sequence in item.sequences]
     flat = coefficients.flatten()

@@ -132,9 +132,7 @@ def predict_memory(setup: Setup, load: Load) -> MemoryPlan:
     }
     saved = _saved_activations(setup, load)
     moments = [_in_head(setup, load), _in_last_norm(setup, load), _in_block(setup, load)]
-    passing = max(
-        ({"activations": saved, **moment} for moment in moments), key=lambda moment: sum(moment.values())
-    )
+    passing = max(({"activations": saved, **moment} for moment in moments), key=lambda moment: sum(moment.values()))
     update = {"activations": 0, "logits": 0, "workspace": _update_workspace(setup)}
     return MemoryPlan(setup, load, resident, max(passing, update, key=lambda moment: sum(moment.values())))
 
@@ -188,7 +186,7 @@ def _weights(setup: Setup) -> int:
 
 
 def _optimizer(setup: Setup) -> int:
-    """Two moments. 8-bit ones keep small tensors and one scale in 256 values in float32; paged ones may leave the GPU."""
+    """Two moments. 8-bit ones keep small tensors, and one scale for 256 values, in float32."""
     if setup.optimizer == "adamw":
         return 8 * setup.trained
     small = 0

@@ -1,0 +1,80 @@
+"""The tokens of a micro-step, which shrink when memory runs out: the one place where work is done again.
+
+Noise is keyed and gradients are summed, so the same work in smaller micro-steps gives the same result to rounding. Work
+goes in as a function of the budget; it must leave nothing behind that a second run would meet.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from laddpo.errors import RunFault
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def _no_plan(tokens: int) -> str:
+    return f"one sequence of {tokens} tokens does not fit the memory. Lower data.max_length or adapter.r."
+
+
+@dataclass
+class TokenBudget:
+    """At most `tokens` in a micro-step, or one longer sequence. `explain(tokens)` is the message when that fails.
+
+    One object serves all passes of a run, so that what one of them learns about memory holds for the others.
+    """
+
+    tokens: int
+    explain: Callable[[int], str] = _no_plan
+    retries: int = 0
+
+    @classmethod
+    def of(cls, budget: int | TokenBudget) -> TokenBudget:
+        return budget if isinstance(budget, TokenBudget) else cls(budget)
+
+    def run(self, work: Callable[[int], T], longest: int) -> T:
+        """`work(tokens)`, again with half the tokens each time memory runs out.
+
+        `longest`: tokens of the longest sequence in the work. Raises `RunFault` when that alone does not fit.
+        """
+        while True:
+            try:
+                return work(self.tokens)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            # outside the handler: the traceback held every tensor of the failed attempt
+            self._shrink(longest, reason)
+
+    def _shrink(self, longest: int, reason: str) -> None:
+        self.retries += 1
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.tokens <= longest:
+            raise RunFault(f"{self.explain(longest)} ({reason})")
+        log.warning(
+            "out of memory with %d tokens per micro-step; doing the work again with %d (%s)",
+            self.tokens,
+            self.tokens // 2,
+            reason,
+        )
+        self.tokens //= 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out; torch has an exception of its own for that on GPUs alone."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS)
+    )
+
+
+OUT_OF_MEMORY_SIGNS = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
