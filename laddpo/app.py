@@ -206,7 +206,7 @@ def _parse(stage: str, argv: list[str]) -> argparse.Namespace:
     """Hydra's own flags, with our messages, and --version as a plain flag."""
     parser = _Parser(prog=f"python -m laddpo.{stage}", add_help=False, allow_abbrev=False)
     for action in get_args_parser()._actions:
-        if action.dest not in ("version", "config_path", "experimental_rerun"):
+        if action.dest not in ("version", "config_path", "experimental_rerun", "hydra_help"):
             parser._add_action(action)
     parser.add_argument("--version", action="store_true", help="print the version")
     args = parser.parse_args(argv)
