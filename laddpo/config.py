@@ -176,6 +176,11 @@ def _device(config: RunConfig) -> Iterator[str]:
             "hardware.precision is 'fp16' and hardware.device is 'cpu', where float16 arithmetic is missing or slow; "
             "use hardware.precision=fp32 or bf16."
         )
+    if hardware.embeddings_on_cpu and config.adapter.kind == "full":
+        yield (
+            "hardware.embeddings_on_cpu is true and adapter.kind is 'full'; the embedding table is trained then and has "
+            "to be where the other weights are; use adapter=lora, or hardware.embeddings_on_cpu=false."
+        )
 
 
 def _decoding(config: RunConfig) -> Iterator[str]:

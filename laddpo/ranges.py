@@ -146,6 +146,8 @@ RANGES: dict[str, Range] = {
     "optim.skip_nonfinite": at_least(0, "0 stops at the first non-finite step"),
     "hardware.token_budget": at_least(1, "null lets the memory plan choose"),
     "hardware.vram_gib": more_than(0, "null asks the device"),
+    "hardware.tflops": more_than(0, "97.5 for an RTX 4080; null leaves plan without hours on a GPU"),
+    "hardware.memory_gb_per_s": more_than(0, "717 for an RTX 4080; null assumes a usual ratio to tflops"),
     "hardware.threads": at_least(1, "null leaves torch's own choice"),
     "evaluation.limit": at_least(1, "null takes every item"),
     "evaluation.shots": at_least(0, "0 shows no worked examples"),

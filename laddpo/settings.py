@@ -124,6 +124,7 @@ class DataSettings:
     allow_nul: bool = False
     num_pairs: int = 2048
     operand_max: int = 20
+    tasks: list[str] = field(default_factory=list)
     terms: int = 3
     width: int = 2
     habit: str = "drop_carry"
@@ -169,7 +170,11 @@ class HardwareSettings:
     token_budget: int | None = None
     backward: str = "auto"
     gradient_checkpointing: bool | None = None
+    offload_activations: bool = False
+    embeddings_on_cpu: bool = False
     vram_gib: float | None = None
+    tflops: float | None = None
+    memory_gb_per_s: float | None = None
     compile: bool = False
     threads: int | None = None
 
