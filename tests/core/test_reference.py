@@ -192,7 +192,7 @@ name, folder = sys.argv[1:]
 store = ReferenceStore(Path(folder), {"weights": "w"})
 print("ready", flush=True)
 sys.stdin.readline()
-for i in range(25):
+for i in range(12):
     pair = StoredPair(f"{name}-{i}", token_digest(np.array([i])))
     store.append([pair], 0, np.full((1, 2, 1), -1.0 - i))
 """
@@ -211,9 +211,9 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path):
         writer.communicate(timeout=60)
         assert writer.returncode == 0
     store = ReferenceStore(tmp_path / "store", {"weights": "w"})
-    assert len(store) == 50
+    assert len(store) == 24
     for name in ("a", "b"):
-        for i in range(25):
+        for i in range(12):
             pair = StoredPair(f"{name}-{i}", token_digest(np.array([i])))
             assert store.values(pair, [0]).tolist() == [[-1.0 - i], [-1.0 - i]]
 
