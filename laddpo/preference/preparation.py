@@ -217,7 +217,8 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
             for name, keys in job.evaluation_prompts.items()
         },
     }
-    held_out = dict(zip(chosen.tolist(), is_validation.tolist(), strict=True))
+    held_out = np.zeros(len(spool), dtype=bool)
+    held_out[chosen] = is_validation
     rows = spool.read(chosen)
     with tqdm(total=len(chosen), desc="encoding", unit=" rows", disable=not job.progress, mininterval=0.5) as bar:
         while batch := list(islice(rows, BATCH_ROWS)):
@@ -229,7 +230,7 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
 
 
 def _encode_batch(
-    job: _Job, spool: Spool, batch: list, held_out: Mapping[int, bool], report: ReportBuilder, writer: PreparedWriter
+    job: _Job, spool: Spool, batch: list, held_out: np.ndarray, report: ReportBuilder, writer: PreparedWriter
 ) -> None:
     outcomes = job.encoder.encode_rows([(row.prompt, row.responses) for row in batch])
     for row, outcome in zip(batch, outcomes, strict=True):
@@ -241,7 +242,7 @@ def _encode_batch(
             report.drop(BadRow(row.place, "DATA-83", "", "repeats another row", "Set data.duplicates=keep to keep it."))
         else:
             place_by_source = job.sources[spool.parts[row.index]].split_of
-            split = place_by_source(row.prompt) if place_by_source else SPLITS[held_out[row.index]]
+            split = place_by_source(row.prompt) if place_by_source else SPLITS[int(held_out[row.index])]
             row_id = spool.row_id(row.index)
             texts = dict(zip(job.prepared.sides, row.responses, strict=True))
             record = {"id": row_id, "prompt": prompt_rows(outcome.prompt), **texts, "split": split, "group": row.group}

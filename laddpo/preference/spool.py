@@ -64,6 +64,7 @@ class Spool:
         digests = np.frombuffer(bytes(self._digests), dtype=f"V{DIGEST_BYTES}")
         keys = np.frombuffer(bytes(self._digests), dtype=">u4").reshape(-1, 3)
         order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
+        self._order = order
         self.digests = digests[order]
         self.groups = np.frombuffer(self._groups, dtype=np.uint64)[order]
         self.parts = np.frombuffer(self._parts, dtype=np.uint8)[order]
@@ -85,11 +86,9 @@ class Spool:
         """How many of the rows have the same prompt and the same two responses as another, the other way round."""
         if not self._mirrored:
             return 0
-        forward = {digest.tobytes() for digest in self.digests[rows]}
-        size = DIGEST_BYTES
-        mirrored = {bytes(self._mirrored[i : i + size]) for i in range(0, len(self._mirrored), size)}
-        both = forward & mirrored
-        return sum(digest.tobytes() in both for digest in self.digests[rows])
+        kind = f"S{DIGEST_BYTES}"
+        mirrored = np.frombuffer(bytes(self._mirrored), dtype=kind)[self._order][rows]
+        return int(np.isin(self.digests[rows].view(kind), mirrored).sum())
 
     def read(self, rows: np.ndarray) -> Iterator[SpooledRow]:
         """The rows asked for, in that order."""
