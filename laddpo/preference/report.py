@@ -22,6 +22,7 @@ QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max":
 SAMPLES = 3
 SAMPLE_CHARACTERS = 1200
 SCORED = ("⟦", "⟧")  # what stands between is scored: the response and its terminator
+HISTOGRAM_BINS = 40
 IMBALANCE = 20  # one response this many times longer than the other is worth a warning
 
 
@@ -95,7 +96,7 @@ class ReportBuilder:
             "dropped": dict(sorted(self._dropped.items())),
             "cut": self._cut,
             "lengths": {name: _quantiles(values) for name, values in lengths.items()},
-            "histograms": {name: _histogram(values, self._encoder.max_length) for name, values in lengths.items()},
+            "histograms": _histograms(lengths),
             "max_length": self._encoder.max_length,
             "special_token_text": dict(sorted(self._special_text.items())),
             "warnings": dict(sorted(self._log.warnings.items())),
@@ -154,16 +155,16 @@ def report_figure(report: Mapping[str, Any]) -> bytes:
     left.set_title(f"{report['rows']['read']:,} rows read")
     left.spines[["top", "right"]].set_visible(False)
     for colour, (name, histogram) in zip(COLOURS, report["histograms"].items(), strict=False):
-        if histogram["counts"]:
+        if any(histogram["counts"]):
             right.stairs(histogram["counts"], histogram["edges"], label=name, color=colour, linewidth=1.6)
-    right.axvline(report["max_length"], color="0.5", linestyle="--", linewidth=1)
-    right.annotate("max_length", (report["max_length"], 0.97), xycoords=("data", "axes fraction"), ha="right", va="top",
-                   rotation=90, color="0.4")  # fmt: skip
+    longest = report["histograms"]["prompt + response"]["edges"][-1]
+    if report["max_length"] <= 1.3 * longest:
+        right.axvline(report["max_length"], color="0.5", linestyle="--", linewidth=1)
     right.set_xlabel("tokens")
     right.set_ylabel("sequences")
-    right.set_title("lengths of the kept rows")
+    right.set_title(f"lengths of the kept rows (data.max_length {report['max_length']:,})")
     right.spines[["top", "right"]].set_visible(False)
-    if any(histogram["counts"] for histogram in report["histograms"].values()):
+    if any(any(histogram["counts"]) for histogram in report["histograms"].values()):
         right.legend(frameon=False)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
@@ -177,13 +178,13 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
     return {"mean": round(float(values.mean()), 3), **{name: int(q) for name, q in zip(QUANTILES, found, strict=True)}}
 
 
-def _histogram(values: np.ndarray, max_length: int) -> dict[str, list]:
-    if not len(values):
-        return {"edges": [], "counts": []}
-    top = int(min(max_length, values.max() * 1.05)) + 1
-    width = max(1, -(-top // 40))
-    counts, edges = np.histogram(values, bins=np.arange(0, top + width, width))
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
+def _histograms(lengths: Mapping[str, np.ndarray]) -> dict[str, dict[str, list]]:
+    """Counts of every length over the same 40 or so bins, so that the series can be compared."""
+    top = max((int(values.max()) for values in lengths.values() if len(values)), default=0) + 1
+    width = -(-top // HISTOGRAM_BINS)
+    edges = np.arange(0, top + width, width)
+    counts = {name: np.histogram(values, bins=edges)[0].tolist() for name, values in lengths.items()}
+    return {name: {"edges": edges.tolist(), "counts": values} for name, values in counts.items()}
 
 
 def _shortened(text: str) -> str:

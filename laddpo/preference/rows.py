@@ -302,6 +302,9 @@ OTHER_NAMES = {
         "choosen",
     ),
     "rejected": ("rejected_response", "dispreferred", "negative", "response_rejected", "worse", "loser", "reject"),
+    "candidates": ("solutions", "outputs", "completions", "responses", "generations"),
+    "candidate": ("output", "completion", "response", "solution", "generation"),
+    "answer": ("gold", "target", "label", "ground_truth"),
     "response": ("answer", "output", "completion", "target", "solution", "chosen"),
 }
 ROLE_NAMES = {"human": "user", "bot": "assistant", "gpt": "assistant", "model": "assistant", "ai": "assistant"}

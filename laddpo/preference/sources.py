@@ -13,6 +13,7 @@ from pathlib import Path
 from laddpo.errors import UserError, choose
 from laddpo.preference import arithmetic
 from laddpo.preference.badrows import BadRow, RowError
+from laddpo.preference.candidates import Grader, candidate_pairs
 from laddpo.preference.files import ReadLog, content_sha256, read_rows
 from laddpo.preference.hub import hub_rows
 from laddpo.preference.locate import locate
@@ -26,7 +27,9 @@ class Request:
 
     Rows of files and of the hub: `dataset_name` (path, name in `preference_dir`, or hub id), `dataset_split`,
     `revision`, `columns`, `format` (a shape of rows, or auto), limits. Generated rows: `num_pairs`, `difficulty`,
-    `habit`, `seed`, and the share that validation gets; for a corpus `num_examples` and `mistake_share`.
+    `habit`, `seed`, and the share that validation gets; for a corpus `num_examples` and `mistake_share`. Graded
+    candidates: `candidates_name` (files of candidates, where they do not stand beside their question),
+    `pairs_per_question`, `grader`.
     """
 
     dataset_name: str | None = None
@@ -44,6 +47,9 @@ class Request:
     habit: str = "drop_carry"
     seed: int = 0
     validation_fraction: float = 0.0
+    candidates_name: str | None = None
+    pairs_per_question: int = 4
+    grader: Grader | None = None
     num_examples: int = 20_000
     mistake_share: float = 0.0
 
@@ -110,6 +116,28 @@ def read_examples(request: Request, log: ReadLog) -> Iterator[Example | BadRow]:
             yield error.at(place)
         else:
             yield Example(content_digest(prompt, response) + "-0", prompt, response, place)
+
+
+def graded_pairs(request: Request, log: ReadLog) -> Iterator[PreferencePair | BadRow]:
+    """Correct over incorrect candidates: columns prompt (the question), answer, candidates."""
+    rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
+    separate = raw_rows(replace(request, dataset_name=request.candidates_name), log) if request.candidates_name else ()
+    return candidate_pairs(
+        raw_rows(request, log), separate, rules, request.grader, request.pairs_per_question, request.seed, log
+    )
+
+
+def graded_identity(request: Request) -> dict:
+    """What graded pairs depend on: also the grader, and the seed that picks among many pairs."""
+    fields = {
+        **rows_identity(request),
+        "grader": request.grader.name if request.grader else None,
+        "pairs_per_question": request.pairs_per_question,
+        "seed": request.seed,
+    }
+    if request.candidates_name:
+        fields["candidates"] = rows_identity(replace(request, dataset_name=request.candidates_name))
+    return fields
 
 
 def raw_rows(request: Request, log: ReadLog) -> Iterator[tuple[str, dict] | BadRow]:
@@ -223,6 +251,7 @@ SOURCES: dict[str, Source] = {
         dataset_name="Intel/orca_dpo_pairs", columns={"prompt": "question", "system": "system"}
     ),
     "laddpo_public": rows_in_shape(format="json"),
+    "graded_candidates": Source(graded_pairs, graded_identity, is_graded=True),
 }
 CORPORA: dict[str, Source] = {
     "arithmetic": Source(arithmetic_corpus, corpus_identity),

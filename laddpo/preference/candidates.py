@@ -1,0 +1,145 @@
+"""Builds preference pairs for reasoning: correct over incorrect candidate solutions of the same question.
+
+Rows hold a question, its gold answer and a list of candidate solutions; or the candidates stand in files of their own,
+one `{"question": …, "candidate": …}` a row, and are joined by question. A grader that the caller brings decides which
+candidates are right. Pairs of one question are limited, so that no question outweighs the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from typing import Protocol
+
+from laddpo.errors import UserError
+from laddpo.preference.badrows import BadRow, RowError
+from laddpo.preference.files import ReadLog
+from laddpo.preference.pairs import PreferencePair, content_digest, prompt_group, user_prompt
+from laddpo.preference.rows import FIX, RowRules, check_text, get_field
+
+Raw = tuple[str, dict] | BadRow
+
+
+class Grader(Protocol):
+    """`grade_all(texts, answers)` says of each text whether it reaches the answer; `name` stands in manifests."""
+
+    name: str
+
+    def grade_all(self, texts: Sequence[str], answers: Sequence[str]) -> list[bool]: ...
+
+
+def candidate_pairs(
+    rows: Iterable[Raw],
+    separate: Iterable[Raw],
+    rules: RowRules,
+    grader: Grader | None,
+    pairs_per_question: int,
+    seed: int,
+    log: ReadLog,
+) -> Iterator[PreferencePair | BadRow]:
+    """Pairs of each question, at most `pairs_per_question`, the same ones whatever the order of rows and candidates.
+
+    `separate` are the rows of candidates that do not stand beside their question. A question whose candidates are all
+    right or all wrong gives no pair and is counted in the report.
+    """
+    if grader is None:
+        raise UserError("Candidates can only be told right from wrong by a grader; none was given.")
+    if pairs_per_question < 1:
+        raise UserError(f"data.pairs_per_question is {pairs_per_question}; expected 1 or more.")
+    by_question: dict[str, list[str]] = {}
+    for row in separate:
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            question, candidate = (read_text(row[1], name, rules, log) for name in ("prompt", "candidate"))
+        except RowError as error:
+            yield error.at(row[0])
+        else:
+            by_question.setdefault(prompt_group(user_prompt(question)), []).append(candidate)
+    known = set()
+    for row in rows:
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        place, fields = row
+        try:
+            question, answer, candidates = read_question(fields, rules, log, needs_candidates=not by_question)
+        except RowError as error:
+            yield error.at(place)
+            continue
+        group = prompt_group(user_prompt(question))
+        known.add(group)
+        candidates = sorted({*candidates, *by_question.get(group, [])})
+        yield from pair_up(question, answer, candidates, place, grader, pairs_per_question, seed, log)
+    for group in by_question.keys() - known:
+        log.warn("candidates whose question is not among the questions", len(by_question[group]))
+
+
+def pair_up(
+    question: str,
+    answer: str,
+    candidates: Sequence[str],
+    place: str,
+    grader: Grader,
+    pairs_per_question: int,
+    seed: int,
+    log: ReadLog,
+) -> Iterator[PreferencePair]:
+    """Right candidates over wrong ones. Pairs are taken so that candidates repeat as late as possible."""
+    is_right = grader.grade_all(candidates, [answer] * len(candidates))
+    sides = [
+        [text for text, right in zip(candidates, is_right, strict=True) if right is wanted] for wanted in (True, False)
+    ]
+    if not all(sides):
+        missing = "without any candidate" if not candidates else "with no right" if not sides[0] else "with no wrong"
+        log.warn(f"questions {missing}{' candidate' if candidates else ''}, which give no pair")
+        return
+    prompt = user_prompt(question)
+    ranked = [sorted(side, key=lambda text: _rank(seed, question, text)) for side in sides]
+    # along the diagonals: (0,0) (1,1) (2,2) … then (0,1) (1,2) …
+    places = sorted(product(range(len(ranked[0])), range(len(ranked[1]))), key=lambda at: (abs(at[1] - at[0]), at))
+    for right, wrong in places[:pairs_per_question]:
+        chosen, rejected = ranked[0][right], ranked[1][wrong]
+        row_id = content_digest(prompt, chosen, rejected) + "-0"
+        yield PreferencePair(row_id, prompt, chosen, rejected, place, prompt_group(prompt), short_answer(answer))
+    if len(places) > pairs_per_question:
+        log.warn(
+            "pairs left out because their question has more than data.pairs_per_question",
+            len(places) - pairs_per_question,
+        )
+
+
+def read_question(row: dict, rules: RowRules, log: ReadLog, needs_candidates: bool) -> tuple[str, str, list[str]]:
+    """Question, gold answer and the candidates beside it (none where they stand in files of their own)."""
+    question, answer = (read_text(row, name, rules, log) for name in ("prompt", "answer"))
+    if not needs_candidates and rules.column("candidates") not in row:
+        return question, answer, []
+    candidates = get_field(row, "candidates", rules)
+    if not isinstance(candidates, list) or not all(isinstance(text, str) for text in candidates):
+        problem = "is not a list of texts"
+        raise RowError(
+            "DATA-12", rules.column("candidates"), problem, "Give the candidate solutions as a list of texts."
+        )
+    for index, text in enumerate(candidates):
+        check_text(text, f"{rules.column('candidates')}[{index}]", rules, log.warn)
+    return question, answer, candidates
+
+
+def read_text(row: dict, name: str, rules: RowRules, log: ReadLog) -> str:
+    """One field that must be text."""
+    value = get_field(row, name, rules)
+    if not isinstance(value, str):
+        raise RowError("DATA-12", rules.column(name), "is a list, want text", FIX)
+    check_text(value, "prompt" if name == "prompt" else rules.column(name), rules, log.warn)
+    return value
+
+
+def short_answer(answer: str) -> str:
+    """What follows the last `####` of a worked answer, or all of it."""
+    return answer.rpartition("####")[2].strip()
+
+
+def _rank(seed: int, question: str, text: str) -> bytes:
+    return hashlib.sha256(f"{seed}\x00{question}\x00{text}".encode()).digest()
