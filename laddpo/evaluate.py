@@ -17,6 +17,9 @@ from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 
 
+TRAINING_SAMPLE = 64  # training pairs on which reward accuracy is measured, too
+
+
 def main(config: RunConfig, run_folder: Path) -> None:
     """Evaluate the run that `run` names, or the configured model as it is."""
     from laddpo import inputs, runs
@@ -33,7 +36,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     check_machine(config)
     with runs.locked(run_folder, wait=False), stop_on_signal() as stop:
         write_config(config, run_folder)
-        loaded = inputs.load(config, find_machine(config.hardware))
+        loaded = inputs.load(config, find_machine(config))
         if trained:
             inputs.make_trainable(config, loaded)
             evaluate_run(config, trained, run_folder, open_prepared(config), loaded, stop)
@@ -65,20 +68,23 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
     tuned = tuned_weights(config, trained)
     results: dict = {}
     margins = None
+    held_out = list(prepared.validation)[: config.evaluation.num_pairs]
+    seen = training_sample(config, prepared)
     with base_model(config, loaded):
-        pairs = list(prepared.validation)[: config.evaluation.num_pairs]
-        items, block = [], 1
-        if pairs:
-            items, block = inputs.held_out_items(config, prepared, loaded, pairs, stop, "held-out pairs")
+        items, block = inputs.measured_items(config, prepared, loaded, held_out, stop, "held-out pairs")
+        seen_items, _ = inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs, measured")
         tasks = [open_task(config, name, "test", config.evaluation.limit) for name in config.evaluation.tasks]
         base_records = {
             task.name: answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base")
             for task in tasks
         }
     use_weights(config, loaded, tuned)
-    if items:
-        scores, margins = _measure_pairs(config, loaded, items, block, pairs, folder)
+    if held_out:
+        scores, margins = _measure_pairs(config, loaded, items, block, held_out, folder)
         results.update(scores)
+    results["reward_accuracy_on_training_pairs"] = _compare_accuracy(
+        config, _scores(config, loaded, seen_items, block), seen
+    )
     digest = {"tuned": runs.read_manifest(tuned, "weights")["files"]}
     for task in tasks:
         records = answer_task(config, loaded, task, folder / "items.jsonl", {**loaded.weights, **digest}, "tuned")
@@ -133,19 +139,38 @@ def _compare(base, tuned, seed: int, groups=None) -> dict:
     return compare(base, tuned, np.random.default_rng(seed), groups)
 
 
+def _scores(config: RunConfig, loaded, items, block: int):
+    from laddpo.evaluation.margins import score_preferences
+    from laddpo.inputs import objective_of
+
+    return score_preferences(loaded.denoiser, items, objective_of(config), block, loaded.machine.token_budget)
+
+
+def _compare_accuracy(config: RunConfig, scores, pairs) -> dict:
+    """Reward accuracy against the base's, which is its own reference: every margin 0, every pair a tie."""
+    groups = [pair.group for pair in pairs]
+    return _compare([0.5] * len(pairs), list(scores.accuracies), config.seed, groups)
+
+
+def training_sample(config: RunConfig, prepared) -> list:
+    """The first pairs that training visited: what it learned, beside what it carried over to held-out pairs."""
+    from laddpo.core.loop import step_items
+
+    count = len(prepared.train)
+    _, indices = step_items(config.seed, 0, count, min(count, TRAINING_SAMPLE))
+    return [prepared.train[i] for i in indices]
+
+
 def _measure_pairs(config: RunConfig, loaded, items, block: int, pairs, folder: Path):
     """Entries of results.json for the held-out pairs, and the margins of the tuned model."""
     from laddpo import runs
-    from laddpo.evaluation.margins import length_buckets, score_preferences
-    from laddpo.inputs import objective_of
+    from laddpo.evaluation.margins import length_buckets
 
-    scores = score_preferences(loaded.denoiser, items, objective_of(config), block, loaded.machine.token_budget)
+    scores = _scores(config, loaded, items, block)
     groups = [pair.group for pair in pairs]
-    count = len(items)
     results = {
-        # the base is its own reference: every margin is exactly 0, every accuracy a tie
-        "reward_accuracy": _compare([0.5] * count, list(scores.accuracies), config.seed, groups),
-        "reward_margin": _compare([0.0] * count, list(scores.margins), config.seed, groups),
+        "reward_accuracy": _compare_accuracy(config, scores, pairs),
+        "reward_margin": _compare([0.0] * len(items), list(scores.margins), config.seed, groups),
     }
     results["reward_margin"]["draw_std_error"] = float((scores.margin_draw_error**2).mean() ** 0.5)
     results["pairs"] = {name.removeprefix("validation/"): value for name, value in scores.metrics().items()}

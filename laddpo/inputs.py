@@ -24,8 +24,11 @@ from laddpo.errors import UserError
 from laddpo.evaluation.margins import WINDOW, evaluation_estimator
 from laddpo.machine import Machine
 from laddpo.models import adapters, loading
+from laddpo.models.blocks import checkpoint_blocks, compile_blocks
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.llada_config import LLaDAConfig
+from laddpo.models.offload import keep_embeddings_on_host
+from laddpo.planning import Lengths, prepared_lengths
 from laddpo.preference.encode import EncodedPair, TextEncoder
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.settings import RunConfig
@@ -76,11 +79,10 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
     if config.adapter.path:
         attach_adapter(config, model)
         weights["adapter"] = runs.file_sha256(Path(config.adapter.path) / adapters.ADAPTER_FILES[1])
-    if machine.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    compute = machine.dtype if is_full and machine.precision != "fp32" else None
-    denoiser = TransformerDenoiser(model, loading.mask_token_id(model.config, tokenizer), autocast=compute)
-    return Loaded(model, tokenizer, denoiser, machine, weights)
+    if machine.embeddings_on_cpu:
+        keep_embeddings_on_host(model)
+    mask_token_id = loading.mask_token_id(model.config, tokenizer)
+    return Loaded(model, tokenizer, _denoiser(model, mask_token_id, machine, is_full), machine, weights)
 
 
 def new_model(config: RunConfig, machine: Machine) -> Loaded:
@@ -103,6 +105,16 @@ def new_model(config: RunConfig, machine: Machine) -> Loaded:
     denoiser = TransformerDenoiser(model, model_config.mask_token_id)
     weights = {"base": f"random weights of seed {config.seed}", "adapter": "none"}
     return Loaded(model, tokenizer, denoiser, machine, weights)
+
+
+def _denoiser(model, mask_token_id: int, machine: Machine, is_full: bool) -> TransformerDenoiser:
+    """The model as the objective sees it, executed as the machine decided."""
+    if machine.gradient_checkpointing:
+        checkpoint_blocks(model)
+    if machine.compile:
+        compile_blocks(model)
+    autocast = machine.dtype if is_full and machine.precision != "fp32" else None
+    return TransformerDenoiser(model, mask_token_id, autocast=autocast, offload=machine.offload_activations)
 
 
 def attach_adapter(config: RunConfig, model) -> list[str]:
@@ -135,6 +147,11 @@ def make_trainable(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
     trained, total = (sum(p.numel() for p in group) for group in (parameters.values(), model.parameters()))
     print(f"{trained:,} of {total:,} stored parameters are trained")
     return parameters
+
+
+def data_lengths(config: RunConfig, prepared: PreparedPairs) -> Lengths:
+    """What the memory plan must know of these pairs."""
+    return prepared_lengths(prepared.train.lengths(), config.dpo.diffusion_samples, str(prepared.folder))
 
 
 def encoder_for(config: RunConfig, tokenizer) -> TextEncoder:
@@ -237,7 +254,7 @@ def complete_reference(
         )
 
 
-def held_out_items(
+def measured_items(
     config: RunConfig,
     prepared: PreparedPairs,
     loaded: Loaded,
@@ -245,8 +262,10 @@ def held_out_items(
     stop: StopFlag,
     label: str,
 ) -> tuple[list[Item], int]:
-    """Held-out pairs with the reference's values under the evaluation's own draws; and the draws' block size."""
+    """Pairs with the reference's values under the evaluation's own draws; and the block size of these draws."""
     estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
+    if not pairs:
+        return [], estimator.block
     draws = estimator.draw_indices(0)
     store = reference_store(config, prepared, loaded, estimator)
     windows = [(list(pairs[start : start + WINDOW]), draws) for start in range(0, len(pairs), WINDOW)]

@@ -32,9 +32,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
     config = dataclasses.replace(config, auto=True)  # asked for by name: there is nothing to refuse
     check_machine(config)
-    machine = find_machine(config.hardware)
-    print(f"machine: {machine}")
     prepared = open_prepared(config)
+    machine = find_machine(config, inputs.data_lengths(config, prepared))
+    print(f"machine: {machine}")
     loaded = inputs.load(config, machine)
     estimator = inputs.reference_estimator(config)
     store = inputs.reference_store(config, prepared, loaded, estimator)
@@ -52,8 +52,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         with stop_on_signal() as stop:
             inputs.complete_reference(config, loaded, store, estimator, windows, stop, "training pairs")
             held_out = list(prepared.validation)[: config.evaluation.num_pairs]
-            if held_out:
-                inputs.held_out_items(config, prepared, loaded, held_out, stop, "validation pairs")
+            inputs.measured_items(config, prepared, loaded, held_out, stop, "validation pairs")
     print(store.folder)
 
 

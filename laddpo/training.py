@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from laddpo import inputs, runs
@@ -61,6 +62,19 @@ def loop_settings(config: RunConfig, item_count: int, best_metric: str | None) -
         max_chosen_fall=stopping.max_chosen_fall or 0.0,
         skip_nonfinite=optim.skip_nonfinite,
     )
+
+
+def dry_run_settings(config: RunConfig) -> RunConfig:
+    """The same run without validation and evaluation: what remains is two steps."""
+    evaluation = dataclasses.replace(config.evaluation, at_end=False, num_pairs=0, tasks=[], every_steps=None)
+    return dataclasses.replace(config, evaluation=evaluation, best_metric="none")
+
+
+def longest_pairs(pairs, count: int) -> list:
+    """The `count` pairs with the most tokens: the batch that needs the most memory."""
+    lengths = pairs.lengths()
+    tokens = 2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]
+    return [pairs[int(i)] for i in np.argsort(-tokens, kind="stable")[:count]]
 
 
 @contextlib.contextmanager
@@ -144,9 +158,7 @@ def open_validation(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, 
     Test problems are never looked at during training.
     """
     pairs = list(prepared.validation)[: config.evaluation.num_pairs]
-    items, block = [], 1
-    if pairs:
-        items, block = inputs.held_out_items(config, prepared, loaded, pairs, stop, "validation pairs")
+    items, block = inputs.measured_items(config, prepared, loaded, pairs, stop, "validation pairs")
     return Validation(config, loaded, items, block, validation_tasks(config))
 
 
