@@ -178,8 +178,8 @@ def _device(config: RunConfig) -> Iterator[str]:
         )
     if hardware.embeddings_on_cpu and config.adapter.kind == "full":
         yield (
-            "hardware.embeddings_on_cpu is true and adapter.kind is 'full'; the embedding table is trained then and has "
-            "to be where the other weights are; use adapter=lora, or hardware.embeddings_on_cpu=false."
+            "hardware.embeddings_on_cpu is true and adapter.kind is 'full'; the embedding is then trained and must be "
+            "where the other weights are; use adapter=lora, or hardware.embeddings_on_cpu=false."
         )
 
 

@@ -30,7 +30,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if trained:
         config = config_of_run(config, trained)
     check_machine(config)
-    loaded = inputs.load(config, find_machine(config.hardware))
+    loaded = inputs.load(config, find_machine(config))
     prompts = [user_prompt(text) for text in texts]
     answers: dict[str, list[str]] = {}
     if trained:

@@ -1,30 +1,36 @@
-"""What this machine will do with a run: device, arithmetic, micro-step size. Settings say `auto`; this decides.
+"""What this machine will do with a run: device, arithmetic, micro-step size. Where settings say `auto`, this decides.
 
 A hardware profile changes memory and speed, never the quantity being optimised.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from laddpo.settings import HardwareSettings
+from laddpo.core.budget import TokenBudget
+from laddpo.core.memory import GIB, explain, gib, predict_memory
+from laddpo.planning import CONTEXT_BYTES, Choice, Lengths, assumed_lengths, choose_plan, free_ram_bytes, usable
+from laddpo.settings import HardwareSettings, RunConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_TOKEN_BUDGET = 4096  # long matrix products, and activations that stay within a laptop's cache and memory
-GPU_TOKEN_BUDGET = 2048
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`precision` is the arithmetic's (fp32, bf16, fp16); `token_budget` the tokens of one micro-step."""
+    """`precision` is the arithmetic's (fp32, bf16, fp16); `token_budget` the tokens of one micro-step, shared by all
+    passes and halved when memory runs out; `choice` the memory plan behind it."""
 
     device: torch.device
     precision: str
-    token_budget: int
+    token_budget: TokenBudget
     attention: str
     gradient_checkpointing: bool
+    offload_activations: bool
+    embeddings_on_cpu: bool
+    compile: bool
+    choice: Choice
 
     @property
     def dtype(self) -> torch.dtype:
@@ -32,24 +38,63 @@ class Machine:
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        checkpointing = ", gradient checkpointing" if self.gradient_checkpointing else ""
-        return f"{name}, {self.precision}, {self.token_budget} tokens per micro-step{checkpointing}"
+        options = ("gradient_checkpointing", "offload_activations", "embeddings_on_cpu", "compile")
+        chosen = [option.replace("_", " ") for option in options if getattr(self, option)]
+        tokens = f"{self.token_budget.tokens} tokens per micro-step"
+        memory = f"predicted peak {gib(self.choice.memory.peak)} of {gib(self.choice.available)} available"
+        return ", ".join([name, self.precision, tokens, *chosen, memory])
 
 
-def find_machine(hardware: HardwareSettings) -> Machine:
-    """Decide what `auto` and null leave open. `check_machine` has refused what this machine cannot do."""
+def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:
+    """Decide what `auto` and null leave open. `check_machine` has refused what this machine cannot do.
+
+    `lengths` of the prepared data make the plan exact; without them it assumes data.length_quantiles. Says so when the
+    longest sequence is predicted not to fit; it is tried all the same.
+    """
+    hardware = config.hardware
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
-    has_cuda = torch.cuda.is_available()
-    device = torch.device(hardware.device if hardware.device != "auto" else "cuda" if has_cuda else "cpu")
+    device = find_device(hardware)
     precision = hardware.precision
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    default_budget = GPU_TOKEN_BUDGET if device.type == "cuda" else CPU_TOKEN_BUDGET
+    available = available_bytes(hardware, device)
+    choice = choose_plan(config, device.type, precision, available, lengths or assumed_lengths(config))
+    if not choice.fits:
+        what = f"a micro-step of {choice.memory.load.tokens} tokens"
+        print(f"warning: {explain(choice.memory, usable(available), what)}")
+
+    def too_long(tokens: int) -> str:
+        memory = predict_memory(choice.setup, replace(choice.memory.load, tokens=tokens, rows=None))
+        why = explain(memory, available_bytes(hardware, device), f"one sequence of {tokens} tokens")
+        return f"out of memory: {why}"
+
+    is_cuda = device.type == "cuda"
     return Machine(
         device=device,
         precision=precision,
-        token_budget=hardware.token_budget or default_budget,
+        token_budget=TokenBudget(choice.token_budget, too_long),
         attention=hardware.attention,
-        gradient_checkpointing=bool(hardware.gradient_checkpointing),
+        gradient_checkpointing=choice.setup.checkpointing,
+        offload_activations=hardware.offload_activations,
+        embeddings_on_cpu=hardware.embeddings_on_cpu and is_cuda,
+        compile=hardware.compile,
+        choice=choice,
     )
+
+
+def find_device(hardware: HardwareSettings) -> torch.device:
+    """The device of the settings; `auto` takes the GPU if there is one."""
+    if hardware.device != "auto":
+        return torch.device(hardware.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def available_bytes(hardware: HardwareSettings, device: torch.device) -> int:
+    """What is free for tensors now, this process's own included: never what the datasheet says."""
+    if device.type == "cpu":
+        return free_ram_bytes()
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    if hardware.vram_gib is None:
+        return free
+    return min(free, int(hardware.vram_gib * GIB) - CONTEXT_BYTES)

@@ -1,16 +1,192 @@
-"""plan: not built yet."""
+"""What a run will need, before anything is loaded: memory by part, the largest micro-step that fits, hours.
+
+    python -m laddpo.plan model=llada_8b hardware=rtx4080
+    python -m laddpo.plan model=llada_8b hardware=rtx4080 hardware.vram_gib=8       what would fit there
+    python -m laddpo.plan                                                           the embedded model on this machine
+
+Needs no weights and no network. Lengths come from prepared data if there are any, else from data.length_quantiles.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 
 from laddpo.app import run_stage
-from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
-    raise UserError("not built yet.")
+    """Print the plan."""
+    print(plan_text(config))
+
+
+def plan_text(config: RunConfig) -> str:
+    """Everything that `plan` says."""
+    from laddpo.core.memory import GIB, explain, gib
+    from laddpo.planning import CONTEXT_BYTES, choose_backward, choose_plan, usable
+
+    lengths, pairs = find_lengths(config)
+    device, precision, available, where = find_memory(config)
+    choice = choose_plan(config, device, precision, available, lengths)
+    setup, load = choice.setup, choice.memory.load
+    title, data_line = _run_line(config, device, precision, setup.trained), _data_line(lengths, pairs)
+    lines = [title, data_line, "", f"one micro-step of {load.tokens:,} tokens, by part"]
+    parts = [(name, size) for name, size in choice.memory.parts.items() if size]
+    parts += [("predicted peak", choice.memory.peak), ("usable", usable(available))]
+    width = max(len(name) for name, _ in parts)
+    for name, size in parts:
+        note = f"of {gib(available)} {where}" if name == "usable" else _note(name, choice)
+        lines.append(f"  {name:<{width}}  {size / GIB:9.3f} GiB{'  ' + note if note else ''}")
+    if device == "cuda":
+        lines.append(f"  not counted: {gib(CONTEXT_BYTES)} that CUDA itself takes on the card")
+    lines += ["", *_budget_lines(config, choice, lengths)]
+    mode, why = choose_backward(config, lengths, choice.token_budget)
+    lines.append(f"backward: {mode} ({why})")
+    if choice.fits:
+        lines.append(_hours_line(config, choice, lengths, pairs, device))
+    else:
+        lines += ["", explain(choice.memory, usable(available), f"A micro-step of {load.tokens:,} tokens")]
+    if device == "cuda":
+        lines.append("Predicted by arithmetic; a run prints predicted against measured after its second step.")
+    return "\n".join(lines)
+
+
+def find_lengths(config: RunConfig):
+    """Lengths of the prepared pairs and their number; assumed ones, and the number if the settings give one."""
+    from laddpo.planning import assumed_lengths, prepared_lengths
+
+    prepared = _prepared(config)
+    if prepared is not None:
+        rows = prepared.train.lengths()
+        return prepared_lengths(rows, config.dpo.diffusion_samples, str(prepared.folder)), len(rows)
+    data = config.data
+    pairs = data.random_sample_size or (data.num_pairs if data.source == "arithmetic" else None)
+    return assumed_lengths(config), pairs
+
+
+def _prepared(config: RunConfig):
+    """The prepared pairs of this configuration, if they are there: their key needs the tokenizer, a local one."""
+    from laddpo.errors import UserError
+
+    if not any((Path(config.paths.data_dir) / "prepared").glob(f"{config.data.source}-*/manifest.json")):
+        return None
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from laddpo.preference.preparation import find_prepared
+    from laddpo.preference.prepared import PreparedPairs
+    from laddpo.prepare import _arguments
+
+    try:
+        folder = find_prepared(*_arguments(config))
+        return PreparedPairs.load(folder, verify=False) if folder else None
+    except UserError:
+        return None
+
+
+def find_memory(config: RunConfig) -> tuple[str, str, int, str]:
+    """Device, precision, available bytes and where that number is from. Asks torch only when the settings leave it."""
+    from laddpo.core.memory import GIB
+    from laddpo.planning import CONTEXT_BYTES, free_ram_bytes
+
+    hardware = config.hardware
+    device = "cuda" if hardware.device == "auto" and hardware.vram_gib is not None else hardware.device
+    free = None
+    if device == "auto" or (device == "cuda" and hardware.vram_gib is None):
+        import torch
+
+        if torch.cuda.is_available():
+            device, free = "cuda", torch.cuda.mem_get_info()[0]
+        elif device == "auto":
+            device = "cpu"
+    precision = hardware.precision
+    if precision == "auto":
+        precision = "fp32" if device == "cpu" else "bf16"
+    if device == "cpu":
+        return device, precision, free_ram_bytes(), "free memory"
+    stated = None if hardware.vram_gib is None else int(hardware.vram_gib * GIB) - CONTEXT_BYTES
+    if free is None and stated is None:
+        from laddpo.errors import UserError
+
+        raise UserError(
+            "hardware.vram_gib is not set and no GPU was found to ask; expected the GPU's memory. "
+            "Add hardware.vram_gib=16, or name a profile such as hardware=rtx4080."
+        )
+    if stated is None or (free is not None and free < stated):
+        return device, precision, free, "free on the GPU"
+    return device, precision, stated, f"(hardware.vram_gib={hardware.vram_gib:g} less CUDA's own)"
+
+
+def _run_line(config: RunConfig, device: str, precision: str, trained: int) -> str:
+    quantization, adapter = config.quantization, config.adapter
+    stored = f", {quantization.bnb_4bit_quant_type} weights" if quantization.load_in_4bit else ""
+    stored += ", int8 weights" if quantization.load_in_8bit else ""
+    what = "all weights" if adapter.kind == "full" else f"LoRA r={adapter.r}"
+    return (
+        f"{config.model.name} on {device} in {precision}{stored}; {what}: {trained:,} trained; {config.optim.optimizer}"
+    )
+
+
+def _data_line(lengths, pairs: int | None) -> str:
+    count = "an unknown number of" if pairs is None else f"{pairs:,}"
+    return f"{count} pairs, mean sequence {lengths.mean:.0f} tokens, longest {lengths.longest}; from {lengths.source}"
+
+
+def _note(name: str, choice) -> str:
+    setup = choice.setup
+    notes = {
+        "weights": "embedding on the CPU" if setup.embeddings_on_cpu else "",
+        "gradient buffers": "for pairs larger than a micro-step",
+        "activations": "block inputs alone, the rest recomputed" if setup.checkpointing else "",
+        "logits": "one chunk",
+    }
+    return notes.get(name, "")
+
+
+def _budget_lines(config: RunConfig, choice, lengths) -> list[str]:
+    def text(tokens: int) -> str:
+        if tokens < lengths.longest:
+            return f"{tokens:,} tokens (less than the longest sequence)" if tokens else "none"
+        return f"{tokens:,} tokens"
+
+    hardware = config.hardware
+    origin = "as set" if hardware.token_budget else "chosen"
+    lines = [
+        f"largest micro-step that fits: {text(choice.largest[False])}; with gradient checkpointing "
+        f"{text(choice.largest[True])}",
+        f"token budget: {choice.token_budget:,} ({origin})",
+    ]
+    if hardware.gradient_checkpointing is not None:
+        on = "on" if choice.setup.checkpointing else "off"
+        is_needed = choice.largest[False] < max(choice.token_budget, lengths.longest)
+        lines.append(
+            f"gradient checkpointing: {on} (as set); {'needed' if is_needed else 'not needed'} for this budget"
+        )
+    elif choice.setup.checkpointing:
+        lines.append(
+            "gradient checkpointing: on, since larger micro-steps pay for the recomputation or nothing else fits"
+        )
+    else:
+        lines.append("gradient checkpointing: off, not needed")
+    return lines
+
+
+def _hours_line(config: RunConfig, choice, lengths, pairs: int | None, device: str) -> str:
+    from laddpo.core.speed import duration, predicted_seconds
+    from laddpo.planning import device_speed, measured_cpu_speed, work_of
+
+    speed = device_speed(config) or (measured_cpu_speed(choice.setup.shape, lengths) if device == "cpu" else None)
+    if speed is None:
+        return "time: unknown without hardware.tflops; dry_run=true measures it"
+    work, unit = work_of(config, lengths, pairs), "reference and training"
+    if work is None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, random_sample_size=10_000))
+        work, unit = work_of(config, lengths, 10_000), "10,000 pairs of reference and training"
+    low, high = predicted_seconds(choice.setup, work, choice.token_budget, speed)
+    return (
+        f"time: {duration(low)} to {duration(high)} for {unit} ({work.tokens:,.0f} tokens under all draws; "
+        f"{speed.tflops:.3g} TFLOPS, of which runs reach about half); evaluation comes on top"
+    )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.training import Validation, gradient_scaler, loop_settings, resume_step, run_outputs, validation_tasks
 
     check_machine(config)
-    machine = find_machine(config.hardware)
+    machine = find_machine(config)
     print(f"machine: {machine}")
     loaded = inputs.new_model(config, machine) if config.sft.from_scratch else inputs.load(config, machine)
     write_config(config, folder)

@@ -41,10 +41,14 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
     from laddpo.core.tasks import DpoTask, visited_windows
+    from laddpo.footprint import StepMemory, retries_text
     from laddpo.machine import find_machine
+    from laddpo.planning import choose_backward
     from laddpo.prepare import open_prepared
     from laddpo.training import (
+        dry_run_settings,
         gradient_scaler,
+        longest_pairs,
         loop_settings,
         open_validation,
         resume_step,
@@ -53,13 +57,16 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     )
 
     check_machine(config)
-    machine = find_machine(config.hardware)
-    print(f"machine: {machine}")
     prepared = open_prepared(config)
+    lengths = inputs.data_lengths(config, prepared)
+    machine = find_machine(config, lengths)
+    print(f"machine: {machine}")
     loaded = inputs.load(config, machine)
     write_config(config, folder)
 
     pairs = prepared.train
+    if config.dry_run:
+        config, pairs = dry_run_settings(config), longest_pairs(pairs, inputs.pairs_per_step(config))
     settings = loop_settings(config, len(pairs), best_metric=None)
     estimator, reference_estimator = inputs.training_estimator(config), inputs.reference_estimator(config)
     store = inputs.reference_store(config, prepared, loaded, reference_estimator)
@@ -76,13 +83,16 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     optim = config.optim
     optimizer = build_optimizer(optim.optimizer, parameters, tuple(optim.betas), optim.eps, optim.weight_decay)
     objective = inputs.objective_of(config)
-    backward = choose_backward(config, pairs, machine.token_budget)
+    backward, why = choose_backward(config, lengths, machine.token_budget.tokens)
+    print(f"backward: {backward} ({why})")
     task = DpoTask(loaded.denoiser, parameters, pairs, store, estimator, objective, machine.token_budget, backward)
     settings = loop_settings(config, len(pairs), validation.best_metric)
     steps = f"{settings.total_steps} steps of {settings.items_per_step} pairs from {len(pairs)}"
     print(f"DPO: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}")
     if not is_resumed:
         step_zero_check(config, task, settings, machine.precision)
+    step_tokens = settings.items_per_step * lengths.longest_pair
+    memory = StepMemory(machine, loaded.model, optimizer, step_tokens)
     with run_outputs(config, folder, loaded, resume_step(folder) if is_resumed else None) as outputs:
         state = train_loop(
             task,
@@ -94,7 +104,10 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             stop,
             resume=is_resumed,
             scaler=gradient_scaler(machine),
+            watch=memory.watch,
         )
+    if machine.token_budget.retries:
+        print(retries_text(machine))
     finish(config, folder, prepared, loaded, state, settings, stop)
     runs.write_manifest(
         folder,
@@ -103,22 +116,6 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         ["config.yaml", "metrics.jsonl"],
         **runs.provenance(),
     )
-
-
-def choose_backward(config: RunConfig, pairs, token_budget: int) -> str:
-    """`auto`: stream, unless full fine-tuning meets pairs larger than a micro-step, whose buffers would each be a
-    copy of the weights."""
-    if config.hardware.backward != "auto":
-        return config.hardware.backward
-    draws = config.dpo.diffusion_samples
-    longest = max((2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)) * draws for pair in pairs)
-    if config.adapter.kind == "full" and longest > token_budget:
-        print(
-            f"backward: two_pass, since a pair takes up to {longest} tokens, more than the {token_budget} of a "
-            "micro-step, and its gradient buffer would be as large as the model"
-        )
-        return "two_pass"
-    return "stream"
 
 
 def finish(config, folder: Path, prepared, loaded, state, settings, stop) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,8 +108,10 @@ def train_loop(
     resume: bool = False,
     scaler: torch.amp.GradScaler | None = None,
     unit: str = "pairs",
+    watch: Callable[[bool], AbstractContextManager[dict[str, float]]] = lambda is_last: nullcontext({}),
 ) -> LoopState:
-    """Train to `total_steps`, or to an early stop. `parameters` are the trainable tensors by name.
+    """Train to `total_steps`, or to an early stop. `parameters` are the trainable tensors by name; `watch(is last
+    step)` surrounds every step and gives more fields for its line in timing.jsonl.
 
     Raises `RunFault` before the optimizer step when the loss or gradient is not finite, and `Stopped` after a signal,
     with a checkpoint saved.
@@ -123,11 +126,12 @@ def train_loop(
     with progress:
         while state.step < settings.total_steps and not state.stopped_early:
             started = time.perf_counter()
-            metrics = _step(task, parameters, optimizer, settings, state, scaler)
+            is_last = state.step + 1 == settings.total_steps
+            with watch(is_last) as memory:
+                metrics = _step(task, parameters, optimizer, settings, state, scaler)
             state.step += 1
             seconds = time.perf_counter() - started
-            _log_step(outputs, settings, state, metrics, seconds, unit, progress)
-            is_last = state.step == settings.total_steps
+            _log_step(outputs, settings, state, metrics, memory, seconds, unit, progress)
             if validate and (is_last or (settings.eval_steps and state.step % settings.eval_steps == 0)):
                 _evaluate(validate, settings, outputs, state)
             is_due = settings.save_steps and state.step % settings.save_steps == 0
@@ -227,6 +231,7 @@ def _log_step(
     settings: LoopSettings,
     state: LoopState,
     metrics: dict[str, float],
+    memory: dict[str, float],
     seconds: float,
     unit: str,
     progress: tqdm,
@@ -239,10 +244,8 @@ def _log_step(
         return
     outputs.metrics.append({"step": state.step, **metrics})
     speed = {f"speed/{unit}_per_s": items / seconds, "speed/tokens_per_s": tokens / seconds, "seconds": seconds}
-    if torch.cuda.is_available():
-        speed["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    outputs.timing.append({"step": state.step, **speed})
-    outputs.track({**metrics, **speed}, state.step)
+    outputs.timing.append({"step": state.step, **speed, **memory})
+    outputs.track({**metrics, **speed, **memory}, state.step)
 
 
 def _evaluate(

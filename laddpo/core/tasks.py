@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser, ElboEstimator
 from laddpo.core.gradient import Item, accumulate_gradient, score_items
 from laddpo.core.loop import step_items
@@ -57,7 +58,7 @@ class DpoTask:
     store: ReferenceStore
     estimator: ElboEstimator
     objective: DpoObjective
-    token_budget: int
+    token_budget: int | TokenBudget
     backward: str = "stream"
 
     @property
@@ -100,7 +101,7 @@ class SftTask:
     parameters: Mapping[str, Tensor]
     examples: Sequence[EncodedExample]
     estimator: ElboEstimator
-    token_budget: int
+    token_budget: int | TokenBudget
     backward: str = "stream"
 
     @property
@@ -158,7 +159,7 @@ def fill_reference(
     store: ReferenceStore,
     windows: Iterable[tuple[Sequence[EncodedPair], range]],
     estimator: ElboEstimator,
-    token_budget: int,
+    token_budget: int | TokenBudget,
     stop: StopFlag,
     pairs_per_shard: int,
     advance,

@@ -6,10 +6,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from laddpo.models.offload import offloaded_activations
 
 if TYPE_CHECKING:
     from laddpo.core.elbo import PackedSequences
@@ -28,11 +31,13 @@ class TransformerDenoiser:
         mask_token_id: int,
         head_chunk: int | None = None,
         autocast: torch.dtype | None = None,
+        offload: bool = False,
     ):
         self.model = model
         self.mask_token_id = mask_token_id
         self.head_chunk = head_chunk
         self.autocast = autocast
+        self.offload = offload
 
     @property
     def device(self) -> torch.device:
@@ -40,7 +45,11 @@ class TransformerDenoiser:
 
     def token_logps(self, packed: PackedSequences) -> Tensor:
         """log p(target) at every masked token, differentiable. # float32 [M], float64 for a float64 model"""
-        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        wants_offload = self.offload and torch.is_grad_enabled()
+        with (
+            torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None),
+            offloaded_activations(self.model) if wants_offload else contextlib.nullcontext(),
+        ):
             output = self.model(
                 input_ids=packed.input_ids[None],
                 position_ids=packed.position_ids[None],

@@ -1,0 +1,76 @@
+"""How long a run will take, from plain numbers: multiplications per token, weights to unpack, launches. No torch.
+
+A forecast, not a measurement: the share of the device's matrix speed that training reaches is taken from published
+4-bit LoRA runs of models this size. After its first steps a run knows better and says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from laddpo.core.memory import Setup
+
+# Of the datasheet's dense matrix speed. Published 4-bit LoRA runs of an 8B reach 66% of an RTX 4090 (torchtune) and 47%
+# of an A100 (Unsloth) on full sequences of one length; packed short ones reach less.
+REACHED = (0.40, 0.55)
+LAUNCH_SECONDS = {"cuda": 1e-3, "cpu": 2e-4}  # per block and micro-step: some 150 kernels forward and backward
+GB_PER_S_PER_TFLOP = 7.0  # of a usual GPU, when the bandwidth is not given
+UNPACKED_BYTES = 2.5  # moved per weight when 4-bit blocks are multiplied: half a byte read, two written
+
+
+@dataclass(frozen=True)
+class Device:
+    """`tflops`: dense matrix speed in the compute precision; `gb_per_s`: memory bandwidth."""
+
+    tflops: float
+    gb_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """All training sequences of a run, each draw counted: how many `tokens`, of which `masked`, of mean `length`.
+
+    `reference_share`: the part of them for which the reference is computed too (1 in the first epoch).
+    """
+
+    tokens: float
+    masked: float
+    length: float
+    reference_share: float = 1.0
+
+
+def forward_flops(setup: Setup, work: Work) -> float:
+    """Of one forward pass over all of `work`: blocks, attention and, on masked rows, the head."""
+    shape = setup.shape
+    blocks = 2 * shape.n_layers * shape.block_parameters
+    if not setup.is_full:
+        blocks += 2 * setup.trained
+    attention = 4 * shape.n_layers * shape.d_model * work.length
+    return work.tokens * (blocks + attention) + work.masked * 2 * shape.vocab_size * shape.d_model
+
+
+def training_passes(setup: Setup) -> float:
+    """Forward passes that one forward and backward cost: 2 with frozen weights, 3 without, one more to recompute."""
+    passes = 3 if setup.is_full else 2
+    return passes + setup.checkpointing + (setup.backward == "two_pass")
+
+
+def predicted_seconds(setup: Setup, work: Work, token_budget: int, device: Device) -> tuple[float, float]:
+    """The shorter and the longer forecast for training on `work`, its share of the reference included."""
+    passes = training_passes(setup) + work.reference_share
+    multiply = forward_flops(setup, work) * passes / (device.tflops * 1e12)
+    micro_steps = max(1.0, work.tokens / max(1, min(token_budget, work.tokens)))
+    fixed = micro_steps * setup.shape.n_layers * LAUNCH_SECONDS[setup.device]
+    if setup.quantization != "none":
+        unpacked = setup.shape.n_layers * setup.shape.block_parameters * UNPACKED_BYTES * passes
+        fixed += micro_steps * unpacked / ((device.gb_per_s or GB_PER_S_PER_TFLOP * device.tflops) * 1e9)
+    return multiply / REACHED[1] + fixed, multiply / REACHED[0] + fixed
+
+
+def duration(seconds: float) -> str:
+    """40 s, 12 min, 7.5 h, 3.2 days."""
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            value = seconds / size
+            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    return f"{seconds:.0f} s"

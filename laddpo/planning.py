@@ -1,0 +1,227 @@
+"""From settings to a memory plan: what a run needs, the micro-step that fits, whether to recompute activations.
+
+Plain numbers out of the settings, no torch: `plan` prints them before any weight is there, and the stages that run the
+model take their token budget from the same prediction (laddpo/machine.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from laddpo.core.memory import (
+    BLOCK_LINEARS,
+    BUDGET_STEP,
+    GIB,
+    MOST_TOKENS,
+    Load,
+    MemoryPlan,
+    Setup,
+    Shape,
+    largest_token_budget,
+    predict_memory,
+)
+from laddpo.core.speed import Device, Work, predicted_seconds
+from laddpo.settings import RunConfig
+
+CONTEXT_BYTES = int(0.5 * GIB)  # what CUDA and its libraries take beside every tensor
+USABLE = 0.95  # of what is available: the allocator rounds and leaves holes
+CPU_TOKEN_BUDGET = 4096  # long matrix products whose activations stay within a laptop's memory
+USUAL_GPU = Device(tflops=100.0)  # where only the comparison of two plans counts
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What a plan must know of the data, in tokens. `longest`: one sequence; `longest_pair`: both responses under all
+    draws; `mean` and `response`: a mean sequence, and the response in it. `source`: where that was read."""
+
+    longest: int
+    longest_pair: int
+    mean: float
+    response: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan of a run, with what the settings left open decided.
+
+    `largest`: tokens of the largest micro-step that fits, without and with checkpointing; `available` in bytes.
+    """
+
+    memory: MemoryPlan
+    token_budget: int
+    available: int
+    largest: dict[bool, int]
+
+    @property
+    def setup(self) -> Setup:
+        return self.memory.setup
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= usable(self.available)
+
+
+def memory_setup(config: RunConfig, device: str, precision: str) -> Setup:
+    """The settings as the memory plan's plain numbers. `device`: cuda or cpu; `precision`: fp32, bf16 or fp16."""
+    shape, hardware, quantization = config.model.shape, config.hardware, config.quantization
+    stored = "none"
+    if quantization.load_in_4bit:
+        stored = "4bit_double" if quantization.bnb_4bit_use_double_quant else "4bit"
+    elif quantization.load_in_8bit:
+        stored = "int8"
+    return Setup(
+        shape=Shape(
+            shape.d_model,
+            shape.n_layers,
+            shape.n_heads,
+            shape.n_kv_heads,
+            shape.mlp_hidden_size,
+            shape.vocab_size,
+        ),
+        device=device,
+        precision=precision,
+        quantization=stored,
+        rank=None if config.adapter.kind == "full" else config.adapter.r,
+        targets=adapter_targets(config),
+        optimizer=config.optim.optimizer,
+        checkpointing=bool(hardware.gradient_checkpointing),
+        offload=hardware.offload_activations and device == "cuda",
+        embeddings_on_cpu=hardware.embeddings_on_cpu and device == "cuda",
+        backward=hardware.backward if hardware.backward != "auto" else "stream",
+        gradient_groups=1 if config.dpo.loss in MARGIN_LOSSES and not config.dpo.sft_weight else 2,
+    )
+
+
+def adapter_targets(config: RunConfig) -> tuple[str, ...]:
+    """The kinds of linear layers that carry an adapter. A pattern that picks single blocks counts for all of them."""
+    pattern = config.adapter.target_modules
+    matched = [
+        name
+        for name in BLOCK_LINEARS
+        if re.fullmatch(pattern, name) or any(re.search(rf"({pattern})$", f"blocks.{block}.{name}") for block in (0, 9))
+    ]
+    return tuple(matched) or BLOCK_LINEARS
+
+
+def choose_plan(config: RunConfig, device: str, precision: str, available: int, lengths: Lengths) -> Choice:
+    """The memory plan of these settings; of what they leave open, the choice with the shortest forecast that fits."""
+    hardware, given = config.hardware, memory_setup(config, device, precision)
+    wanted = hardware.gradient_checkpointing
+    most = CPU_TOKEN_BUDGET if device == "cpu" else MOST_TOKENS
+    options = {on: dataclasses.replace(given, checkpointing=on) for on in (False, True)}
+    largest = {on: largest_token_budget(option, usable(available), Load(0), most) for on, option in options.items()}
+
+    def plan(option: Setup) -> tuple[MemoryPlan, int]:
+        tokens = hardware.token_budget or max(BUDGET_STEP, largest[option.checkpointing])
+        mode, _ = choose_backward(config, lengths, tokens)
+        micro_step = max(lengths.longest, min(tokens, pairs_per_step(config) * lengths.longest_pair))
+        load = Load(micro_step, exceeds=lengths.longest_pair > tokens)
+        return predict_memory(dataclasses.replace(option, backward=mode), load), tokens
+
+    def cost(option: Setup) -> tuple[bool, float]:
+        memory, tokens = plan(option)
+        seconds = predicted_seconds(
+            memory.setup, Work(1e6, 3e5, lengths.mean), tokens, device_speed(config) or USUAL_GPU
+        )
+        return memory.peak > usable(available), seconds[1]
+
+    best = min((options[on] for on in options if wanted in (None, on)), key=cost)
+    memory, tokens = plan(best)
+    return Choice(memory, tokens, available, largest)
+
+
+def choose_backward(config: RunConfig, lengths: Lengths, token_budget: int) -> tuple[str, str]:
+    """The backward mode and why. `auto`: stream, unless all weights are trained and pairs exceed a micro-step."""
+    if config.hardware.backward != "auto":
+        return config.hardware.backward, "as set in hardware.backward"
+    pairs = f"the largest pair takes {lengths.longest_pair} tokens, a micro-step {token_budget}"
+    if lengths.longest_pair <= token_budget:
+        return "stream", f"whole pairs fit a micro-step, so it needs no buffer: {pairs}"
+    if config.adapter.kind == "full":
+        return "two_pass", f"a gradient buffer would be as large as the model: {pairs}"
+    return "stream", f"one pass, and a gradient buffer of the adapter's size is small: {pairs}"
+
+
+def work_of(config: RunConfig, lengths: Lengths, pairs: int | None) -> Work | None:
+    """The sequences of the whole run; None while neither the rows nor the steps are counted."""
+    optim, dpo = config.optim, config.dpo
+    if optim.max_train_steps is not None:
+        visited = optim.max_train_steps * pairs_per_step(config)
+    elif pairs is not None:
+        visited = optim.num_train_epochs * pairs
+    else:
+        return None
+    sequences = 2 * visited * dpo.diffusion_samples
+    reference = min(1.0, dpo.mask_rounds * pairs / visited) if pairs else 1.0
+    return Work(sequences * lengths.mean, sequences * lengths.response / 2, lengths.mean, reference)
+
+
+def pairs_per_step(config: RunConfig) -> int:
+    """Pairs of one optimizer step."""
+    return config.optim.per_device_train_batch_size * config.optim.gradient_accumulation_steps
+
+
+def assumed_lengths(config: RunConfig) -> Lengths:
+    """From data.length_quantiles, the longest sequence taken as twice the 99th percentile; or from data.max_length."""
+    data, quantiles = config.data, config.data.length_quantiles
+    mean = quantiles.mean or data.max_length / 2
+    prompt = quantiles.prompt_mean if quantiles.prompt_mean is not None else mean / 2
+    source = "data.length_quantiles" if quantiles.mean else "data.max_length alone"
+    longest = min(data.max_length, 2 * quantiles.p99) if quantiles.p99 else data.max_length
+    pair = 2 * config.dpo.diffusion_samples * longest
+    return Lengths(longest, pair, mean, mean - prompt, f"{source} (nothing is prepared yet)")
+
+
+def prepared_lengths(lengths: np.ndarray, draws: int, source: str) -> Lengths:
+    """From prepared rows. # lengths [pairs, 3]: prompt, chosen, rejected"""
+    prompt, responses = lengths[:, :1], lengths[:, 1:]
+    sequences = prompt + responses
+    longest_pair = int(draws * sequences.sum(axis=1).max())
+    return Lengths(int(sequences.max()), longest_pair, float(sequences.mean()), float(responses.mean()), source)
+
+
+def measured_cpu_speed(shape: Shape, lengths: Lengths) -> Device:
+    """Matrix speed of this CPU on products of the model's size, timed for a tenth of a second."""
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((max(64, round(8 * lengths.mean)), shape.d_model), dtype=np.float32)
+    weight = rng.standard_normal((shape.d_model, shape.mlp_hidden_size), dtype=np.float32)
+    tokens @ weight
+    products, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.1:
+        tokens @ weight
+        products += 1
+    seconds = (time.perf_counter() - start) / products
+    return Device(2 * tokens.size * weight.shape[1] / seconds / 1e12)
+
+
+def usable(available: int) -> int:
+    """What tensors may take of the available bytes."""
+    return int(USABLE * available)
+
+
+def device_speed(config: RunConfig) -> Device | None:
+    """The speeds that the hardware profile states."""
+    hardware = config.hardware
+    return Device(hardware.tflops, hardware.memory_gb_per_s) if hardware.tflops else None
+
+
+def free_ram_bytes() -> int:
+    """Memory that programs can still get, from the kernel's own estimate; all of it where there is none."""
+    estimate = Path("/proc/meminfo")
+    if estimate.exists():
+        for line in estimate.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    known = getattr(os, "sysconf_names", {})  # absent on Windows
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in known else 8 * GIB
+
+
+MARGIN_LOSSES = ("sigmoid", "robust", "hinge")  # one buffer serves both sides: depends_on_margin in core/losses.py
