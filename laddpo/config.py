@@ -157,11 +157,6 @@ def _schedule(config: RunConfig) -> Iterator[str]:
             f"stopping.patience is {patience} and evaluation.every_steps is null; early stopping looks at evaluations "
             "during training; set evaluation.every_steps, or stopping.patience=null."
         )
-    if patience is not None and every is not None and last is not None and last < every:
-        yield (
-            f"evaluation.every_steps is {every} and optim.max_train_steps is {last}; no evaluation would happen before "
-            f"the end, so stopping.patience could never act; set evaluation.every_steps={max(1, last // 4)} or lower."
-        )
 
 
 def _device(config: RunConfig) -> Iterator[str]:

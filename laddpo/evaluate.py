@@ -172,12 +172,19 @@ def _measure_pairs(config: RunConfig, loaded, items, block: int, pairs, folder: 
         "reward_accuracy": _compare_accuracy(config, scores, pairs),
         "reward_margin": _compare([0.0] * len(items), list(scores.margins), config.seed, groups),
     }
-    results["reward_margin"]["draw_std_error"] = float((scores.margin_draw_error**2).mean() ** 0.5)
+    errors = scores.margin_draw_error
+    if errors is not None:
+        results["reward_margin"]["draw_std_error"] = float((errors**2).mean() ** 0.5)
     results["pairs"] = {name.removeprefix("validation/"): value for name, value in scores.metrics().items()}
     results["by_length"] = length_buckets(scores)
     rows = [
-        {"id": pair.id, "margin": float(m), "draw_std_error": float(e), "response_tokens": list(item.response_tokens)}
-        for pair, item, m, e in zip(pairs, items, scores.margins, scores.margin_draw_error, strict=True)
+        {
+            "id": pair.id,
+            "margin": float(scores.margins[i]),
+            "draw_std_error": None if errors is None else float(errors[i]),
+            "response_tokens": list(item.response_tokens),
+        }
+        for i, (pair, item) in enumerate(zip(pairs, items, strict=True))
     ]
     runs.write_text(folder / "pairs.jsonl", "".join(runs.canonical_json(row) + "\n" for row in rows))
     return results, scores.margins

@@ -260,5 +260,7 @@ class RunConfig:
     rounds: int = 1
     run: str | None = None
     runs: list[str] = field(default_factory=list)
+    prompt: str | None = None
+    prompts: str | None = None
     paths: PathSettings = field(default_factory=PathSettings)
     stopping: StoppingSettings = field(default_factory=StoppingSettings)

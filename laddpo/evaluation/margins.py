@@ -47,8 +47,10 @@ class PreferenceScores:
         return accuracy(torch.from_numpy(self.margins)).numpy()
 
     @property
-    def margin_draw_error(self) -> np.ndarray:
-        """Standard error of each pair's margin from its own draws. # float64 [pairs]"""
+    def margin_draw_error(self) -> np.ndarray | None:
+        """Standard error of each pair's margin from its own draws; None where they are one block. # float64 [pairs]"""
+        if self.draws.shape[-1] < 2 * self.block:
+            return None
         ratio = self.draws - reference_draws(self.items, self.draws.device)
         return mean_variance(self.objective.beta * (ratio[:, 0] - ratio[:, 1]), self.block).sqrt().numpy()
 

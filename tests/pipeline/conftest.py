@@ -54,6 +54,7 @@ class Stages:
             "hardware.device=cpu",
             "logger=none",
             "data.num_pairs=32",
+            "data.max_length=512",
             "data.validation_fraction=0.25",
             "dpo.diffusion_samples=2",
             "optim.per_device_train_batch_size=4",
