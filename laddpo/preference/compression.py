@@ -6,14 +6,13 @@ unpacks to more than RATIO_LIMIT times its size is refused, and so is one that e
 
 from __future__ import annotations
 
-import bz2
 import gzip
+import importlib
 import io
-import lzma
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from laddpo.preference.badrows import file_error
 
@@ -52,11 +51,12 @@ class _Guarded(io.RawIOBase):
     def readinto(self, buffer) -> int:
         try:
             block = self._unpacked.read(len(buffer))
-        except EOFError as error:
-            problem = f"ends early: the packed data stops after {self._bytes_out:,} unpacked bytes"
-            raise file_error(self._path, "DATA-45", problem, "Copy the file again.") from error
-        except (OSError, zlib.error, lzma.LZMAError, ValueError) as error:
-            problem = f"is damaged after {self._bytes_out:,} unpacked bytes ({' '.join(str(error).split())[:120]})"
+        except (EOFError, OSError, ValueError, zlib.error, *_LZMA_ERRORS) as error:
+            words = " ".join(str(error).split())[:120]
+            if isinstance(error, EOFError) or "runcated" in words:
+                problem = f"ends early: the packed data stops after {self._bytes_out:,} unpacked bytes"
+                raise file_error(self._path, "DATA-45", problem, "Copy the file again.") from error
+            problem = f"is damaged after {self._bytes_out:,} unpacked bytes ({words})"
             raise file_error(self._path, "DATA-46", problem, "Copy the file again.") from error
         self._bytes_out += len(block)
         if self._bytes_out > max(RATIO_FREE_BYTES, RATIO_LIMIT * self._packed_bytes):
@@ -67,19 +67,33 @@ class _Guarded(io.RawIOBase):
 
 
 def _open_zstd(path: Path, raw: BinaryIO) -> BinaryIO:
-    try:
-        import pyarrow as pa
-    except ImportError as error:  # comes with `datasets`, but may have been left out on purpose
-        raise file_error(
-            path, "DATA-51", "is packed with zstandard and needs pyarrow", "pip install pyarrow"
-        ) from error
+    pa = _module("pyarrow", path, "zstandard")
     return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
 
 
 def _open_xz(path: Path, raw: BinaryIO) -> BinaryIO:
-    return lzma.LZMAFile(raw)
+    return _module("lzma", path, "xz").LZMAFile(raw)
 
 
+def _open_bzip2(path: Path, raw: BinaryIO) -> BinaryIO:
+    return _module("bz2", path, "bzip2").BZ2File(raw)
+
+
+def _module(name: str, path: Path, packing: str) -> Any:
+    """A module that some installations lack: pyarrow, or parts of the standard library in a bare build of Python."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        problem = f"is packed with {packing}, and this Python has no module {name}"
+        raise file_error(path, "DATA-51", problem, "Install it, or unpack the file yourself.") from error
+
+
+try:
+    from lzma import LZMAError
+
+    _LZMA_ERRORS: tuple[type[Exception], ...] = (LZMAError,)
+except ImportError:
+    _LZMA_ERRORS = ()
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00", "bzip2": b"BZh"}
 ARCHIVE_MAGIC = (b"PK\x03\x04", b"PK\x05\x06", b"7z\xbc\xaf\x27\x1c", b"Rar!")
 SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
@@ -87,5 +101,5 @@ OPENERS: dict[str, Callable[[Path, BinaryIO], BinaryIO]] = {
     "gzip": lambda _, raw: gzip.GzipFile(fileobj=raw),
     "zstd": _open_zstd,
     "xz": _open_xz,
-    "bzip2": lambda _, raw: bz2.BZ2File(raw),
+    "bzip2": _open_bzip2,
 }

@@ -12,11 +12,11 @@ import csv
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from laddpo.errors import UserError, nearest
 from laddpo.preference.badrows import BadRow, RowError, file_error
@@ -41,17 +41,20 @@ RawRow = tuple[str, dict]  # (place, fields)
 
 
 def read_rows(
-    files: list[Path], max_line_bytes: int, log: ReadLog, kind: str | None = None
+    files: list[Path], max_line_bytes: int, log: ReadLog, kind: str | None = None, text_columns: Sequence[str] = ()
 ) -> Iterator[RawRow | BadRow]:
     """The rows of the files in the given order. Raises UserError for a file that cannot be read as rows at all.
 
-    `kind` (a key of READERS) overrules the files' names.
+    `kind` (a key of READERS) overrules the files' names; `text_columns` must hold text or messages where the file says
+    what its columns hold.
     """
     columns: tuple[Path, tuple[str, ...]] | None = None
     for path in files:
         rows = 0
         reader = READERS[kind or file_kind(path)]
         with open_checked(path, log) as stream:
+            if reader is read_parquet:
+                check_schema(path, text_columns)
             for row in reader(path, stream, max_line_bytes):
                 rows += 1
                 if reader in SCHEMA_READERS and not isinstance(row, BadRow):
@@ -173,28 +176,43 @@ def read_csv(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawR
         raise file_error(path, "DATA-57", f"line {rows.line_num}: {error}", "Repair the CSV quoting.") from error
 
 
+def check_schema(path: Path, text_columns: Sequence[str]) -> None:
+    """Refuse a parquet file whose text columns hold something else, before its rows say so one by one."""
+    with parquet_file(path) as (pa, parquet):
+        for column in parquet.schema_arrow:
+            kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+            problem = f"column {column.name}: is {kind}, want string or list<struct<role, content>>"
+            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+                raise file_error(path, "DATA-55", problem, "Save the column as text.")
+            fits = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_nested(kind)
+            fits = fits or pa.types.is_string_view(kind) or pa.types.is_null(kind)
+            if column.name in text_columns and not fits:
+                raise file_error(path, "DATA-53", problem, "Check data.columns.")
+
+
 def read_parquet(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawRow | BadRow]:
     """Rows of a parquet file, batch by batch; the place of a row is its number."""
+    with parquet_file(path) as (_, parquet):
+        number = 0
+        for batch in parquet.iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
+
+
+@contextmanager
+def parquet_file(path: Path) -> Iterator[tuple[Any, Any]]:
+    """pyarrow and the open file; what is wrong with either becomes a UserError."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:  # comes with `datasets`, but may have been left out on purpose
         raise file_error(path, "DATA-51", "needs pyarrow to be read", "pip install pyarrow") from error
     try:
-        parquet = pq.ParquetFile(path)
-        for column in parquet.schema_arrow:
-            if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-                problem = f"column {column.name}: is {column.type}, want string or list<struct<role, content>>"
-                raise file_error(path, "DATA-55", problem, "Save the column as text.")
-        number = 0
-        for batch in parquet.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", row
+        yield pa, pq.ParquetFile(path)
     except pa.ArrowException as error:
-        raise file_error(
-            path, "DATA-54", f"is not a whole parquet file ({one_line(error)})", "Copy it again."
-        ) from error
+        problem = f"is not a whole parquet file ({one_line(error)})"
+        raise file_error(path, "DATA-54", problem, "Copy it again.") from error
 
 
 def same_columns(

@@ -315,6 +315,9 @@ DOUBTFUL = {
     "texts with private-use characters or noncharacters": re.compile(
         "[\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff]"
     ),
+    "texts with look-alikes of special tokens, which they are not": re.compile(
+        "＜[|｜]|<｜|[|｜]＞|｜>|<[\u200b-\u200d\u2060]+[|]|<[|]\\w*[\u200b-\u200d\u2060]\\w*[|]>"
+    ),
     "texts with bidirectional control characters": re.compile("[\u202a-\u202e\u2066-\u2069]"),
 }
 _DOUBTFUL = re.compile("|".join(pattern.pattern for pattern in DOUBTFUL.values()))

@@ -144,7 +144,9 @@ def raw_rows(request: Request, log: ReadLog) -> Iterator[tuple[str, dict] | BadR
     """Rows of the files that the name means, else of the hub."""
     files = local_files(request, log)
     if files:
-        return read_rows(files, request.max_line_bytes, log, "json" if request.format == "json" else None)
+        kind = "json" if request.format == "json" else None
+        text = [request.columns.get(name) or name for name in ("prompt", "chosen", "rejected", "response")]
+        return read_rows(files, request.max_line_bytes, log, kind, text)
     return hub_rows(request.dataset_name, request.dataset_split, request.revision, log)
 
 

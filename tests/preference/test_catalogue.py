@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import random
+import sys
 
 import pytest
 
@@ -180,6 +181,7 @@ def test_harmless_oddities_are_accepted(case, tmp_path):
 DOUBTFUL = {
     "U+FFFD": row(prompt="a\ufffd"),
     "private-use": row(prompt="a\ue123"),
+    "look-alikes of special tokens": row(prompt="＜|mdm_mask|＞ <|mdm\u200b_mask|>"),
     "bidirectional": row(prompt="a\u202eb"),
     "normal form C": row(prompt="e\u0301"),
     "differ only in white space": row(chosen="a  b", rejected="a b"),
@@ -231,6 +233,18 @@ def bomb(path):
     path.write_bytes(gzip.compress(b" " * 100_000_000))
 
 
+def zstandard_cut(path):
+    pa = pytest.importorskip("pyarrow")
+    with pa.CompressedOutputStream(str(path), "zstd") as out:
+        out.write(row().encode() * 100)
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def endless(path):
+    """A file of the system that is not regular and never ends."""
+    path.symlink_to("/dev/zero")
+
+
 BAD_FILES = {
     "array": ("a.jsonl", lambda path: path.write_text(f"[{row()}]"), "DATA-19", "Rename it to .json"),
     "spread object": ("a.jsonl", lambda path: path.write_text(json.dumps(GOOD, indent=1)), "DATA-20", "several lines"),
@@ -256,6 +270,8 @@ BAD_FILES = {
         "DATA-45",
         "ends early",
     ),
+    "zstandard cut": ("a.jsonl.zst", zstandard_cut, "DATA-45", "ends early"),
+    "device": ("a.jsonl", endless, "DATA-42", "not a regular file"),
     "zip": ("a.zip", lambda path: path.write_bytes(b"PK\x03\x04"), "DATA-48", "Unpack it first"),
     "zip named otherwise": ("a.jsonl", lambda path: path.write_bytes(b"PK\x03\x04rest"), "DATA-48", "Unpack it first"),
     "bomb": ("a.jsonl.gz", bomb, "DATA-49", "more than 200 times"),
@@ -320,6 +336,14 @@ def test_a_file_that_may_not_be_read_says_so_with_its_mode(tmp_path):
     if os.access(path, os.R_OK):
         pytest.skip("this user may read everything")
     with pytest.raises(UserError, match=r"may not be read \(mode ----------.*DATA-43"):
+        read(path)
+
+
+def test_a_packing_that_this_python_cannot_open_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl.xz"
+    path.write_bytes(lzma.compress(row().encode()))
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    with pytest.raises(UserError, match=r"packed with xz, and this Python has no module lzma \(DATA-51\)"):
         read(path)
 
 

@@ -20,7 +20,7 @@ from laddpo.preference import preparation
 from laddpo.preference.encode import TextEncoder
 from laddpo.preference.pairs import prompt_group, user_prompt
 from laddpo.preference.preparation import Part, Rules, find_prepared, prepare_examples, prepare_pairs
-from laddpo.preference.prepared import PreparedPairs, chosen_examples, write_prepared
+from laddpo.preference.prepared import PreparedPairs, chosen_examples, whole_folder, write_prepared
 from laddpo.preference.sources import Request
 from laddpo.runs import read_json
 
@@ -349,6 +349,16 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_clears_up(tmp_path, toke
     assert len(left) == 1 and left[0].startswith(".building-test-")
     prepared = prepare(tmp_path / "out", path, tokenizer)
     assert [folder.name for folder in (tmp_path / "out").iterdir()] == [prepared.folder.name]
+
+
+def test_of_two_processes_that_prepare_the_same_the_first_to_finish_wins(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", make_rows(10))
+    target = prepare(tmp_path / "out", path, tokenizer).folder
+    mark = target.stat().st_ino
+    with whole_folder(target) as building:
+        (building / "late.txt").touch()
+    assert target.stat().st_ino == mark and not (target / "late.txt").exists()
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == [target.name]
 
 
 def test_a_damaged_or_unfinished_folder_is_not_read(tmp_path, tokenizer):
