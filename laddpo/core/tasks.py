@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -174,27 +175,31 @@ def fill_reference(
     for pairs, draws in windows:
         by_draws: dict[tuple[int, ...], list[EncodedPair]] = {}
         for pair in pairs:
-            missing = tuple(store.missing(stored_pair(pair), draws))
-            if missing:
-                by_draws.setdefault(missing, []).append(pair)
-        for missing, group in by_draws.items():
-            # a store is filled from the front, so what is missing is one run of draws
-            assert list(missing) == list(range(missing[0], missing[-1] + 1)), missing
-            items = [pair_item(pair, estimator, missing) for pair in group]
+            for run in _consecutive(store.missing(stored_pair(pair), draws)):
+                by_draws.setdefault(run, []).append(pair)
+        for run, group in by_draws.items():
+            items = [pair_item(pair, estimator, run) for pair in group]
             values = score_items(denoiser, items, token_budget).cpu().numpy()
             sequences += values.size
-            pending += [(stored_pair(pair), missing[0], row) for pair, row in zip(group, values, strict=True)]
-        if len(pending) >= pairs_per_shard or stop:
+            pending += [(stored_pair(pair), run[0], row) for pair, row in zip(group, values, strict=True)]
+        is_stopping = bool(stop)  # read once: a signal after this line lets the next window be computed
+        if len(pending) >= pairs_per_shard or is_stopping:
             _append(store, pending)
             pending = []
         advance(len(pairs))
-        if stop:
+        if is_stopping:
             raise Stopped(
                 f"{store.folder}: stopped by {stop.name}; {len(store)} pairs are stored. "
                 "The same command goes on from there."
             )
     _append(store, pending)
     return sequences
+
+
+def _consecutive(draws: Sequence[int]) -> list[tuple[int, ...]]:
+    """Runs of neighbouring indices. Example: [0, 1, 4, 5] -> [(0, 1), (4, 5)]."""
+    runs = groupby(enumerate(draws), key=lambda place: place[1] - place[0])
+    return [tuple(draw for _, draw in run) for _, run in runs]
 
 
 def _append(store: ReferenceStore, pending: list[tuple[StoredPair, int, np.ndarray]]) -> None:
