@@ -144,14 +144,8 @@ def _objective(config: RunConfig) -> Iterator[str]:
 
 def _schedule(config: RunConfig) -> Iterator[str]:
     optim, every, patience = config.optim, config.evaluation.every_steps, config.stopping.patience
-    last = optim.max_train_steps
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         yield f"optim.betas is {optim.betas}; expected two numbers from 0 to below 1; [0.9,0.95] is usual."
-    if last is not None and last < optim.num_warmup_steps:
-        yield (
-            f"optim.num_warmup_steps is {optim.num_warmup_steps} and optim.max_train_steps is {last}; the learning "
-            "rate would never reach its value; lower the warm-up or train longer."
-        )
     if patience is not None and every is None:
         yield (
             f"stopping.patience is {patience} and evaluation.every_steps is null; early stopping looks at evaluations "
@@ -224,6 +218,11 @@ def unlikely_settings(config: RunConfig) -> list[str]:
             is_arithmetic and dpo.beta < 0.3,
             f"dpo.beta={dpo.beta:g} with data.source=arithmetic: so short an answer has a likelihood of a few nats, "
             "and a beta below 0.3 made a small model collapse; near 1 suits it.",
+        ),
+        (
+            optim.max_train_steps is not None and optim.max_train_steps < optim.num_warmup_steps,
+            f"optim.max_train_steps={optim.max_train_steps} ends within the warm-up of optim.num_warmup_steps="
+            f"{optim.num_warmup_steps}: the learning rate never reaches its value.",
         ),
         (
             dpo.estimator == "bernoulli",
