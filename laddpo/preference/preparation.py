@@ -48,6 +48,10 @@ class Part:
     request: Request
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0.0 < self.weight < float("inf"):
+            raise UserError(f"The weight of the source {self.source} is {self.weight}; expected a number above 0.")
+
 
 @dataclass(frozen=True)
 class Rules:

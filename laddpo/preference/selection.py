@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -18,14 +19,15 @@ def choose_rows(
     One source gives all its rows or `random_sample_size` of them. Several give rows in proportion to their weights, as
     many as the scarcest allows (or `random_sample_size` in all): no row is ever used twice to fill a share.
     """
-    counts = np.bincount(spool.parts, minlength=len(weights))
-    shares = np.array(weights, dtype=np.float64) / sum(weights)
-    total = int(counts[0]) if len(weights) == 1 else int(min(counts / shares))
+    counts = np.bincount(spool.parts, minlength=len(weights)).tolist()
+    exact = [Fraction(weight) for weight in weights]
+    shares = [weight / sum(exact) for weight in exact]
+    total = min(int(count / share) for count, share in zip(counts, shares, strict=True))
     if random_sample_size is not None:
         if random_sample_size > total:
             log.warn(f"data.random_sample_size asks for {random_sample_size:,} rows, only {total:,} could be used")
         total = min(total, random_sample_size)
-    quotas = np.minimum(np.floor(shares * total + 0.5).astype(int), counts)
+    quotas = [min(int(share * total + Fraction(1, 2)), count) for share, count in zip(shares, counts, strict=True)]
     chosen = []
     for part, quota in enumerate(quotas):
         rows = np.flatnonzero(spool.parts == part)

@@ -429,6 +429,9 @@ def test_a_mixture_holds_its_parts_in_proportion(tmp_path, tokenizer):
 
     assert mixed((2, 1)) == {"a": 60, "b": 30}  # b is the scarce one: no row is used twice
     assert mixed((3, 1), random_sample_size=40) == {"a": 30, "b": 10}
+    assert mixed((0.7, 0.1)) == {"a": 100, "b": 14}
+    with pytest.raises(UserError, match="weight of the source jsonl is 0"):
+        mixed((0, 1))
 
 
 @pytest.mark.parametrize(
