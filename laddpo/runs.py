@@ -41,7 +41,7 @@ def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> li
             for key in value:
                 yield from flatten(f"{prefix}{key}.", value[key])
         else:
-            yield prefix[:-1], value
+            yield prefix[:-1], list(value) if isinstance(value, tuple) else value  # as JSON gives it back
 
     a, b = dict(flatten("", stored)), dict(flatten("", wanted))
     absent = "(absent)"
@@ -221,9 +221,11 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             os.replace(folder, old)
         os.replace(temporary, folder)
         sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_manifest(folder: Path, kind: str, fields: Mapping[str, Any], files: list[str], **provenance: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -40,7 +39,9 @@ def stop_on_signal() -> Iterator[StopFlag]:
         if flag:
             os._exit(EXIT_STOPPED)
         flag.name = signal.Signals(number).name
-        print(f"\n{flag.name}: stopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
+        # not print: a handler may run inside a write to stderr, whose buffer refuses to be entered twice
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{flag.name}: stopping after this step; once more to stop at once.\n".encode())
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,0 +1,58 @@
+"""The first signal asks, the second ends; handlers are put back."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from laddpo.signals import stop_on_signal
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+posix = pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_the_flag_and_says_so(number, capfd):
+    with stop_on_signal() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop and stop.name == number.name
+    assert f"{number.name}: stopping after this step; once more to stop at once." in capfd.readouterr().err
+
+
+@posix
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError), stop_on_signal():
+        raise RuntimeError
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@posix
+def test_a_second_signal_ends_the_process_at_once_with_code_75():
+    code = (
+        "import os, signal, time\nfrom laddpo.signals import stop_on_signal\n"
+        "with stop_on_signal():\n"
+        "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(30)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60, capture_output=True)
+    assert done.returncode == 75
+
+
+def test_outside_the_main_thread_the_flag_stays_false():
+    seen = []
+
+    def work() -> None:
+        with stop_on_signal() as stop:
+            seen.append(bool(stop))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
