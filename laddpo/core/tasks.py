@@ -50,7 +50,8 @@ def stored_pair(pair: EncodedPair) -> StoredPair:
 class DpoTask:
     """DPO on `pairs` against stored reference values.
 
-    `reference_estimator` equals `estimator` with common random numbers; otherwise it is an independent stream of draws.
+    With common random numbers the store was filled with the draws of `estimator`; otherwise with the same indices of
+    another stream.
     """
 
     denoiser: Denoiser
