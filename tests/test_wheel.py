@@ -88,7 +88,14 @@ def test_the_installed_package_trains_two_steps_from_another_folder(installed, t
         "optim.per_device_train_batch_size=4",
         "data.num_pairs=64",
     ]
-    fast = ["hardware=cpu", "logger=none", "evaluation.at_end=false", "evaluation.every_steps=null", "output_dir=run"]
+    fast = [
+        "hardware=cpu",
+        "logger=none",
+        "evaluation.at_end=false",
+        "evaluation.every_steps=null",
+        "stopping.patience=null",
+        "output_dir=run",
+    ]
     done = run(installed, tmp_path, "laddpo.train", *small, *fast, timeout=600)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "metrics.jsonl").exists()
