@@ -23,6 +23,7 @@ from laddpo.core.gradient import (
 from laddpo.core.losses import LOSSES
 from laddpo.core.objectives import DpoObjective, SftObjective
 from laddpo.core.tasks import RESPONSE
+from laddpo.errors import RunFault
 from tests.core.helpers import (
     ANY_BUDGET,
     LinearDenoiser,
@@ -232,6 +233,43 @@ def test_a_non_finite_draw_reaches_loss_and_gradient(mode):
         )
         assert not torch.isfinite(values.losses).any()
         assert not torch.isfinite(denoiser.head.grad).any()
+
+
+class Cramped(LinearDenoiser):
+    """Runs out of memory above so many tokens, as CUDA says it."""
+
+    tokens = 0
+
+    def token_logps(self, packed):
+        if sum(packed.lengths) > self.tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return super().token_logps(packed)
+
+
+@pytest.mark.parametrize("mode", ["stream", "two_pass"])
+@pytest.mark.parametrize("tokens", [9, 25, 70])
+def test_memory_that_runs_out_changes_no_gradient(mode, tokens):
+    """Also where it runs out halfway, with gradients of earlier micro-steps and of an earlier call at hand."""
+    denoiser = Cramped()
+    denoiser.tokens = ANY_BUDGET
+    rng = np.random.default_rng(4)
+    items = referenced_items(denoiser, [random_pair(rng, f"{i}") for i in range(5)], ElboEstimator(), spread=1.0)
+    parameters = list(denoiser.parameters())
+    for _ in range(2):
+        accumulate_gradient(denoiser, parameters, items, objective("apo_zero"), 1.0, ANY_BUDGET, "joint")
+    expected = [p.grad.clone() for p in parameters]
+    denoiser.zero_grad()
+    for budget in (ANY_BUDGET, 100):
+        denoiser.tokens = tokens if budget == 100 else ANY_BUDGET
+        accumulate_gradient(denoiser, parameters, items, objective("apo_zero"), 1.0, budget, mode)
+    torch.testing.assert_close([p.grad for p in parameters], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_sequence_that_does_not_fit_alone_stops_the_run():
+    denoiser = Cramped()
+    items = [Item("a", (ElboEstimator("count").sequences("a", "chosen", np.int32([1]), np.int32([1, 2]), range(4)),))]
+    with pytest.raises(RunFault, match="one sequence of 3 tokens does not fit"):
+        accumulate_gradient(denoiser, list(denoiser.parameters()), items, SftObjective(), 1.0, 100)
 
 
 # Packing
