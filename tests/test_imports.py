@@ -123,17 +123,3 @@ STAGES = [
 def test_settings_and_stages_load_nothing_heavy_at_import(name):
     heavy = {module.split(".")[0] for module in loaded_at_import(name, set())} & HEAVY
     assert not heavy, f"importing laddpo.{name} loads {heavy}"
-
-
-def test_the_list_of_packages_is_that_of_the_folders():
-    try:
-        import tomllib
-    except ImportError:
-        pytest.skip("Python 3.10 has no tomllib")
-    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    listed = set(project["tool"]["setuptools"]["packages"])
-    folders = {
-        "laddpo",
-        *(f"laddpo.{name_of(path.parent / 'x').rpartition('.')[0]}" for path in PACKAGE.glob("*/__init__.py")),
-    }
-    assert listed == folders | {"laddpo.conf", "laddpo.data"}

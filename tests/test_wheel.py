@@ -23,7 +23,7 @@ def installed(tmp_path_factory) -> Path:
     source = tmp_path_factory.mktemp("source")  # a copy: building leaves build/ and egg-info behind
     for name in ("laddpo", "conf"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source / name)
     shutil.copytree(SHIPPED_MODEL, source / "data" / "llada_nano")
     build = "from setuptools.build_meta import build_wheel; print(build_wheel('out'))"
