@@ -16,7 +16,6 @@ from laddpo.app import run_stage
 from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 
-
 TRAINING_SAMPLE = 64  # training pairs on which reward accuracy is measured, too
 
 

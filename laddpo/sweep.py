@@ -31,7 +31,7 @@ from omegaconf import DictConfig
 import laddpo
 from laddpo.compose import compose_tree, settings_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
-from laddpo.runs import read_json, write_json
+from laddpo.runs import read_json, write_json, write_text
 
 SWEEP_FILE = "sweep.json"
 JOB_FILE = "job.json"
@@ -72,6 +72,7 @@ def run_sweep(
             signal_jobs(folder, signal.SIGTERM)  # a launcher's worker that died leaves its job behind
     records = write_sweep_file(sweep, jobs)
     print(jobs_table(records))
+    picture_sweep(sweep.folder, records)
     print(sweep.folder)
     return exit_code(records)
 
@@ -290,6 +291,24 @@ def write_sweep_file(sweep: Sweep, jobs: list[list[str]]) -> list[dict[str, Any]
     ]
     write_json(sweep.folder / SWEEP_FILE, {"stage": sweep.stage, "jobs": records})
     return records
+
+
+def picture_sweep(folder: Path, records: list[dict[str, Any]]) -> None:
+    """sweep.md and plots/sweep.png over the jobs' result: exact match where it was measured, else reward accuracy."""
+    metric = next((name for name in RESULT_COLUMNS if any(name in record["results"] for record in records)), None)
+    if metric is None:
+        return
+    from laddpo.evaluation.sweeps import SweepJob, sweep_plot, sweep_table
+    from laddpo.evaluation.tables import sweep_markdown
+
+    jobs = []
+    for record in records:
+        entry = record["results"].get(metric) or {}
+        overrides = dict(text.lstrip("+").split("=", 1) for text in record["overrides"] if "=" in text)
+        jobs.append(SweepJob(overrides, entry.get("tuned"), entry.get("tuned_interval"), record["folder"]))
+    table = sweep_table(jobs, metric)
+    write_text(folder / "sweep.md", sweep_markdown(table) + "\n")
+    sweep_plot(table, folder / "plots" / "sweep.png", title=f"{metric.replace('_', ' ')} after training")
 
 
 def jobs_table(records: list[dict[str, Any]]) -> str:

@@ -76,6 +76,20 @@ def pair_scores(items: Sequence[Item], draws: Tensor) -> PairScores:
     )
 
 
+def loss_std_error(objective: DpoObjective, items: Sequence[Item], draws: Tensor, block: int = 1) -> float | None:
+    """Standard error of the items' mean loss that the masks bring, to first order in the draws; None for one block.
+
+    The loss is linearised at the draws' own values: its noise is the noise of sum_k dL/dB_k * (B_k - R_k).
+    """
+    if draws.shape[-1] < 2 * block:
+        return None
+    leaf = draws.detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(objective.losses(items, leaf).sum(), leaf)
+    ratio = draws - reference_draws(items, draws.device)
+    terms = (slopes * ratio).sum(dim=1) * draws.shape[-1]  # [items, draws], their mean is the linearised loss
+    return float(mean_variance(terms, block).sum().sqrt() / len(items))
+
+
 def score_variance(items: Sequence[Item], draws: Tensor, beta: float, block: int = 1) -> Tensor:
     """V: the variance of the score s = beta * margin, estimated from each pair's own draws. # float64 [items]
 

@@ -18,7 +18,7 @@ from laddpo.core.elbo import Denoiser, ElboEstimator
 from laddpo.core.gradient import Item, accumulate_gradient, score_items
 from laddpo.core.loop import step_items
 from laddpo.core.metrics import preference_metrics
-from laddpo.core.objectives import DpoObjective, SftObjective
+from laddpo.core.objectives import DpoObjective, SftObjective, loss_std_error
 from laddpo.core.reference import SIDES, ReferenceStore, StoredPair, token_digest
 from laddpo.errors import Stopped
 from laddpo.signals import StopFlag
@@ -92,6 +92,9 @@ class DpoTask:
             self.backward,
         )
         metrics = preference_metrics(items, values.draws, values.losses, self.objective.beta, self.estimator.block)
+        error = loss_std_error(self.objective, items, values.draws, self.estimator.block)
+        if error is not None:
+            metrics["loss/std_error"] = error
         return {**metrics, "tokens": sum(item.tokens for item in items), "items": len(items)}
 
 
