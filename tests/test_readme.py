@@ -1,0 +1,34 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from laddpo.app import cli
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.startswith("python -m laddpo.")
+]
+
+
+def test_the_python_example_gives_ln_2_before_training(monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(code, {})
+    assert "0.6931" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "my_conf" not in c])
+def test_every_command_composes(command, capsys):
+    _, _, module, *arguments = shlex.split(command)
+    arguments = [argument for argument in arguments if argument not in ("--help", "--resolve")]
+    assert cli(module.removeprefix("laddpo."), [*arguments, "--cfg", "job"]) == 0, capsys.readouterr().err
