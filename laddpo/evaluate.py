@@ -23,7 +23,6 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Evaluate the run that `run` names, or the configured model as it is."""
     from laddpo import inputs, runs
     from laddpo.compose import write_config
-    from laddpo.config import check_machine
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
     from laddpo.signals import stop_on_signal
@@ -32,7 +31,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if config.run:
         trained = Path(config.run)
         config = config_of_run(config, trained)
-    check_machine(config)
+    inputs.check_before_loading(config)
     with runs.locked(run_folder, wait=False), stop_on_signal() as stop:
         write_config(config, run_folder)
         loaded = inputs.load(config, find_machine(config))

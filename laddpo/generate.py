@@ -20,7 +20,6 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Answer every prompt with the base and, with `run`, with the tuned model."""
     from laddpo import inputs, runs
     from laddpo.answering import answerer
-    from laddpo.config import check_machine
     from laddpo.evaluate import base_model, config_of_run, tuned_weights, use_weights
     from laddpo.machine import find_machine
     from laddpo.preference.pairs import user_prompt
@@ -29,7 +28,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     trained = Path(config.run) if config.run else None
     if trained:
         config = config_of_run(config, trained)
-    check_machine(config)
+    inputs.check_before_loading(config)
     loaded = inputs.load(config, find_machine(config))
     prompts = [user_prompt(text) for text in texts]
     answers: dict[str, list[str]] = {}

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from laddpo import runs
-from laddpo.config import CONF_DIR
+from laddpo.config import CONF_DIR, check_machine
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import Item
 from laddpo.core.objectives import DpoObjective
@@ -54,6 +54,18 @@ def model_path(config: RunConfig) -> str:
     given = config.model.model_name_or_path
     shipped = CONF_DIR.parent / given
     return str(shipped) if not Path(given).expanduser().is_dir() and shipped.is_dir() else given
+
+
+def check_before_loading(config: RunConfig) -> None:
+    """Refuse what cannot work before minutes go by: what this machine lacks and a model that cannot be had."""
+    problems: list[str] = []
+    for check in (check_machine, lambda config: loading.load_tokenizer(model_path(config), config.model.revision)):
+        try:
+            check(config)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
 
 
 def load(config: RunConfig, machine: Machine) -> Loaded:

@@ -23,7 +23,6 @@ def main(config: RunConfig, run_folder: Path) -> None:
     import dataclasses
 
     from laddpo import inputs
-    from laddpo.config import check_machine
     from laddpo.core.tasks import visited_windows
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
@@ -31,7 +30,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.training import loop_settings
 
     config = dataclasses.replace(config, auto=True)  # asked for by name: there is nothing to refuse
-    check_machine(config)
+    inputs.check_before_loading(config)
     prepared = open_prepared(config)
     machine = find_machine(config, inputs.data_lengths(config, prepared))
     print(f"machine: {machine}")

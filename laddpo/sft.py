@@ -35,7 +35,6 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     """Everything between the settings and the finished run folder."""
     from laddpo import inputs, runs
     from laddpo.compose import write_config
-    from laddpo.config import check_machine
     from laddpo.core.elbo import ElboEstimator
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
@@ -44,7 +43,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.machine import find_machine
     from laddpo.training import Validation, gradient_scaler, loop_settings, resume_step, run_outputs, validation_tasks
 
-    check_machine(config)
+    inputs.check_before_loading(config)
     machine = find_machine(config)
     print(f"machine: {machine}")
     loaded = inputs.new_model(config, machine) if config.sft.from_scratch else inputs.load(config, machine)

@@ -37,7 +37,6 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     """Everything between the settings and the finished run folder."""
     from laddpo import inputs, runs
     from laddpo.compose import write_config
-    from laddpo.config import check_machine
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
     from laddpo.core.tasks import DpoTask, visited_windows
@@ -56,7 +55,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         step_zero_check,
     )
 
-    check_machine(config)
+    inputs.check_before_loading(config)
     prepared = open_prepared(config)
     lengths = inputs.data_lengths(config, prepared)
     machine = find_machine(config, lengths)

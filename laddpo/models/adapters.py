@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from laddpo import runs
 from laddpo.errors import UserError, nearest
+from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.models.families import find_family
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -44,6 +45,7 @@ def attach_lora(
     (float64 under a float64 model), the arithmetic stays in the model's dtype. Random numbers come from `seed`; the
     global state is left as it was.
     """
+    quiet_bitsandbytes()  # which peft imports
     from peft import LoraConfig, inject_adapter_in_model
 
     if has_adapter(model):

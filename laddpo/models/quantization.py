@@ -6,7 +6,6 @@ whose blocks are quantised, whose head and embedding are not, and which computes
 
 from __future__ import annotations
 
-import logging
 import re
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from laddpo.errors import choose
+from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.models.families import Family
 
 
@@ -29,7 +29,7 @@ def quantization_config(quantization: dict[str, Any] | None, family: Family, dty
         return None
     from transformers import BitsAndBytesConfig
 
-    _quiet_bitsandbytes()
+    quiet_bitsandbytes()
     compute = settings.pop("bnb_4bit_compute_dtype", None)
     if isinstance(compute, str):
         compute = choose(DTYPES, compute, "quantization.bnb_4bit_compute_dtype", "laddpo/models/quantization.py")
@@ -60,19 +60,6 @@ def settle_quantized(model: nn.Module, family: Family) -> None:
 
 def _keep_mode(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
-
-
-def _quiet_bitsandbytes() -> None:
-    """Drop two messages that say nothing is wrong: one for every int8 product, one about an optional CPU kernel."""
-    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
-        logger = logging.getLogger(name)
-        if _is_news not in logger.filters:
-            logger.addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    return "inputs will be cast" not in message and "kernels-community" not in message
 
 
 DTYPES = {
