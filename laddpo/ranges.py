@@ -75,6 +75,9 @@ def _plain(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
+# not among CHOICES: the harness knows thousands more, so laddpo/config.py looks at evaluation.harness first
+TASKS = ("arithmetic", "gsm8k", "math500", "arc_c", "file")
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "adapter.kind": ("lora", "full"),
     "quantization.bnb_4bit_quant_type": ("nf4", "fp4"),
@@ -94,7 +97,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.precision": ("auto", "fp32", "bf16", "fp16"),
     "hardware.attention": ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"),
     "hardware.backward": ("auto", "stream", "two_pass", "joint"),
-    "evaluation.tasks": ("arithmetic", "gsm8k"),
     "evaluation.remasking": ("low_confidence", "random"),
     "logger.wandb_mode": ("online", "offline", "disabled"),
     "sft.examples": ("corpus", "chosen"),
@@ -106,6 +108,10 @@ RANGES: dict[str, Range] = {
     "save_minutes": more_than(0, "null turns saving by time off"),
     "save_total_limit": at_least(1, "2 keeps the newest and the one before it"),
     "logging_steps": at_least(1, "1 logs every step"),
+    "evaluation.block_cache": ("none", "prefix", "dual"),
+    "evaluation.harness": ("none", "lm_eval"),
+    "evaluation.grader": ("auto", "exact", "number", "math", "contains"),
+    "export.dtype": ("fp32", "bf16", "fp16"),
     "rounds": at_least(1, "1 trains once"),
     "stopping.patience": at_least(1, "null never stops early"),
     "stopping.max_chosen_fall": more_than(0, "null never stops for it"),
@@ -164,3 +170,17 @@ RANGES: dict[str, Range] = {
     "sft.mistake_share": at_least(0, "0 makes every solution correct", 1),
     "sft.diffusion_samples": at_least(1, "1 is usual; more batches of other rows teach more than more masks of one"),
 }
+    "evaluation.confidence_threshold": more_than(0, "0.9 is usual, null takes a fixed number of steps", 1),
+    "evaluation.samples": at_least(0, "0 shows none"),
+    "evaluation.elbo_draws": at_least(1, "128 is LLaDA's own"),
+    "export.shard_gib": more_than(0, "4 is usual"),
+    "report.examples": at_least(0, "0 shows none"),
+    "benchmark.mean": more_than(16, "157 is HH-RLHF's"),
+    "benchmark.p99": more_than(16, "646 is HH-RLHF's"),
+    "benchmark.prompt_mean": more_than(8, "90 is near HH-RLHF's"),
+    "benchmark.max_length": at_least(32, "1024 is what the public project pads to"),
+    "benchmark.token_budget": at_least(1, "2048 is usual"),
+    "benchmark.pairs": at_least(1, "2 keeps a round short"),
+    "benchmark.rounds": at_least(2, "8 gives an interval"),
+    "benchmark.draws": at_least(1, "4 is the default of training"),
+    "benchmark.flat_draws": at_least(1, "64 shows that memory does not grow"),

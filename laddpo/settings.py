@@ -218,7 +218,35 @@ class SftSettings:
     mistake_share: float = 0.6
     diffusion_samples: int = 1
     from_scratch: bool = False
+    confidence_threshold: float | None = None
+    stop_early: bool = True
+    block_cache: str = "none"
 
+    samples: int = 4
+    grader: str = "auto"
+    harness: str = "none"
+    elbo_draws: int = 128
+    harness_dir: str | None = None
+
+
+@dataclass
+class ExportSettings:
+    """Only read by `python -m laddpo.export`."""
+
+    adapter_only: bool = False
+    dtype: str | None = None
+    shard_gib: float = 4.0
+    license: str | None = None
+    push_to_hub: str | None = None
+    private: bool = True
+
+
+@dataclass
+class ReportSettings:
+    """Only read by `python -m laddpo.report`."""
+
+    metric: str | None = None
+    examples: int = 6
 
 @dataclass
 class PathSettings:
@@ -264,3 +292,6 @@ class RunConfig:
     prompts: str | None = None
     paths: PathSettings = field(default_factory=PathSettings)
     stopping: StoppingSettings = field(default_factory=StoppingSettings)
+    benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)

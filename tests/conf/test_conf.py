@@ -15,6 +15,7 @@ FILES = sorted(CONF_DIR.glob("*/*.yaml"))
 OPTIONS = [f"{path.parent.name}={path.stem}" for path in FILES]
 NEEDS = {
     "data=jsonl": ["data.dataset_name=x.jsonl"],
+    "evaluation=file": ["evaluation.dataset_name=x.jsonl"],
     "data=laddpo_public": ["data.dataset_name=x.json"],
 }
 
