@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from laddpo.errors import UserError
-from laddpo.foreign_logs import quiet_bitsandbytes
-from laddpo.ranges import CHOICES, TASKS, single_problems, unknown_name
+from laddpo.ranges import TASKS, single_problems, unknown_name
 from laddpo.settings import RunConfig
 
 
@@ -47,7 +46,7 @@ def check(config: RunConfig) -> RunConfig:
 
 def _contradictions(config: RunConfig, wrong_keys: set[str]) -> Iterator[str]:
     """Problems between settings, leaving out those that speak of a key whose own value is already refused."""
-    for part in (_weights, _lengths, _objective, _data, _schedule, _device, _decoding):
+    for part in (_weights, _lengths, _objective, _schedule, _device, _decoding):
         for problem in part(config):
             if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in wrong_keys):
                 yield problem
@@ -159,27 +158,6 @@ def _device(config: RunConfig) -> Iterator[str]:
     if hardware.device == "cpu" and config.optim.optimizer == "paged_adamw_8bit":
         yield (
             "optim.optimizer is 'paged_adamw_8bit' and hardware.device is 'cpu'; paging needs a CUDA device; "
-def _mixture_parts(config: RunConfig) -> Iterator[str]:
-    """What each part of a mixture may be: as the settings of `data` with the same names."""
-    known = tuple(name for name in CHOICES["data.source"] if name != "mixture")
-    for index, part in enumerate(config.data.mixture):
-        key = f"data.mixture[{index}]"
-        if part.source not in known:
-            yield unknown_name(f"{key}.source", part.source, known)
-        elif part.source in NEEDS_A_DATASET and not part.dataset_name:
-            yield (
-                f"{key}.dataset_name is not set and its source is {part.source!r}; expected a local file or a hub id; "
-                "add dataset_name to that part."
-            )
-        if part.format not in CHOICES["data.format"]:
-            yield unknown_name(f"{key}.format", part.format, CHOICES["data.format"])
-        if not 0 < part.weight < math.inf:
-            yield (
-                f"{key}.weight is {part.weight:g}; expected a number above 0; rows are taken in proportion to the "
-                "weights."
-            )
-
-
             "use optim.optimizer=adamw_8bit or adamw."
         )
     if hardware.device == "cpu" and hardware.precision == "fp16":
@@ -197,22 +175,6 @@ def _mixture_parts(config: RunConfig) -> Iterator[str]:
 def _decoding(config: RunConfig) -> Iterator[str]:
     evaluation = config.evaluation
     gen, block, steps = evaluation.gen_length, evaluation.block_length, evaluation.steps
-    if min(gen, block, steps) < 1:
-        return
-    blocks = gen // block
-    if gen % block:
-        fitting = max(b for b in range(1, min(block, gen) + 1) if gen % b == 0)
-        yield (
-            f"evaluation.block_length is {block} and evaluation.gen_length is {gen}; an answer is made of whole "
-            f"blocks; set evaluation.block_length={fitting} or evaluation.gen_length={(blocks + 1) * block}."
-        )
-    elif steps % blocks and evaluation.confidence_threshold is None:
-        yield (
-            f"evaluation.steps is {steps} over {blocks} blocks; each block takes the same number of steps; "
-            f"set evaluation.steps={max(1, steps // blocks) * blocks} or {(steps // blocks + 1) * blocks}."
-        )
-
-
     if evaluation.harness == "none":
         yield from (unknown_name("evaluation.tasks", name, TASKS) for name in evaluation.tasks if name not in TASKS)
     of_rows = [name for name in evaluation.tasks if name != "arithmetic"]
@@ -232,6 +194,22 @@ def _decoding(config: RunConfig) -> Iterator[str]:
             f"{evaluation.remasking!r}, which ranks by no confidence; set evaluation.confidence_threshold=null, or "
             "evaluation.remasking=low_confidence."
         )
+    if min(gen, block, steps) < 1:
+        return
+    blocks = gen // block
+    if gen % block:
+        fitting = max(b for b in range(1, min(block, gen) + 1) if gen % b == 0)
+        yield (
+            f"evaluation.block_length is {block} and evaluation.gen_length is {gen}; an answer is made of whole "
+            f"blocks; set evaluation.block_length={fitting} or evaluation.gen_length={(blocks + 1) * block}."
+        )
+    elif steps % blocks and evaluation.confidence_threshold is None:
+        yield (
+            f"evaluation.steps is {steps} over {blocks} blocks; each block takes the same number of steps; "
+            f"set evaluation.steps={max(1, steps // blocks) * blocks} or {(steps // blocks + 1) * blocks}."
+        )
+
+
 def unlikely_settings(config: RunConfig) -> list[str]:
     """What runs, but probably not as wished: one sentence for each setting, by name. Never an error."""
     recommended, dpo, optim, name = config.model.recommended, config.dpo, config.optim, config.model.name
