@@ -197,31 +197,10 @@ class EvaluationSettings:
     cfg_scale: float = 0.0
     remasking: str = "low_confidence"
     suppress_eos: bool = False
-    batch_size: int = 8
-
-
-@dataclass
-class LoggerSettings:
-    tensorboard: bool = True
-    wandb: bool = False
-    wandb_project: str = "laddpo"
-    wandb_name: str | None = None
-    wandb_group: str | None = None
-    wandb_tags: list[str] = field(default_factory=list)
-    wandb_mode: str = "online"
-
-
-@dataclass
-class SftSettings:
-    examples: str = "corpus"
-    num_examples: int = 20000
-    mistake_share: float = 0.6
-    diffusion_samples: int = 1
-    from_scratch: bool = False
     confidence_threshold: float | None = None
     stop_early: bool = True
     block_cache: str = "none"
-
+    batch_size: int = 8
     samples: int = 4
     grader: str = "auto"
     harness: str = "none"
@@ -247,6 +226,27 @@ class ReportSettings:
 
     metric: str | None = None
     examples: int = 6
+
+
+@dataclass
+class LoggerSettings:
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "laddpo"
+    wandb_name: str | None = None
+    wandb_group: str | None = None
+    wandb_tags: list[str] = field(default_factory=list)
+    wandb_mode: str = "online"
+
+
+@dataclass
+class SftSettings:
+    examples: str = "corpus"
+    num_examples: int = 20000
+    mistake_share: float = 0.6
+    diffusion_samples: int = 1
+    from_scratch: bool = False
+
 
 @dataclass
 class PathSettings:
@@ -274,6 +274,8 @@ class RunConfig:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     sft: SftSettings = field(default_factory=SftSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
     seed: int = 42
     output_dir: str | None = None
     resume: str = "false"
@@ -292,6 +294,3 @@ class RunConfig:
     prompts: str | None = None
     paths: PathSettings = field(default_factory=PathSettings)
     stopping: StoppingSettings = field(default_factory=StoppingSettings)
-    benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
-    export: ExportSettings = field(default_factory=ExportSettings)
-    report: ReportSettings = field(default_factory=ReportSettings)
