@@ -1,0 +1,222 @@
+"""Time and memory of a training step: ours in every mode, and what users would otherwise run, on the same pairs.
+
+    python -m laddpo.benchmark                                            random weights, a few minutes on two cores
+    python -m laddpo.benchmark benchmark.parts=[memory,flat]              peaks alone
+    python -m laddpo.benchmark model=llada_8b hardware=h200 benchmark.weights=model
+
+Writes benchmark.md and benchmark.json. Steps are gradients without the optimizer, which is the same for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from laddpo.app import run_stage
+from laddpo.settings import RunConfig
+
+PLAN_RANKS, PLAN_TOKENS = (8, 64), (256, 1024, 4096)
+
+
+def main(config: RunConfig, run_folder: Path) -> None:
+    """Run the parts that `benchmark.parts` names."""
+    from laddpo import runs
+    from laddpo.config import check_machine
+    from laddpo.machine import find_machine
+
+    check_machine(config)
+    machine = find_machine(config)
+    started = time.perf_counter()
+    sections, record = [], {"settings": dataclasses.asdict(config.benchmark), "machine": str(machine)}
+    for name in config.benchmark.parts:
+        text, record[name] = PARTS[name](config, machine)
+        print(f"\n{text}", flush=True)
+        sections.append(f"## {TITLES[name]}\n\n{text}\n")
+    record["seconds"] = time.perf_counter() - started
+    record["provenance"] = runs.provenance()
+    head = f"# Benchmark\n\n{about(config, machine)}\n"
+    runs.write_text(run_folder / "benchmark.md", "\n".join([head, *sections]))
+    runs.write_json(run_folder / "benchmark.json", record)
+    runs.write_manifest(run_folder, "benchmark", {}, ["benchmark.md", "benchmark.json"], **runs.provenance())
+    print(f"\n{record['seconds']:.0f} s; tables: {run_folder / 'benchmark.md'}")
+    print(run_folder)
+
+
+def about(config: RunConfig, machine) -> str:
+    """What was measured on what."""
+    import torch
+
+    wanted, shape = config.benchmark, _shape(config)
+    weights = "random weights" if wanted.weights == "random" else f"weights of {config.model.name}"
+    return " ".join(
+        [
+            f"{time.strftime('%Y-%m-%d')}, {machine}, torch {torch.__version__}.",
+            f"Model: {weights}, width {shape.d_model}, {shape.n_layers} blocks, MLP {shape.mlp_hidden_size}, vocabulary",
+            f"{shape.vocab_size}; LoRA r={config.adapter.r} on {config.adapter.target_modules}.",
+            f"Pairs: random tokens; prompt + response log-normal with mean {wanted.mean:g} and 99th percentile",
+            f"{wanted.p99:g}, prompt {wanted.prompt_mean:g}, at most {wanted.max_length}; {wanted.pairs} pairs a step.",
+            "A step is forward and backward without the optimizer. Peaks are counted on allocations.",
+            "public_laddpo and trl_like are written anew from their descriptions (laddpo/benchmarking/rivals.py).",
+        ]
+    )
+
+
+def memory_part(config: RunConfig, machine) -> tuple[str, dict]:
+    """Peaks of all contenders; ours also with one sequence at a time, and with checkpointing."""
+    from laddpo.benchmarking.contenders import Ours
+    from laddpo.benchmarking.measure import step_peak
+    from laddpo.benchmarking.report import memory_section
+    from laddpo.benchmarking.workload import longest_sequence
+    from laddpo.models.blocks import checkpoint_blocks
+
+    bench, pairs = _open(config, machine), _pairs(config)
+    one, small = longest_sequence(pairs), f"stream, {ONE_SEQUENCE}"
+    stream = bench.contenders["stream"]
+    lean = Ours(bench.model, stream.denoiser, "stream", one, label=small)
+    peaks = [
+        step_peak(contender, bench.model, pairs, draws)
+        for contender in [lean, *bench.contenders.values()]
+        for draws in config.benchmark.memory_draws
+    ]
+    checkpoint_blocks(bench.model)
+    lean.label = f"{small}, checkpointing"
+    peaks += [step_peak(lean, bench.model, pairs, draws) for draws in config.benchmark.memory_draws]
+    return memory_section(peaks, small)
+
+
+def flat_part(config: RunConfig, machine) -> tuple[str, dict]:
+    """Peaks of our passes from few to many draws, at a budget of one longest sequence and at the configured one."""
+    from laddpo.benchmarking.contenders import Ours
+    from laddpo.benchmarking.measure import pass_peaks
+    from laddpo.benchmarking.report import flat_section
+    from laddpo.benchmarking.workload import pair_of_tokens
+
+    wanted, bench = config.benchmark, _open(config, machine)
+    denoiser = bench.contenders["stream"].denoiser
+    tokens, vocabulary = round(wanted.mean), _shape(config).vocab_size - 2
+    pairs = [pair_of_tokens(tokens, vocabulary, seed, prompt_share=0.25) for seed in range(2)]
+    budgets = {ONE_SEQUENCE: (tokens, 1), f"{wanted.token_budget} tokens": (wanted.token_budget, 8)}
+    found = {
+        name: {
+            draws: pass_peaks(Ours(bench.model, denoiser, "stream", budget), pairs, draws)
+            for draws in sorted({fewest, wanted.flat_draws})
+        }
+        for name, (budget, fewest) in budgets.items()
+    }
+    text, record = flat_section(found)
+    return f"{len(pairs)} pairs of {tokens} tokens a sequence, a quarter of them prompt.\n\n{text}", record
+
+
+def plan_part(config: RunConfig, machine) -> tuple[str, dict]:
+    """The memory plan against measured peaks, over rank, tokens and checkpointing."""
+    from laddpo.benchmarking.measure import predicted_and_measured
+    from laddpo.benchmarking.report import plan_section
+    from laddpo.benchmarking.workload import pair_of_tokens
+    from laddpo.models.blocks import checkpoint_blocks
+    from laddpo.planning import memory_setup
+
+    rows = []
+    shape = _shape(config)
+    for rank in PLAN_RANKS:
+        adapter = dataclasses.replace(config.adapter, r=rank)
+        model = dataclasses.replace(config.model, shape=shape)
+        changed = dataclasses.replace(config, adapter=adapter, model=model)
+        bench = _open(changed, machine)
+        for checkpointing in (False, True):
+            checkpoint_blocks(bench.model, checkpointing)
+            setup = memory_setup(changed, machine.device.type, machine.precision)
+            setup = dataclasses.replace(setup, checkpointing=checkpointing)
+            for tokens in PLAN_TOKENS:
+                draws = max(1, tokens // 256)
+                pair = pair_of_tokens(tokens // (2 * draws), shape.vocab_size - 2, seed=tokens)
+                found = predicted_and_measured(bench.contenders["stream"], setup, pair, draws)
+                names = ("tokens", "predicted", "measured")
+                rows.append({"rank": rank, "checkpointing": checkpointing, **dict(zip(names, found, strict=True))})
+    return plan_section(rows)
+
+
+def speed_part(config: RunConfig, machine) -> tuple[str, dict]:
+    """Pairs per second, interleaved."""
+    import numpy as np
+
+    from laddpo.benchmarking.contenders import Ours
+    from laddpo.benchmarking.measure import median_ratio, timed_rounds
+    from laddpo.benchmarking.report import speed_section
+
+    wanted, bench = config.benchmark, _open(config, machine)
+    batches = [_pairs(config, seed=1 + number) for number in range(wanted.rounds)]
+    contenders = [c for c in bench.contenders.values() if not (isinstance(c, Ours) and c.mode == "joint")]
+    seconds = timed_rounds(contenders, bench.model, batches, wanted.draws)
+    rng = np.random.default_rng(config.seed)
+    names = [contender.name for contender in contenders]
+    walls, processor = (
+        {
+            name: median_ratio(seconds[name + suffix], seconds["stream" + suffix], rng)
+            for name in names
+            if name != "stream"
+        }
+        for suffix in ("", "/cpu")
+    )
+    rates = {name: wanted.pairs * wanted.rounds / float(seconds[name].sum()) for name in names}
+    text, record = speed_section(rates, walls, processor if machine.device.type == "cpu" else {}, "stream")
+    later = median_ratio(seconds["stream"], seconds[FIRST_EPOCH], rng)
+    record["second_epoch_over_first"] = dataclasses.asdict(later)
+    record["seconds"] = {name: values.tolist() for name, values in seconds.items()}
+    interval = f"[{later.low:.2f}, {later.high:.2f}]"
+    return (
+        f"{text}\n\nA later epoch takes {later.median:.2f} {interval} of the first, which computes the reference.",
+        record,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """The policy with its adapter, and everything that is measured around it, by name."""
+
+    model: object
+    contenders: dict
+
+
+def _open(config: RunConfig, machine) -> Bench:
+    """A fresh model with a fresh adapter: parts do not see one another's settings."""
+    from laddpo import inputs
+    from laddpo.benchmarking.contenders import build_contenders
+    from laddpo.benchmarking.workload import random_model
+
+    wanted, shape = config.benchmark, _shape(config)
+    if wanted.weights == "model":
+        loaded = inputs.load(config, machine)
+        inputs.make_trainable(config, loaded)
+        model, mask, pad = loaded.model, loaded.denoiser.mask_token_id, loaded.tokenizer.pad_token_id
+    else:
+        model = random_model(dataclasses.asdict(shape), config.seed, machine.device, machine.dtype)
+        mask, pad = shape.vocab_size - 1, shape.vocab_size - 2
+        inputs.attach_adapter(config, model)
+    return Bench(model, build_contenders(model, mask, pad, wanted.max_length, wanted.token_budget))
+
+
+def _shape(config: RunConfig):
+    return config.benchmark.shape if config.benchmark.weights == "random" else config.model.shape
+
+
+def _pairs(config: RunConfig, seed: int = 0) -> list:
+    from laddpo.benchmarking.workload import random_pairs
+
+    wanted, vocabulary = config.benchmark, _shape(config).vocab_size - 2
+    return random_pairs(
+        wanted.pairs, vocabulary, wanted.mean, wanted.p99, wanted.prompt_mean, wanted.max_length, config.seed + seed
+    )
+
+
+ONE_SEQUENCE, FIRST_EPOCH = "one sequence at a time", "stream with reference pass"
+TITLES = {
+    "memory": "Peak memory of one step",
+    "flat": "Memory over the number of draws",
+    "plan": "Predicted and measured memory",
+    "speed": "Speed",
+}
+PARTS = {"memory": memory_part, "flat": flat_part, "plan": plan_part, "speed": speed_part}
+
+if __name__ == "__main__":
+    run_stage("benchmark", main)

@@ -1,0 +1,119 @@
+"""Everything that is compared, behind one method: `step(pairs, draws)` adds the gradient of the pairs' mean loss.
+
+Ours in each backward mode, with the reference read from a store (later epochs) or computed in the step (first epoch);
+the rivals as laddpo/benchmarking/rivals.py writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from laddpo.benchmarking.rivals import PublicLaddpo, TrlLike
+from laddpo.core.elbo import ElboEstimator
+from laddpo.core.gradient import Item, accumulate_gradient, score_items
+from laddpo.core.measuring import stored_bytes
+from laddpo.core.objectives import DpoObjective
+from laddpo.core.tasks import pair_item
+from laddpo.models.adapters import adapter_disabled, trainable_parameters
+from laddpo.models.denoiser import TransformerDenoiser
+from laddpo.preference.encode import EncodedPair
+
+BETA = 0.1
+
+
+class Contender(Protocol):
+    """`extra_bytes`: what it keeps beside the policy all the time."""
+
+    name: str
+    extra_bytes: int
+
+    def step(self, pairs: Sequence[EncodedPair], draws: int) -> None: ...
+
+
+@dataclass
+class Ours:
+    """`mode` of core/gradient.py at `token_budget` tokens. With `with_reference` the step computes the reference too,
+    otherwise it is taken as stored: those values are computed once per pair and number of draws, untimed."""
+
+    model: torch.nn.Module
+    denoiser: TransformerDenoiser
+    mode: str
+    token_budget: int
+    with_reference: bool = False
+    label: str = ""
+    extra_bytes: int = 0
+    stored: dict = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.label or self.mode + (" with reference pass" if self.with_reference else "")
+
+    def prepare(self, pairs: Sequence[EncodedPair], draws: int) -> None:
+        """Fill the store."""
+        if not self.with_reference:
+            self.stored[self._key(pairs, draws)] = self.reference(self.items(pairs, draws))
+
+    def step(self, pairs: Sequence[EncodedPair], draws: int) -> None:
+        items = self.items(pairs, draws)
+        values = self.reference(items) if self.with_reference else self.stored[self._key(pairs, draws)]
+        items = [replace(item, reference=value) for item, value in zip(items, values, strict=True)]
+        parameters = list(trainable_parameters(self.model).values())
+        objective = DpoObjective("sigmoid", BETA)
+        accumulate_gradient(self.denoiser, parameters, items, objective, 1 / len(items), self.token_budget, self.mode)
+
+    def items(self, pairs: Sequence[EncodedPair], draws: int) -> list[Item]:
+        """The pairs under `draws` draws each."""
+        estimator = ElboEstimator(diffusion_samples=draws)
+        return [pair_item(pair, estimator, range(draws)) for pair in pairs]
+
+    def reference(self, items: Sequence[Item]):
+        """The reference's value of every draw. # float64 [pairs, 2, draws]"""
+        with adapter_disabled(self.model):
+            return score_items(self.denoiser, items, self.token_budget).cpu().numpy()
+
+    @staticmethod
+    def _key(pairs: Sequence[EncodedPair], draws: int) -> tuple:
+        return tuple(pair.id for pair in pairs), draws
+
+
+@dataclass
+class Rival:
+    """One pair after the other, as with a device batch of one and gradient accumulation."""
+
+    rival: PublicLaddpo | TrlLike
+
+    @property
+    def name(self) -> str:
+        return self.rival.name
+
+    @property
+    def extra_bytes(self) -> int:
+        copy = getattr(self.rival, "reference", None)
+        return stored_bytes([*copy.parameters(), *copy.buffers()]) if copy is not None else 0
+
+    def step(self, pairs: Sequence[EncodedPair], draws: int) -> None:
+        for pair in pairs:
+            self.rival.step(pair, draws, 1 / len(pairs))
+
+
+def build_contenders(
+    model, mask_token_id: int, pad_token_id: int, max_length: int, token_budget: int
+) -> dict[str, Contender]:
+    """All of them around one model that carries an adapter, by name."""
+    denoiser = TransformerDenoiser(model, mask_token_id)
+    ours = [
+        Ours(model, denoiser, "stream", token_budget),
+        Ours(model, denoiser, "stream", token_budget, with_reference=True),
+        Ours(model, denoiser, "two_pass", token_budget),
+        Ours(model, denoiser, "joint", token_budget),
+    ]
+    rivals = [
+        Rival(PublicLaddpo(model, mask_token_id, pad_token_id, max_length, BETA)),
+        Rival(TrlLike(model, mask_token_id, pad_token_id, BETA, "full")),
+        Rival(TrlLike(model, mask_token_id, pad_token_id, BETA, "chunked")),
+    ]
+    return {contender.name: contender for contender in [*ours, *rivals]}

@@ -1,0 +1,175 @@
+"""What users would otherwise run, written anew from its description, for measuring time and memory. Not for training.
+
+- `PublicLaddpo`: the public LaDDPO project's training script: an independent copy of the model as reference, the graphs
+  of all n draws of both responses alive until one backward pass, rows padded to max_length, logits of every position.
+  Its statistics are its own too: prompt and padding are masked and scored, reference masks are drawn afresh.
+- `TrlLike`: the way of TRL's DPOTrainer carried over to masked diffusion: the 2n rows of a pair in one padded batch,
+  the reference by switching the adapter off, the head on every position (`full`, before TRL 1.14) or on the scored ones
+  in tiles that the backward pass computes again (`chunked`, as in TRL 1.16).
+
+Both take one pair at a time, as small-memory settings do, and add to the gradients of the adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from laddpo.models.adapters import adapter_disabled
+from laddpo.preference.encode import EncodedPair
+
+FLOOR = 1e-3  # p_mask = (1 - FLOOR) t + FLOOR
+TILE_ROWS, TILE_COLUMNS = 4096, 8192  # of TRL's head: positions and vocabulary entries projected at a time
+
+
+class PublicLaddpo:
+    """One pair's step: 4n forward passes of one row of `max_length` tokens, 2n of them kept for one backward pass."""
+
+    name = "public_laddpo"
+
+    def __init__(self, model, mask_token_id: int, pad_token_id: int, max_length: int, beta: float):
+        self.model, self.mask_token_id, self.pad_token_id = model, mask_token_id, pad_token_id
+        self.max_length, self.beta = max_length, beta
+        self.reference = copy.deepcopy(model).requires_grad_(False)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def step(self, pair: EncodedPair, draws: int, scale: float) -> float:
+        """Add the gradient of `scale` times the pair's loss; the loss."""
+        margin = 0.0
+        for sign, response in ((1.0, pair.chosen_ids), (-1.0, pair.rejected_ids)):
+            row = self._padded(pair.prompt_ids, response)
+            policy = torch.stack([self._estimate(self.model, row) for _ in range(draws)]).mean()
+            with torch.no_grad():
+                reference = torch.stack([self._estimate(self.reference, row) for _ in range(draws)]).mean()
+            margin = margin + sign * (policy - reference)
+        loss = -logsigmoid(self.beta * margin)
+        (scale * loss).backward()
+        return float(loss.detach())
+
+    def _padded(self, *parts) -> Tensor:
+        """Prompt and response, filled up with padding. # int64 [1, max_length]"""
+        ids = torch.cat([torch.as_tensor(part, dtype=torch.int64) for part in parts])[: self.max_length]
+        row = torch.full((1, self.max_length), self.pad_token_id, dtype=torch.int64)
+        row[0, : len(ids)] = ids
+        return row.to(_device(self.model))
+
+    def _estimate(self, model, row: Tensor) -> Tensor:
+        """Mean over all positions of log p / p_mask where a position is masked; prompt and padding take part."""
+        p = (1 - FLOOR) * torch.rand((), generator=self.generator) + FLOOR
+        masked = (torch.rand(row.shape, generator=self.generator) < p).to(row.device)
+        logits = model(input_ids=row.masked_fill(masked, self.mask_token_id)).logits
+        logps = logits.float().log_softmax(-1).gather(-1, row[..., None])[..., 0]
+        return (logps * masked / p.to(row.device)).sum() / row.numel()
+
+
+class TrlLike:
+    """One pair's step: one batch of 2n padded rows for the policy, the same without the adapter for the reference."""
+
+    def __init__(self, model, mask_token_id: int, pad_token_id: int, beta: float, head: str = "full"):
+        self.model, self.mask_token_id, self.pad_token_id = model, mask_token_id, pad_token_id
+        self.beta, self.head, self.name = beta, head, f"trl_like ({head} logits)"
+        self.generator = torch.Generator().manual_seed(0)
+
+    def step(self, pair: EncodedPair, draws: int, scale: float) -> float:
+        """Add the gradient of `scale` times the pair's loss; the loss."""
+        rows, present, scored, weights = self._batch(pair, draws)
+        policy = self._row_logps(rows, present, scored, weights)
+        with torch.no_grad(), adapter_disabled(self.model):
+            reference = self._row_logps(rows, present, scored, weights)
+        chosen, rejected = (policy - reference).chunk(2)
+        loss = -logsigmoid(self.beta * (chosen.mean() - rejected.mean()))
+        (scale * loss).backward()
+        return float(loss.detach())
+
+    def _batch(self, pair: EncodedPair, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Token ids, which of them are real, which are masked [2n, longest], and the weight of each row [2n]."""
+        responses: Sequence = [pair.chosen_ids] * draws + [pair.rejected_ids] * draws
+        longest = len(pair.prompt_ids) + max(len(response) for response in responses)
+        rows = torch.full((2 * draws, longest), self.pad_token_id, dtype=torch.int64)
+        present, scored = (torch.zeros_like(rows, dtype=torch.bool) for _ in range(2))
+        weights = torch.empty(2 * draws)
+        start = len(pair.prompt_ids)
+        for i, response in enumerate(responses):
+            length = len(response)
+            rows[i, : start + length] = torch.cat(
+                [torch.as_tensor(ids, dtype=torch.int64) for ids in (pair.prompt_ids, response)]
+            )
+            present[i, : start + length] = True
+            count = int(torch.randint(1, length + 1, (), generator=self.generator))
+            scored[i, start + torch.randperm(length, generator=self.generator)[:count]] = True
+            weights[i] = length / count
+        device = _device(self.model)
+        return rows.to(device), present.to(device), scored.to(device), weights.to(device)
+
+    def _row_logps(self, rows: Tensor, present: Tensor, scored: Tensor, weights: Tensor) -> Tensor:
+        """The weighted log-likelihood of every row's masked tokens. # [2n]"""
+        noisy = rows.masked_fill(scored, self.mask_token_id)
+        if self.head == "full":
+            logits = self.model(input_ids=noisy, attention_mask=present.long()).logits
+            chosen = logits.gather(-1, rows[..., None])[..., 0]
+            logps = chosen - torch.stack([row.logsumexp(-1) for row in logits])  # a row at a time, as TRL does
+            return (logps * scored).sum(-1) * weights
+        head = self.model.get_output_embeddings()
+        hidden = self._hidden_states(noisy, present)
+        logps = _TiledLogps.apply(hidden[scored], head.weight, rows[scored])
+        return torch.zeros(len(rows), device=rows.device).index_add(0, scored.nonzero()[:, 0], logps) * weights
+
+    def _hidden_states(self, rows: Tensor, present: Tensor) -> Tensor:
+        """What goes into the head, at every position; the head itself sees one. # [2n, longest, width]"""
+        seen = []
+        last_norm = self.model.model["transformer"]["ln_f"]
+        handle = last_norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            one = torch.zeros(1, dtype=torch.int64, device=rows.device)
+            self.model(input_ids=rows, attention_mask=present.long(), rows=one)
+        finally:
+            handle.remove()
+        return seen.pop()
+
+
+class _TiledLogps(torch.autograd.Function):
+    """log p of the targets by a running logsumexp over tiles of the vocabulary; the backward pass makes them again."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        top = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+        total, chosen = torch.zeros_like(top), torch.zeros_like(top)
+        for columns in _tiles(len(weight), TILE_COLUMNS):
+            for rows in _tiles(len(hidden), TILE_ROWS):
+                logits = (hidden[rows] @ weight[columns].t()).float()
+                new = torch.maximum(top[rows], logits.amax(-1))
+                total[rows] = total[rows] * (top[rows] - new).exp() + (logits - new[:, None]).exp().sum(-1)
+                top[rows] = new
+                local = targets[rows] - columns.start
+                inside = (local >= 0) & (local < logits.shape[1])
+                picked = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+                chosen[rows] = torch.where(inside, picked, chosen[rows])
+        normaliser = top + total.log()
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        return chosen - normaliser
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        for columns in _tiles(len(weight), TILE_COLUMNS):
+            for rows in _tiles(len(hidden), TILE_ROWS):
+                logits = (hidden[rows] @ weight[columns].t()).float()
+                softmax = (logits - normaliser[rows, None]).exp()
+                index = torch.arange(columns.start, columns.stop, device=hidden.device)
+                is_target = (index == targets[rows, None]).float()
+                slope = grad[rows, None] * (is_target - softmax)
+                grad_hidden[rows] += slope @ weight[columns].float()
+        return grad_hidden.to(hidden.dtype), None, None
+
+
+def _tiles(size: int, tile: int) -> list[slice]:
+    return [slice(start, min(start + tile, size)) for start in range(0, size, tile)]
+
+
+def _device(model) -> torch.device:
+    return model.get_output_embeddings().weight.device

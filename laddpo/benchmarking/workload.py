@@ -1,0 +1,69 @@
+"""What is benchmarked on: a model with random weights, and pairs whose lengths are drawn like those of real dialogues.
+
+Token ids are random: time and memory depend on lengths alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from laddpo.models.llada_config import LLaDAConfig
+from laddpo.models.loading import new_model
+from laddpo.preference.encode import EncodedPair
+
+Z99 = 2.3263478740408408  # the 99th percentile of the standard normal
+SHORTEST = 8  # tokens of prompt and of response
+RESPONSE_SPREAD = 0.4  # standard deviation of log(rejected / chosen length)
+
+
+def length_parameters(mean: float, p99: float) -> tuple[float, float]:
+    """mu and sigma of the log-normal with this mean and 99th percentile.
+
+    exp(mu + sigma^2 / 2) = mean and exp(mu + Z99 sigma) = p99, so sigma^2 / 2 - Z99 sigma + log(p99 / mean) = 0.
+    """
+    ratio = math.log(p99 / mean)
+    assert 0 < ratio < Z99**2 / 2, f"no log-normal has mean {mean} and 99th percentile {p99}"
+    sigma = Z99 - math.sqrt(Z99**2 - 2 * ratio)
+    return math.log(mean) - sigma**2 / 2, sigma
+
+
+def random_pairs(
+    count: int, vocabulary: int, mean: float, p99: float, prompt_mean: float, max_length: int, seed: int
+) -> list[EncodedPair]:
+    """Pairs of random tokens below `vocabulary`. Prompt + chosen is log-normal; the prompt's share varies around its
+    mean; the rejected response is as long as the chosen one up to a log-normal factor. None exceeds `max_length`."""
+    rng = np.random.default_rng([seed, count])
+    mu, sigma = length_parameters(mean, p99)
+    pairs = []
+    for number in range(count):
+        total = int(np.clip(rng.lognormal(mu, sigma), 2 * SHORTEST, max_length))
+        share = np.clip(prompt_mean / mean + rng.uniform(-0.25, 0.25), 0.05, 0.9)
+        prompt = int(np.clip(total * share, SHORTEST, total - SHORTEST))
+        chosen = total - prompt
+        factor = math.exp(RESPONSE_SPREAD * rng.standard_normal())
+        rejected = int(np.clip(chosen * factor, SHORTEST, max_length - prompt))
+        ids = (rng.integers(0, vocabulary, size).astype(np.int32) for size in (prompt, chosen, rejected))
+        pairs.append(EncodedPair(f"random-{seed}-{number}", *ids, group=str(number)))
+    return pairs
+
+
+def pair_of_tokens(tokens: int, vocabulary: int, seed: int, prompt_share: float = 0.5) -> EncodedPair:
+    """A pair whose sequences both have `tokens` tokens."""
+    rng = np.random.default_rng(seed)
+    prompt = int(prompt_share * tokens)
+    response = tokens - prompt
+    ids = (rng.integers(0, vocabulary, size).astype(np.int32) for size in (prompt, response, response))
+    return EncodedPair(f"pair-{tokens}-{seed}", *ids, group="0")
+
+
+def random_model(shape: dict, seed: int, device: torch.device, dtype: torch.dtype):
+    """A LLaDA of this shape with random weights; its last token id is the mask."""
+    return new_model(LLaDAConfig(**shape, mask_token_id=shape["vocab_size"] - 1), seed).to(device, dtype)
+
+
+def longest_sequence(pairs: list[EncodedPair]) -> int:
+    """Tokens of the longest prompt + response."""
+    return max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
