@@ -104,6 +104,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "export.dtype": ("fp32", "bf16", "fp16"),
     "logger.wandb_mode": ("online", "offline", "disabled"),
     "sft.examples": ("corpus", "chosen"),
+    "benchmark.weights": ("random", "model"),
+    "benchmark.parts": ("memory", "flat", "plan", "speed"),
 }
 
 RANGES: dict[str, Range] = {
@@ -114,8 +116,6 @@ RANGES: dict[str, Range] = {
     "logging_steps": at_least(1, "1 logs every step"),
     "rounds": at_least(1, "1 trains once"),
     "stopping.patience": at_least(1, "null never stops early"),
-    "benchmark.weights": ("random", "model"),
-    "benchmark.parts": ("memory", "flat", "plan", "speed"),
     "stopping.max_chosen_fall": more_than(0, "null never stops for it"),
     "model.shape.d_model": at_least(1, "see the model's config.json"),
     "model.shape.n_layers": at_least(1, "see the model's config.json"),
@@ -173,16 +173,16 @@ RANGES: dict[str, Range] = {
     "evaluation.elbo_draws": at_least(1, "128 is LLaDA's own"),
     "export.shard_gib": more_than(0, "4 is usual"),
     "report.examples": at_least(0, "0 shows none"),
-    "sft.num_examples": at_least(1, "20000 is usual"),
-    "sft.mistake_share": at_least(0, "0 makes every solution correct", 1),
-    "sft.diffusion_samples": at_least(1, "1 is usual; more batches of other rows teach more than more masks of one"),
-}
     "benchmark.mean": more_than(16, "157 is HH-RLHF's"),
     "benchmark.p99": more_than(16, "646 is HH-RLHF's"),
     "benchmark.prompt_mean": more_than(8, "90 is near HH-RLHF's"),
     "benchmark.max_length": at_least(32, "1024 is what the public project pads to"),
     "benchmark.token_budget": at_least(1, "2048 is usual"),
     "benchmark.pairs": at_least(1, "2 keeps a round short"),
-    "benchmark.rounds": at_least(2, "8 gives an interval"),
+    "benchmark.rounds": at_least(2, "6 gives an interval"),
     "benchmark.draws": at_least(1, "4 is the default of training"),
     "benchmark.flat_draws": at_least(1, "64 shows that memory does not grow"),
+    "sft.num_examples": at_least(1, "20000 is usual"),
+    "sft.mistake_share": at_least(0, "0 makes every solution correct", 1),
+    "sft.diffusion_samples": at_least(1, "1 is usual; more batches of other rows teach more than more masks of one"),
+}

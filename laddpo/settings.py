@@ -249,6 +249,25 @@ class SftSettings:
 
 
 @dataclass
+class BenchmarkSettings:
+    """Only read by `python -m laddpo.benchmark`. `shape` is that of random weights; lengths are in tokens."""
+
+    weights: str = "random"
+    shape: ModelShape = field(default_factory=lambda: ModelShape(256, 4, 4, 4, 768, 32000, 1024))
+    mean: float = 157
+    p99: float = 646
+    prompt_mean: float = 90
+    max_length: int = 1024
+    token_budget: int = 2048
+    pairs: int = 2
+    rounds: int = 6
+    draws: int = 4
+    memory_draws: list[int] = field(default_factory=lambda: [1, 4, 8])
+    flat_draws: int = 64
+    parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed"])
+
+
+@dataclass
 class PathSettings:
     data_dir: str = "data"
     outputs_dir: str = "outputs"
@@ -269,30 +288,12 @@ class RunConfig:
     quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
     data: DataSettings = field(default_factory=DataSettings)
     dpo: DpoSettings = field(default_factory=DpoSettings)
-@dataclass
-class BenchmarkSettings:
-    """Only read by `python -m laddpo.benchmark`. `shape` is that of random weights; lengths are in tokens."""
-
-    weights: str = "random"
-    shape: ModelShape = field(default_factory=lambda: ModelShape(256, 4, 4, 4, 768, 32000, 1024))
-    mean: float = 157
-    p99: float = 646
-    prompt_mean: float = 90
-    max_length: int = 1024
-    token_budget: int = 2048
-    pairs: int = 2
-    rounds: int = 6
-    draws: int = 4
-    memory_draws: list[int] = field(default_factory=lambda: [1, 4, 8])
-    flat_draws: int = 64
-    parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed"])
-
-
     optim: OptimSettings = field(default_factory=OptimSettings)
     hardware: HardwareSettings = field(default_factory=HardwareSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     sft: SftSettings = field(default_factory=SftSettings)
+    benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     seed: int = 42
@@ -313,4 +314,3 @@ class BenchmarkSettings:
     prompts: str | None = None
     paths: PathSettings = field(default_factory=PathSettings)
     stopping: StoppingSettings = field(default_factory=StoppingSettings)
-    benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
