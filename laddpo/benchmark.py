@@ -52,8 +52,8 @@ def about(config: RunConfig, machine) -> str:
     return " ".join(
         [
             f"{time.strftime('%Y-%m-%d')}, {machine}, torch {torch.__version__}.",
-            f"Model: {weights}, width {shape.d_model}, {shape.n_layers} blocks, MLP {shape.mlp_hidden_size}, vocabulary",
-            f"{shape.vocab_size}; LoRA r={config.adapter.r} on {config.adapter.target_modules}.",
+            f"Model: {weights}, width {shape.d_model}, {shape.n_layers} blocks, MLP {shape.mlp_hidden_size},",
+            f"vocabulary {shape.vocab_size}; LoRA r={config.adapter.r} on {config.adapter.target_modules}.",
             f"Pairs: random tokens; prompt + response log-normal with mean {wanted.mean:g} and 99th percentile",
             f"{wanted.p99:g}, prompt {wanted.prompt_mean:g}, at most {wanted.max_length}; {wanted.pairs} pairs a step.",
             "A step is forward and backward without the optimizer. Peaks are counted on allocations.",
