@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from laddpo import runs
+from laddpo.errors import Stopped
 from laddpo.evaluation.sampling import SamplerSettings, generate
-from laddpo.evaluation.tasks import Generate, Task, TaskOptions, load_task, run_task
-from laddpo.inputs import Loaded, encoder_for
-from laddpo.preference.arithmetic import Difficulty
+from laddpo.evaluation.tasks import GSM8K_INSTRUCTION, Generate, Task, TaskOptions, load_task, run_task
+from laddpo.inputs import Loaded, difficulty_of, encoder_for
 from laddpo.preference.pairs import prompt_rows
 from laddpo.settings import RunConfig
+from laddpo.signals import StopFlag
 
 VALIDATION_LIMIT = 200  # problems answered at every evaluation during training: an interval of about +-7 points
 
@@ -34,9 +35,18 @@ def open_task(config: RunConfig, name: str, split: str, limit: int | None) -> Ta
             dataset_name=evaluation.dataset_name,
             shots_from=evaluation.shots_from,
             benchmarks_dir=Path(config.paths.data_dir) / "benchmarks",
-            difficulty=Difficulty(operand_max=config.data.operand_max),
+            difficulty=difficulty_of(config),
         ),
     )
+
+
+def tested_questions(config: RunConfig, name: str) -> set[str]:
+    """The questions of a task's test problems, with and without what the task writes around them; without shots."""
+    evaluation = dataclasses.replace(config.evaluation, shots=0)
+    task = open_task(dataclasses.replace(config, evaluation=evaluation), name, "test", None)
+    asked = {item.prompt[-1].content for item in task.items}
+    task.grader.close()
+    return asked | {text.removesuffix(GSM8K_INSTRUCTION) for text in asked}
 
 
 def sampler_settings(config: RunConfig) -> SamplerSettings:
@@ -68,11 +78,27 @@ def answerer(config: RunConfig, loaded: Loaded) -> Generate:
 
 
 def answer_task(
-    config: RunConfig, loaded: Loaded, task: Task, items_path: Path, weights: Mapping[str, Any], label: str
+    config: RunConfig,
+    loaded: Loaded,
+    task: Task,
+    items_path: Path,
+    weights: Mapping[str, Any],
+    label: str,
+    stop: StopFlag | None = None,
 ) -> list[dict[str, Any]]:
-    """One graded record per item, appended to `items_path` as they come; records of the same weights are reused."""
+    """One graded record per item, appended to `items_path` as they come; records of the same weights are reused.
+
+    Raises `Stopped` between two batches after a signal; the same command then goes on with the next batch.
+    """
+    answer = answerer(config, loaded)
+
+    def answer_unless_stopped(prompts: list) -> list[str]:
+        if stop:
+            raise Stopped(f"{items_path}: stopped by {stop.name}; the answers so far are kept. Give the command again.")
+        return answer(prompts)
+
     return run_task(
-        answerer(config, loaded),
+        answer_unless_stopped,
         task,
         batch_size=config.evaluation.batch_size,
         items_path=items_path,

@@ -39,7 +39,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
             inputs.make_trainable(config, loaded)
             evaluate_run(config, trained, run_folder, open_prepared(config), loaded, stop)
         else:
-            evaluate_base(config, run_folder, loaded)
+            evaluate_base(config, run_folder, loaded, stop)
     print(run_folder)
 
 
@@ -73,7 +73,7 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
         seen_items, _ = inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs, measured")
         tasks = [open_task(config, name, "test", config.evaluation.limit) for name in config.evaluation.tasks]
         base_records = {
-            task.name: answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base")
+            task.name: answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base", stop)
             for task in tasks
         }
     use_weights(config, loaded, tuned)
@@ -85,7 +85,7 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
     )
     digest = {"tuned": runs.read_manifest(tuned, "weights")["files"]}
     for task in tasks:
-        records = answer_task(config, loaded, task, folder / "items.jsonl", {**loaded.weights, **digest}, "tuned")
+        records = answer_task(config, loaded, task, folder / "items.jsonl", {**loaded.weights, **digest}, "tuned", stop)
         base = base_records[task.name]
         key = "exact_match" if len(tasks) == 1 else f"{task.name}/exact_match"
         results[key] = _compare([r["correct"] for r in base], [r["correct"] for r in records], config.seed)
@@ -99,7 +99,7 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
     return results
 
 
-def evaluate_base(config: RunConfig, folder: Path, loaded) -> dict:
+def evaluate_base(config: RunConfig, folder: Path, loaded, stop) -> dict:
     """Exact match of the configured model alone."""
     from laddpo import runs
     from laddpo.answering import answer_task, open_task
@@ -113,7 +113,7 @@ def evaluate_base(config: RunConfig, folder: Path, loaded) -> dict:
     results: dict = {}
     for name in config.evaluation.tasks:
         task = open_task(config, name, "test", config.evaluation.limit)
-        records = answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base")
+        records = answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base", stop)
         right = sum(record["correct"] for record in records)
         low, high = wilson_interval(right, len(records))
         key = "exact_match" if len(config.evaluation.tasks) == 1 else f"{name}/exact_match"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from tqdm.auto import tqdm
 
 from laddpo.core.measuring import peak_bytes, resident_bytes
 from laddpo.core.memory import GIB, gib
@@ -57,9 +58,8 @@ class StepMemory:
         self.known["memory/peak_gib"] = max(self.known.get("memory/peak_gib", 0.0), measured / GIB)
         self.known["memory/predicted_gib"] = predicted / GIB
         if is_first_look:
-            print(
-                f"memory of a step: predicted {gib(predicted)}, measured {gib(measured)} ({measured / predicted:.0%})"
-            )
+            share = f"{measured / predicted:.0%}"
+            tqdm.write(f"memory of a step: predicted {gib(predicted)}, measured {gib(measured)} ({share})")
 
 
 def retries_text(machine: Machine) -> str:

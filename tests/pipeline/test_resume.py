@@ -92,3 +92,22 @@ def test_a_run_folder_in_use_is_refused(stages, capsys):
     with locked(run):
         assert stages.run("train", f"output_dir={run}") == 2
     assert "in use by process" in capsys.readouterr().err
+
+
+def test_an_evaluation_asked_to_stop_keeps_its_answers_and_says_so(stages, capsys, monkeypatch):
+    import contextlib
+
+    from laddpo import signals
+
+    run, evaluation = stages.folder / "run", stages.folder / "evaluation"
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    flag = signals.StopFlag()
+    flag.name = "SIGTERM"
+    with monkeypatch.context() as patched:
+        patched.setattr(signals, "stop_on_signal", lambda: contextlib.nullcontext(flag))
+        assert stages.run("evaluate", f"run={run}", f"output_dir={evaluation}") == 75
+    shown = capsys.readouterr().err
+    assert "the answers so far are kept" in shown and "Traceback" not in shown
+    assert not (evaluation / "results.json").exists()
+    assert stages.run("evaluate", f"run={run}", f"output_dir={evaluation}", "resume=true") == 0
+    assert (evaluation / "results.json").exists()
