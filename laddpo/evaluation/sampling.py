@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from laddpo.errors import UserError, choose
+from laddpo.models.block_cache import KINDS as BLOCK_CACHES
+from laddpo.models.block_cache import BlockCache
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class SamplerSettings:
     `suppress_eos`: "no"; "confidence" (or true) commits stop tokens after everything else, "logits" never emits them;
     both hold at any temperature. `confidence_threshold` ignores `steps` and commits every token whose probability
     exceeds it, at least one a step: faster, not the same tokens. `stop_early` ends an answer whose tokens up to a stop
-    token are all there: the same answer up to it, the rest is filled with the stop token.
+    token are all there: the same answer up to it, the rest is filled with the stop token. `block_cache` "prefix" or
+    "dual" keeps keys and values within a block (laddpo/models/block_cache.py): faster, and the same tokens only where
+    every block takes one step.
     """
 
     gen_length: int = 32
@@ -38,6 +42,7 @@ class SamplerSettings:
     suppress_eos: bool | str = "no"
     confidence_threshold: float | None = None
     stop_early: bool = True
+    block_cache: str = "none"
     batch_size: int = 64
     seed: int = 0
 
@@ -74,6 +79,9 @@ class SamplerSettings:
             raise UserError(*problems)
         choose(REMASKING, self.remasking, "evaluation.remasking", "laddpo/evaluation/sampling.py")
         choose(SUPPRESSION, self.suppression, "evaluation.suppress_eos", "laddpo/evaluation/sampling.py")
+        if self.block_cache not in ("none", *BLOCK_CACHES):
+            known = ", ".join(("none", *BLOCK_CACHES))
+            raise UserError(f"evaluation.block_cache is {self.block_cache!r}; known: {known}. Choose one of them.")
 
     @property
     def suppression(self) -> str:
@@ -141,6 +149,11 @@ class _Batch:
         self.taken = [0] * len(prompts)  # steps taken in the current block
         self.commits = settings.commits_per_step()
         self.never = torch.tensor(_never_emitted(model, mask), dtype=torch.long, device=prompts[0].device)
+        self.caches = []
+        if settings.block_cache != "none":
+            free = [[torch.full_like(p, mask) for p in prompts]] if settings.cfg_scale > 0 else []
+            shape = (settings.gen_length, settings.block_length, settings.block_cache)
+            self.caches = [BlockCache(model, group, *shape) for group in ([*prompts], *free)]
         self._enter(list(range(len(prompts))))
 
     def _enter(self, active: list[int]) -> None:
@@ -168,7 +181,10 @@ class _Batch:
         columns = starts[:, None] + torch.arange(settings.block_length, device=answers.device)  # [A, block]
         block = answers.gather(1, columns)
         is_open = block == self.mask
-        logits = self._logits(answers, (self.first + columns)[is_open])
+        if self.caches:
+            logits = self._cached_logits(answers, starts, is_open)
+        else:
+            logits = self._logits(answers, (self.first + columns)[is_open])
         tokens, confidence = self._candidates(logits, is_open.sum(1).tolist())
         ranks = torch.full(block.shape, -torch.inf, dtype=confidence.dtype, device=block.device)
         ranks[is_open] = confidence.clamp(min=torch.finfo(confidence.dtype).min)  # demoted, yet before the filled ones
@@ -187,7 +203,17 @@ class _Batch:
         if self.settings.cfg_scale > 0:
             rows = torch.cat([rows, rows + self.tokens_per_pass])
         packed = {"input_ids": ids[None], "position_ids": self.positions, "lengths": self.lengths}
-        logits = self.model(**packed, rows=rows).logits
+        return self._guided(self.model(**packed, rows=rows).logits)
+
+    def _cached_logits(self, answers: Tensor, starts: Tensor, is_open: Tensor) -> Tensor:
+        """The same from kept keys and values, renewed by the first step of every block. # [R, V]"""
+        items = torch.tensor(self.active, device=answers.device)
+        is_first = torch.tensor([self.taken[i] == 0 for i in self.active], device=answers.device)
+        hidden = [cache.hidden(items, answers, starts, is_first)[is_open] for cache in self.caches]
+        return self._guided(self.caches[0].logits(torch.cat(hidden)))
+
+    def _guided(self, logits: Tensor) -> Tensor:
+        """float32 or wider; of two passes, moved away from the one that does not see the prompt."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.settings.cfg_scale > 0:
             conditional, free = logits.chunk(2)
