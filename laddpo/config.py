@@ -7,12 +7,14 @@ looks at the machine (it imports torch) and is called only by stages that run th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from laddpo.errors import UserError
-from laddpo.ranges import TASKS, single_problems, unknown_name
+from laddpo.foreign_logs import quiet_bitsandbytes
+from laddpo.ranges import CHOICES, TASKS, single_problems, unknown_name
 from laddpo.settings import RunConfig
 
 
@@ -46,7 +48,7 @@ def check(config: RunConfig) -> RunConfig:
 
 def _contradictions(config: RunConfig, wrong_keys: set[str]) -> Iterator[str]:
     """Problems between settings, leaving out those that speak of a key whose own value is already refused."""
-    for part in (_weights, _lengths, _objective, _schedule, _device, _decoding):
+    for part in (_weights, _lengths, _objective, _data, _schedule, _device, _decoding):
         for problem in part(config):
             if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in wrong_keys):
                 yield problem
@@ -113,7 +115,7 @@ def _lengths(config: RunConfig) -> Iterator[str]:
 
 
 def _objective(config: RunConfig) -> Iterator[str]:
-    dpo, data = config.dpo, config.data
+    dpo = config.dpo
     if dpo.label_smoothing > 0 and dpo.loss not in TAKES_LABEL_SMOOTHING:
         yield (
             f"dpo.label_smoothing is {dpo.label_smoothing:g} and dpo.loss is {dpo.loss!r}, which has no such term; "
@@ -130,16 +132,52 @@ def _objective(config: RunConfig) -> Iterator[str]:
             f"dpo.diffusion_samples is {n} with dpo.estimator=complement, whose draws come in pairs (a mask and its "
             f"inverse); expected 1 or an even number; set dpo.diffusion_samples={n - 1} or {n + 1}."
         )
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
     if data.source in NEEDS_A_DATASET and not data.dataset_name:
         yield (
             f"data.dataset_name is not set and data.source is {data.source!r}; expected a local file or a hub id; "
             "add data.dataset_name=path/to/pairs.jsonl."
         )
+    if data.source == "mixture" and not data.mixture:
+        yield (
+            "data.mixture is empty and data.source is 'mixture'; expected the sources to mix; write "
+            "data.mixture=[{source:hh_rlhf,weight:2},{dataset_name:my_pairs.jsonl,weight:1}]."
+        )
+    if data.mixture and data.source != "mixture":
+        yield (
+            f"data.mixture lists {len(data.mixture)} sources and data.source is {data.source!r}, which reads one; "
+            "use data=mixture, or data.mixture=[]."
+        )
+    yield from _mixture_parts(config)
     if data.source == "arithmetic" and data.operand_max >= 10**data.width:
         yield (
             f"data.operand_max is {data.operand_max} and data.width is {data.width}; numbers are written with that "
             f"many digits; set data.operand_max={10**data.width - 1} or lower, or a larger data.width."
         )
+
+
+def _mixture_parts(config: RunConfig) -> Iterator[str]:
+    """What each part of a mixture may be: as the settings of `data` with the same names."""
+    known = tuple(name for name in CHOICES["data.source"] if name != "mixture")
+    for index, part in enumerate(config.data.mixture):
+        key = f"data.mixture[{index}]"
+        if part.source not in known:
+            yield unknown_name(f"{key}.source", part.source, known)
+        elif part.source in NEEDS_A_DATASET and not part.dataset_name:
+            yield (
+                f"{key}.dataset_name is not set and its source is {part.source!r}; expected a local file or a hub id; "
+                "add dataset_name to that part."
+            )
+        if part.format not in CHOICES["data.format"]:
+            yield unknown_name(f"{key}.format", part.format, CHOICES["data.format"])
+        if not 0 < part.weight < math.inf:
+            yield (
+                f"{key}.weight is {part.weight:g}; expected a number above 0; rows are taken in proportion to the "
+                "weights."
+            )
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:
@@ -316,4 +354,4 @@ def check_machine(config: RunConfig) -> None:
 SHORTEST_PAIR = 24  # tokens: the template of one turn, a short prompt, a token of response and its terminator
 TAKES_LABEL_SMOOTHING = ("sigmoid", "robust", "sigmoid_norm")
 PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm")
-NEEDS_A_DATASET = ("jsonl", "laddpo_public")
+NEEDS_A_DATASET = ("jsonl", "laddpo_public", "graded_candidates")

@@ -29,6 +29,7 @@ from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.offload import keep_embeddings_on_host
 from laddpo.planning import Lengths, prepared_lengths
+from laddpo.preference.arithmetic import Difficulty
 from laddpo.preference.encode import EncodedPair, TextEncoder
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.settings import RunConfig
@@ -174,6 +175,11 @@ def encoder_for(config: RunConfig, tokenizer) -> TextEncoder:
         max_length=config.data.max_length,
         truncation=config.data.truncation,
     )
+
+
+def difficulty_of(config: RunConfig) -> Difficulty:
+    """How hard the generated problems are: one answer for training pairs, the corpus and the test."""
+    return Difficulty(operand_max=config.data.operand_max, terms=config.data.terms, width=config.data.width)
 
 
 def training_estimator(config: RunConfig) -> ElboEstimator:

@@ -133,6 +133,11 @@ def unresolved(tree: DictConfig) -> dict[str, str]:
             except OmegaConfBaseException as error:
                 wanted = f"expected {type_words(key)}, or a reference like ${{dpo.beta}} that resolves to it"
                 problems[key] = f"{key} is {written!r}: {_first_line(error)}; {wanted}."
+        elif OmegaConf.is_list(value := node[last] if not OmegaConf.is_missing(node, last) else None):
+            try:
+                OmegaConf.to_container(value, resolve=True)
+            except OmegaConfBaseException as error:
+                problems[key] = f"{key}: {_first_line(error)}; expected {type_words(key)}; correct the value."
         elif OmegaConf.is_missing(node, last):
             advice = f"add {key}=<value> to the command or to its yaml"
             problems[key] = f"{key} is not set; expected {type_words(key)}; {advice}."
@@ -187,6 +192,8 @@ def _apply(tree: DictConfig, override: Override, groups: set[str]) -> str | None
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         full_key = getattr(cause, "full_key", None) or key
+        if schema_types().get(key, "").startswith("list[Mix"):
+            return f"{key}: {_first_line(cause)}; expected {type_words(key)}; correct the value."
         if not _is_known(full_key, groups):
             return unknown_key(full_key, groups)
         found = redact(str(override.get_value_element_as_str()))
@@ -195,11 +202,14 @@ def _apply(tree: DictConfig, override: Override, groups: set[str]) -> str | None
 
 
 def _is_known(key: str, groups: set[str]) -> bool:
+    key = key.partition("[")[0]  # of an item of data.mixture the type is checked where it is applied
     return key in groups or key in schema_types() or any(name.startswith(f"{key}.") for name in schema_types())
 
 
 def unknown_key(key: str, groups: set[str]) -> str:
     """The sentence about a setting that does not exist, with what was probably meant."""
+    if key in NEVER:
+        return f"{key}: no such setting; {NEVER[key]}"
     names = list(schema_types())
     last_parts = {name.rpartition(".")[2]: name for name in reversed(names)}
     guess = nearest(key, [*names, *groups])
@@ -276,5 +286,19 @@ TYPE_WORDS = {
     "str": "text",
     "list[str]": "a list like [a,b]",
     "list[float]": "a list of numbers like [0.9,0.95]",
+    "list[MixturePart]": "a list like [{source:hh_rlhf,weight:2},{dataset_name:my_pairs.jsonl,weight:1}]",
 }
-STAND_INS = {"int": 1, "float": 1.0, "bool": False, "str": "unset", "list[str]": [], "list[float]": [0.9, 0.95]}
+NEVER = {
+    "data.streaming": "rows are sampled, split and ordered by their content, which a stream never holds as a whole, and a "
+    "stream that breaks off looks like a shorter one; a hub dataset is downloaded once, and rows are read in bounded "
+    "memory; leave it out.",
+}
+STAND_INS = {
+    "int": 1,
+    "float": 1.0,
+    "bool": False,
+    "str": "unset",
+    "list[str]": [],
+    "list[float]": [0.9, 0.95],
+    "list[MixturePart]": [],
+}

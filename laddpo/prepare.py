@@ -9,10 +9,12 @@ Writes data/prepared/<name>-<key>/: pairs.jsonl, tokens.safetensors, report.json
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from laddpo.app import run_stage
-from laddpo.settings import RunConfig
+from laddpo.settings import MixturePart, RunConfig
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
@@ -38,7 +40,13 @@ def prepare(config: RunConfig):
     from laddpo.errors import UserError
     from laddpo.preference.preparation import prepare_pairs
 
-    prepared = prepare_pairs(*_arguments(config))
+    arguments = _arguments(config)
+    try:
+        prepared = prepare_pairs(*arguments, evaluation_prompts(config))
+    finally:
+        for part in arguments[2]:
+            if part.request.grader is not None:
+                part.request.grader.close()
     if not len(prepared.train):
         raise UserError(f"{prepared.folder}: holds no pair for training; its report.json says what became of the rows.")
     return prepared
@@ -48,34 +56,77 @@ def _arguments(config: RunConfig) -> tuple:
     """What the settings mean to laddpo/preference: folder, name, parts, encoder, rules."""
     from laddpo.inputs import encoder_for, model_path
     from laddpo.models.loading import load_tokenizer
-    from laddpo.preference.arithmetic import Difficulty
     from laddpo.preference.preparation import Part, Rules
-    from laddpo.preference.sources import Request
 
     data = config.data
-    folder = Path(config.paths.data_dir)
-    request = Request(
-        dataset_name=data.dataset_name,
-        dataset_split=data.dataset_split,
-        revision=data.revision,
-        columns={"prompt": data.columns.prompt, "chosen": data.columns.chosen, "rejected": data.columns.rejected},
-        format=data.format,
-        preference_dir=folder / "preference_data",
-        max_line_bytes=data.max_line_bytes,
-        num_pairs=data.num_pairs,
-        difficulty=Difficulty(operand_max=data.operand_max),
-        seed=config.seed,
-        validation_fraction=data.validation_fraction,
-    )
     rules = Rules(
         seed=config.seed,
         random_sample_size=data.random_sample_size,
         validation_fraction=data.validation_fraction,
         on_bad_row=data.on_bad_row,
         max_bad_fraction=data.max_bad_fraction,
+        duplicates=data.duplicates,
+        fail_on_leak=data.fail_on_leak,
     )
+    parts = [Part(part.source, _request(config, part), part.weight) for part in _mixture(config)]
     encoder = encoder_for(config, load_tokenizer(model_path(config), config.model.revision))
-    return folder / "prepared", data.source, [Part(data.source, request)], encoder, rules
+    return Path(config.paths.data_dir) / "prepared", data.source, parts, encoder, rules
+
+
+def _mixture(config: RunConfig) -> list[MixturePart]:
+    """The parts of data.mixture, or the one source as a mixture of one."""
+    data = config.data
+    if data.mixture:
+        return data.mixture
+    return [MixturePart(data.source, data.dataset_name, data.dataset_split, data.revision, data.columns, data.format)]
+
+
+def _request(config: RunConfig, part: MixturePart):
+    """What is asked of one source."""
+    from laddpo.evaluation.grading import math_grader
+    from laddpo.inputs import difficulty_of
+    from laddpo.preference.sources import Request
+
+    data = config.data
+    return Request(
+        dataset_name=part.dataset_name,
+        dataset_split=part.dataset_split,
+        revision=part.revision,
+        columns=dataclasses.asdict(part.columns),
+        format=part.format,
+        preference_dir=Path(config.paths.data_dir) / "preference_data",
+        max_line_bytes=data.max_line_bytes,
+        follow_symlinks=data.follow_symlinks,
+        allow_empty_prompt=data.allow_empty_prompt,
+        allow_nul=data.allow_nul,
+        num_pairs=data.num_pairs,
+        difficulty=difficulty_of(config),
+        habit=data.habit,
+        seed=config.seed,
+        validation_fraction=data.validation_fraction,
+        candidates_name=data.candidates_name,
+        pairs_per_question=data.pairs_per_question,
+        grader=math_grader() if part.source == "graded_candidates" else None,
+    )
+
+
+def evaluation_prompts(config: RunConfig) -> dict[str, Callable[[], set[str]]]:
+    """By the name of each configured task, what gives the keys of its test problems; loaded only when asked."""
+
+    def keys_of(task: str) -> Callable[[], set[str]]:
+        def keys() -> set[str]:
+            from laddpo.answering import tested_questions
+            from laddpo.preference.pairs import prompt_group, user_prompt
+
+            return {prompt_group(user_prompt(text)) for text in tested_questions(config, task)}
+
+        return keys
+
+    files = {task: config.evaluation.dataset_name for task in config.evaluation.tasks if task != "arithmetic"}
+    return {
+        f"the test problems of {task}" + (f" ({files[task]})" if files.get(task) else ""): keys_of(task)
+        for task in config.evaluation.tasks
+    }
 
 
 if __name__ == "__main__":

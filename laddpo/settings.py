@@ -83,13 +83,29 @@ class QuantizationSettings:
 
 @dataclass
 class Columns:
-    """Names of the row fields that hold prompt, chosen, rejected, and, where there are any, system text and answer."""
+    """Names of the row fields that hold the texts. `candidates` is a list beside a question, `candidate` one of a file
+    of candidates."""
 
     prompt: str | None = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
     system: str | None = None
     answer: str | None = None
+    candidates: str = "candidates"
+    candidate: str = "candidate"
+
+
+@dataclass
+class MixturePart:
+    """One source of a mixture. Everything else about its rows is as `data` says for all parts."""
+
+    source: str = "jsonl"
+    dataset_name: str | None = None
+    dataset_split: str | None = None
+    revision: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    format: str = "auto"
+    weight: float = 1.0
 
 
 @dataclass
@@ -110,6 +126,9 @@ class DataSettings:
     dataset_split: str | None = None
     revision: str | None = None
     columns: Columns = field(default_factory=Columns)
+    mixture: list[MixturePart] = field(default_factory=list)
+    candidates_name: str | None = None
+    pairs_per_question: int = 4
     format: str = "auto"
     template: str = "auto"
     max_length: int = 1024
@@ -118,6 +137,8 @@ class DataSettings:
     validation_fraction: float = 0.05
     on_bad_row: str = "error"
     max_bad_fraction: float = 1.0
+    duplicates: str = "keep"
+    fail_on_leak: bool = False
     max_line_bytes: int = 16 * 2**20
     follow_symlinks: bool = False
     allow_empty_prompt: bool = False

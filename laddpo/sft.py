@@ -85,16 +85,17 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
 
 def open_examples(config: RunConfig, loaded) -> list:
     """The encoded rows to learn."""
-    from laddpo.inputs import encoder_for
-    from laddpo.preference.arithmetic import Difficulty, corpus
+    from laddpo.inputs import difficulty_of, encoder_for
+    from laddpo.preference.arithmetic import corpus
     from laddpo.preference.encode import EncodedExample
     from laddpo.prepare import open_prepared
 
     if config.sft.examples == "chosen":
         return [EncodedExample(pair.id, pair.prompt_ids, pair.chosen_ids) for pair in open_prepared(config).train]
     encoder = encoder_for(config, loaded.tokenizer)
-    difficulty = Difficulty(operand_max=config.data.operand_max)
-    rows = corpus(config.sft.num_examples, config.sft.mistake_share, config.seed, difficulty)
+    rows = corpus(
+        config.sft.num_examples, config.sft.mistake_share, config.seed, difficulty_of(config), config.data.habit
+    )
     return [encoder.encode_example(row) for row in rows]
 
 

@@ -155,6 +155,7 @@ CODES: dict[str, str] = {
     "DATA-79": "a text is too long to be tokenised",
     "DATA-91": "the path has a form that is not allowed",
     "DATA-83": "the row repeats another",
+    "DATA-87": "the prompt is one that a model will be tested on",
     "DATA-93": "the dataset cannot be loaded from the hub",
     "DATA-95": "the chat template lost text of the row",
 }

@@ -28,9 +28,11 @@ from laddpo.runs import file_sha256
 
 @dataclass
 class ReadLog:
-    """What reading found besides rows: files with their rows, and things worth a warning with their counts."""
+    """What reading found besides rows: files with their rows, things worth a warning with their counts, and the commit
+    of each dataset of the hub."""
 
     files: dict[str, int] = field(default_factory=dict)
+    commits: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, int] = field(default_factory=dict)
 
     def warn(self, message: str, count: int = 1) -> None:

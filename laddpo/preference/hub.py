@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from laddpo.errors import UserError, nearest
 from laddpo.preference.files import ReadLog
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_FILE = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 
 
 def hub_rows(
@@ -17,12 +21,27 @@ def hub_rows(
     """
     split = dataset_split or "train"
     rows = load_split(dataset_name, split, revision)
-    if revision is None:
-        log.warn(f"{dataset_name} is read without data.revision: a later download may give other rows")
     name = f"{dataset_name}[{split}]"
+    commit = loaded_commit(rows, revision)
+    if commit is not None:
+        log.commits[name] = commit
+    if revision is None:
+        pin = f"; set data.revision={commit} to get these again" if commit else ""
+        log.warn(f"{dataset_name} is read without data.revision: a later download may give other rows{pin}")
     log.files[name] = len(rows)
     for number, row in enumerate(rows, start=1):
         yield f"{name}:{number}", row
+
+
+def loaded_commit(rows, revision: str | None) -> str | None:
+    """The commit that the rows are from: the one asked for, else the one in the addresses of the files downloaded.
+
+    Those addresses are kept in the cache, so the commit is known without network too. None when they say nothing.
+    """
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    found = {match.group(1) for url in (rows.download_checksums or {}) if (match := HUB_FILE.match(str(url)))}
+    return found.pop() if len(found) == 1 else None
 
 
 def load_split(dataset_name: str, split: str, revision: str | None):

@@ -7,7 +7,7 @@ order) is by the content of rows and the seed, so the same rows in another order
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +21,7 @@ from laddpo.errors import UserError, choose
 from laddpo.preference.badrows import BadRow, BadRows, RowError
 from laddpo.preference.encode import TextEncoder
 from laddpo.preference.files import ReadLog
+from laddpo.preference.leaks import EvaluationPrompts, count_leaks, refuse_leaks
 from laddpo.preference.pairs import prompt_rows
 from laddpo.preference.prepared import (
     REJECTED,
@@ -31,7 +32,7 @@ from laddpo.preference.prepared import (
     PreparedWriter,
     whole_folder,
 )
-from laddpo.preference.report import ReportBuilder, report_figure, report_table
+from laddpo.preference.report import ReportBuilder, leak_lines, report_figure, report_table
 from laddpo.preference.selection import choose_rows, choose_validation
 from laddpo.preference.sources import Request, Source, open_corpus, open_source
 from laddpo.preference.spool import Spool
@@ -59,7 +60,7 @@ class Rules:
 
     `random_sample_size` rows (None: all) are taken before anything else; prompts with a share of `validation_fraction`
     are kept for validation; `on_bad_row` is error or skip, and skip stops above `max_bad_fraction`; `duplicates` is
-    keep or drop.
+    keep or drop; `fail_on_leak` stops when a prompt is also in an evaluation set.
     """
 
     seed: int = 0
@@ -68,6 +69,7 @@ class Rules:
     on_bad_row: str = "error"
     max_bad_fraction: float = 1.0
     duplicates: str = "keep"
+    fail_on_leak: bool = False
 
     def __post_init__(self) -> None:
         choose({"error": 0, "skip": 0}, self.on_bad_row, "data.on_bad_row", "laddpo/preference/preparation.py")
@@ -85,7 +87,7 @@ class _Job:
     sources: Sequence[Source]
     encoder: TextEncoder
     rules: Rules
-    evaluation_prompts: Mapping[str, Iterable[str]]
+    evaluation_prompts: EvaluationPrompts
     progress: bool
 
 
@@ -95,14 +97,13 @@ def prepare_pairs(
     parts: Sequence[Part],
     encoder: TextEncoder,
     rules: Rules,
-    evaluation_prompts: Mapping[str, Iterable[str]] | None = None,
+    evaluation_prompts: EvaluationPrompts | None = None,
     show: Callable[[str], None] = print,
     progress: bool = True,
 ) -> PreparedPairs:
     """The prepared folder of these preference pairs: found, or made.
 
-    `evaluation_prompts` maps the name of an evaluation set to the keys of its prompts (`prompt_group`), for the report
-    of leaks. Raises UserError when rows stop the run; then nothing is left behind.
+    `evaluation_prompts`: the sets of problems that a model will be tested on, for the report of leaks. Raises UserError when rows stop the run; then nothing is left behind.
     """
     sources = [open_source(part.source) for part in parts]
     job = _Job(PreparedPairs, parts, sources, encoder, rules, evaluation_prompts or {}, progress)
@@ -115,7 +116,7 @@ def prepare_examples(
     parts: Sequence[Part],
     encoder: TextEncoder,
     rules: Rules,
-    evaluation_prompts: Mapping[str, Iterable[str]] | None = None,
+    evaluation_prompts: EvaluationPrompts | None = None,
     show: Callable[[str], None] = print,
     progress: bool = True,
 ) -> PreparedExamples:
@@ -164,10 +165,23 @@ def _find_or_make(job: _Job, prepared_dir: Path, name: str, show: Callable[[str]
     if (folder / MANIFEST).exists():
         found = job.prepared.load(folder)
         show(f"{folder}: already prepared, {len(found.train):,} rows for training, {len(found.validation):,} held out")
+        _look_for_leaks(job, found, show)
         return found
     with whole_folder(folder) as building:
         show(report_table(_make(job, building, fields)))
     return job.prepared.load(folder)
+
+
+def _look_for_leaks(job: _Job, found: Prepared, show: Callable[[str], None]) -> None:
+    """The leaks of rows prepared before: as their report says, or counted where it does not know an evaluation set."""
+    counts = {name: n for name, n in found.report()["leaks"].items() if name in job.evaluation_prompts}
+    rest = {name: prompts for name, prompts in job.evaluation_prompts.items() if name not in counts}
+    groups = np.array([int(group, 16) for group in found.columns["group"]] if rest else [], dtype=np.uint64)
+    counted, unknown = count_leaks(groups, rest)
+    for line in leak_lines(counts | counted, unknown):
+        show(line)
+    if job.rules.fail_on_leak:
+        refuse_leaks(counts | counted)
 
 
 def _make(job: _Job, folder: Path, fields: Mapping[str, Any]) -> dict:
@@ -186,6 +200,7 @@ def _make(job: _Job, folder: Path, fields: Mapping[str, Any]) -> dict:
         if not bad.total:
             rejected.unlink()
         content = report.finish()
+        fields = {**fields, "commits": log.commits} if log.commits else fields
         writer.finish(job.prepared.kind, fields, content, report_figure(content), [REJECTED] if bad.total else [])
     return content
 
@@ -212,15 +227,17 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
     chosen = choose_rows(spool, [part.weight for part in job.parts], job.rules.seed, job.rules.random_sample_size, log)
     is_validation = choose_validation(spool, chosen, job.rules.seed, job.rules.validation_fraction, log)
     report.rows["not_sampled"] = len(spool) - len(chosen)
+    leaks, unknown = count_leaks(spool.groups[chosen], job.evaluation_prompts)
     report.facts = {
         "prompts": len(np.unique(spool.groups[chosen])),
         "duplicates": int(np.count_nonzero(spool.occurrences[chosen])),
         "contradictions": spool.contradictions(chosen),
-        "leaks": {
-            name: int(np.isin(spool.groups[chosen], np.array([int(key, 16) for key in keys], dtype=np.uint64)).sum())
-            for name, keys in job.evaluation_prompts.items()
-        },
+        "leaks": leaks,
+        "leaks_unknown": unknown,
+        "commits": log.commits,
     }
+    if job.rules.fail_on_leak:
+        refuse_leaks(leaks)
     held_out = np.zeros(len(spool), dtype=bool)
     held_out[chosen] = is_validation
     rows = spool.read(chosen)

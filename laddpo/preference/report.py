@@ -129,14 +129,23 @@ def report_table(report: Mapping[str, Any]) -> str:
     facts = [
         ("duplicates", "rows that repeat another row"),
         ("contradictions", "rows whose preference another row reverses"),
-        *((f"leaks/{name}", f"rows whose prompt is in {name}") for name in report.get("leaks", {})),
     ]
-    counts = {**report, **{f"leaks/{name}": count for name, count in report.get("leaks", {}).items()}}
-    lines += [f"  note     {counts[key]:>8,}  {meaning}" for key, meaning in facts if counts.get(key)]
+    lines += [f"  note     {report[key]:>8,}  {meaning}" for key, meaning in facts if report.get(key)]
+    lines += leak_lines(report.get("leaks", {}), report.get("leaks_unknown", {}))
     for token, count in report["special_token_text"].items():
         lines.append(f"  note     {count:>8,}  rows with the text {token}, encoded as plain text")
     lines += [f"  note     {count:>8,}  {message}" for message, count in report["warnings"].items()]
     return "\n".join(lines)
+
+
+def leak_lines(counts: Mapping[str, int], unknown: Mapping[str, str]) -> list[str]:
+    """What is known of rows that a model will be tested on; nothing is said of sets without any."""
+    lines = [
+        f"  note     {count:>8,}  rows whose prompt is in {name}: do not report that score of a model trained on them"
+        for name, count in counts.items()
+        if count
+    ]
+    return lines + [f"  note            ?  rows whose prompt is in {name}: {why}" for name, why in unknown.items()]
 
 
 def report_figure(report: Mapping[str, Any]) -> bytes:

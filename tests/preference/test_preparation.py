@@ -264,7 +264,7 @@ def test_prompts_of_an_evaluation_set_are_counted(tmp_path, tokenizer):
     encoder = TextEncoder(tokenizer)
     prepared = prepare_pairs(
         tmp_path / "out", "x", [Part("jsonl", Request(dataset_name=str(path)))], encoder, Rules(),
-        evaluation_prompts={"test set": [prompt_group(user_prompt("Question 3?")), "0" * 16]}, show=str, progress=False,
+        evaluation_prompts={"test set": lambda: [prompt_group(user_prompt("Question 3?")), "0" * 16]}, show=str, progress=False,
     )  # fmt: skip
     assert prepared.report()["leaks"] == {"test set": 2}
 
