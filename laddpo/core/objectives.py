@@ -6,7 +6,7 @@ Both are `Objective`s of core/gradient.py: float64 functions of per-draw values,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -79,15 +79,21 @@ def pair_scores(items: Sequence[Item], draws: Tensor) -> PairScores:
 def loss_std_error(objective: DpoObjective, items: Sequence[Item], draws: Tensor, block: int = 1) -> float | None:
     """Standard error of the items' mean loss that the masks bring, to first order in the draws; None for one block.
 
-    The loss is linearised at the draws' own values: its noise is the noise of sum_k dL/dB_k * (B_k - R_k).
+    The loss is linearised at the draws' own values. Its preference part sees the ratio to the reference, in which the
+    noise of common masks cancels; the SFT anchor sees the policy alone.
     """
     if draws.shape[-1] < 2 * block:
         return None
-    leaf = draws.detach().requires_grad_()
-    (slopes,) = torch.autograd.grad(objective.losses(items, leaf).sum(), leaf)
+    slopes, ratio_slopes = (_slopes(goal, items, draws) for goal in (objective, replace(objective, sft_weight=0.0)))
     ratio = draws - reference_draws(items, draws.device)
-    terms = (slopes * ratio).sum(dim=1) * draws.shape[-1]  # [items, draws], their mean is the linearised loss
+    terms = (ratio_slopes * ratio + (slopes - ratio_slopes) * draws).sum(dim=1) * draws.shape[-1]  # [items, draws]
     return float(mean_variance(terms, block).sum().sqrt() / len(items))
+
+
+def _slopes(objective: DpoObjective, items: Sequence[Item], draws: Tensor) -> Tensor:
+    """dL/d(every draw). # float64 [items, sides, draws]"""
+    leaf = draws.detach().requires_grad_()
+    return torch.autograd.grad(objective.losses(items, leaf).sum(), leaf)[0]
 
 
 def score_variance(items: Sequence[Item], draws: Tensor, beta: float, block: int = 1) -> Tensor:
