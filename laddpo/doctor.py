@@ -25,6 +25,7 @@ from pathlib import Path
 from laddpo.app import run_stage
 from laddpo.config import CONF_DIR
 from laddpo.errors import EXIT_FAULT
+from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.redaction import redact
 from laddpo.settings import RunConfig
 
@@ -158,6 +159,7 @@ def check_quantization(config: RunConfig) -> Iterator[Finding]:
     is_needed = config.quantization.load_in_4bit or config.quantization.load_in_8bit
     try:
         torch = importlib.import_module("torch")
+        quiet_bitsandbytes()
         functional = importlib.import_module("bitsandbytes.functional")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         weights = torch.linspace(-1, 1, 64 * 64, device=device).reshape(64, 64).bfloat16()
