@@ -202,9 +202,9 @@ def _buffers(setup: Setup, load: Load) -> int:
 
 def _saved_activations(setup: Setup, load: Load) -> int:
     """What autograd keeps until the backward pass, and the rotary angles, which all blocks share."""
-    shape, element = setup.shape, ELEMENT_BYTES[setup.precision]
+    shape = setup.shape
     rotation = 2 * 4 * shape.d_model // shape.n_heads + 3 * 8  # cos and sin; token ids, positions and their order
-    inputs = (shape.n_layers + 1) * shape.d_model * element
+    inputs = (shape.n_layers + 1) * shape.d_model * _stream_bytes(setup)
     per_token = inputs if setup.checkpointing else shape.n_layers * _block_bytes(setup, load)
     kept = 0 if setup.offload else per_token * load.tokens
     casts = 0 if setup.checkpointing else shape.n_layers * _block_casts(setup)
@@ -215,8 +215,8 @@ def _block_bytes(setup: Setup, load: Load) -> int:
     """Bytes that one block keeps for each token."""
     shape, element = setup.shape, ELEMENT_BYTES[setup.precision]
     width, mlp = shape.d_model, shape.mlp_hidden_size
-    wide = 4 if setup.device == "cpu" else element  # without a fused kernel a norm keeps its input in float32
-    norms = 2 * width * wide + 2 * 4 + (2 * width * element if setup.is_full else 0)
+    wide = 4 if setup.device == "cpu" else _stream_bytes(setup)  # without a fused kernel a norm's input is kept wide
+    norms = 2 * width * wide + 2 * 4 + (2 * width * wide if setup.is_full else 0)
     attention = 2 * (width + shape.kv_width) * element + 4 * shape.n_heads
     if setup.device == "cpu" and load.mixed:  # outputs of runs of equal lengths are joined into a copy
         attention += width * element
@@ -226,6 +226,11 @@ def _block_bytes(setup: Setup, load: Load) -> int:
     gated = mlp * element * (4 if "ff_out" in trained else 3)
     low_rank = 0 if setup.is_full else setup.rank * len(setup.targets) * element
     return norms + attention + into_attention + into_mlp + gated + low_rank
+
+
+def _stream_bytes(setup: Setup) -> int:
+    """Of a number between blocks: float32 weights that are trained in mixed precision keep it in float32."""
+    return 4 if setup.is_full else ELEMENT_BYTES[setup.precision]
 
 
 def _block_casts(setup: Setup) -> int:
@@ -245,8 +250,8 @@ def _in_block(setup: Setup, load: Load) -> dict[str, int]:
     workspace = load.tokens * 2 * mlp * element
     if setup.checkpointing or setup.offload:  # the block's own activations are back
         recomputed = _block_bytes(setup, load)
-        if setup.precision == "fp32" and setup.checkpointing and not setup.offload:
-            recomputed -= width * element  # its input is what was kept
+        if _stream_bytes(setup) == 4 and setup.checkpointing and not setup.offload:
+            recomputed -= width * 4  # its input is what was kept
         workspace += load.tokens * recomputed + (_block_casts(setup) if setup.checkpointing else 0)
     if setup.quantization != "none":
         workspace += width * mlp * element

@@ -1,0 +1,220 @@
+"""The memory plan: predicted peaks against counted allocations, parts by hand for an 8B, what fits, what would help."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from laddpo.core.elbo import draw_logps
+from laddpo.core.measuring import peak_bytes, resident_bytes
+from laddpo.core.memory import (
+    BLOCK_LINEARS,
+    BUDGET_STEP,
+    CHUNK_ELEMENTS,
+    GIB,
+    MOST_TOKENS,
+    Load,
+    Setup,
+    Shape,
+    explain,
+    gib,
+    largest_token_budget,
+    predict_memory,
+)
+from laddpo.core.optim import OPTIMIZERS, build_optimizer
+from laddpo.models import head
+from laddpo.models.adapters import attach_lora, trainable_parameters
+from laddpo.models.blocks import checkpoint_blocks
+from laddpo.models.denoiser import TransformerDenoiser
+from laddpo.models.llada import LLaDAModelLM
+from laddpo.models.llada_config import LLaDAConfig
+from tests.core.memory_helpers import masked_sequences
+
+LLADA_8B = Shape(4096, 32, 32, 32, 12288, 126464)
+SMALL = Shape(64, 3, 4, 4, 192, 512)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build(setup: Setup) -> LLaDAModelLM:
+    """The model that `setup` speaks of, with random weights."""
+    shape = setup.shape
+    torch.manual_seed(0)
+    config = LLaDAConfig(**dataclasses.asdict(shape), mask_token_id=shape.vocab_size - 1)
+    model = LLaDAModelLM(config).to(torch.float32 if setup.is_full else DTYPES[setup.precision])
+    if not setup.is_full:
+        model.requires_grad_(False)
+        attach_lora(model, r=setup.rank, target_modules=list(setup.targets))
+    checkpoint_blocks(model, setup.checkpointing)
+    return model
+
+
+def measured(setup: Setup, lengths: list[int], masked_share: float = 0.5) -> tuple[int, int]:
+    """(peak bytes of a later step of one micro-step and its update, its masked rows)"""
+    model = build(setup)
+    autocast = DTYPES[setup.precision] if setup.is_full and setup.precision != "fp32" else None
+    denoiser = TransformerDenoiser(model, setup.shape.vocab_size - 1, autocast=autocast)
+    sequences = masked_sequences(lengths, setup.shape.vocab_size - 1, masked_share)
+    parameters = trainable_parameters(model)
+    optimizer = build_optimizer(setup.optimizer, parameters, (0.9, 0.95), 1e-8, 0.0)
+
+    def micro_step() -> None:
+        draw_logps(denoiser, sequences).sum().backward()
+
+    micro_step()
+    optimizer.step()
+    before = resident_bytes(model, optimizer)  # with the gradient, which a later micro-step finds
+    with peak_bytes("cpu") as peak:
+        micro_step()
+        optimizer.step()
+    return before + peak.above, sum(len(sequence.draw.masked) for sequence in sequences)
+
+
+def predicted(setup: Setup, lengths: list[int], rows: int) -> int:
+    return predict_memory(setup, Load(sum(lengths), rows, mixed=len(set(lengths)) > 1, exceeds=False)).peak
+
+
+def error(setup: Setup, lengths: list[int], masked_share: float = 0.5) -> float:
+    found, rows = measured(setup, lengths, masked_share)
+    return predicted(setup, lengths, rows) / found - 1
+
+
+# Against counted allocations
+
+
+@pytest.mark.parametrize(
+    ("rank", "tokens", "checkpointing"), list(itertools.product((8, 64), (256, 1024, 4096), (False, True)))
+)
+def test_the_predicted_peak_is_within_ten_percent_of_the_measured_one(rank, tokens, checkpointing):
+    setup = Setup(SMALL, "cpu", "fp32", rank=rank, checkpointing=checkpointing)
+    assert abs(error(setup, [64] * (tokens // 64))) < 0.1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"rank": None},
+        {"rank": None, "precision": "bf16"},
+        {"targets": ("q_proj", "v_proj")},
+        {"optimizer": "adamw_8bit", "rank": 64},
+        {"shape": dataclasses.replace(SMALL, n_kv_heads=1)},
+        {"shape": dataclasses.replace(SMALL, vocab_size=20_000)},
+        {"shape": dataclasses.replace(SMALL, n_layers=8, mlp_hidden_size=64)},
+    ],
+    ids=str,
+)
+def test_other_setups_are_predicted_as_well(changes, checkpointing):
+    if changes.get("optimizer"):
+        pytest.importorskip("bitsandbytes")
+    setup = dataclasses.replace(Setup(SMALL, "cpu", "fp32", checkpointing=checkpointing), **changes)
+    assert abs(error(setup, [100, 120, 140, 152])) < 0.1
+
+
+@pytest.mark.parametrize("masked_share", [0.05, 1.0])
+def test_the_number_of_masked_rows_is_part_of_the_prediction(masked_share):
+    setup = Setup(dataclasses.replace(SMALL, vocab_size=8192), "cpu", "fp32", checkpointing=True)
+    assert abs(error(setup, [128] * 4, masked_share)) < 0.1
+
+
+def test_constants_that_the_plan_repeats_are_those_of_the_model():
+    assert CHUNK_ELEMENTS == head.CHUNK_ELEMENTS
+    model = build(Setup(SMALL, "cpu", "fp32"))
+    block = model.model["transformer"]["blocks"][0]
+    linears = {name: module for name, module in block.named_children() if "norm" not in name}
+    assert set(linears) == set(BLOCK_LINEARS)
+    for name in BLOCK_LINEARS:
+        assert (linears[name].in_features, linears[name].out_features) == SMALL.linear(name)
+    assert Setup(SMALL, rank=16).trained == sum(p.numel() for p in trainable_parameters(model).values())
+    assert SMALL.parameters == sum(p.numel() for n, p in model.named_parameters() if "lora" not in n)
+    assert {"adamw", "adamw_8bit", "paged_adamw_8bit"} == set(OPTIMIZERS)
+
+
+# By hand, for LLaDA-8B
+
+
+def test_the_parameters_of_an_8b_are_counted_exactly():
+    assert LLADA_8B.parameters == 8_015_581_184  # the published figure
+    assert Setup(LLADA_8B, rank=16).trained == 41_943_040  # 32 blocks x 16 x (4 x 8192 + 3 x 16384)
+
+
+def test_the_parts_of_a_4_bit_8b_with_lora():
+    plan = predict_memory(Setup(LLADA_8B, quantization="4bit_double", rank=16, checkpointing=True), Load(1024))
+    # blocks: 6,979,321,856 weights x (1/2 + 1/64 + 4/16384) bytes = 3.353 GiB; embedding and head 2 x 0.965; norms
+    assert plan.parts["weights"] / GIB == pytest.approx(5.283, abs=0.002)
+    assert plan.parts["adapter"] == plan.parts["gradient"] == plan.parts["gradient buffers"] == 4 * 41_943_040
+    assert plan.parts["optimizer"] == 8 * 41_943_040
+    # 33 block inputs of 4096 bf16 numbers for each token, and the rotary angles
+    assert plan.parts["activations"] == 1024 * (33 * 4096 * 2 + 2 * 128 * 4 + 24)
+    assert plan.parts["weights"] < plan.peak < 7.2 * GIB
+    assert sum(plan.parts.values()) == plan.peak
+
+
+def test_8_bit_moments_take_a_quarter_and_small_tensors_stay_wide():
+    setup = Setup(LLADA_8B, rank=16, optimizer="adamw_8bit")
+    assert predict_memory(setup, Load(64)).parts["optimizer"] == round(2 * 41_943_040 * (1 + 4 / 256))
+    tiny = Setup(SMALL, rank=4, optimizer="adamw_8bit")  # every adapter matrix is below 4096 numbers
+    assert predict_memory(tiny, Load(64)).parts["optimizer"] == 8 * tiny.trained
+
+
+# What fits
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("available_gib", [7, 8, 14])
+def test_the_largest_budget_fits_and_the_next_does_not(available_gib, checkpointing):
+    setup = Setup(LLADA_8B, quantization="4bit_double", checkpointing=checkpointing)
+    available = available_gib * GIB
+    tokens = largest_token_budget(setup, available)
+    assert tokens % BUDGET_STEP == 0 and 0 <= tokens <= MOST_TOKENS
+    if tokens:
+        assert predict_memory(setup, Load(tokens)).peak <= available
+    if tokens < MOST_TOKENS:
+        assert predict_memory(setup, Load(tokens + BUDGET_STEP)).peak > available
+
+
+def test_nothing_fits_where_the_weights_do_not():
+    assert largest_token_budget(Setup(LLADA_8B, quantization="4bit_double"), 5 * GIB) == 0
+
+
+def test_each_remedy_saves_memory():
+    setup = Setup(LLADA_8B, precision="bf16", rank=64)
+    load = Load(2048)
+    peak = predict_memory(setup, load).peak
+    for change in (
+        {"checkpointing": True},
+        {"quantization": "4bit"},
+        {"quantization": "int8"},
+        {"optimizer": "adamw_8bit"},
+        {"offload": True},
+        {"embeddings_on_cpu": True},
+        {"rank": 8},
+        {"backward": "two_pass"},
+    ):
+        assert predict_memory(dataclasses.replace(setup, **change), load).peak < peak, change
+    assert predict_memory(setup, dataclasses.replace(load, exceeds=False)).peak < peak
+
+
+def test_more_draws_are_no_part_of_the_prediction():
+    """Memory depends on the micro-step alone; the number of draws appears nowhere in it."""
+    names = {field.name for kind in (Setup, Load, Shape) for field in dataclasses.fields(kind)}
+    assert not names & {"draws", "diffusion_samples", "n", "pairs", "batch"}
+
+
+def test_the_explanation_names_predicted_available_largest_part_and_the_two_best_settings():
+    setup = Setup(LLADA_8B, precision="bf16", rank=16)
+    plan = predict_memory(setup, Load(1024))
+    text = explain(plan, 14 * GIB, "one sequence of 1024 tokens")
+    assert text.startswith(
+        f"one sequence of 1024 tokens does not fit: predicted {gib(plan.peak)}, available 14.00 GiB."
+    )
+    assert f"The largest part is weights ({gib(plan.parts['weights'])})" in text
+    assert text.index("quantization=nf4") < text.index("hardware.offload_activations=true")
+    assert text.count("(saves ") == 2
+
+
+def test_where_settings_are_used_up_the_explanation_points_to_the_data():
+    setup = Setup(SMALL, "cpu", "fp32", "4bit_double", rank=8, optimizer="adamw_8bit", checkpointing=True)
+    text = explain(predict_memory(setup, Load(1024)), 1000, "it")
+    assert "data.max_length lower (with data.truncation=drop), or a smaller adapter.r" in text
