@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from laddpo.core import checkpoint as checkpoints
 from laddpo.core.noise import epoch_order
 from laddpo.core.optim import learning_rate
-from laddpo.errors import RunFault, Stopped
+from laddpo.errors import RunFault, Stopped, UserError
 from laddpo.runs import JsonLines
 from laddpo.signals import StopFlag
 
@@ -256,6 +256,11 @@ def _evaluate(
     metrics = validate(state.step)
     outputs.timing.append({"step": state.step, "evaluation_seconds": time.perf_counter() - started})
     if settings.best_metric:
+        if settings.best_metric not in metrics:
+            raise UserError(
+                f"best_metric is {settings.best_metric!r}, which this run's validation does not measure; known: "
+                f"{', '.join(sorted(metrics))}. Fix the name, or set best_metric=auto."
+            )
         value = metrics[settings.best_metric]
         sign = 1 if settings.higher_is_better else -1
         if math.isfinite(value) and (state.best_value is None or sign * value > sign * state.best_value):

@@ -18,7 +18,7 @@ from laddpo.core.objectives import DpoObjective, pair_scores
 from laddpo.core.optim import build_optimizer
 from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import DpoTask, SftTask, fill_reference, pair_item, visited_windows
-from laddpo.errors import RunFault, Stopped
+from laddpo.errors import RunFault, Stopped, UserError
 from laddpo.preference.encode import EncodedExample
 from laddpo.runs import write_json
 from laddpo.signals import StopFlag, stop_on_signal
@@ -245,6 +245,16 @@ def test_a_finished_run_leaves_only_whole_checkpoints(folder):
     Run(folder).train(save_total_limit=2)
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["step_0000006", "step_0000007"]
+
+
+def test_checkpoints_by_the_clock_are_like_those_by_steps(folder, uninterrupted):
+    optimizer, whole = uninterrupted
+    with pytest.raises(Crash):
+        Run(folder, optimizer).train(before_step=crash_at(3), save_steps=0, save_minutes=1e-9)
+    assert step_folders(folder / "checkpoints")[0].name == "step_0000003"
+    second = Run(folder, optimizer)
+    second.train(resume=True, save_steps=0, save_minutes=60)
+    assert second.files() == whole
 
 
 # Order of the data
@@ -479,6 +489,13 @@ def test_a_validation_that_is_not_a_number_is_logged_and_never_the_best(folder):
     assert state.best_step == 1 and state.best_value == 0.2
     logged = [record["validation/score"] for record in run.records() if "validation/score" in record]
     assert logged == [None, 0.2, None, 0.1, None, None, None, 0.15]
+
+
+def test_a_best_metric_that_nothing_measures_is_refused_before_training(folder):
+    with pytest.raises(
+        UserError, match=r"best_metric is 'validation/acc'.*known: validation/chosen_fall, validation/loss"
+    ):
+        Run(folder).train(before_step=crash_at(0), best_metric="validation/acc")
 
 
 def test_weights_are_kept_even_when_no_validation_was_a_number(folder):
