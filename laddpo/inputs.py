@@ -78,6 +78,7 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
     path, revision = model_path(config), config.model.revision
     is_full = config.adapter.kind == "full"
     tokenizer = loading.load_tokenizer(path, revision)
+    _check_vocabulary(config, tokenizer)
     model = loading.load_model(
         path,
         revision,
@@ -290,6 +291,19 @@ def measured_items(
     complete_reference(config, loaded, store, estimator, windows, stop, label)
     items = [pair_item(pair, estimator, draws, store.values(stored_pair(pair), draws)) for pair in pairs]
     return items, estimator.block
+
+
+def _check_vocabulary(config: RunConfig, tokenizer) -> None:
+    """Refuse a tokenizer whose ids have no row in the model's embedding, before any weight is read."""
+    folder = loading.checkpoint_folder(model_path(config), config.model.revision, ["config.json"])
+    rows = loading.read_config(folder)[0].embedding_size
+    name, token_id = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if token_id >= rows:
+        raise UserError(
+            f"{config.model.model_name_or_path}: its tokenizer has the token {name!r} with id {token_id:,} and its "
+            f"model embeds {rows:,} tokens; expected ids below that. Put the tokenizer that belongs to the weights "
+            "beside them (DATA-96)."
+        )
 
 
 def _check_shape(config: RunConfig, found) -> None:

@@ -289,9 +289,9 @@ TYPE_WORDS = {
     "list[MixturePart]": "a list like [{source:hh_rlhf,weight:2},{dataset_name:my_pairs.jsonl,weight:1}]",
 }
 NEVER = {
-    "data.streaming": "rows are sampled, split and ordered by their content, which a stream never holds as a whole, and a "
-    "stream that breaks off looks like a shorter one; a hub dataset is downloaded once, and rows are read in bounded "
-    "memory; leave it out.",
+    "data.streaming": "rows are sampled, split and ordered by their content, which a stream never holds as a whole, "
+    "and a stream that breaks off looks like a shorter one; a hub dataset is downloaded once, and rows are read in "
+    "bounded memory; leave it out.",
 }
 STAND_INS = {
     "int": 1,

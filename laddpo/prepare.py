@@ -52,6 +52,41 @@ def prepare(config: RunConfig):
     return prepared
 
 
+def check_enough(config: RunConfig, prepared) -> None:
+    """Before training: refuse a run whose measure needs held-out pairs that are not there; say when data are short.
+
+    Validation needs no pairs where tasks with problems of their own choose the best step.
+    """
+    import sys
+
+    from laddpo.errors import UserError
+    from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT
+    from laddpo.inputs import pairs_per_step
+
+    has_problems = any(task in HAS_VALIDATION_SPLIT for task in config.evaluation.tasks)
+    needs_pairs = config.best_metric not in ("auto", "none", "exact_match") or (
+        config.evaluation.every_steps is not None and not has_problems
+    )
+    if needs_pairs and not config.dry_run and not len(prepared.validation):
+        why = (
+            f"best_metric is {config.best_metric!r}"
+            if config.best_metric != "auto"
+            else f"evaluation.every_steps is {config.evaluation.every_steps}"
+        )
+        raise UserError(
+            f"{prepared.folder}: holds no validation pair and {why}, which is measured on them (DATA-88). Raise "
+            f"data.validation_fraction (it is {config.data.validation_fraction:g}; the split is by prompt), or set "
+            "evaluation.every_steps=null and best_metric=auto."
+        )
+    count, batch = len(prepared.train), pairs_per_step(config)
+    if count < batch:
+        print(
+            f"note: {count:,} training pairs are fewer than the {batch:,} of a step: each step is a whole epoch. Lower "
+            "optim.gradient_accumulation_steps, or give more pairs.",
+            file=sys.stderr,
+        )
+
+
 def _arguments(config: RunConfig) -> tuple:
     """What the settings mean to laddpo/preference: folder, name, parts, encoder, rules."""
     from laddpo.inputs import encoder_for, model_path

@@ -43,7 +43,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.footprint import StepMemory, retries_text
     from laddpo.machine import find_machine
     from laddpo.planning import choose_backward
-    from laddpo.prepare import open_prepared
+    from laddpo.prepare import check_enough, open_prepared
     from laddpo.training import (
         dry_run_settings,
         gradient_scaler,
@@ -57,6 +57,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
 
     inputs.check_before_loading(config)
     prepared = open_prepared(config)
+    check_enough(config, prepared)
     lengths = inputs.data_lengths(config, prepared)
     machine = find_machine(config, lengths)
     print(f"machine: {machine}")

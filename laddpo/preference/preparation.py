@@ -103,7 +103,8 @@ def prepare_pairs(
 ) -> PreparedPairs:
     """The prepared folder of these preference pairs: found, or made.
 
-    `evaluation_prompts`: the sets of problems that a model will be tested on, for the report of leaks. Raises UserError when rows stop the run; then nothing is left behind.
+    `evaluation_prompts`: the sets of problems that a model will be tested on, for the report of leaks. Raises UserError
+    when rows stop the run; then nothing is left behind.
     """
     sources = [open_source(part.source) for part in parts]
     job = _Job(PreparedPairs, parts, sources, encoder, rules, evaluation_prompts or {}, progress)

@@ -262,10 +262,9 @@ def test_a_small_validation_share_of_few_prompts_is_not_empty(tmp_path, tokenize
 def test_prompts_of_an_evaluation_set_are_counted(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", make_rows(10))
     encoder = TextEncoder(tokenizer)
-    prepared = prepare_pairs(
-        tmp_path / "out", "x", [Part("jsonl", Request(dataset_name=str(path)))], encoder, Rules(),
-        evaluation_prompts={"test set": lambda: [prompt_group(user_prompt("Question 3?")), "0" * 16]}, show=str, progress=False,
-    )  # fmt: skip
+    tested = {"test set": lambda: [prompt_group(user_prompt("Question 3?")), "0" * 16]}
+    parts = [Part("jsonl", Request(dataset_name=str(path)))]
+    prepared = prepare_pairs(tmp_path / "out", "x", parts, encoder, Rules(), tested, show=str, progress=False)
     assert prepared.report()["leaks"] == {"test set": 2}
 
 
