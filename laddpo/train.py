@@ -40,7 +40,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
     from laddpo.core.tasks import DpoTask, visited_windows
-    from laddpo.footprint import StepMemory, retries_text
+    from laddpo.footprint import StepMemory, dry_run_text, retries_text
     from laddpo.machine import find_machine
     from laddpo.planning import choose_backward
     from laddpo.prepare import check_enough, open_prepared
@@ -108,11 +108,19 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         )
     if machine.token_budget.retries:
         print(retries_text(machine))
+    if config.dry_run:
+        speed = outputs.timing.read()[-1]["speed/tokens_per_s"]
+        print(dry_run_text(config, lengths, len(prepared.train), speed))
     finish(config, folder, prepared, loaded, state, settings, stop)
     runs.write_manifest(
         folder,
         "train",
-        {"step": state.step, "best_step": state.best_step, "stopped_early": state.stopped_early},
+        {
+            "step": state.step,
+            "best_step": state.best_step,
+            "stopped_early": state.stopped_early,
+            "data": prepared.manifest["fingerprint"],
+        },
         ["config.yaml", "metrics.jsonl"],
         **runs.provenance(),
     )

@@ -72,6 +72,33 @@ def training_plot(
     save_png(figure, path)
 
 
+def panel_plots(
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path,
+    *,
+    timing: Sequence[Mapping[str, Any]] = (),
+    best_step: int | None = None,
+) -> list[tuple[str, Path]]:
+    """The same panels as files of their own, for pages that arrange them: (title, path) of each."""
+    series = _series([*rows, *timing])
+    made = []
+    for panel in (*PANELS, *DETAIL_PANELS):
+        if any(curve.metric in series for curve in _with_validation(panel)):
+            figure = new_figure(4.4, 3.0, "")
+            _draw_panel(figure.subplots(), panel, series, best_step)
+            name = "".join(letter if letter.isalnum() else "_" for letter in panel.title.lower())
+            save_png(figure, path := folder / f"{name}.png")
+            made.append((panel.title, path))
+    return made
+
+
+def margins_plot(tuned: Sequence[float], path: Path) -> None:
+    """The distribution of the tuned model's reward margins alone."""
+    figure = new_figure(4.8, 3.6, "")
+    _draw_margins(figure.subplots(), None, np.asarray(tuned, dtype=float))
+    save_png(figure, path)
+
+
 def evaluation_plot(
     results: Mapping[str, Any],
     path: Path,
@@ -211,7 +238,7 @@ def _draw_before_after(axes: Axes, entries: Mapping[str, Mapping[str, Any]]) -> 
             axes.text(x, high + 0.015, f"{value:.1%}", ha="center", va="bottom", fontsize=8.5)
     axes.set_xticks(range(len(entries)), [_entry_label(name, entry) for name, entry in entries.items()], fontsize=8.5)
     axes.set_xlim(-0.65, len(entries) - 0.35)
-    axes.set_ylim(0, 1.12)
+    axes.set_ylim(0, 1.24)  # room for the legend above a bar of 100%
     axes.set_yticks(np.arange(0, 1.01, 0.2), [f"{share:.0%}" for share in np.arange(0, 1.01, 0.2)])
     axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
 

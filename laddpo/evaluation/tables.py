@@ -7,6 +7,8 @@ from typing import Any
 
 from laddpo.evaluation.sweeps import SweepCell, SweepTable, number_text
 
+Record = Mapping[str, Any]
+
 EXAMPLE_CHARACTERS = 600  # of one text in the side-by-side examples
 
 
@@ -15,11 +17,16 @@ def before_after_table(results: Mapping[str, Any]) -> str:
 
     Shares between 0 and 1 are printed in percent and their difference in points. An interval that holds 0 says so.
     """
+    return aligned(*before_after_rows(results))
+
+
+def before_after_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of that table, for other forms of it."""
     rows = [_before_after_row(name, entry) for name, entry in results.items() if _is_comparison(entry)]
     header = ["", "base", "tuned", "difference", "95% interval", "items", ""]
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
-    return aligned(header, rows)
+    return header, rows
 
 
 def is_share(name: str, entry: Mapping[str, Any]) -> bool:
@@ -30,12 +37,12 @@ def is_share(name: str, entry: Mapping[str, Any]) -> bool:
 
 def sweep_text(table: SweepTable) -> str:
     """A sweep for the terminal, best first."""
-    return aligned(*_sweep_rows(table))
+    return aligned(*sweep_rows(table))
 
 
 def sweep_markdown(table: SweepTable) -> str:
     """A sweep as a Markdown table, best first."""
-    return markdown(*_sweep_rows(table))
+    return markdown(*sweep_rows(table))
 
 
 def examples_text(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]], count: int = 8) -> str:
@@ -43,16 +50,20 @@ def examples_text(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str
 
     Both take the records of `run_task`; items that only one of them has are left out.
     """
-    tuned_by_id = {record["id"]: record for record in tuned}
-    both = [(record, tuned_by_id[record["id"]]) for record in base if record["id"] in tuned_by_id]
-    both.sort(key=lambda pair: pair[0]["correct"] == pair[1]["correct"])  # stable: else in the order of the items
     blocks = []
-    for before, after in both[:count]:
-        lines = [f"prompt  {_shortened(before['prompt'])}", f"gold    {before['answer']}"]
+    for before, after in example_pairs(base, tuned, count):
+        lines = [f"prompt  {shortened(before['prompt'])}", f"gold    {before['answer']}"]
         for name, record in (("base ", before), ("tuned", after)):
-            lines.append(f"{name} {'✓' if record['correct'] else '✗'} {_shortened(record['text'])}")
+            lines.append(f"{name} {'✓' if record['correct'] else '✗'} {shortened(record['text'])}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def example_pairs(base: Sequence[Record], tuned: Sequence[Record], count: int) -> list[tuple[Record, Record]]:
+    """Records of base and tuned for the same items, those that differ in rightness first, else in the items' order."""
+    tuned_by_id = {record["id"]: record for record in tuned}
+    both = [(record, tuned_by_id[record["id"]]) for record in base if record["id"] in tuned_by_id]
+    return sorted(both, key=lambda pair: pair[0]["correct"] == pair[1]["correct"])[:count]
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -99,7 +110,8 @@ def _before_after_row(name: str, entry: Mapping[str, Any]) -> list[str]:
     return [name.replace("_", " "), show(base), show(tuned), signed(difference) + unit, interval, items, note]
 
 
-def _sweep_rows(table: SweepTable) -> tuple[list[str], list[list[str]]]:
+def sweep_rows(table: SweepTable) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a sweep, best first."""
     header = [*(table.keys or ("job",)), table.metric, "interval", "runs"]
     return header, [_sweep_row(cell) for cell in table.sorted_cells()]
 
@@ -112,7 +124,7 @@ def _sweep_row(cell: SweepCell) -> list[str]:
     return [*(map(number_text, cell.values) if cell.values else ["default"]), value, interval, runs]
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     """One paragraph, cut at EXAMPLE_CHARACTERS; line breaks are indented under the label."""
     cut = text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + f" … ({len(text)} characters)"
     return cut.strip().replace("\n", "\n        ")

@@ -158,7 +158,12 @@ def merge_adapter(model) -> None:
             "(quantization=none) with the same adapter, and merge there."
         )
     for name, module in layers:
+        weight = module.get_base_layer().weight
+        dtype = weight.dtype
+        weight.data = weight.data.to(torch.promote_types(dtype, torch.float32))  # sum wide, round once
         module.merge(safe_merge=True)
+        weight = module.get_base_layer().weight
+        weight.data = weight.data.to(dtype)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, module.get_base_layer())
     if hasattr(model, "peft_config"):

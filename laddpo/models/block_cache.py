@@ -1,8 +1,8 @@
 """Keys and values that a block-wise sampler keeps while it writes a block (Fast-dLLM, arXiv 2505.22618).
 
 The first step of every block runs the whole sequence and stores each layer's keys and values; the later steps run only
-the block (kind "dual") or the block and what follows it ("prefix") against the stored rest. In a bidirectional model the
-stored rest would have changed a little with every committed token, so answers differ from those of the full
+the block (kind "dual") or the block and what follows it ("prefix") against the stored rest. In a bidirectional model
+the stored rest would have changed a little with every committed token, so answers differ from those of the full
 computation, except where every block takes one step.
 """
 

@@ -1,4 +1,4 @@
-"""Kept keys and values against the full computation: exact where nothing kept has changed, an approximation elsewhere."""
+"""Kept keys and values against the full computation: exact where nothing kept has changed."""
 
 import numpy as np
 import pytest

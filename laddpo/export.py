@@ -1,0 +1,54 @@
+"""A finished run as a folder that others can use: merged weights in the hub's layout, or the adapter alone.
+
+    python -m laddpo.export run=outputs/train/<run>                            weights in the dtype of the base's files
+    python -m laddpo.export run=outputs/train/<run> export.adapter_only=true   the adapter, a few MB
+    python -m laddpo.export run=outputs/train/<run> export.push_to_hub=me/my-llada
+
+Merges into the unquantised base (a run on 4-bit weights too), compares logits before and after, and loads the result
+again. Writes weights, tokenizer, README.md (the model card) and manifest.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from laddpo.app import run_stage
+from laddpo.errors import UserError
+from laddpo.settings import RunConfig
+
+
+def main(config: RunConfig, run_folder: Path) -> None:
+    """Export the run that `run` names, or the adapter at `adapter.path` on the configured model."""
+    from laddpo import exporting, runs
+    from laddpo.compose import read_config
+
+    if config.run is None and config.adapter.path is None:
+        raise UserError(
+            "run is not set; expected the folder of a finished run: run=outputs/train/<run>. An adapter from elsewhere "
+            "is named by adapter.path, with its base in model.model_name_or_path."
+        )
+    if (run_folder / runs.MANIFEST).exists():
+        raise UserError(f"output_dir is {str(run_folder)!r}, which holds an export; choose another folder.")
+    trained = Path(config.run) if config.run else None
+    if trained:
+        kept = {name: getattr(config, name) for name in ("export", "hardware", "run")}
+        config = dataclasses.replace(read_config(trained), **kept)
+    if config.export.push_to_hub:
+        exporting.check_hub_access()
+    with runs.locked(run_folder, wait=False):
+        source = exporting.find_weights(config, trained)
+        if config.export.adapter_only:
+            files, facts = exporting.export_adapter(config, source, run_folder)
+        else:
+            files, facts = exporting.export_merged(config, source, run_folder)
+        runs.write_text(run_folder / "README.md", exporting.model_card(config, trained, source, facts))
+        fields = {"step": source.step, "base": source.base, "adapter_only": config.export.adapter_only}
+        runs.write_manifest(run_folder, "export", fields, [*files, "README.md"], **runs.provenance())
+    if config.export.push_to_hub:
+        exporting.push(run_folder, config.export.push_to_hub, config.export.private)
+    print(run_folder)
+
+
+if __name__ == "__main__":
+    run_stage("export", main)

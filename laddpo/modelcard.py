@@ -1,0 +1,130 @@
+"""README.md of an exported model: what it is made from, how it scored, how to load it. No place of this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from laddpo.evaluation.tables import before_after_rows, markdown
+from laddpo.redaction import redact
+from laddpo.settings import RunConfig
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the export found out: dtype of the weights, the logit check in words, tensors compared after loading."""
+
+    dtype: str
+    check: str
+    tensors: int
+    is_adapter: bool = False
+
+
+def card_text(
+    config: RunConfig,
+    facts: CardFacts,
+    results: Mapping[str, Any],
+    sealed: Mapping[str, Any] | None,
+    base: str,
+    step: int | None,
+    licence: str | None,
+) -> str:
+    """The whole card in Markdown with the hub's front matter."""
+    name = shown_path(config.model.model_name_or_path)
+    what = "LoRA adapter for" if facts.is_adapter else "Fine-tuned"
+    sections = [
+        _front_matter(config, facts, name, licence),
+        f"# {name.rsplit('/', 1)[-1]}, trained on preferences\n\n{what} {name}, a masked-diffusion "
+        "language model, trained by direct preference optimization with laddpo.",
+        _origin(config, facts, sealed, base, step, name, licence),
+        _metrics(results),
+        "## Use\n\n" + (ADAPTER_USE if facts.is_adapter else MERGED_USE).replace("BASE", name),
+        f"## Settings\n\n```yaml\n{_settings(config)}```",
+    ]
+    return redact("\n\n".join(section for section in sections if section)) + "\n"
+
+
+def shown_path(path: str) -> str:
+    """A hub id or relative name as it is; of an absolute place on this machine only the last part."""
+    place = Path(path).expanduser()
+    return place.name if place.is_absolute() or path.startswith(("~", "..")) else path
+
+
+def _front_matter(config: RunConfig, facts: CardFacts, name: str, licence: str | None) -> str:
+    lines = [f"license: {licence or 'other'}"]
+    if "/" in name and not Path(config.model.model_name_or_path).expanduser().exists():
+        lines += [f"base_model: {name}", f"base_model_relation: {'adapter' if facts.is_adapter else 'finetune'}"]
+    if config.data.dataset_name and not config.data.dataset_name.endswith((".jsonl", ".json", ".gz", ".zst")):
+        lines.append(f"datasets: [{shown_path(config.data.dataset_name)}]")
+    lines += [f"library_name: {'peft' if facts.is_adapter else 'transformers'}", "tags: [dpo, masked-diffusion, llada]"]
+    return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _origin(config, facts, sealed, base, step, name, licence) -> str:
+    data = (sealed or {}).get("fields", {}).get("data", "not recorded by this run")
+    rows = shown_path(config.data.dataset_name) if config.data.dataset_name else config.data.source
+    lines = [
+        f"base: {name}{f', revision {config.model.revision}' if config.model.revision else ''} (weights `{base}`)",
+        f"licence: {licence or 'the base names none; its terms apply'}",
+        f"data: {rows}, fingerprint of the prepared pairs `{data}`",
+    ]
+    if step is not None:
+        lines.append(f"weights: those kept at step {step}")
+    if not facts.is_adapter:
+        lines.append(f"stored in {facts.dtype}; {facts.check}; loaded again byte for byte ({facts.tensors} tensors)")
+        if config.quantization.load_in_4bit or config.quantization.load_in_8bit:
+            bits = 4 if config.quantization.load_in_4bit else 8
+            lines.append(
+                f"the adapter was trained on {bits}-bit weights and merged into the unquantised ones, on which the "
+                "numbers below were not measured"
+            )
+    return "## Origin\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _metrics(results: Mapping[str, Any]) -> str:
+    header, rows = before_after_rows(results)
+    if not rows:
+        return "## Metrics\n\nNot evaluated."
+    note = "Base against tuned with paired 95% intervals, as `python -m laddpo.evaluate` measured them."
+    tasks = {e["task"]["name"]: e["task"] for e in results.values() if isinstance(e, Mapping) and "task" in e}
+    details = "".join(f"\n- {n}: " + ", ".join(f"{k} {shown_path(str(v))}" for k, v in t.items() if k != "name")
+                      for n, t in tasks.items())  # fmt: skip
+    return f"## Metrics\n\n{note}\n\n{markdown(header, rows)}\n{details}".rstrip()
+
+
+def _settings(config: RunConfig) -> str:
+    names = ("seed", "adapter", "quantization", "data", "dpo", "optim", "evaluation")
+    tree = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
+    return OmegaConf.to_yaml(OmegaConf.create(_without_places(tree)))
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner) for inner in value]
+    return shown_path(value) if isinstance(value, str) and value else value
+
+
+MERGED_USE = """```python
+from laddpo.models.loading import load_model, load_tokenizer
+
+model, tokenizer = load_model("<this folder>"), load_tokenizer("<this folder>")
+```
+
+Or as a base for every stage: `python -m laddpo.generate model.model_name_or_path=<this folder> prompt="…"`."""
+
+ADAPTER_USE = """```python
+from laddpo.models.adapters import attach_lora
+from laddpo.models.loading import load_model
+
+model = load_model("BASE")
+attach_lora(model, path="<this folder>")
+```
+
+Or merged: `python -m laddpo.export model.model_name_or_path=BASE adapter.path=<this folder>`."""

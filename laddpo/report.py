@@ -1,0 +1,39 @@
+"""Finished runs as one page: what was trained, how it went, what came out; a sweep as a heat map and a sorted table.
+
+    python -m laddpo.report run=outputs/train/<run>                  one run
+    python -m laddpo.report runs=[outputs/train/a,outputs/train/b]   several beside each other
+    python -m laddpo.report run=outputs/sweep/<time>                 all jobs of a sweep
+
+Writes report.html, which holds its pictures and needs no network, and the pictures as plots/*.png.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from laddpo.app import run_stage
+from laddpo.errors import UserError
+from laddpo.settings import RunConfig
+
+
+def main(config: RunConfig, run_folder: Path) -> None:
+    """Report on the folders that `run` and `runs` name."""
+    from laddpo import runs
+    from laddpo.reporting import find_runs, report_page
+
+    folders = [Path(text) for text in (*([config.run] if config.run else []), *config.runs)]
+    if not folders:
+        raise UserError(
+            "neither run nor runs is set; expected folders of runs or of a sweep: run=outputs/train/<run>, or "
+            "runs=[outputs/train/a,outputs/train/b]."
+        )
+    if (run_folder / "config.yaml").exists():
+        raise UserError(f"output_dir is {str(run_folder)!r}, which holds a run; choose another folder for its report.")
+    found = find_runs(folders)
+    runs.write_text(run_folder / "report.html", report_page(found, config.report, run_folder / "plots"))
+    print(f"page: {run_folder / 'report.html'}")
+    print(run_folder)
+
+
+if __name__ == "__main__":
+    run_stage("report", main)

@@ -1,0 +1,294 @@
+"""What a report is made of: run folders read as data, the chosen metric, the blocks of the page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from laddpo import runs
+from laddpo.errors import UserError, nearest
+from laddpo.evaluation import page
+from laddpo.evaluation.plots import evaluation_plot, margins_plot, panel_plots
+from laddpo.evaluation.sweeps import SweepJob, SweepTable, number_text, sweep_plot, sweep_table
+from laddpo.evaluation.tables import before_after_rows, example_pairs, is_share, sweep_rows
+from laddpo.settings import ReportSettings
+
+SWEEP_FILE = "sweep.json"
+FIRST_METRICS = ("exact_match", "reward_accuracy")
+LOWER_IS_BETTER = ("loss", "std_error", "kl", "chosen_fall")
+HEAT_KEYS = ("dpo.beta", "dpo.diffusion_samples")
+NOT_COMPARED = ("output_dir", "resume", "run", "runs", "paths.", "logger.", "export.", "report.", "auto")
+
+
+@dataclass
+class Run:
+    """One run's folder, read. `overrides`: what tells it from the others; `is_finished`: its manifest is there."""
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    timing: list[dict[str, Any]]
+    results: dict[str, Any]
+    evaluation: Path
+    fields: dict[str, Any]
+    is_finished: bool
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, metric: str) -> float | None:
+        """The metric as results.json has it, else the last one of the validation pairs."""
+        entry = self.results.get(metric)
+        if isinstance(entry, Mapping):
+            return entry.get("tuned", entry.get("base"))
+        logged = [row[f"validation/{metric}"] for row in self.metrics if f"validation/{metric}" in row]
+        return logged[-1] if logged else None
+
+    def measured(self) -> list[str]:
+        """Names that `value` knows."""
+        compared = [n for n, e in self.results.items() if isinstance(e, Mapping) and ("tuned" in e or "base" in e)]
+        logged = {key for row in self.metrics for key in row if key.startswith("validation/")}
+        return [*compared, *(key.removeprefix("validation/") for key in sorted(logged))]
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        entry = self.results.get(metric)
+        found = entry.get("tuned_interval", entry.get("base_interval")) if isinstance(entry, Mapping) else None
+        return tuple(found) if found else None
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders; one that holds sweep.json stands for its jobs. Raises `UserError` for others."""
+    found: list[Run] = []
+    problems = []
+    for folder in folders:
+        if (folder / SWEEP_FILE).exists():
+            jobs = runs.read_json(folder / SWEEP_FILE)["jobs"]
+            found += [_sweep_job(folder, job) for job in jobs]
+        elif (folder / "config.yaml").exists():
+            found.append(read_run(folder))
+        else:
+            problems.append(
+                f"{folder}: holds neither config.yaml (a run) nor {SWEEP_FILE} (a sweep); expected outputs/train/<run> "
+                "or outputs/sweep/<time>; check run= and runs=."
+            )
+    if problems:
+        raise UserError(*problems)
+    _tell_apart(found)
+    return found
+
+
+def read_run(folder: Path) -> Run:
+    """A training run with its evaluation, or an evaluation by itself. Unfinished ones are read as far as they go."""
+    evaluation = folder / "evaluation" if (folder / "evaluation").is_dir() else folder
+    results, manifest = evaluation / "results.json", folder / runs.MANIFEST
+    settings = folder / "config.yaml"
+    return Run(
+        name=folder.name,
+        folder=folder,
+        settings=_flat(yaml.safe_load(settings.read_text(encoding="utf-8"))) if settings.exists() else {},
+        metrics=runs.JsonLines(folder / "metrics.jsonl").read(),
+        timing=runs.JsonLines(folder / "timing.jsonl").read(),
+        results=runs.read_json(results) if results.exists() else {},
+        evaluation=evaluation,
+        fields=runs.read_json(manifest).get("fields", {}) if manifest.exists() else {},
+        is_finished=manifest.exists() or results.exists(),
+    )
+
+
+def _sweep_job(folder: Path, job: Mapping[str, Any]) -> Run:
+    run = read_run(folder / job["folder"])
+    run.name = f"{folder.name}/{job['folder']}"
+    run.overrides = dict(text.lstrip("+").split("=", 1) for text in job["overrides"] if "=" in text)
+    return run
+
+
+def _tell_apart(found: Sequence[Run]) -> None:
+    """For runs that are no sweep's: the settings in which they differ. Of a sweep's: what differs between its jobs."""
+    keys = sorted({key for run in found for key in run.settings if not key.startswith(NOT_COMPARED)})
+    different = [key for key in keys if len({str(run.settings.get(key)) for run in found}) > 1]
+    given = {key for run in found for key in run.overrides}
+    varied = {key for key in given if len({run.overrides.get(key) for run in found}) > 1}
+    for run in found:
+        if run.overrides:
+            run.overrides = {key: value for key, value in run.overrides.items() if key in varied}
+        else:
+            run.overrides = {key: run.settings.get(key, "-") for key in different}
+
+
+def chosen_metric(found: Sequence[Run], wanted: str | None) -> str | None:
+    """`wanted`, else the first usual result that any run has; None where nothing was measured."""
+    known = list(dict.fromkeys(name for run in found for name in run.measured()))
+    if wanted is not None:
+        if wanted not in known:
+            guess = nearest(wanted, known)
+            hint = f"did you mean {guess}?" if guess else "choose one of them."
+            raise UserError(
+                f"report.metric is {wanted!r}; these runs measured: {', '.join(known) or 'nothing'}; {hint}"
+            )
+        return wanted
+    of_tasks = [name for name in known if name.endswith("/exact_match")]
+    return next((name for name in (FIRST_METRICS[0], *of_tasks, *FIRST_METRICS[1:]) if name in known), None)
+
+
+def report_page(found: Sequence[Run], settings: ReportSettings, plots: Path) -> str:
+    """The page; its pictures are also written into `plots`."""
+    metric = chosen_metric(found, settings.metric)
+    is_higher_better = metric is None or not metric.endswith(LOWER_IS_BETTER)
+    blocks = [_overview(found, metric, is_higher_better)]
+    if len(found) > 1 and metric:
+        blocks.append(_comparison(found, metric, is_higher_better, plots))
+    for number, run in enumerate(_sorted(found, metric, is_higher_better)):
+        folder = plots if len(found) == 1 else plots / run.name.replace("/", "_")
+        parts = _run_blocks(run, settings.examples, folder)
+        blocks.append(
+            page.section(run.name, *parts)
+            if len(found) == 1
+            else page.folded(_heading(run), *parts, is_open=number == 0)
+        )
+    title = found[0].name if len(found) == 1 else f"{len(found)} runs"
+    unfinished = sum(not run.is_finished for run in found)
+    summary = f"Sorted by {metric}. " if metric and len(found) > 1 else ""
+    summary += f"{unfinished} of {len(found)} unfinished. " if unfinished else ""
+    return page.page(title, summary + "Intervals are 95%; base is the model before training.", blocks)
+
+
+def _heading(run: Run) -> str:
+    return ", ".join([run.name, *(f"{key}={value}" for key, value in list(run.overrides.items())[:4])])
+
+
+def _sorted(found: Sequence[Run], metric: str | None, is_higher_better: bool) -> list[Run]:
+    def key(run: Run) -> tuple[bool, float]:
+        value = run.value(metric) if metric else None
+        return value is None, 0.0 if value is None else -value if is_higher_better else value
+
+    return sorted(found, key=key)
+
+
+def _overview(found: Sequence[Run], metric: str | None, is_higher_better: bool) -> str:
+    """One line for each run, best first."""
+    shown = [name for name in dict.fromkeys((metric, *FIRST_METRICS, "reward_margin")) if name]
+    shown = [name for name in shown if any(run.value(name) is not None for run in found)]
+    varied = list(dict.fromkeys(key for run in found for key in run.overrides))[:6] if len(found) > 1 else []
+    header = ["run", *(key.rsplit(".", 1)[-1].replace("_", " ") for key in varied)]
+    for name in shown:
+        header += [name.replace("_", " "), "interval"] if name == metric else [name.replace("_", " ")]
+    header += ["loss", "chosen fall", "step kept", "peak GiB", "minutes"]
+    rows = []
+    for run in _sorted(found, metric, is_higher_better):
+        row = [run.name, *(str(run.overrides.get(key, "-")) for key in varied)]
+        for name in shown:
+            row.append(_change(run, name))
+            if name == metric:
+                low_high = run.interval(name)
+                row.append("-" if low_high is None else "{} to {}".format(*(_number(name, x) for x in low_high)))
+        row += [_logged(run, "validation/loss"), _logged(run, "validation/chosen_fall")]
+        kept = run.fields.get("best_step", run.fields.get("step"))
+        peak = max((r["memory/peak_gib"] for r in run.timing if "memory/peak_gib" in r), default=None)
+        seconds = sum(r.get("seconds", 0) + r.get("evaluation_seconds", 0) for r in run.timing)
+        row += [
+            "-" if kept is None else str(kept),
+            "-" if peak is None else f"{peak:.2f}",
+            f"{seconds / 60:.1f}" if seconds else "-",
+        ]
+        rows.append(row)
+    empty = [i for i in range(1, len(header)) if all(row[i] == "-" for row in rows)]
+    header, *rows = ([cell for i, cell in enumerate(row) if i not in empty] for row in (header, *rows))
+    return page.section(
+        "Runs" if len(found) > 1 else "Result", page.table(header, rows, 0 if len(found) > 1 and metric else None)
+    )
+
+
+def _change(run: Run, name: str) -> str:
+    entry = run.results.get(name)
+    if isinstance(entry, Mapping) and "tuned" in entry:
+        return f"{_number(name, entry['base'])} → {_number(name, entry['tuned'])}"
+    value = run.value(name)
+    return "-" if value is None else _number(name, value)
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.1%}" if is_share(name, {"base": value, "tuned": value}) else number_text(float(value))
+
+
+def _logged(run: Run, name: str) -> str:
+    values = [row[name] for row in run.metrics if name in row]
+    return number_text(float(values[-1])) if values else "-"
+
+
+def _comparison(found: Sequence[Run], metric: str, is_higher_better: bool, plots: Path) -> str:
+    """Heat maps and lines over what varied."""
+    jobs = [SweepJob(run.overrides, run.value(metric), run.interval(metric), str(run.folder)) for run in found]
+    whole = sweep_table(jobs, metric, is_higher_better)
+    if not whole.keys:
+        return ""
+    sweep_plot(whole, plots / "sweep.png")
+    blocks = [page.table(*sweep_rows(whole), 0)] if len(whole.cells) < len(found) else []
+    if len(whole.keys) == 2:
+        blocks.append(page.heat_table(whole))
+    elif set(HEAT_KEYS) < set(whole.keys):
+        blocks += _heat_over_others(jobs, whole, plots)
+    blocks.append(page.wide_picture(plots / "sweep.png", f"{metric} over {' and '.join(whole.keys)}"))
+    return page.section(f"{metric.replace('_', ' ')} over {', '.join(whole.keys)}", *blocks)
+
+
+def _heat_over_others(jobs: Sequence[SweepJob], whole: SweepTable, plots: Path) -> list[str]:
+    """beta x diffusion_samples, the mean over everything else that varied."""
+    two = [dataclasses.replace(job, overrides={k: job.overrides.get(k, "default") for k in HEAT_KEYS}) for job in jobs]
+    heat = sweep_table(two, whole.metric, whole.is_higher_better)
+    sweep_plot(heat, plots / "heat_map.png")
+    others = ", ".join(key for key in whole.keys if key not in HEAT_KEYS)
+    words = page.paragraph(f"Each cell is the mean over {others}.")
+    return [words, page.heat_table(heat), page.wide_picture(plots / "heat_map.png", "heat map")]
+
+
+def _run_blocks(run: Run, example_count: int, plots: Path) -> list[str]:
+    """Result, curves, margins, answers and settings of one run."""
+    blocks = [page.table(*before_after_rows(run.results))]
+    if blocks[0]:
+        evaluation_plot(run.results, plots / "evaluation.png")
+        blocks.append(page.wide_picture(plots / "evaluation.png", "base and tuned with intervals"))
+    margins = [row["margin"] for row in runs.JsonLines(run.evaluation / "pairs.jsonl").read()]
+    if margins:
+        margins_plot(margins, plots / "margins.png")
+        blocks.append(page.gallery([("reward margins of held-out pairs", plots / "margins.png")]))
+    if buckets := run.results.get("by_length"):
+        rows = [
+            [
+                "{} to {}".format(*bucket["tokens"]),
+                str(bucket["pairs"]),
+                f"{bucket['reward_accuracy']:.1%}",
+                f"{bucket['margin']:.3f}",
+            ]
+            for bucket in buckets
+        ]
+        header = ["tokens, chosen and rejected", "pairs", "reward accuracy", "margin"]
+        blocks.append(page.folded("By length", page.table(header, rows)))
+    if run.metrics:
+        best = run.fields.get("best_step") or None
+        curves = panel_plots(run.metrics, plots, timing=run.timing, best_step=best)
+        blocks += ["<h3>Training</h3>", page.gallery(curves)]
+    blocks += _example_blocks(run, example_count)
+    shown = [[key, str(value)] for key, value in run.settings.items()]
+    blocks.append(page.folded("Settings", page.table(["setting", "value"], shown)))
+    return blocks
+
+
+def _example_blocks(run: Run, count: int) -> list[str]:
+    records = runs.JsonLines(run.evaluation / "items.jsonl").read()
+    blocks = []
+    for task in dict.fromkeys(record["task"] for record in records) if count else ():
+        sides = [[r for r in records if r["task"] == task and r["model"] == model] for model in ("base", "tuned")]
+        pairs = example_pairs(*sides, count)
+        if pairs:
+            blocks.append(page.folded(f"Answers to {task}, differing ones first", page.examples(pairs)))
+    return blocks
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, inner in tree.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}

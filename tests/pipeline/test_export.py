@@ -1,0 +1,168 @@
+"""Exports through the door a user uses: merged weights that load again, the adapter alone, a hub that is not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from laddpo.models import adapters, loading
+
+
+@pytest.fixture
+def trained(stages):
+    run = stages.folder / "run"
+    steps = ["optim.max_train_steps=3", "best_metric=none"]
+    assert stages.run("train", f"output_dir={run}", *steps) == 0
+    return run
+
+
+def export(stages, run, name, *more):
+    folder = stages.folder / name
+    return stages.run("export", f"run={run}", f"output_dir={folder}", *more), folder
+
+
+def adapted(stages, run):
+    model = loading.load_model(str(stages.model))
+    adapters.attach_lora(model, path=str(run / "adapter"))
+    return model
+
+
+IDS = torch.arange(12)[None]
+
+
+def test_merged_weights_are_the_adapters_model_in_a_folder_that_every_stage_can_start_from(stages, trained, capsys):
+    code, folder = export(stages, trained, "merged", "export.shard_gib=1e-4")
+    assert code == 0
+    shown = capsys.readouterr().out
+    assert "byte for byte" in shown and shown.strip().splitlines()[-1] == str(folder)
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
+    assert {"tokenizer.json", "config.json", "README.md", "manifest.json"} <= {f.name for f in folder.iterdir()}
+    model = loading.load_model(str(folder))
+    with torch.no_grad():
+        wanted, found = adapted(stages, trained)(input_ids=IDS).logits, model(input_ids=IDS).logits
+        base = loading.load_model(str(stages.model))(input_ids=IDS).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert (base - wanted).abs().max() > 1e-3, "the adapter does something"
+    again = stages.folder / "again"
+    assert stages.run("train", f"model.model_name_or_path={folder}", f"output_dir={again}", "dry_run=true") == 0
+
+
+def test_the_card_names_base_data_licence_settings_and_metrics_and_no_place_of_this_machine(stages, trained):
+    code, folder = export(stages, trained, "merged", "export.license=mit")
+    assert code == 0
+    card = (folder / "README.md").read_text()
+    data = json.loads((trained / "manifest.json").read_text())["fields"]["data"]
+    for words in ("license: mit", "sha256:", data, "learning_rate: 0.001", "exact match", "byte for byte", "beta: 2.0"):
+        assert words in card, words
+    assert str(stages.folder) not in card and str(stages.model.parent) not in card
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_narrow_export_rounds_the_sum_once(stages, trained, dtype):
+    code, folder = export(stages, trained, dtype, f"export.dtype={dtype}")
+    assert code == 0
+    name = "model.transformer.blocks.0.q_proj"
+    written = load_file(folder / "model.safetensors")[f"{name}.weight"]
+    narrow = loading.DTYPES[dtype]
+    base = loading.load_model(str(stages.model), dtype=dtype).get_submodule(name).weight
+    state = load_file(trained / "adapter" / "adapter_model.safetensors")
+    a, b = (state[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    assert written.dtype == narrow
+    assert torch.equal(written, (base.float() + 2.0 * (b @ a)).to(narrow)), "alpha / r = 32 / 16"
+
+
+def test_a_run_on_four_bit_weights_merges_into_the_unquantised_base(stages):
+    run = stages.folder / "run"
+    quick = ["optim.max_train_steps=2", "evaluation.at_end=false", "evaluation.tasks=[]", "best_metric=none"]
+    assert stages.run("train", "quantization=nf4", f"output_dir={run}", *quick) == 0
+    code, folder = export(stages, run, "merged")
+    assert code == 0
+    written = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32}, "as the base's own files"
+    assert "4-bit weights and merged into the unquantised" in (folder / "README.md").read_text()
+
+
+def test_the_adapter_alone_is_copied_byte_for_byte_and_attaches_again(stages, trained):
+    code, folder = export(stages, trained, "adapter", "export.adapter_only=true")
+    assert code == 0
+    written, kept = (f / "adapter_model.safetensors" for f in (folder, trained / "adapter"))
+    assert written.read_bytes() == kept.read_bytes()
+    model = loading.load_model(str(stages.model))
+    adapters.attach_lora(model, path=str(folder))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, adapted(stages, trained)(input_ids=IDS).logits)
+    merged = stages.folder / "from_adapter"
+    assert stages.run("export", f"adapter.path={folder}", f"output_dir={merged}") == 0
+    assert (merged / "model.safetensors").is_file()
+
+
+def test_full_fine_tuning_exports_its_own_weights(stages):
+    run = stages.folder / "run"
+    quick = ["optim.max_train_steps=2", "evaluation.at_end=false", "evaluation.tasks=[]", "best_metric=none"]
+    assert stages.run("train", "adapter=full", f"output_dir={run}", *quick) == 0
+    code, folder = export(stages, run, "full")
+    assert code == 0
+    kept, written = load_file(run / "model" / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert kept.keys() == written.keys() and all(torch.equal(kept[name], written[name]) for name in kept)
+    assert export(stages, run, "none", "export.adapter_only=true")[0] == 2
+
+
+def test_a_base_that_changed_since_training_is_refused(stages, trained, capsys):
+    model = loading.load_model(str(stages.model))
+    with torch.no_grad():
+        model.model["transformer"]["ln_f"].weight.mul_(1.5)
+    before = (stages.model / "model.safetensors").read_bytes()
+    try:
+        loading.save_model(model, stages.model)
+        assert export(stages, trained, "merged")[0] == 2
+        assert "now holds sha256:" in capsys.readouterr().err
+    finally:
+        (stages.model / "model.safetensors").write_bytes(before)
+
+
+class Hub:
+    """What huggingface_hub's client is asked to do."""
+
+    def __init__(self, calls, refuse=()):
+        self.calls, self.refuse = calls, refuse
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            if name in self.refuse:
+                raise OSError(f"{name} refused")
+            self.calls.append((name, args, kwargs))
+
+        return call
+
+
+def test_push_sends_the_finished_folder_to_a_private_repository(stages, trained, monkeypatch):
+    calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(calls))
+    code, folder = export(stages, trained, "merged", "export.push_to_hub=me/mine")
+    assert code == 0
+    (asked, _, _), (made, where, options), (sent, _, what) = calls
+    assert (asked, made, sent) == ("whoami", "create_repo", "upload_folder")
+    assert where == ("me/mine",) and options["private"] is True
+    assert what["folder_path"] == str(folder) and what["repo_id"] == "me/mine"
+
+
+def test_a_hub_that_does_not_know_the_user_is_found_out_before_the_work(stages, trained, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub([], refuse=["whoami"]))
+    code, folder = export(stages, trained, "merged", "export.push_to_hub=me/mine")
+    assert code == 2 and not (folder / "config.json").exists()
+    assert "hf auth login" in capsys.readouterr().err
+
+
+def test_a_failed_upload_leaves_the_export_and_says_how_to_send_it(stages, trained, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub([], refuse=["upload_folder"]))
+    code, folder = export(stages, trained, "merged", "export.push_to_hub=me/mine")
+    assert code == 2 and (folder / "manifest.json").exists()
+    assert "hf upload me/mine" in capsys.readouterr().err
+
+
+def test_without_a_run_the_message_names_what_is_missing(stages, capsys):
+    assert stages.run("export") == 2
+    assert "run is not set" in capsys.readouterr().err
