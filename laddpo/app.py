@@ -99,7 +99,14 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
         for note in unlikely_settings(config):
             print(f"note: {note}", file=sys.stderr)
     main = main or importlib.import_module(f"laddpo.{stage}").main
-    main(config, folder)
+    try:
+        main(config, folder)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+            raise
+        from laddpo.footprint import out_of_memory_fault
+
+        raise out_of_memory_fault(config, error) from error
     return EXIT_DONE
 
 

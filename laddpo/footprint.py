@@ -13,8 +13,12 @@ import torch
 from tqdm.auto import tqdm
 
 from laddpo.core.measuring import peak_bytes, resident_bytes
-from laddpo.core.memory import GIB, gib
-from laddpo.machine import Machine
+from laddpo.core.memory import GIB, explain, gib
+from laddpo.core.speed import duration
+from laddpo.errors import RunFault
+from laddpo.machine import Machine, find_machine
+from laddpo.planning import Lengths, usable, work_of
+from laddpo.settings import RunConfig
 
 WATCHED_STEP = 1  # counted from 0 in this process: the first one that finds the optimizer's state allocated
 MOST_BLOCK_PASSES = 5000  # of a step watched on the CPU: each leaves some hundred records
@@ -71,3 +75,25 @@ def retries_text(machine: Machine) -> str:
         f"memory ran out {budget.retries} times; micro-steps were halved from {planned} to {budget.tokens} tokens. "
         f"Start with hardware.token_budget={budget.tokens} to save the failed attempts."
     )
+
+
+def dry_run_text(config: RunConfig, lengths: Lengths, pairs: int, tokens_per_s: float) -> str:
+    """What two steps on the longest batch say of the whole run over `pairs` pairs."""
+    work = work_of(config, lengths, pairs)
+    return (
+        f"dry run: the longest batch fits. At its {tokens_per_s:,.0f} tokens/s the whole training "
+        f"({work.tokens:,.0f} tokens under all draws) takes about {duration(work.tokens / tokens_per_s)}, without the "
+        "reference and without evaluation."
+    )
+
+
+def out_of_memory_fault(config: RunConfig, error: BaseException) -> RunFault:
+    """For memory that ran out where smaller micro-steps are no help: loading, the optimizer, generating answers."""
+    choice = find_machine(config).choice
+    reason = str(error).partition("\n")[0]
+    where = "memory ran out outside of a micro-step: while loading, in the optimizer, or while answers are generated"
+    if choice.fits:
+        plan = f"The plan predicts {gib(choice.memory.peak)} of {gib(choice.available)} for training"
+        advice = "Close other programs on the device, or lower evaluation.batch_size if answers were generated."
+        return RunFault(f"{where}. {plan}. {advice} ({reason})")
+    return RunFault(f"{where}. {explain(choice.memory, usable(choice.available), 'By the plan this run')} ({reason})")

@@ -69,7 +69,6 @@ def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:
         why = explain(memory, available_bytes(hardware, device), f"one sequence of {tokens} tokens")
         return f"out of memory: {why}"
 
-    is_cuda = device.type == "cuda"
     return Machine(
         device=device,
         precision=precision,
@@ -77,7 +76,7 @@ def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:
         attention=hardware.attention,
         gradient_checkpointing=choice.setup.checkpointing,
         offload_activations=hardware.offload_activations,
-        embeddings_on_cpu=hardware.embeddings_on_cpu and is_cuda,
+        embeddings_on_cpu=hardware.embeddings_on_cpu,
         compile=hardware.compile,
         choice=choice,
     )

@@ -122,14 +122,13 @@ def _run_line(config: RunConfig, device: str, precision: str, trained: int) -> s
     stored = f", {quantization.bnb_4bit_quant_type} weights" if quantization.load_in_4bit else ""
     stored += ", int8 weights" if quantization.load_in_8bit else ""
     what = "all weights" if adapter.kind == "full" else f"LoRA r={adapter.r}"
-    return (
-        f"{config.model.name} on {device} in {precision}{stored}; {what}: {trained:,} trained; {config.optim.optimizer}"
-    )
+    trains = f"{what}, {trained:,} trained by {config.optim.optimizer}"
+    return f"{config.model.name} on {device} in {precision}{stored}; {trains}"
 
 
 def _data_line(lengths, pairs: int | None) -> str:
-    count = "an unknown number of" if pairs is None else f"{pairs:,}"
-    return f"{count} pairs, mean sequence {lengths.mean:.0f} tokens, longest {lengths.longest}; from {lengths.source}"
+    count = "pairs not counted" if pairs is None else f"{pairs:,} pairs"
+    return f"{count}, mean sequence {lengths.mean:.0f} tokens, longest {lengths.longest}; from {lengths.source}"
 
 
 def _note(name: str, choice) -> str:
@@ -158,14 +157,12 @@ def _budget_lines(config: RunConfig, choice, lengths) -> list[str]:
     ]
     if hardware.gradient_checkpointing is not None:
         on = "on" if choice.setup.checkpointing else "off"
-        is_needed = choice.largest[False] < max(choice.token_budget, lengths.longest)
-        lines.append(
-            f"gradient checkpointing: {on} (as set); {'needed' if is_needed else 'not needed'} for this budget"
-        )
+        needed = "needed" if choice.largest[False] < max(choice.token_budget, lengths.longest) else "not needed"
+        lines.append(f"gradient checkpointing: {on} (as set); {needed} for this budget")
     elif choice.setup.checkpointing:
-        lines.append(
-            "gradient checkpointing: on, since larger micro-steps pay for the recomputation or nothing else fits"
-        )
+        is_needed = choice.largest[False] < lengths.longest
+        why = "needed" if is_needed else "not needed, but the larger micro-step is faster"
+        lines.append(f"gradient checkpointing: on ({why})")
     else:
         lines.append("gradient checkpointing: off, not needed")
     return lines
