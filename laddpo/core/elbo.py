@@ -6,21 +6,25 @@ For a prompt x (never masked) and a response y of L tokens the bound is (LLaDA 2
 
 A sum over tokens in nats, divided by nothing. An estimator is a recipe for draws (mask and weight) whose weighted sums
 each have mean B. Per-draw values are accumulated in float64: margins are small differences of large sums.
+
+Every draw follows one law (`draw_weight`): pick a token, hide it together with a uniformly random set of others. Which
+token is picked may favour those that matter, and several draws may share the others out between them; the mean stays B.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from laddpo.core.noise import COUNT_OF_BOTH_SIDES, COUNT_SCHEDULES, FULL, NoiseKey, random_order
+from laddpo.core.noise import COUNT_OF_BOTH_SIDES, COUNT_SCHEDULES, FULL, NoiseKey, golden_step, random_order
 
 BERNOULLI_FLOOR = 1e-3  # LLaDA's own: p_mask = (1 - 1e-3) t + 1e-3
+NO_POSITIONS = np.array([], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,25 @@ def draw_logps(denoiser: Denoiser, sequences: Sequence[MaskedSequence]) -> Tenso
 
 
 @dataclass(frozen=True)
+class Response:
+    """What the draws of a response may depend on beside the seed: its pair, its side (chosen, rejected, response), its
+    length in tokens, and the positions at which it differs from the pair's other response."""
+
+    pair_id: str
+    side: str
+    length: int
+    differing: np.ndarray = field(default_factory=lambda: NO_POSITIONS)
+
+
+@dataclass(frozen=True)
 class ElboEstimator:
     """Which draws stand for the expectation. Draws are a function of (seed, pair id, side, draw index) alone.
 
     `estimator`: a row of ESTIMATORS; `schedule`: a row of COUNT_SCHEDULES; `diffusion_samples` n: draws per response;
-    `shared_counts`: chosen and rejected mask the same fraction; `mask_rounds` R: epoch e uses draws (e mod R) * n + k.
-    `stream` names an independent family of draws ("" is the one that policy and reference share).
+    `shared_counts`: chosen and rejected mask the same fraction; `mask_rounds` R: epoch e uses draws (e mod R) * n + k;
+    `stream` names an independent family of draws ("" is the one that policy and reference share); `shared_masks`:
+    chosen and rejected mask the same positions too; `difference_focus`: the share of picks that goes to tokens in which
+    the two responses differ, the rest going to all tokens alike.
     """
 
     estimator: str = "complement"
@@ -121,38 +138,52 @@ class ElboEstimator:
     shared_counts: bool = True
     mask_rounds: int = 1
     stream: str = ""
+    shared_masks: bool = False
+    difference_focus: float = 0.0
 
     @property
     def block(self) -> int:
-        """How many neighbouring draws belong together, being each other's inverse."""
-        return 2 if self.estimator == "complement" else 1
+        """How many neighbouring draws are anything but independent: a mask and its inverse, or nearly so."""
+        return 2 if self.estimator in ("complement", "balanced") else 1
 
     def draw_indices(self, epoch: int) -> range:
         """The indices of the n draws that this epoch uses."""
         start = (epoch % self.mask_rounds) * self.diffusion_samples
         return range(start, start + self.diffusion_samples)
 
-    def draw(self, pair_id: str, side: str, length: int, index: int) -> MaskedDraw:
-        """One draw for a response of `length` tokens."""
-        return ESTIMATORS[self.estimator](self, pair_id, side, length, index)
+    def draw(
+        self, pair_id: str, side: str, length: int, index: int, differing: np.ndarray = NO_POSITIONS
+    ) -> MaskedDraw:
+        """One draw for a response of `length` tokens, which differs from the other one at `differing`."""
+        return ESTIMATORS[self.estimator](self, Response(pair_id, side, length, differing), index)
 
     def sequences(
-        self, pair_id: str, side: str, prompt_ids: np.ndarray, response_ids: np.ndarray, indices: Sequence[int]
+        self,
+        pair_id: str,
+        side: str,
+        prompt_ids: np.ndarray,
+        response_ids: np.ndarray,
+        indices: Sequence[int],
+        differing: np.ndarray = NO_POSITIONS,
     ) -> tuple[MaskedSequence, ...]:
         """The response under each of the draws `indices`."""
         return tuple(
-            MaskedSequence(prompt_ids, response_ids, self.draw(pair_id, side, len(response_ids), index))
+            MaskedSequence(prompt_ids, response_ids, self.draw(pair_id, side, len(response_ids), index, differing))
             for index in indices
         )
 
     def key(self, pair_id: str, side: str, index: int) -> NoiseKey:
         """Identity of a draw's mask."""
-        return NoiseKey(self.seed, pair_id + self.stream, side, index)
+        return NoiseKey(self.seed, pair_id + self.stream, COUNT_OF_BOTH_SIDES if self.shared_masks else side, index)
+
+    def count_key(self, pair_id: str, side: str, index: int) -> NoiseKey:
+        """Identity of what decides a draw's masked count."""
+        shared = COUNT_OF_BOTH_SIDES if self.shared_counts else side
+        return NoiseKey(self.seed, pair_id + self.stream, shared, index)
 
     def count_fraction(self, pair_id: str, side: str, index: int, draws: int) -> int:
         """Where in [0, FULL) the masked fraction of draw `index` lies."""
-        shared = COUNT_OF_BOTH_SIDES if self.shared_counts else side
-        return COUNT_SCHEDULES[self.schedule].fraction(self.key(pair_id, shared, 0), index, draws)
+        return COUNT_SCHEDULES[self.schedule].fraction(self.count_key(pair_id, side, 0), index, draws)
 
     def store_fields(self) -> dict:
         """What a store of reference values must have in common with a run to serve it.
@@ -165,46 +196,154 @@ class ElboEstimator:
         return fields
 
 
-def count_draw(e: ElboEstimator, pair_id: str, side: str, length: int, index: int) -> MaskedDraw:
+def differing_positions(response: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Where a response differs from the pair's other one, counted from its start. # int64, ascending
+
+    Common beginning and end are cut off; what is left in between differs, but for equal tokens at equal places where
+    both middles have one length. Example: [1, 2, 3, 9] against [1, 4, 3, 9] -> [1]; against [1, 4, 4, 3, 9] -> [1].
+    """
+    shorter = min(len(response), len(other))
+    start = _equal_run(response[:shorter], other[:shorter])
+    end = _equal_run(response[::-1][: shorter - start], other[::-1][: shorter - start])
+    middle, other_middle = response[start : len(response) - end], other[start : len(other) - end]
+    if len(middle) == len(other_middle):
+        return start + np.flatnonzero(middle != other_middle)
+    return start + np.arange(len(middle))
+
+
+def _equal_run(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common beginning of two arrays of one length."""
+    unequal = np.flatnonzero(a != b)
+    return int(unequal[0]) if len(unequal) else len(a)
+
+
+def draw_weight(e: ElboEstimator, response: Response, masked: np.ndarray) -> float:
+    """1 / pi(masked), where pi(i) is the probability that token i is the picked one and pi(set) adds up.
+
+    With l uniform on 1..L and the other l-1 tokens uniform, a mask M of size l has probability
+    sum_{i in M} pi(i) / (L C(L-1, l-1)) = pi(M) (L/l) / (L C(L, l)), which is pi(M) (L/l) times what it has in the bound,
+    where it counts (L/l) S(M). So S(M) / pi(M) has mean B for any pi > 0, without another forward; for equal pi it is
+    LLaDA's (L/l) S(M).
+    """
+    share = len(masked) / response.length
+    focus = e.difference_focus if len(response.differing) else 0.0
+    if not focus:
+        return response.length / len(masked)
+    return 1 / (focus * np.isin(response.differing, masked).mean() + (1 - focus) * share)
+
+
+def picked_token(e: ElboEstimator, response: Response, index: int) -> int:
+    """The token that pick `index` falls on, with probability pi.
+
+    Picks walk by golden steps from a keyed start, so that neighbours fall on tokens far apart.
+    """
+    start = int(e.key(response.pair_id, response.side, 0).words("pick-start", 1)[0])
+    place = golden_step(start, index)
+    boundary = int(e.difference_focus * FULL) if len(response.differing) else 0
+    if place < boundary:
+        return int(response.differing[place * len(response.differing) // boundary])
+    return (place - boundary) * response.length // (FULL - boundary)
+
+
+def count_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
     """Exact count: l ~ U{1..L}, l tokens without replacement, weight L / l (LLaDA eq. 6)."""
-    fraction = e.count_fraction(pair_id, side, index, e.diffusion_samples)
-    masked = 1 + (fraction * length >> 64)
-    order = random_order(e.key(pair_id, side, index), length)
-    return MaskedDraw(index, np.sort(order[:masked]), length / masked)
+    length = response.length
+    fraction = e.count_fraction(response.pair_id, response.side, index, e.diffusion_samples)
+    size = 1 + (fraction * length >> 64)
+    order = random_order(e.key(response.pair_id, response.side, index), length)
+    if e.difference_focus:
+        picked = picked_token(e, response, index)
+        order = np.concatenate([[picked], order[order != picked]])
+    masked = np.sort(order[:size])
+    return MaskedDraw(index, masked, draw_weight(e, response, masked))
 
 
-def complement_draw(e: ElboEstimator, pair_id: str, side: str, length: int, index: int) -> MaskedDraw:
+def complement_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
     """Draw 2j is a mask with l ~ U{0..L}, draw 2j+1 its inverse; weight (L+1) / size, an empty mask counts 0.
 
     Each of them alone has mean B: sum_l 1/(L+1) * (L+1)/l * E[S_l] = sum_l E[S_l] / l. Together they score every token
     exactly once, which is where variance goes (complementary masks: ESPO 2512.03759). The fraction is folded at 1/2,
     with a keyed coin for which of the two comes first: a schedule that spreads points over [0, 1) then spreads the
     pairs {u, 1-u}, instead of letting two of them fall on each other.
+
+    With a focus both halves hide the picked token and share out the others.
     """
-    pair_index = index // 2
-    folded = e.count_fraction(pair_id, side, pair_index, max(1, e.diffusion_samples // 2)) >> 1
-    shared = COUNT_OF_BOTH_SIDES if e.shared_counts else side
-    coin = int(e.key(pair_id, shared, pair_index).words("count-coin", 1)[0]) & 1
-    fraction = folded if coin else FULL - 1 - folded
+    length, pair_index = response.length, index // 2
+    folded, small_first = _folded_fraction(e, response, pair_index)
+    if e.difference_focus:
+        picked = picked_token(e, response, pair_index)
+        order = random_order(e.key(response.pair_id, response.side, 2 * pair_index), length)
+        others, size = order[order != picked], folded * length >> 64
+        masked = others[:size] if small_first == (index % 2 == 0) else others[size:]
+        masked = np.sort(np.append(masked, picked))
+        return MaskedDraw(index, masked, draw_weight(e, response, masked))
+    fraction = folded if small_first else FULL - 1 - folded
     size = fraction * (length + 1) >> 64
-    order = random_order(e.key(pair_id, side, 2 * pair_index), length)
+    order = random_order(e.key(response.pair_id, response.side, 2 * pair_index), length)
     masked = order[size:] if index % 2 else order[:size]
     return MaskedDraw(index, np.sort(masked), (length + 1) / len(masked) if len(masked) else 0.0)
 
 
-def bernoulli_draw(e: ElboEstimator, pair_id: str, side: str, length: int, index: int) -> MaskedDraw:
+def balanced_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
+    """Four masks at a time that together hide every token twice (picked tokens more often), no two as inverses.
+
+    Draws 4q, 4q+1 pick a and draws 4q+2, 4q+3 pick b. In each of the two pairs one mask is small (r others, r from the
+    folded fraction) and one large (all but r others). Inverses have one fault: whether two tokens are hidden together
+    is the same in a mask and in its inverse, so that noise doubles. Here the small masks A, B of sizes p <= q are
+    disjoint, and what the large ones leave visible is A + B dealt out anew: with the others in a random order,
+
+        small:  A = [0, p)        B = [p, p+q)        large leaves visible:  [p, 2p)        [0, p) + [2p, p+q)
+
+    Each mask alone is a pick and a uniformly random set of others of its size, so each draw has mean B.
+    """
+    length, quad, in_quad = response.length, index // 4, index % 4
+    key = e.key(response.pair_id, response.side, 4 * quad)
+    picks = [picked_token(e, response, 2 * quad + pair) for pair in (0, 1)]
+    folded, small_first = zip(*(_folded_fraction(e, response, 2 * quad + pair) for pair in (0, 1)), strict=True)
+    sizes = [fraction * length >> 64 for fraction in folded]  # r of each pair, below L / 2
+    in_small = [False, False]  # does the small mask of a pair hide the other pair's pick?
+    if picks[0] != picks[1]:
+        # two events of probability r / (L-1), as far from coinciding as can be: else A and B might not fit
+        place = int(key.words("other-pick", 1)[0]) * (length - 1) >> 64
+        in_small = [place < sizes[0], place >= length - 1 - sizes[1]]
+    order = random_order(key, length)
+    others = order[(order != picks[0]) & (order != picks[1])]
+    p, q = sorted(size - extra for size, extra in zip(sizes, in_small, strict=True))
+    pair = in_quad // 2
+    is_smaller = sizes[pair] - in_small[pair] == p and (pair == 0 or sizes[0] - in_small[0] != p)
+    is_small = small_first[pair] == (in_quad % 2 == 0)
+    if is_small:
+        masked = others[:p] if is_smaller else others[p : p + q]
+    else:
+        visible = slice(p, 2 * p) if is_smaller else np.r_[0:p, 2 * p : p + q]
+        masked = np.delete(others, visible)
+    own, other = picks[pair], picks[1 - pair]
+    hidden = [own, other] if own != other and in_small[pair] == is_small else [own]
+    masked = np.sort(np.concatenate([masked, hidden]))
+    return MaskedDraw(index, masked, draw_weight(e, response, masked))
+
+
+def bernoulli_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
     """Each token masked with probability p ~ U(1e-3, 1), weight 1 / p: LLaDA's training form, for comparison only.
 
     Biased by the floor, and without it of infinite variance (its one-token term diverges): never a default.
     """
-    fraction = e.count_fraction(pair_id, side, index, e.diffusion_samples) / FULL
+    fraction = e.count_fraction(response.pair_id, response.side, index, e.diffusion_samples) / FULL
     p = (1 - BERNOULLI_FLOOR) * fraction + BERNOULLI_FLOOR
-    words = e.key(pair_id, side, index).words("bernoulli", length)
+    words = e.key(response.pair_id, response.side, index).words("bernoulli", response.length)
     return MaskedDraw(index, np.flatnonzero(words / FULL < p), 1 / p)
 
 
-ESTIMATORS: dict[str, Callable[[ElboEstimator, str, str, int, int], MaskedDraw]] = {
+def _folded_fraction(e: ElboEstimator, response: Response, pair_index: int) -> tuple[int, bool]:
+    """The smaller masked fraction of a pair {u, 1-u} of draws, below FULL / 2, and whether it comes first."""
+    folded = e.count_fraction(response.pair_id, response.side, pair_index, max(1, e.diffusion_samples // 2)) >> 1
+    coin = int(e.count_key(response.pair_id, response.side, pair_index).words("count-coin", 1)[0]) & 1
+    return folded, bool(coin)
+
+
+ESTIMATORS: dict[str, Callable[[ElboEstimator, Response, int], MaskedDraw]] = {
     "count": count_draw,
     "complement": complement_draw,
+    "balanced": balanced_draw,
     "bernoulli": bernoulli_draw,
 }

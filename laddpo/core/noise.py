@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 FULL = 1 << 64  # one turn of a 64-bit fraction: the integer u stands for the real number u / FULL in [0, 1)
+GOLDEN = 11400714819323198485  # FULL / 1.6180339887…, to the nearest odd number
 COUNT_OF_BOTH_SIDES = "both"  # the side in a count's key where chosen and rejected share their masked fraction
 
 
@@ -84,10 +85,21 @@ def systematic_fraction(key: NoiseKey, index: int, draws: int) -> int:
     return (_shuffled_cell(key, block, cell, draws, "systematic") * FULL + word) // draws
 
 
+def single_fraction(key: NoiseKey, index: int, draws: int) -> int:
+    """The same fraction in every draw: one time, many masks, which VRPO (prop. 1) shows to be the worst use of n."""
+    return iid_fraction(key, 0, draws)
+
+
 def _shuffled_cell(key: NoiseKey, block: int, cell: int, draws: int, name: str) -> int:
     """Which cell of the grid this draw takes: shuffled, so that each single draw is uniform over all of [0, 1)."""
     order = random_order(NoiseKey(key.seed, key.pair_id, key.side, block), draws, f"count-{name}-cells-{draws}")
     return int(order[cell])
+
+
+def golden_step(start: int, index: int) -> int:
+    """The point `index` steps of the golden ratio after `start`, modulo FULL: neighbours lie far apart, for any number
+    of them (Kronecker sequence of the most irrational number)."""
+    return (start + index * GOLDEN) % FULL
 
 
 def reversed_bits(index: int) -> int:
@@ -108,4 +120,5 @@ COUNT_SCHEDULES: dict[str, CountSchedule] = {
     "low_discrepancy": CountSchedule(low_discrepancy_fraction, prefix_consistent=True),
     "stratified": CountSchedule(stratified_fraction, prefix_consistent=False),
     "systematic": CountSchedule(systematic_fraction, prefix_consistent=False),
+    "single": CountSchedule(single_fraction, prefix_consistent=True),
 }

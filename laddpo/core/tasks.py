@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
-from laddpo.core.elbo import Denoiser, ElboEstimator
+from laddpo.core.elbo import Denoiser, ElboEstimator, differing_positions
 from laddpo.core.gradient import Item, accumulate_gradient, score_items
 from laddpo.core.loop import step_items
 from laddpo.core.metrics import preference_metrics
@@ -33,10 +33,10 @@ def pair_item(
     pair: EncodedPair, estimator: ElboEstimator, draws: Sequence[int], reference: np.ndarray | None = None
 ) -> Item:
     """A pair under the draws `draws`. # reference float64 [2, draws]"""
-    responses = (pair.chosen_ids, pair.rejected_ids)
+    chosen, rejected = pair.chosen_ids, pair.rejected_ids
     sides = tuple(
-        estimator.sequences(pair.id, side, pair.prompt_ids, response, draws)
-        for side, response in zip(SIDES, responses, strict=True)
+        estimator.sequences(pair.id, side, pair.prompt_ids, response, draws, differing_positions(response, other))
+        for side, response, other in zip(SIDES, (chosen, rejected), (rejected, chosen), strict=True)
     )
     return Item(pair.id, sides, reference)
 

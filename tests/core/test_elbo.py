@@ -163,40 +163,42 @@ def test_means_over_many_pairs_lie_within_four_standard_errors(
 # Deliberately wrong estimators: the checks above can fail
 
 
-def inverse_without_the_empty_mask(e, pair_id, side, length, index) -> MaskedDraw:
+def inverse_without_the_empty_mask(e, response, index) -> MaskedDraw:
     """A mask with l ~ U{1..L}, weight L/l, and its inverse with weight L/(L-l)."""
-    size = 1 + (e.count_fraction(pair_id, side, index // 2, 2) * length >> 64)
-    order = random_order(e.key(pair_id, side, index // 2), length)
+    length = response.length
+    size = 1 + (e.count_fraction(response.pair_id, response.side, index // 2, 2) * length >> 64)
+    order = random_order(e.key(response.pair_id, response.side, index // 2), length)
     masked = order[size:] if index % 2 else order[:size]
     return MaskedDraw(index, np.sort(masked), length / len(masked) if len(masked) else 0.0)
 
 
-def count_off_by_one(e, pair_id, side, length, index) -> MaskedDraw:
+def count_off_by_one(e, response, index) -> MaskedDraw:
     """l ~ U{0..L-1}, weight L/l."""
-    size = e.count_fraction(pair_id, side, index, 4) * length >> 64
-    masked = random_order(e.key(pair_id, side, index), length)[:size]
+    length = response.length
+    size = e.count_fraction(response.pair_id, response.side, index, 4) * length >> 64
+    masked = random_order(e.key(response.pair_id, response.side, index), length)[:size]
     return MaskedDraw(index, np.sort(masked), length / size if size else 0.0)
 
 
-def count_without_weight(e, pair_id, side, length, index) -> MaskedDraw:
-    draw = ESTIMATORS["count"](e, pair_id, side, length, index)
+def count_without_weight(e, response, index) -> MaskedDraw:
+    draw = ESTIMATORS["count"](e, response, index)
     return MaskedDraw(index, draw.masked, 1.0)
 
 
-def mean_over_masked(e, pair_id, side, length, index) -> MaskedDraw:
-    draw = ESTIMATORS["count"](e, pair_id, side, length, index)
+def mean_over_masked(e, response, index) -> MaskedDraw:
+    draw = ESTIMATORS["count"](e, response, index)
     return MaskedDraw(index, draw.masked, 1 / len(draw.masked))
 
 
-def mean_over_padding(e, pair_id, side, length, index) -> MaskedDraw:
+def mean_over_padding(e, response, index) -> MaskedDraw:
     """The token mean over a length padded to 8, brought back to a sum by the true length: what padding spoils."""
-    draw = ESTIMATORS["count"](e, pair_id, side, length, index)
-    return MaskedDraw(index, draw.masked, draw.weight / 8 * length)
+    draw = ESTIMATORS["count"](e, response, index)
+    return MaskedDraw(index, draw.masked, draw.weight / 8 * response.length)
 
 
-def first_tokens(e, pair_id, side, length, index) -> MaskedDraw:
+def first_tokens(e, response, index) -> MaskedDraw:
     """The right count and weight, but not a random mask."""
-    draw = ESTIMATORS["count"](e, pair_id, side, length, index)
+    draw = ESTIMATORS["count"](e, response, index)
     return MaskedDraw(index, np.arange(len(draw.masked)), draw.weight)
 
 
@@ -236,8 +238,8 @@ def test_bernoulli_divided_by_the_unclamped_probability_fails_the_exact_check(
 ):
     """p_mask = (1 - floor) t + floor, but divided by t: infinite mean, of which the nodes see a part."""
 
-    def divided_by_t(e, pair_id, side, length, index):
-        draw = ESTIMATORS["bernoulli"](e, pair_id, side, length, index)
+    def divided_by_t(e, response, index):
+        draw = ESTIMATORS["bernoulli"](e, response, index)
         t = (1 / draw.weight - BERNOULLI_FLOOR) / (1 - BERNOULLI_FLOOR)
         return MaskedDraw(index, draw.masked, 1 / t)
 

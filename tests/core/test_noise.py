@@ -161,6 +161,10 @@ def test_the_masked_count_is_exactly_the_one_that_the_fraction_says(e, pair_id, 
         inverse = e.draw(pair_id, "chosen", length, index ^ 1)
         assert sorted([*draw.masked, *inverse.masked]) == list(range(length))
         assert draw.weight == ((length + 1) / len(draw.masked) if len(draw.masked) else 0.0)
+    elif e.estimator == "balanced":
+        other = e.draw(pair_id, "chosen", length, index ^ 1)
+        assert len(draw.masked) + len(other.masked) == length + 1
+        assert draw.weight == length / len(draw.masked)
     else:
         assert 1 <= draw.weight <= 1000
 
@@ -286,9 +290,11 @@ GOLDEN_FRACTIONS = {
         12950334786108143801,
         17387603469137079928,
     ],
+    "single": [13484350974381716662] * 5,
 }
 GOLDEN_DRAWS = {
     "count": [([0, 1, 2, 3, 4, 5], 1.0), ([0, 3, 5], 2.0), ([0], 6.0)],
     "complement": [([2, 3, 4], 2.3333333333333335), ([0, 1, 5], 2.3333333333333335), ([0], 7.0)],
+    "balanced": [([1, 2, 4], 2.0), ([0, 2, 4, 5], 1.5), ([3, 5], 3.0)],
     "bernoulli": [([0, 1, 2, 4, 5], 1.0937634984092712), ([1, 2, 4], 2.410949001688636), ([], 6.0597088249811195)],
 }
