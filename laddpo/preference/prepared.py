@@ -80,6 +80,7 @@ class Prepared:
         with (folder / self.rows_file).open("rb") as lines:
             for line in lines:
                 record = json.loads(line)
+                record["split"] = SPLITS[SPLITS.index(record["split"])]  # one string for all rows, not one for each
                 for name, values in self.columns.items():
                     values.append(record.get(name))
         ids, self._offsets = map_tokens(folder / TOKENS)

@@ -160,18 +160,26 @@ def report_figure(report: Mapping[str, Any]) -> bytes:
     labels = ["kept whole", "kept, prompt cut", "dropped", "bad", "not sampled"]
     bars = left.barh(labels[::-1], values[::-1], color=COLOURS[: len(names)][::-1])
     left.bar_label(bars, [f"{value:,}" for value in values[::-1]], padding=3)
-    left.set_xlim(0, max(1, *values) * 1.2)
+    left.set_xlim(0, max(1, *values) * 1.25)
+    left.xaxis.set_visible(False)  # the bars carry their numbers
     left.set_title(f"{report['rows']['read']:,} rows read")
-    left.spines[["top", "right"]].set_visible(False)
-    for colour, (name, histogram) in zip(COLOURS, report["histograms"].items(), strict=False):
+    left.spines[["top", "right", "bottom"]].set_visible(False)
+    left.tick_params(left=False)
+    for name, (colour, dashes) in SERIES.items():
+        histogram = report["histograms"].get(name, {"counts": []})
         if any(histogram["counts"]):
-            right.stairs(histogram["counts"], histogram["edges"], label=name, color=colour, linewidth=1.6)
+            style = {"color": colour, "linestyle": dashes, "linewidth": 1.6}
+            right.stairs(histogram["counts"], histogram["edges"], label=name, **style)
     longest = report["histograms"]["prompt + response"]["edges"][-1]
     if report["max_length"] <= 1.3 * longest:
-        right.axvline(report["max_length"], color="0.5", linestyle="--", linewidth=1)
+        right.axvline(report["max_length"], color="0.5", linestyle="--", linewidth=1, label="data.max_length")
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_formatter("{x:,.0f}")
+        axis.get_major_locator().set_params(integer=True)
+    right.set_ylim(bottom=0)
     right.set_xlabel("tokens")
     right.set_ylabel("sequences")
-    right.set_title(f"lengths of the kept rows (data.max_length {report['max_length']:,})")
+    right.set_title(f"lengths of the kept rows; data.max_length is {report['max_length']:,}")
     right.spines[["top", "right"]].set_visible(False)
     if any(any(histogram["counts"]) for histogram in report["histograms"].values()):
         right.legend(frameon=False)
@@ -203,4 +211,11 @@ def _shortened(text: str) -> str:
     return f"{text[:half]} […{len(text) - 2 * half:,} characters…] {text[-half:]}"
 
 
+SERIES = {  # dashed, so that equal lengths of chosen and rejected are both seen
+    "prompt": ("#2a6f97", "-"),
+    "chosen": ("#588157", "-"),
+    "response": ("#588157", "-"),
+    "rejected": ("#c1121f", "--"),
+    "prompt + response": ("#8d99ae", "-"),
+}
 COLOURS = ("#2a6f97", "#e09f3e", "#8d99ae", "#c1121f", "#588157")
