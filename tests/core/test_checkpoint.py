@@ -55,11 +55,6 @@ class Run:
         return {name: self.named[name].detach().tolist() for name in sorted(self.named)}
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "checkpoints"
-
-
 @pytest.fixture(params=OPTIMIZER_NAMES)
 def optimizer(request):
     if request.param != "adamw":
