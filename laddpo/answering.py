@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from laddpo import runs
 from laddpo.errors import Stopped
 from laddpo.evaluation.sampling import SamplerSettings, generate
@@ -59,22 +61,28 @@ def sampler_settings(config: RunConfig) -> SamplerSettings:
 def answerer(config: RunConfig, loaded: Loaded) -> Generate:
     """A function from prompts to texts: the model as it is now, with the run's sampler."""
     encoder = encoder_for(config, loaded.tokenizer)
-    settings = sampler_settings(config)
 
     def answer(prompts: list) -> list[str]:
-        responses = generate(
-            loaded.model,
-            [encoder.encode_prompt(prompt) for prompt in prompts],
-            settings,
-            mask_token_id=loaded.denoiser.mask_token_id,
-            stop_token_ids=encoder.stop_ids,
-            # draws above temperature 0 belong to the question, so they are the same in any batch and after a resume
-            keys=[runs.canonical_json(prompt_rows(prompt)) for prompt in prompts],
-            autocast=loaded.denoiser.autocast,
-        )
-        return [encoder.decode_response(response) for response in responses]
+        # draws above temperature 0 belong to the question, so they are the same in any batch and after a resume
+        keys = [runs.canonical_json(prompt_rows(prompt)) for prompt in prompts]
+        return answer_ids(config, loaded, [encoder.encode_prompt(prompt) for prompt in prompts], keys)
 
     return answer
+
+
+def answer_ids(config: RunConfig, loaded: Loaded, prompts: list[np.ndarray], keys: list[str]) -> list[str]:
+    """Answers to encoded prompts."""
+    encoder = encoder_for(config, loaded.tokenizer)
+    responses = generate(
+        loaded.model,
+        prompts,
+        sampler_settings(config),
+        mask_token_id=loaded.denoiser.mask_token_id,
+        stop_token_ids=encoder.stop_ids,
+        keys=keys,
+        autocast=loaded.denoiser.autocast,
+    )
+    return [encoder.decode_response(response) for response in responses]
 
 
 def answer_task(

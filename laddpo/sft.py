@@ -59,7 +59,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     settings = loop_settings(config, len(examples), validation.best_metric)
     print(f"SFT: {settings.total_steps} steps of {settings.items_per_step} rows from {len(examples)}")
     optim = config.optim
-    with run_outputs(config, folder, loaded, resume_step(folder) if is_resumed else None) as outputs:
+    at_step = resume_step(folder) if is_resumed else None
+    with run_outputs(config, folder, loaded, at_step, validation) as outputs:
         state = train_loop(
             task,
             parameters,

@@ -93,7 +93,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         step_zero_check(config, task, settings, machine.precision)
     step_tokens = settings.items_per_step * lengths.longest_pair
     memory = StepMemory(machine, loaded.model, optimizer, step_tokens)
-    with run_outputs(config, folder, loaded, resume_step(folder) if is_resumed else None) as outputs:
+    at_step = resume_step(folder) if is_resumed else None
+    with run_outputs(config, folder, loaded, at_step, validation) as outputs:
         state = train_loop(
             task,
             parameters,

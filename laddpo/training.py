@@ -7,7 +7,7 @@ import dataclasses
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from laddpo import inputs, runs
-from laddpo.answering import VALIDATION_LIMIT, answer_task, open_task
+from laddpo.answering import VALIDATION_LIMIT, answer_ids, answer_task, open_task
 from laddpo.core.checkpoint import step_folders
 from laddpo.core.gradient import Item, score_items
 from laddpo.core.loop import LoopSettings, RunOutputs, step_items
@@ -78,8 +78,10 @@ def longest_pairs(pairs, count: int) -> list:
 
 
 @contextlib.contextmanager
-def run_outputs(config: RunConfig, folder: Path, loaded: Loaded, resume_step: int | None) -> Iterator[RunOutputs]:
-    """Where the loop writes: weights, metrics, and the trackers, closed at the end."""
+def run_outputs(
+    config: RunConfig, folder: Path, loaded: Loaded, resume_step: int | None, validation: Validation | None = None
+) -> Iterator[RunOutputs]:
+    """Where the loop writes: weights, metrics, sample answers, and the trackers, closed at the end."""
     is_full = config.adapter.kind == "full"
     best, last = (inputs.MODEL, inputs.MODEL_LAST) if is_full else (inputs.ADAPTER, inputs.ADAPTER_LAST)
 
@@ -95,6 +97,13 @@ def run_outputs(config: RunConfig, folder: Path, loaded: Loaded, resume_step: in
 
     settings = dataclasses.asdict(config.logger)
     with Trackers(folder, settings, dataclasses.asdict(config), resume_step=resume_step) as trackers:
+
+        def show(step: int, text: str) -> None:
+            runs.write_text(folder / "samples" / f"step_{step:07d}.txt", text + "\n")
+            trackers.text(step, "samples", text)
+
+        if validation is not None:
+            validation.show = show
         yield RunOutputs(
             folder,
             save_best=lambda step: save(best, step),
@@ -111,13 +120,16 @@ def resume_step(folder: Path) -> int:
 
 @dataclass
 class Validation:
-    """Held-out pairs and problems, measured during training."""
+    """Held-out pairs and problems, measured during training. `show(step, text)` takes a few answers as they are now;
+    where no task is answered they are made for `prompts`."""
 
     config: RunConfig
     loaded: Loaded
     items: Sequence[Item]
     block: int
     tasks: list[Task] = field(default_factory=list)
+    prompts: list[np.ndarray] = field(default_factory=list)
+    show: Callable[[int, str], None] = lambda step, text: None
 
     @property
     def is_wanted(self) -> bool:
@@ -138,18 +150,34 @@ class Validation:
             budget = self.loaded.machine.token_budget
             scores = score_preferences(self.loaded.denoiser, self.items, objective, self.block, budget)
             metrics.update(scores.metrics())
-        if self.tasks:
-            shares = [self._exact_match(task) for task in self.tasks]
+        records = [self._answers(task) for task in self.tasks]
+        if records:
+            shares = [sum(record["correct"] for record in of_task) / len(of_task) for of_task in records]
             metrics[EXACT_MATCH] = sum(shares) / len(shares)
+        if samples := self._samples(records):
+            self.show(step, samples)
         return metrics
 
-    def _exact_match(self, task: Task) -> float:
+    def _samples(self, records: list[list[dict]]) -> str:
+        """A few answers to the first problems of each task, else to the prompts of the first held-out pairs."""
+        count = self.config.evaluation.samples
+        if records:
+            shown = [r for of_task in records for r in of_task[:count]]
+            return "\n\n".join(f"prompt  {r['prompt']}\ngold    {r['answer']}\nanswer  {r['text']}" for r in shown)
+        prompts = self.prompts[:count]
+        if not prompts:
+            return ""
+        texts = answer_ids(self.config, self.loaded, prompts, [str(i) for i in range(len(prompts))])
+        asked = [self.loaded.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+        return "\n\n".join(f"prompt  {a}\nanswer  {text}" for a, text in zip(asked, texts, strict=True))
+
+    def _answers(self, task: Task) -> list[dict]:
         scratch = Path(tempfile.mkdtemp(prefix="laddpo-"))
         try:
             records = answer_task(self.config, self.loaded, task, scratch / "items.jsonl", {}, "validation")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        return sum(record["correct"] for record in records) / len(records)
+        return records
 
 
 def open_validation(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, stop: StopFlag) -> Validation:
@@ -159,7 +187,8 @@ def open_validation(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, 
     """
     pairs = list(prepared.validation)[: config.evaluation.num_pairs]
     items, block = inputs.measured_items(config, prepared, loaded, pairs, stop, "validation pairs")
-    return Validation(config, loaded, items, block, validation_tasks(config))
+    prompts = list({pair.group: pair.prompt_ids for pair in pairs}.values())
+    return Validation(config, loaded, items, block, validation_tasks(config), prompts)
 
 
 def validation_tasks(config: RunConfig) -> list[Task]:

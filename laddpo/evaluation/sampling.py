@@ -121,7 +121,7 @@ def generate(
     answers: list[np.ndarray] = []
     for start in range(0, len(prompts), settings.batch_size):
         part = slice(start, start + settings.batch_size)
-        tensors = [torch.as_tensor(np.asarray(p), dtype=torch.long, device=device) for p in prompts[part]]
+        tensors = [torch.as_tensor(np.array(p), dtype=torch.long, device=device) for p in prompts[part]]
         generators = [_generator(settings.seed, key, device) for key in keys[part]]
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             batch = _Batch(model, tensors, generators, settings, mask_token_id, stops)
