@@ -38,6 +38,7 @@ def open_task(config: RunConfig, name: str, split: str, limit: int | None) -> Ta
             shots_from=evaluation.shots_from,
             benchmarks_dir=Path(config.paths.data_dir) / "benchmarks",
             difficulty=difficulty_of(config),
+            grader=evaluation.grader,
         ),
     )
 

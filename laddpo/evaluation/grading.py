@@ -109,6 +109,34 @@ def same_final_number(text: str, answer: str) -> bool:
     return found is not None and found == gold
 
 
+def text_grader(name: str, answers: Sequence[str]) -> FunctionGrader | WorkerGrader:
+    """The grader of that name; "auto" is "math" where every answer is a number or a formula, else "exact"."""
+    if name == "auto":
+        name = "math" if all(FORMULA.fullmatch(answer) for answer in answers) else "exact"
+    return math_grader() if name == "math" else FunctionGrader(*TEXT_GRADERS[name])
+
+
+def same_text(text: str, answer: str) -> bool:
+    """Equal but for case and spaces, as the whole text or as the part that states the answer."""
+    wanted = " ".join(answer.split()).casefold()
+    return wanted in (" ".join(part.split()).casefold() for part in (text, answer_part(text)))
+
+
+def contains_text(text: str, answer: str) -> bool:
+    """The answer stands somewhere in the text as words of its own, whatever the case."""
+    wanted = r"\s+".join(re.escape(word) for word in answer.split())
+    return re.search(rf"(?<!\w){wanted}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def same_choice(text: str, answer: str) -> bool:
+    """The first letter or digit that stands alone is the choice: "B", "(B)", "The answer is B." are all B.
+
+    A text that begins with the article "A" before a word names no choice by it.
+    """
+    found = re.search(r"(?<![\w'])([A-H1-8])(?![\w'])(?!\s+[a-z])", answer_part(text))
+    return found is not None and found[1] == answer
+
+
 def final_number(text: str) -> Decimal | None:
     """The last number of the part of `text` that states the answer; None where there is none.
 
@@ -149,3 +177,12 @@ def _serve_math_verify(pipe: Any) -> None:
             except Exception:
                 is_right = False
             pipe.send(is_right)
+
+
+FORMULA = re.compile(r"[-+$\\]?[\d.,]+%?|\$?\\?[\\{}()\[\]\d\s+\-*/^_.,a-z]*\\[a-z]+.*\$?")
+
+TEXT_GRADERS: dict[str, tuple[str, Callable[[str, str], bool]]] = {
+    "exact": ("equal text", same_text),
+    "number": ("equal final number", same_final_number),
+    "contains": ("answer contained in the text", contains_text),
+}

@@ -7,9 +7,7 @@ again. Models are not imported here; `generate` is any callable from a list of p
 
 from __future__ import annotations
 
-import json
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +16,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from laddpo.errors import UserError, choose
-from laddpo.evaluation.grading import FunctionGrader, math_grader
+from laddpo.evaluation.grading import FunctionGrader, math_grader, same_choice, text_grader
+from laddpo.evaluation.rows import is_choices, local_file, matches, task_rows
 from laddpo.preference import arithmetic
 from laddpo.preference.pairs import Message, prompt_rows, user_prompt
 from laddpo.runs import JsonLines, fingerprint
@@ -28,10 +27,22 @@ Generate = Callable[[list[Prompt]], list[str]]
 
 GSM8K_HUB_ID = "openai/gsm8k"
 GSM8K_FIELDS = (
-    ("question", "text", r"\S"),
-    ("answer", "text that ends with `#### number`", r"####\s*[-$]*[\d.,]*\d\s*$"),
+    ("question", "text", matches(r"\S")),
+    ("answer", "text that ends with `#### number`", matches(r"####\s*[-$]*[\d.,]*\d\s*$")),
 )
 GSM8K_INSTRUCTION = "\n\nReason step by step and end with a line `#### ` and the number."
+
+MATH500_HUB_ID = "HuggingFaceH4/MATH-500"
+MATH500_FIELDS = (("problem", "text", matches(r"\S")), ("answer", "a number or formula", matches(r"\S")))
+MATH500_INSTRUCTION = "\n\nReason step by step, and put the final answer into \\boxed{}."
+ARC_HUB_ID = "allenai/ai2_arc"
+ARC_FIELDS = (
+    ("question", "text", matches(r"\S")),
+    ("choices", "an object with equally long lists text and label", is_choices),
+    ("answerKey", "the label of a choice", matches(r"^\S$")),
+)
+ARC_INSTRUCTION = "\n\nAnswer with the letter of the right choice alone."
+FILE_ANSWER = ("answer", "text or a number", lambda value: isinstance(value, (str, int, float)) and str(value).strip())
 
 
 class Grader(Protocol):
@@ -82,6 +93,7 @@ class TaskOptions:
     revision: str | None = None
     benchmarks_dir: Path | None = None
     difficulty: arithmetic.Difficulty | None = None
+    grader: str = "auto"
 
 
 def load_task(name: str, options: TaskOptions) -> Task:
@@ -215,7 +227,7 @@ def gsm8k_task(options: TaskOptions) -> Task:
     rows = _gsm8k_rows(source, options.split, options)
     shots: Prompt = ()
     if options.shots:
-        worked_source = options.shots_from or (source if not _local_file(source, options) else None)
+        worked_source = options.shots_from or (source if not local_file(source, options.benchmarks_dir) else None)
         if worked_source is None:
             raise UserError(
                 f"evaluation.shots is {options.shots} with a local file ({source}); worked examples must come from "
@@ -261,66 +273,68 @@ def _gsm8k_question(question: str) -> Message:
 
 
 def _gsm8k_rows(source: str, split: str, options: TaskOptions) -> list[dict[str, str]]:
-    """Rows of a local file or of the hub's data set, each checked; a bad one is a `UserError` naming its line."""
-    path = _local_file(source, options)
-    numbered = _read_jsonl(path) if path else list(enumerate(_hub_rows(source, split, options.revision), 1))
-    for number, row in numbered:
-        for key, expected, pattern in GSM8K_FIELDS:
-            value = row.get(key)
-            if not isinstance(value, str) or not re.search(pattern, value):
-                raise UserError(
-                    f"{path or source}:{number}: field {key!r} is {str(value)[-60:]!r}, expected {expected}. "
-                    f"Mend or remove the row, or name another file in evaluation.dataset_name."
-                )
-    return [row for _, row in numbered]
+    return task_rows(source, "main", split, options.revision, options.benchmarks_dir, GSM8K_FIELDS)
 
 
-def _local_file(source: str, options: TaskOptions) -> Path | None:
-    """The file that `source` names as given or inside the benchmarks folder; None when it can only be a hub id."""
-    candidates = [Path(source).expanduser()]
-    if options.benchmarks_dir is not None:
-        candidates += [options.benchmarks_dir / source, options.benchmarks_dir / f"{source}.jsonl"]
-    for path in candidates:
-        if path.is_file():
-            return path
-    if source.endswith((".jsonl", ".json")):
-        raise UserError(f"evaluation.dataset_name: no file {' or '.join(map(str, candidates))}. Correct the path.")
-    return None
+def math500_task(options: TaskOptions) -> Task:
+    """Competition problems from rows with `problem` and `answer` (a formula), compared by value."""
+    source = options.dataset_name or MATH500_HUB_ID
+    _no_shots("math500", options)
+    rows = task_rows(source, None, options.split, options.revision, options.benchmarks_dir, MATH500_FIELDS)
+    prompts = [(user_prompt(row["problem"].strip() + MATH500_INSTRUCTION), row["answer"].strip()) for row in rows]
+    return _row_task("math500", source, prompts, math_grader(), options)
 
 
-def _read_jsonl(path: Path) -> list[tuple[int, dict]]:
-    """(line number, row) of every line that is not blank."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"{path}:{number}: not JSON ({error}). Expected one object per line; mend the line."
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: is {line[:40]!r}, expected an object with question and answer.")
-        rows.append((number, row))
-    return rows
+def arc_c_task(options: TaskOptions) -> Task:
+    """Multiple-choice questions from rows with `question`, `choices` (text, label) and `answerKey`."""
+    source = options.dataset_name or ARC_HUB_ID
+    _no_shots("arc_c", options)
+    rows = task_rows(source, "ARC-Challenge", options.split, options.revision, options.benchmarks_dir, ARC_FIELDS)
+    prompts = []
+    for row in rows:
+        listed = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
+        choices = "\n".join(f"{label}. {text}" for label, text in listed)
+        prompts.append((user_prompt(f"{row['question'].strip()}\n\n{choices}{ARC_INSTRUCTION}"), row["answerKey"]))
+    return _row_task("arc_c", source, prompts, FunctionGrader("the letter of the choice", same_choice), options)
 
 
-def _hub_rows(source: str, split: str, revision: str | None) -> list[dict]:
-    try:
-        from datasets import load_dataset
+def file_task(options: TaskOptions) -> Task:
+    """The user's own rows with `prompt` (or `question`) and `answer`, compared as `options.grader` says."""
+    source = options.dataset_name
+    if source is None:
+        raise UserError("evaluation.dataset_name is not set; the task file needs it. Name a .jsonl (prompt, answer).")
+    _no_shots("file", options)
+    given = task_rows(source, None, options.split, options.revision, options.benchmarks_dir, (FILE_ANSWER,))
+    rows = [(str(row.get("prompt", row.get("question", ""))), str(row["answer"]).strip()) for row in given]
+    for number, (prompt, _) in enumerate(rows, 1):
+        if not prompt.strip():
+            raise UserError(f"{source}: row {number} has no prompt; expected text in prompt or question. Mend the row.")
+    grader = text_grader(options.grader, [answer for _, answer in rows])
+    return _row_task("file", source, [(user_prompt(prompt), answer) for prompt, answer in rows], grader, options)
 
-        return list(load_dataset(source, "main", split=split, revision=revision))
-    except Exception as error:  # the library raises a dozen kinds, for no network, no such name and no such split alike
+
+def _no_shots(name: str, options: TaskOptions) -> None:
+    if options.shots:
         raise UserError(
-            f"{source} (split {split}) could not be had from the hub or its cache: {type(error).__name__}: {error}. "
-            f"Download it once with network, or point evaluation.dataset_name at a local .jsonl (question, answer)."
-        ) from error
+            f"evaluation.shots is {options.shots}; the task {name} has no worked examples. Set it to 0, or use "
+            "evaluation=lm_eval, whose tasks bring their own."
+        )
+
+
+def _row_task(name: str, source: str, rows: list[tuple[Prompt, str]], grader: Grader, options: TaskOptions) -> Task:
+    items = [Item(f"{name}-{options.split}-{i}", *row) for i, row in enumerate(rows[: options.limit])]
+    if not items:
+        raise UserError(f"{source}: no rows to evaluate. Raise evaluation.limit or check the file.")
+    described = {"source": source, "revision": options.revision, "split": options.split, "items": len(items)}
+    return Task(name, items, grader, described)
 
 
 TASKS: dict[str, Callable[[TaskOptions], Task]] = {
     "arithmetic": arithmetic_task,
     "gsm8k": gsm8k_task,
+    "math500": math500_task,
+    "arc_c": arc_c_task,
+    "file": file_task,
 }
 
 # Tasks with problems of their own to choose a checkpoint by; the others have test problems only.
