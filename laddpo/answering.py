@@ -15,7 +15,16 @@ import numpy as np
 from laddpo import runs
 from laddpo.errors import Stopped
 from laddpo.evaluation.sampling import SamplerSettings, generate
-from laddpo.evaluation.tasks import GSM8K_INSTRUCTION, Generate, Task, TaskOptions, load_task, run_task
+from laddpo.evaluation.tasks import (
+    ARC_INSTRUCTION,
+    GSM8K_INSTRUCTION,
+    MATH500_INSTRUCTION,
+    Generate,
+    Task,
+    TaskOptions,
+    load_task,
+    run_task,
+)
 from laddpo.inputs import Loaded, difficulty_of, encoder_for
 from laddpo.preference.pairs import prompt_rows
 from laddpo.settings import RunConfig
@@ -49,7 +58,16 @@ def tested_questions(config: RunConfig, name: str) -> set[str]:
     task = open_task(dataclasses.replace(config, evaluation=evaluation), name, "test", None)
     asked = {item.prompt[-1].content for item in task.items}
     task.grader.close()
-    return asked | {text.removesuffix(GSM8K_INSTRUCTION) for text in asked}
+    return asked | {question_in(text) for text in asked}
+
+
+def question_in(text: str) -> str:
+    """What is left of a task's prompt without the instruction at its end, and without the choices of a choice task."""
+    for instruction in (GSM8K_INSTRUCTION, MATH500_INSTRUCTION):
+        text = text.removesuffix(instruction)
+    if text.endswith(ARC_INSTRUCTION):
+        return text.removesuffix(ARC_INSTRUCTION).rpartition("\n\n")[0]
+    return text
 
 
 def sampler_settings(config: RunConfig) -> SamplerSettings:

@@ -5,9 +5,11 @@ from collections import Counter
 
 import pytest
 
+from laddpo.answering import question_in
 from laddpo.app import cli
 from laddpo.compose import compose
 from laddpo.errors import UserError
+from laddpo.evaluation.tasks import ARC_INSTRUCTION, GSM8K_INSTRUCTION, MATH500_INSTRUCTION
 from laddpo.inputs import _check_vocabulary, difficulty_of, model_path
 from laddpo.models.loading import load_tokenizer
 from laddpo.preference.prepared import PreparedPairs
@@ -143,6 +145,13 @@ def test_rows_that_are_test_problems_are_counted_again_for_another_test_and_refu
     assert code == 2 and "DATA-87" in capsys.readouterr().err
     code, found = run_prepare(tmp_path / "new", *asked, f"evaluation.dataset_name={problems}", "data.fail_on_leak=true")
     assert (code, found) == (2, None)
+
+
+def test_questions_are_known_again_without_what_a_task_writes_around_them():
+    choices = "A. one\nB. two"
+    for instruction in (GSM8K_INSTRUCTION, MATH500_INSTRUCTION, f"\n\n{choices}{ARC_INSTRUCTION}"):
+        assert question_in(f"Two parts.\n\nHow many?{instruction}") == "Two parts.\n\nHow many?"
+    assert question_in("07+15-04=") == "07+15-04="
 
 
 def test_a_test_set_that_cannot_be_had_stops_nothing_and_is_named(tmp_path, capsys):
