@@ -132,6 +132,17 @@ def _objective(config: RunConfig) -> Iterator[str]:
             f"dpo.diffusion_samples is {n} with dpo.estimator=complement, whose draws come in pairs (a mask and its "
             f"inverse); expected 1 or an even number; set dpo.diffusion_samples={n - 1} or {n + 1}."
         )
+    block = 2 if dpo.estimator in ("complement", "balanced") else 1
+    if dpo.correction != "none" and n < 2 * block:
+        yield (
+            f"dpo.diffusion_samples is {n} with dpo.correction={dpo.correction}, which compares parts of {block} draws "
+            f"with each other; expected at least {2 * block}; raise it, or set dpo.correction=none."
+        )
+    if dpo.estimator == "bernoulli" and dpo.difference_focus:
+        yield (
+            f"dpo.difference_focus is {dpo.difference_focus:g} with dpo.estimator=bernoulli, which picks no tokens; "
+            "set dpo.difference_focus=0, or another dpo.estimator."
+        )
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -286,6 +297,16 @@ def unlikely_settings(config: RunConfig) -> list[str]:
             "dpo.estimator=bernoulli is biased and of large variance; it exists to compare with older code.",
         ),
         (
+            dpo.schedule == "single",
+            "dpo.schedule=single gives all draws of a pair one masked count, the worst use of them; it exists for "
+            "comparison.",
+        ),
+        (
+            dpo.estimator == "balanced" and dpo.diffusion_samples % 4,
+            f"dpo.diffusion_samples={dpo.diffusion_samples} cuts through the fours that dpo.estimator=balanced draws; "
+            "a multiple of 4 has less noise per draw; with 2, dpo.estimator=complement.",
+        ),
+        (
             not dpo.common_random_numbers,
             "dpo.common_random_numbers=false makes the score about a thousand times noisier; it exists for comparison.",
         ),
@@ -340,6 +361,7 @@ def check_machine(config: RunConfig) -> None:
     if not is_cuda and hardware.device == "auto" and config.optim.optimizer == "paged_adamw_8bit":
         problems.append("optim.optimizer is 'paged_adamw_8bit' and no CUDA device was found; use adamw_8bit or adamw.")
     if quantization.load_in_4bit or quantization.load_in_8bit:
+        quiet_bitsandbytes()
         try:
             import bitsandbytes  # noqa: F401
         except Exception as error:  # a broken install raises anything

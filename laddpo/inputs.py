@@ -187,7 +187,14 @@ def training_estimator(config: RunConfig) -> ElboEstimator:
     """The policy's draws during training."""
     dpo = config.dpo
     return ElboEstimator(
-        dpo.estimator, dpo.schedule, dpo.diffusion_samples, config.seed, dpo.shared_counts, dpo.mask_rounds
+        dpo.estimator,
+        dpo.schedule,
+        dpo.diffusion_samples,
+        config.seed,
+        dpo.shared_counts,
+        dpo.mask_rounds,
+        shared_masks=dpo.shared_masks,
+        difference_focus=dpo.difference_focus,
     )
 
 
@@ -200,7 +207,8 @@ def reference_estimator(config: RunConfig) -> ElboEstimator:
 def objective_of(config: RunConfig) -> DpoObjective:
     """The preference loss of this run."""
     dpo = config.dpo
-    return DpoObjective(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.sft_weight)
+    block = training_estimator(config).block
+    return DpoObjective(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.sft_weight, dpo.correction, block)
 
 
 def pairs_per_step(config: RunConfig) -> int:

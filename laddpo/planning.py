@@ -96,8 +96,16 @@ def memory_setup(config: RunConfig, device: str, precision: str) -> Setup:
         offload=hardware.offload_activations and device == "cuda",
         embeddings_on_cpu=hardware.embeddings_on_cpu and device == "cuda",
         backward=hardware.backward if hardware.backward != "auto" else "stream",
-        gradient_groups=1 if config.dpo.loss in MARGIN_LOSSES and not config.dpo.sft_weight else 2,
+        gradient_groups=gradient_groups(config),
     )
+
+
+def gradient_groups(config: RunConfig) -> int:
+    """Buffers of a pair larger than a micro-step: one for each set of draws with a derivative of its own."""
+    dpo = config.dpo
+    block = 2 if dpo.estimator in ("complement", "balanced") else 1
+    parts = {"none": 1, "cross_fit": 2, "second_order": max(1, dpo.diffusion_samples // block)}[dpo.correction]
+    return parts * (1 if dpo.loss in MARGIN_LOSSES and not dpo.sft_weight else 2)
 
 
 def adapter_targets(config: RunConfig) -> tuple[str, ...]:

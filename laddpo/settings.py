@@ -157,11 +157,14 @@ class DpoSettings:
     loss: str = "sigmoid"
     beta: float = MISSING
     diffusion_samples: int = 4
-    estimator: str = "complement"
+    estimator: str = "balanced"
     schedule: str = "low_discrepancy"
+    difference_focus: float = 0.5
     mask_rounds: int = 1
     common_random_numbers: bool = True
     shared_counts: bool = True
+    shared_masks: bool = False
+    correction: str = "none"
     sft_weight: float = 0.0
     label_smoothing: float = 0.0
 

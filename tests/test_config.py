@@ -265,7 +265,7 @@ def test_unlikely_settings_are_named_and_run(capsys):
     [
         (["model=llada_8b", "data=arithmetic"], "small embedded task"),
         (["model=llada_8b", "hardware.precision=fp32"], "doubles the memory"),
-        (["dpo.estimator=bernoulli"], "biased"),
+        (["dpo.estimator=bernoulli", "dpo.difference_focus=0"], "biased"),
         (["dpo=naive"], "noisier"),
         (["model=llada_8b", "optim.num_train_epochs=3"], "raise dpo.mask_rounds"),
         (["dpo=ipo"], "per token"),
@@ -309,6 +309,7 @@ def test_every_number_that_can_be_wrong_has_a_range():
 
 
 def test_names_in_the_settings_are_those_of_the_tables():
+    from laddpo.core.corrections import CORRECTIONS
     from laddpo.core.elbo import ESTIMATORS
     from laddpo.core.gradient import BACKWARD_MODES
     from laddpo.core.losses import LOSSES
@@ -323,6 +324,7 @@ def test_names_in_the_settings_are_those_of_the_tables():
         "dpo.loss": LOSSES,
         "dpo.estimator": ESTIMATORS,
         "dpo.schedule": COUNT_SCHEDULES,
+        "dpo.correction": CORRECTIONS,
         "optim.optimizer": OPTIMIZERS,
         "optim.lr_scheduler_type": SCHEDULES,
         "evaluation.tasks": TASKS,

@@ -221,7 +221,7 @@ def draw_weight(e: ElboEstimator, response: Response, masked: np.ndarray) -> flo
     """1 / pi(masked), where pi(i) is the probability that token i is the picked one and pi(set) adds up.
 
     With l uniform on 1..L and the other l-1 tokens uniform, a mask M of size l has probability
-    sum_{i in M} pi(i) / (L C(L-1, l-1)) = pi(M) (L/l) / (L C(L, l)), which is pi(M) (L/l) times what it has in the bound,
+    sum_{i in M} pi(i) / (L C(L-1, l-1)) = pi(M) (L/l) / (L C(L, l)): pi(M) (L/l) times what it has in the bound,
     where it counts (L/l) S(M). So S(M) / pi(M) has mean B for any pi > 0, without another forward; for equal pi it is
     LLaDA's (L/l) S(M).
     """

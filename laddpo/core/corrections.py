@@ -1,0 +1,144 @@
+"""What can be done about the noise of a score beyond better masks: corrections of the loss, and uses of stored draws.
+
+Rows of CORRECTIONS change the loss of a step (`dpo.correction`); they see it as a function of which draws it may use.
+The other functions work on per-draw values that exist already. All are float64, without model or configuration. What
+each one gained or lost when measured stands in data/measurements/variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# (draws [items, sides, draws], which of the draws) -> the loss of every item from the means over those draws [items]
+PartialLoss = Callable[[Tensor, Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A row of CORRECTIONS. `losses(loss, draws, block)`: the corrected loss per item; `groups(draws, block)`: labels
+    from 0 of the draws of a side that share their derivative, each further label being one more gradient buffer."""
+
+    losses: Callable[[PartialLoss, Tensor, int], Tensor]
+    groups: Callable[[int, int], np.ndarray]
+
+
+def block_labels(draws: int, block: int) -> np.ndarray:
+    """Which block each draw belongs to; an unpaired last draw joins the last block. # int [draws]"""
+    return np.minimum(np.arange(draws) // block, max(0, draws // block - 1))
+
+
+def half_labels(draws: int, block: int) -> np.ndarray:
+    """0 for the first half of the blocks, 1 for the second. # int [draws]"""
+    labels = block_labels(draws, block)
+    return (labels >= (labels[-1] + 1) // 2).astype(int) if labels[-1] else labels
+
+
+def plain_losses(loss: PartialLoss, draws: Tensor, block: int) -> Tensor:
+    """The loss at the mean over all draws, as published."""
+    return loss(draws, range(draws.shape[-1]))
+
+
+def second_order_losses(loss: PartialLoss, draws: Tensor, block: int) -> Tensor:
+    """Without the bias that noise brings through the loss's curvature: J f(all) - (J-1)/J sum_j f(all but block j).
+
+    Quenouille's jackknife (1956). To second order E f(s + noise) = f(s) + f''(s) V / 2, and what is subtracted is that
+    term with V from the spread of the J blocks, for any loss and without its derivatives. Differentiated as a whole, it
+    also takes out the covariance between the coefficient and the gradient of the same draws.
+    """
+    labels = block_labels(draws.shape[-1], block)
+    blocks = labels[-1] + 1
+    assert blocks > 1, f"{draws.shape[-1]} draws in blocks of {block}: a correction needs two blocks"
+    without = [loss(draws, np.flatnonzero(labels != j)) for j in range(blocks)]
+    return blocks * plain_losses(loss, draws, block) - (blocks - 1) / blocks * sum(without)
+
+
+def cross_fitted_losses(loss: PartialLoss, draws: Tensor, block: int) -> Tensor:
+    """The published value, with the gradient of one half of the draws weighed by the other half's coefficient.
+
+    The coefficient f'(s_hat) and the gradient of s_hat come from the same masks and are correlated, which biases their
+    product; halves that are independent are not (cross-fitting, Chernozhukov et al. 2018, here within a pair).
+    """
+    labels = half_labels(draws.shape[-1], block)
+    assert labels[-1] == 1, f"{draws.shape[-1]} draws in blocks of {block}: cross-fitting needs two blocks"
+    value = plain_losses(loss, draws, block).detach()
+    halves = [np.flatnonzero(labels == half) for half in (0, 1)]
+    for fitted, applied in (halves, halves[::-1]):
+        leaf = draws.detach().requires_grad_()
+        with torch.enable_grad():
+            (slopes,) = torch.autograd.grad(loss(leaf, fitted).sum(), leaf)
+        means = draws[..., applied].mean(dim=-1)  # [items, sides]
+        value = value + 0.5 * (slopes.sum(dim=-1) * (means - means.detach())).sum(dim=-1)
+    return value
+
+
+CORRECTIONS: dict[str, Correction] = {
+    "none": Correction(plain_losses, lambda draws, block: np.zeros(draws, dtype=int)),
+    "second_order": Correction(second_order_losses, block_labels),
+    "cross_fit": Correction(cross_fitted_losses, half_labels),
+}
+
+
+def control_coefficients(policy: Tensor, reference: Tensor) -> Tensor:
+    """For each pair the coefficient c of the reference as a control variate, fitted on the OTHER pairs. # [pairs]
+
+    Takes per-draw values float64 [pairs, sides, draws] of common masks. c = Cov / Var within pairs minimises the
+    variance of B_theta - c (B_ref - mean B_ref); common random numbers alone are c = 1. A coefficient that has not seen
+    a pair's own draws leaves its estimate unbiased.
+    """
+    a, b = (values - values.mean(dim=-1, keepdim=True) for values in (policy, reference))
+    covariance, variance = (a * b).sum(dim=(1, 2)), (b * b).sum(dim=(1, 2))
+    return (covariance.sum() - covariance) / (variance.sum() - variance)
+
+
+def controlled_margins(policy: Tensor, reference: Tensor, reference_mean: Tensor, coefficient: Tensor) -> Tensor:
+    """Margins with the reference as control variate, its mean known from many stored draws. # [pairs]
+
+    reference_mean [pairs, sides]. An error e of it moves a margin by (1 - c) e: see `control_bias`.
+    """
+    shift = coefficient[:, None] * (reference.mean(dim=-1) - reference_mean) + reference_mean
+    ratio = policy.mean(dim=-1) - shift
+    return ratio[:, 0] - ratio[:, 1]
+
+
+def control_bias(coefficient: Tensor, mean_error: Tensor) -> Tensor:
+    """By how much a margin may be off at one standard error of the reference's stored means: |1 - c| sqrt(sum of
+    squares over the sides of mean_error [pairs, sides]). # [pairs]"""
+    return (1 - coefficient).abs() * mean_error.square().sum(dim=-1).sqrt()
+
+
+def allocate_draws(spread: np.ndarray, total: int, block: int) -> np.ndarray:
+    """Draws for each pair, in whole blocks, at least one, `total` together, in proportion to its standard deviation.
+
+    Neyman's allocation (1934): it minimises the mean variance at a fixed total. # int [pairs]
+    """
+    blocks = total // block
+    assert blocks >= len(spread), f"{total} draws in blocks of {block} for {len(spread)} pairs: one block each at least"
+    spread = np.maximum(np.asarray(spread, dtype=np.float64), 0.0)
+    counts = np.ones(len(spread), dtype=int)
+    for _ in range(blocks - len(spread)):
+        # the block that lowers sum(spread^2 / count) most
+        counts[np.argmax(spread**2 / (counts * (counts + 1)))] += 1
+    return counts * block
+
+
+def upper_bound(token_logps: Tensor, is_masked: Tensor, weights: Tensor, gamma: float = 1.0) -> Tensor:
+    """SPG's score for responses to be made less likely: sum_i 1/gamma log mean_k w_k [i masked] p_ik^gamma. # scalar
+
+    token_logps [draws, L], is_masked bool [draws, L], weights [draws]. The weights of a token have mean 1 over draws,
+    so by Jensen it lies above the ELBO (SPG 2510.09541: above log pi, up to a constant of the discretisation). From few
+    draws it is biased: the logarithm is outside the mean. A token that no draw masks is left out, as if it were
+    certain; `balanced` and `complement` mask every token.
+    """
+    weighted = torch.where(is_masked, weights[:, None] * (gamma * token_logps).exp(), 0.0).mean(dim=0)  # [L]
+    is_seen = is_masked.any(dim=0)
+    return weighted[is_seen].log().sum() / gamma
+
+
+def mixture(elbo: Tensor, upper: Tensor, share: float) -> Tensor:
+    """SPG's mixture of the two scores: share * upper + (1 - share) * elbo."""
+    return share * upper + (1 - share) * elbo
