@@ -128,13 +128,19 @@ RANGES: dict[str, Range] = {
     "rounds": at_least(1, "1 trains once"),
     "stopping.patience": at_least(1, "null never stops early"),
     "stopping.max_chosen_fall": more_than(0, "null never stops for it"),
-    "model.shape.d_model": at_least(1, "see the model's config.json"),
-    "model.shape.n_layers": at_least(1, "see the model's config.json"),
-    "model.shape.n_heads": at_least(1, "see the model's config.json"),
-    "model.shape.n_kv_heads": at_least(1, "see the model's config.json"),
-    "model.shape.mlp_hidden_size": at_least(1, "see the model's config.json"),
-    "model.shape.vocab_size": at_least(1, "see the model's config.json"),
-    "model.shape.max_sequence_length": at_least(1, "see the model's config.json"),
+    **{
+        f"{part}.shape.{size}": at_least(1, advice)
+        for part, advice in (("model", "see the model's config.json"), ("benchmark", "see conf/benchmark/default.yaml"))
+        for size in (
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "mlp_hidden_size",
+            "vocab_size",
+            "max_sequence_length",
+        )
+    },
     "adapter.r": at_least(1, "8 to 64 is usual"),
     "adapter.lora_alpha": more_than(0, "twice adapter.r is usual"),
     "adapter.lora_dropout": at_least(0, "use 0", 1),

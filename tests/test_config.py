@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from laddpo import ranges
 from laddpo.app import cli
 from laddpo.compose import compose, read_config, write_config
 from laddpo.config import check_machine, find_problems, unlikely_settings
@@ -327,7 +328,6 @@ def test_names_in_the_settings_are_those_of_the_tables():
         "dpo.correction": CORRECTIONS,
         "optim.optimizer": OPTIMIZERS,
         "optim.lr_scheduler_type": SCHEDULES,
-        "evaluation.tasks": TASKS,
         "data.source": [*SOURCES, "mixture"],
         "data.habit": HABITS,
         "data.format": ["auto", "json", *SHAPES],
@@ -335,6 +335,7 @@ def test_names_in_the_settings_are_those_of_the_tables():
     }
     for key, table in tables.items():
         assert set(CHOICES[key]) == set(table), key
+    assert set(ranges.TASKS) == set(TASKS)
 
 
 def test_losses_that_take_label_smoothing_are_known():

@@ -107,10 +107,10 @@ def test_the_learning_rate_follows_the_kind_of_adapter():
 def test_values_for_a_pair_of_model_and_data_override_the_models_own(tmp_path):
     group = tmp_path / "recommended"
     group.mkdir()
-    (group / "llada_nano_gsm8k_preferences.yaml").write_text(
+    (group / "llada_8b_gsm8k_preferences.yaml").write_text(
         "# @package model.recommended\nbeta: 0.4\nmax_train_steps: 7\n", encoding="utf-8"
     )
-    chosen = ["data=gsm8k_preferences"]
+    chosen = ["model=llada_8b", "data=gsm8k_preferences"]
     config = compose(chosen, config_dir=str(tmp_path))
     assert (config.dpo.beta, config.optim.max_train_steps) == (0.4, 7)
     assert compose([*chosen, "dpo.beta=2"], config_dir=str(tmp_path)).dpo.beta == 2
