@@ -32,6 +32,10 @@ def main(config: RunConfig, run_folder: Path) -> None:
         trained = Path(config.run)
         config = config_of_run(config, trained)
     inputs.check_before_loading(config)
+    if config.evaluation.harness != "none":
+        from laddpo.harness import require_harness
+
+        require_harness(config)
     with runs.locked(run_folder, wait=False), stop_on_signal() as stop:
         write_config(config, run_folder)
         loaded = inputs.load(config, find_machine(config))
@@ -71,7 +75,8 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
     with base_model(config, loaded):
         items, block = inputs.measured_items(config, prepared, loaded, held_out, stop, "held-out pairs")
         seen_items, _ = inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs, measured")
-        tasks = [open_task(config, name, "test", config.evaluation.limit) for name in config.evaluation.tasks]
+        tasks = [open_task(config, name, "test", config.evaluation.limit) for name in own_tasks(config)]
+        harness = _harness(config, loaded, folder, "base")
         base_records = {
             task.name: answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base", stop)
             for task in tasks
@@ -91,6 +96,7 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
         results[key] = _compare([r["correct"] for r in base], [r["correct"] for r in records], config.seed)
         results[key]["task"] = {"name": task.name, "grader": task.grader.name, **task.fields}
         runs.write_text(folder / f"examples_{task.name}.txt", examples_text(base, records) + "\n")
+    results.update(_harness_results(harness, _harness(config, loaded, folder, "tuned"), config.seed))
     runs.write_json(folder / "results.json", results)
     evaluation_plot(results, folder / "plots" / "evaluation.png", tuned_margins=margins, title=f"{trained.name}")
     print()
@@ -111,7 +117,7 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop) -> dict:
             "Add run=outputs/train/<run>, or evaluation=arithmetic."
         )
     results: dict = {}
-    for name in config.evaluation.tasks:
+    for name in own_tasks(config):
         task = open_task(config, name, "test", config.evaluation.limit)
         records = answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base", stop)
         right = sum(record["correct"] for record in records)
@@ -125,8 +131,35 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop) -> dict:
         }
         share = f"{right / len(records):.1%} (95% interval {low:.1%} to {high:.1%})"
         print(f"{name}: {right} of {len(records)} exact, {share}")
+    for name, entry in _harness_results(_harness(config, loaded, folder, "base"), None, config.seed).items():
+        results[name] = entry
+        print(f"{name}: {entry['base']:.4g}")
     runs.write_json(folder / "results.json", results)
     return results
+
+
+def own_tasks(config: RunConfig) -> list[str]:
+    """The tasks that this program answers and grades itself."""
+    return config.evaluation.tasks if config.evaluation.harness == "none" else []
+
+
+def _harness(config: RunConfig, loaded, folder: Path, label: str) -> dict | None:
+    """What lm-evaluation-harness makes of the model as it is now; None where it is not asked for."""
+    if config.evaluation.harness == "none":
+        return None
+    from laddpo.harness import run_harness, write_items
+
+    found = run_harness(config, loaded, folder, label)
+    write_items(folder, found, label)
+    return found
+
+
+def _harness_results(base: dict | None, tuned: dict | None, seed: int) -> dict:
+    if base is None:
+        return {}
+    from laddpo.harness import harness_results
+
+    return harness_results(base, tuned, seed)
 
 
 def _compare(base, tuned, seed: int, groups=None) -> dict:

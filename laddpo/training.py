@@ -193,7 +193,8 @@ def open_validation(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, 
 
 def validation_tasks(config: RunConfig) -> list[Task]:
     """The tasks that have validation problems, with as many of them as an evaluation during training answers."""
-    names = [name for name in config.evaluation.tasks if name in HAS_VALIDATION_SPLIT]
+    own = config.evaluation.tasks if config.evaluation.harness == "none" else []
+    names = [name for name in own if name in HAS_VALIDATION_SPLIT]
     limit = min(VALIDATION_LIMIT, config.evaluation.limit or VALIDATION_LIMIT)
     return [open_task(config, name, "validation", limit) for name in names]
 

@@ -1,0 +1,155 @@
+"""lm-evaluation-harness through `evaluation=lm_eval`: local tasks, offline; and its model interface by itself."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="the extra `eval` (lm-evaluation-harness) is not installed")
+
+QUESTIONS = [{"q": f"0{n}+0{n}=", "a": str(2 * n), "choices": [str(2 * n), str(2 * n + 1)]} for n in range(1, 5)]
+
+
+@pytest.fixture
+def task_folder(tmp_path):
+    """A generation task and a multiple-choice task over a local file."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
+    common = f"dataset_path: json\ndataset_kwargs:\n  data_files: {{test: {data}}}\ntest_split: test\n"
+    common += "doc_to_text: '{{q}}'\n"
+    generation = "task: local_sums\noutput_type: generate_until\ndoc_to_target: '{{a}}'\n"
+    generation += "generation_kwargs: {until: ['#']}\nmetric_list:\n- metric: exact_match\n"
+    choice = "task: local_choices\noutput_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: 0\n"
+    choice += "metric_list:\n- metric: acc\n"
+    (folder / "sums.yaml").write_text(generation + common, encoding="utf-8")
+    (folder / "choices.yaml").write_text(choice + common, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def settings(task_folder, *more):
+    return ["evaluation=lm_eval", f"evaluation.harness_dir={task_folder}", "evaluation.elbo_draws=4", *more]
+
+
+def test_local_tasks_run_offline_on_a_base_alone(stages, task_folder, offline, capsys):
+    out = stages.folder / "out"
+    tasks = "evaluation.tasks=[local_sums,local_choices]"
+    assert stages.run("evaluate", *settings(task_folder, tasks), f"output_dir={out}") == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results.keys() == {"local_sums/exact_match,none", "local_choices/acc,none"}
+    assert all(0 <= entry["base"] <= 1 and entry["items"] == 4 for entry in results.values())
+    rows = [json.loads(line) for line in (out / "items_base.jsonl").read_text().splitlines()]
+    assert sorted({row["task"] for row in rows}) == ["local_choices", "local_sums"] and len(rows) == 8
+
+
+def test_a_run_is_compared_with_its_base(stages, task_folder, offline):
+    run, out = stages.folder / "run", stages.folder / "out"
+    quick = ["optim.max_train_steps=2", "evaluation.at_end=false", "evaluation.tasks=[]"]
+    assert stages.run("train", f"output_dir={run}", *quick) == 0
+    more = settings(task_folder, "evaluation.tasks=[local_choices]")
+    assert stages.run("evaluate", f"run={run}", *more, f"output_dir={out}") == 0
+    entry = json.loads((out / "results.json").read_text())["local_choices/acc,none"]
+    assert {"base", "tuned", "difference", "interval", "items"} <= entry.keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.tasks=[no_such_task_anywhere]", "the harness has no task no_such_task_anywhere"),
+        ("evaluation.tasks=[]", "evaluation.tasks is empty"),
+    ],
+)
+def test_what_the_harness_does_not_know_is_refused_before_the_model_loads(
+    stages, task_folder, capsys, override, message
+):
+    assert stages.run("evaluate", *settings(task_folder, override), f"output_dir={stages.folder / 'out'}") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def harness(tiny_model):
+    from laddpo.evaluation.harness_model import HarnessModel
+    from laddpo.evaluation.sampling import SamplerSettings
+    from laddpo.models.denoiser import TransformerDenoiser
+    from laddpo.models.loading import load_model, load_tokenizer
+
+    model, tokenizer = load_model(str(tiny_model)), load_tokenizer(str(tiny_model))
+    denoiser = TransformerDenoiser(model, model.config.mask_token_id)
+    sampler = SamplerSettings(gen_length=8, steps=8, block_length=8)
+    return HarnessModel(model, tokenizer, denoiser, sampler, [tokenizer.eos_token_id], draws=512, token_budget=600)
+
+
+def request(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+def log_probability(harness, prompt, known):
+    """log p of every token at each masked position; `known` maps answer positions to tokens, None is masked."""
+    mask = harness.denoiser.mask_token_id
+    ids = torch.tensor([*prompt, *(mask if token is None else token for token in known)])[None]
+    with torch.no_grad():
+        return harness.model(input_ids=ids).logits[0, len(prompt) :].log_softmax(-1)
+
+
+def test_one_token_is_scored_exactly(harness):
+    ((value, _),) = harness.loglikelihood([request("loglikelihood", "01+01=", "2")], disable_tqdm=True)
+    prompt, response = harness._pair("01+01=", "2")
+    assert len(response) == 1
+    assert value == pytest.approx(float(log_probability(harness, prompt, [None])[0, response[0]]), abs=1e-5)
+
+
+def test_two_tokens_have_the_mean_of_their_orders(harness):
+    """The ELBO of two tokens by hand: both masked once with weight 1, each alone with weight 2, halves of each."""
+    prompt, response = harness._pair("01+01=", "07")
+    a, b = (int(token) for token in response)
+    both = log_probability(harness, prompt, [None, None])
+    alone = log_probability(harness, prompt, [None, b])[0, a] + log_probability(harness, prompt, [a, None])[1, b]
+    exact = 0.5 * (both[0, a] + both[1, b]) + 0.5 * alone
+    assert harness.elbo(prompt, response) == pytest.approx(float(exact), abs=0.02)
+
+
+def test_greedy_is_what_the_sampler_writes(harness):
+    from laddpo.evaluation.sampling import SamplerSettings, generate
+
+    prompt = np.array(harness._ids("01+01="))
+    plain = SamplerSettings(gen_length=5, steps=5, block_length=5, stop_early=False)
+    (written,) = generate(harness.model, [prompt], plain, harness.denoiser.mask_token_id)
+    assert harness.is_greedy(prompt, written)
+    for i in range(5):
+        other = written.copy()
+        other[i] = (other[i] + 1) % 200
+        assert not harness.is_greedy(prompt, other)
+
+
+def test_answers_end_before_the_first_stop_text(harness):
+    from laddpo.evaluation.harness_model import cut_before
+
+    assert cut_before("a#b\n\nc", ["\n\n", "#"]) == "a" and cut_before("abc", ["#"]) == "abc"
+    (plain,) = harness.generate_until([request("generate_until", "01+01=", {"until": []})], disable_tqdm=True)
+    stop = plain[len(plain) // 2] if plain else "x"
+    (cut,) = harness.generate_until([request("generate_until", "01+01=", {"until": [stop]})], disable_tqdm=True)
+    assert cut == plain.split(stop)[0]
+
+
+def test_a_space_at_the_seam_belongs_to_the_continuation(harness):
+    """As one text is tokenised, whichever side the space was given on."""
+    first, second = harness._pair("the sum ", "is"), harness._pair("the sum", " is")
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_text_is_scored_in_windows(harness):
+    (value,) = harness.loglikelihood_rolling([request("loglikelihood_rolling", "01+01=02")], disable_tqdm=True)
+    assert value < 0 and np.isfinite(value)
