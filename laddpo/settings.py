@@ -292,6 +292,17 @@ class BenchmarkSettings:
 
 
 @dataclass
+class VarianceSettings:
+    """Only read by `python -m laddpo.variance`."""
+
+    settings: list[str] = field(default_factory=list)
+    draws: list[int] = field(default_factory=lambda: [1, 4, 8])
+    pairs: int = 128
+    gradient_pairs: int = 64
+    evaluations: int = 8
+
+
+@dataclass
 class PathSettings:
     data_dir: str = "data"
     outputs_dir: str = "outputs"
@@ -320,6 +331,7 @@ class RunConfig:
     benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
+    variance: VarianceSettings = field(default_factory=VarianceSettings)
     seed: int = 42
     output_dir: str | None = None
     resume: str = "false"

@@ -127,16 +127,17 @@ def allocate_draws(spread: np.ndarray, total: int, block: int) -> np.ndarray:
 
 
 def upper_bound(token_logps: Tensor, is_masked: Tensor, weights: Tensor, gamma: float = 1.0) -> Tensor:
-    """SPG's score for responses to be made less likely: sum_i 1/gamma log mean_k w_k [i masked] p_ik^gamma. # scalar
+    """SPG's score for responses to be made less likely: sum_i 1/gamma log mean over contexts of p_i^gamma. # scalar
 
-    token_logps [draws, L], is_masked bool [draws, L], weights [draws]. The weights of a token have mean 1 over draws,
-    so by Jensen it lies above the ELBO (SPG 2510.09541: above log pi, up to a constant of the discretisation). From few
-    draws it is biased: the logarithm is outside the mean. A token that no draw masks is left out, as if it were
-    certain; `balanced` and `complement` mask every token.
+    token_logps [draws, L], is_masked bool [draws, L], weights [draws]. The contexts of a token are the draws that mask
+    it, in proportion to their weights. By Jensen the value lies above the ELBO, which is the same with gamma -> 0 (SPG
+    2510.09541: above log pi, up to a constant of the discretisation). From few draws it is biased: the logarithm is
+    outside the mean. A token that no draw masks is left out, as if certain; `balanced` and `complement` mask them all.
     """
-    weighted = torch.where(is_masked, weights[:, None] * (gamma * token_logps).exp(), 0.0).mean(dim=0)  # [L]
-    is_seen = is_masked.any(dim=0)
-    return weighted[is_seen].log().sum() / gamma
+    share = torch.where(is_masked, weights[:, None], 0.0)  # [draws, L]
+    total = share.sum(dim=0)
+    mean = (share * (gamma * token_logps).exp()).sum(dim=0)[total > 0] / total[total > 0]
+    return mean.log().sum() / gamma
 
 
 def mixture(elbo: Tensor, upper: Tensor, share: float) -> Tensor:

@@ -1,0 +1,262 @@
+"""What was tried beyond the masks, each measured on one setting's draws: a row of TECHNIQUES with its source.
+
+Takes what evaluation/variance.py measured (per-draw values of policy and reference) and, where gradients are concerned,
+the model; gives plain numbers for the table. A technique that does not help here stays out of the defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from laddpo.core.budget import TokenBudget
+from laddpo.core.corrections import (
+    allocate_draws,
+    control_bias,
+    control_coefficients,
+    controlled_margins,
+    mixture,
+    upper_bound,
+)
+from laddpo.core.elbo import Denoiser, ElboEstimator, pack_sequences
+from laddpo.core.gradient import Item
+from laddpo.core.objectives import DpoObjective, score_variance
+from laddpo.evaluation.variance import GradientSpread, Measured, noise_items
+
+if TYPE_CHECKING:
+    from laddpo.preference.encode import EncodedPair
+
+UPPER_SHARE = 0.5  # of the upper bound in the mixture, as SPG
+
+
+@dataclass(frozen=True)
+class Technique:
+    """A row of TECHNIQUES: what it is and where it comes from."""
+
+    source: str
+    idea: str
+
+
+def study(
+    measured: Measured,
+    reference_mixed: np.ndarray,
+    objective: DpoObjective,
+    denoiser: Denoiser,
+    parameters: Sequence[Tensor],
+    pairs: Sequence[EncodedPair],
+    token_budget: int | TokenBudget,
+) -> dict[str, Any]:
+    """All techniques on one setting's draws; `pairs` are the first of the measured ones, whose gradients are taken."""
+    result = {
+        "control_variate": control_variate(measured, objective.beta),
+        "adaptive_draws": adaptive_draws(measured, objective.beta),
+        "loss": corrected_losses(measured, objective),
+        "gradient": {},
+        "upper_bound": upper_bound_mixture(measured, reference_mixed, objective, denoiser, parameters, pairs),
+    }
+    if measured.draws >= 2 * measured.estimator.block:
+        for correction in ("second_order", "cross_fit"):
+            goal = replace(objective, correction=correction, block=measured.estimator.block)
+            trace = gradient_of(measured, goal, denoiser, parameters, pairs, token_budget)
+            result["gradient"][correction] = float(trace.mean() / measured.gradient[: len(pairs)].mean())
+    return result
+
+
+def control_variate(measured: Measured, beta: float) -> dict[str, Any]:
+    """The score with the reference as control variate, c from the other pairs, its mean from the other evaluations.
+
+    Each evaluation in turn plays the step; the E - 1 others play the stored draws of the reference.
+    """
+    evaluations, _, _, draws = measured.policy.shape
+    scores, coefficients, biases = [], [], []
+    for e in range(evaluations):
+        others = np.delete(measured.reference, e, axis=0).mean(axis=-1)  # [E-1, pairs, 2]
+        mean = torch.from_numpy(others.mean(axis=0))
+        error = torch.from_numpy(others.std(axis=0, ddof=1) / len(others) ** 0.5)
+        policy, reference = torch.from_numpy(measured.policy[e]), torch.from_numpy(measured.reference[e])
+        coefficient = control_coefficients(policy, reference) if draws > 1 else torch.ones(len(policy)).double()
+        scores.append(beta * controlled_margins(policy, reference, mean, coefficient))
+        coefficients.append(float(coefficient.mean()))
+        biases.append(float(beta * control_bias(coefficient, error).mean()))
+    found = torch.stack(scores).var(dim=0).mean()
+    return {
+        "score_variance_ratio": float(found) / _score_variance(measured, beta),
+        "coefficient": float(np.mean(coefficients)),
+        "bias_bound": float(np.mean(biases)),
+        "stored_draws": (evaluations - 1) * draws,
+    }
+
+
+def adaptive_draws(measured: Measured, beta: float) -> dict[str, Any]:
+    """Variance at equal total when draws follow each pair's spread, found on other evaluations than it is judged on.
+
+    `known`: the spread comes from the even evaluations together; `own`: from the own draws of one of them, as in
+    training. Judged on the odd ones as sum v_i n / n_i, as if the variance fell like 1/n.
+    """
+    scores = measured.scores(beta)
+    even, odd = scores[::2], scores[1::2]
+    block, draws, pairs = measured.estimator.block, measured.draws, scores.shape[1]
+    result: dict[str, Any] = {"known": None, "own": None}
+    if draws < 2 * block or len(even) < 2 or len(odd) < 2:
+        return result
+    judged = odd.var(axis=0, ddof=1)
+    item = [Item("", (), reference) for reference in measured.reference[0]]
+    own = score_variance(item, torch.from_numpy(measured.policy[0]), beta, block).numpy()
+    for name, variance in (("known", even.var(axis=0, ddof=1)), ("own", own)):
+        counts = allocate_draws(np.sqrt(variance), draws * pairs, block)
+        result[name] = float((judged * draws / counts).mean() / judged.mean())
+    return result
+
+
+def corrected_losses(measured: Measured, objective: DpoObjective) -> dict[str, dict[str, float]]:
+    """Bias and variance of the loss with each correction. The truth is the loss at the mean over all evaluations."""
+    pooled = _items(measured, _pooled(measured.reference))
+    truth = objective.losses(pooled, torch.from_numpy(_pooled(measured.policy))).numpy()
+    if measured.draws < 2 * measured.estimator.block:
+        return {}
+    result = {}
+    for name in ("none", "second_order"):
+        goal = replace(objective, correction=name, block=measured.estimator.block)
+        losses = np.stack(
+            [
+                goal.losses(_items(measured, reference), torch.from_numpy(policy)).numpy()
+                for policy, reference in zip(measured.policy, measured.reference, strict=True)
+            ]
+        )
+        bias, variance = losses.mean(axis=0) - truth, losses.var(axis=0, ddof=1)
+        result[name] = {
+            "bias": float(bias.mean()),
+            "std_error": float(bias.std(ddof=1) / len(bias) ** 0.5),
+            "variance": float(variance.mean()),
+        }
+    return result
+
+
+def gradient_of(
+    measured: Measured,
+    objective: DpoObjective,
+    denoiser: Denoiser,
+    parameters: Sequence[Tensor],
+    pairs: Sequence[EncodedPair],
+    token_budget: int | TokenBudget,
+) -> np.ndarray:
+    """Gradient variance of each pair under another objective, on the same masks. # [pairs]"""
+    spread = GradientSpread(len(pairs))
+    for e, reference in enumerate(measured.reference):
+        items = noise_items(pairs, measured.estimator_of(e), reference[: len(pairs)])
+        for i, item in enumerate(items):
+            spread.add(i, denoiser, parameters, item, objective, token_budget)
+    return spread.traces()[0]
+
+
+def token_values(denoiser: Denoiser, item: Item) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each side: log p of every token, whether it is masked, and the weights. # [draws, L], [draws, L], [draws]
+
+    The whole item in one forward; differentiable.
+    """
+    sequences = [sequence for sequence in item.sequences if sequence.tokens]
+    logps = denoiser.token_logps(pack_sequences(sequences, denoiser.mask_token_id, denoiser.device)).double()
+    sides, start = [], 0
+    for side in item.sides:
+        length = len(side[0].response_ids)
+        rows, hidden = [], torch.zeros(len(side), length, dtype=torch.bool, device=logps.device)
+        for k, sequence in enumerate(side):
+            masked = torch.as_tensor(sequence.draw.masked, device=logps.device)
+            hidden[k, masked] = True
+            rows.append(logps.new_zeros(length).index_put((masked,), logps[start : start + len(masked)]))
+            start += len(masked)
+        weights = torch.tensor([sequence.draw.weight for sequence in side], dtype=torch.float64, device=logps.device)
+        sides.append((torch.stack(rows), hidden, weights))
+    return sides
+
+
+def mixed_margin(values: Sequence[tuple[Tensor, Tensor, Tensor]], share: float) -> tuple[Tensor, float]:
+    """B(y_w) - [share * upper bound + (1 - share) * B](y_l) of one model, and how far the bound lies above B."""
+    elbos = [(logps * hidden * weights[:, None]).sum(dim=1).mean() for logps, hidden, weights in values]
+    upper = upper_bound(*values[1])
+    return elbos[0] - mixture(elbos[1], upper, share), float((upper - elbos[1]).detach())
+
+
+def reference_mixture(
+    denoiser: Denoiser, estimator_of: Callable[[int], ElboEstimator], evaluations: int, pairs: Sequence[EncodedPair]
+) -> np.ndarray:
+    """The reference's mixed margins. # [evaluations, pairs]"""
+    with torch.no_grad():
+        rows = [noise_items(pairs, estimator_of(e), None) for e in range(evaluations)]
+        margins = [[mixed_margin(token_values(denoiser, item), UPPER_SHARE)[0] for item in row] for row in rows]
+    return np.array([[float(margin) for margin in row] for row in margins])
+
+
+def upper_bound_mixture(
+    measured: Measured,
+    reference: np.ndarray,
+    objective: DpoObjective,
+    denoiser: Denoiser,
+    parameters: Sequence[Tensor],
+    pairs: Sequence[EncodedPair],
+) -> dict[str, float]:
+    """Score and gradient variance with SPG's mixture for the rejected side, over the ELBO's, at the sigmoid loss."""
+    spread = GradientSpread(len(pairs))
+    scores, gaps = np.zeros(reference.shape), []
+    for e in range(len(reference)):
+        for i, item in enumerate(noise_items(pairs, measured.estimator_of(e), None)):
+            margin, gap = mixed_margin(token_values(denoiser, item), UPPER_SHARE)
+            score = objective.beta * (margin - reference[e, i])
+            (-torch.nn.functional.logsigmoid(score)).backward()
+            spread.add_gradient(i, parameters)
+            scores[e, i] = float(score.detach())
+            gaps.append(gap)
+    plain = measured.scores(objective.beta)[:, : len(pairs)]
+    trace = spread.traces()[0]
+    return {
+        "score_variance_ratio": float(scores.var(axis=0, ddof=1).mean() / plain.var(axis=0, ddof=1).mean()),
+        "gradient_variance_ratio": float(trace.mean() / measured.gradient[: len(pairs)].mean()),
+        "bound_above_elbo": float(np.mean(gaps)),
+        "score_change": float((scores.mean(axis=0) - plain.mean(axis=0)).mean()),
+    }
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """Stands for a sequence of which only the response's length is asked."""
+
+    tokens: int
+
+    @property
+    def response_ids(self) -> range:
+        return range(self.tokens)
+
+
+def _items(measured: Measured, references: np.ndarray) -> list[Item]:
+    """Items of which only lengths and reference values are asked. # references [pairs, 2, draws]"""
+    sides = [tuple((_Sized(int(tokens)),) for tokens in lengths) for lengths in measured.tokens]
+    return [Item("", side, reference) for side, reference in zip(sides, references, strict=True)]
+
+
+def _pooled(values: np.ndarray) -> np.ndarray:
+    """All evaluations' draws of each pair side by side. # [pairs, 2, evaluations * draws]"""
+    return np.ascontiguousarray(values.transpose(1, 2, 0, 3).reshape(*values.shape[1:3], -1))
+
+
+def _score_variance(measured: Measured, beta: float) -> float:
+    return float(measured.scores(beta).var(axis=0, ddof=1).mean())
+
+
+TECHNIQUES: dict[str, Technique] = {
+    "masks in fours (balanced)": Technique("ours", "every token hidden twice, no two masks inverses"),
+    "focus on differing tokens": Technique("ours", "importance sampling of the picked token, exactly reweighted"),
+    "low-discrepancy counts": Technique("Cranley and Patterson 1976", "shifted van der Corput sequence"),
+    "complementary masks": Technique("ESPO 2512.03759", "a mask and its inverse, every token scored once"),
+    "shared counts, shared masks": Technique("ours", "chosen and rejected mask alike, to cancel in the margin"),
+    "control variate": Technique("textbook; for DPO ours", "reference draws with a coefficient from other pairs"),
+    "own variance estimate": Technique("textbook", "V from the spread of a pair's own draws"),
+    "second-order correction": Technique("Quenouille 1956", "jackknife over blocks of draws"),
+    "cross-fitting": Technique("Chernozhukov et al. 2018", "coefficient and gradient from different halves"),
+    "adaptive draws": Technique("Neyman 1934", "draws in proportion to each pair's standard deviation"),
+    "upper-bound mixture": Technique("SPG 2510.09541", "an upper bound for what is made less likely"),
+}

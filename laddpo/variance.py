@@ -1,0 +1,135 @@
+"""How noisy the masks make a trained run's scores, losses and gradients, for every way of drawing masks side by side.
+
+    python -m laddpo.variance run=outputs/train/<run>                                          VRPO's protocol
+    python -m laddpo.variance run=outputs/train/<run> variance.draws=[4] variance.pairs=32     a look, in minutes
+
+Protocol: arXiv 2505.19223, table 2. Writes variance.md, variance.json and variance.png. The run must have moved its
+policy: with common masks an untrained policy has no noise in its score at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from laddpo.app import run_stage
+from laddpo.errors import UserError
+from laddpo.settings import RunConfig
+
+
+def main(config: RunConfig, run_folder: Path) -> None:
+    """Measure the run that `run` names."""
+    from laddpo import inputs, runs
+    from laddpo.compose import write_config
+    from laddpo.evaluate import config_of_run
+    from laddpo.evaluation.variance import SETTINGS
+    from laddpo.machine import find_machine
+    from laddpo.prepare import open_prepared
+    from laddpo.signals import stop_on_signal
+
+    if config.run is None:
+        raise UserError("run is not set; expected the folder of a finished run: run=outputs/train/<run>.")
+    unknown = [name for name in config.variance.settings if name not in SETTINGS]
+    if unknown or not all(draws >= 1 for draws in config.variance.draws):
+        raise UserError(
+            f"variance.settings is {config.variance.settings} and variance.draws is {config.variance.draws}; expected "
+            f"numbers of draws from 1 and rows out of: {', '.join(SETTINGS)}. [] takes all rows."
+        )
+    config = dataclasses.replace(config_of_run(config, Path(config.run)), variance=config.variance)
+    inputs.check_before_loading(config)
+    with runs.locked(run_folder, wait=False), stop_on_signal() as stop:
+        write_config(config, run_folder)
+        prepared = open_prepared(config)
+        loaded = inputs.load(config, find_machine(config, inputs.data_lengths(config, prepared)))
+        parameters = list(inputs.make_trainable(config, loaded).values())
+        measure_run(config, run_folder, prepared, loaded, parameters, stop)
+    print(run_folder)
+
+
+def measure_run(config: RunConfig, folder: Path, prepared, loaded, parameters: list, stop) -> None:
+    """Reference values of all settings first, then the tuned policy under the same masks."""
+    import numpy as np
+    from tqdm.auto import tqdm
+
+    from laddpo import runs
+    from laddpo.evaluate import base_model, tuned_weights, use_weights
+    from laddpo.evaluation import techniques, variance_report
+    from laddpo.evaluation.variance import SETTINGS, drift, measure, reference_values, summarise
+    from laddpo.inputs import objective_of
+
+    wanted, machine = config.variance, loaded.machine
+    settings = {name: SETTINGS[name] for name in wanted.settings or SETTINGS}
+    pairs = [prepared.train[i] for i in range(min(wanted.pairs, len(prepared.train)))]
+    few = pairs[: wanted.gradient_pairs]
+    jobs = [(name, draws) for name in settings for draws in wanted.draws]
+    studied = [(name, draws) for name, draws in jobs if name == "default" and draws > 1]
+    objective = dataclasses.replace(objective_of(config), correction="none")
+    tuned = tuned_weights(config, Path(config.run))
+    common = (config.seed, wanted.evaluations, machine.token_budget)
+    references, mixtures = {}, {}
+    with base_model(config, loaded):
+        for name, draws in tqdm(jobs, unit="setting", desc="reference", dynamic_ncols=True):
+            references[name, draws] = reference_values(loaded.denoiser, pairs, settings[name], draws, *common)
+            _give_way(stop, folder)
+        for name, draws in studied:
+            estimator_of = _estimators(settings[name], draws, config.seed)
+            mixtures[draws] = techniques.reference_mixture(loaded.denoiser, estimator_of, wanted.evaluations, few)
+    use_weights(config, loaded, tuned)
+    measured = {}
+    for name, draws in tqdm(jobs, unit="setting", desc="policy", dynamic_ncols=True):
+        measured[name, draws] = measure(
+            loaded.denoiser,
+            parameters,
+            pairs,
+            name,
+            settings[name],
+            draws,
+            config.seed,
+            references.pop((name, draws)),
+            objective,
+            len(few),
+            machine.token_budget,
+        )
+        _give_way(stop, folder)
+    tried = {}
+    for name, draws in tqdm(studied, unit="setting", desc="techniques", dynamic_ncols=True):
+        step = (loaded.denoiser, parameters, few)
+        tried[draws] = techniques.study(measured[name, draws], mixtures[draws], objective, *step, machine.token_budget)
+        _give_way(stop, folder)
+    best = measured[max(jobs, key=lambda job: (job[0] == "default", job[1]))]
+    facts = {
+        "run": Path(config.run).name,
+        "model": config.model.name,
+        "data": config.data.source,
+        "loss": config.dpo.loss,
+        "beta": config.dpo.beta,
+        "pairs": len(pairs),
+        "gradient_pairs": len(few),
+        "evaluations": wanted.evaluations,
+        "trainable_parameters": sum(p.numel() for p in parameters),
+        "response_tokens": variance_report.length_words(pairs),
+        "drift": drift(best),
+    }
+    table = summarise(list(measured.values()), config.dpo.beta, np.random.default_rng(config.seed))
+    result = {**facts, "settings": table, "techniques": tried}
+    runs.write_json(folder / "variance.json", result)
+    runs.write_text(folder / "variance.md", variance_report.markdown_page(result))
+    variance_report.variance_plot(result, folder / "variance.png")
+    print()
+    print(variance_report.terminal_table(result))
+    print(f"\nvariance.md, variance.json and variance.png: {folder}")
+
+
+def _estimators(setting, draws: int, seed: int):
+    return lambda evaluation: setting.of(draws, seed, evaluation)
+
+
+def _give_way(stop, folder: Path) -> None:
+    from laddpo.errors import Stopped
+
+    if stop:
+        raise Stopped(f"{folder}: stopped by {stop.name}; nothing was written. The same command starts anew.")
+
+
+if __name__ == "__main__":
+    run_stage("variance", main)
