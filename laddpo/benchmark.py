@@ -63,14 +63,14 @@ def about(config: RunConfig, machine) -> str:
 
 
 def memory_part(config: RunConfig, machine) -> tuple[str, dict]:
-    """Peaks of all contenders; ours also with one sequence at a time, and with checkpointing."""
+    """Peaks of all contenders on the longest pair; ours also with one sequence at a time, and with checkpointing."""
     from laddpo.benchmarking.contenders import Ours
     from laddpo.benchmarking.measure import step_peak
     from laddpo.benchmarking.report import memory_section
     from laddpo.benchmarking.workload import longest_sequence
     from laddpo.models.blocks import checkpoint_blocks
 
-    bench, pairs = _open(config, machine), _pairs(config)
+    bench, pairs = _open(config, machine), [max(_pairs(config), key=lambda pair: longest_sequence([pair]))]
     one, small = longest_sequence(pairs), f"stream, {ONE_SEQUENCE}"
     stream = bench.contenders["stream"]
     lean = Ours(bench.model, stream.denoiser, "stream", one, label=small)
@@ -82,7 +82,8 @@ def memory_part(config: RunConfig, machine) -> tuple[str, dict]:
     checkpoint_blocks(bench.model)
     lean.label = f"{small}, checkpointing"
     peaks += [step_peak(lean, bench.model, pairs, draws) for draws in config.benchmark.memory_draws]
-    return memory_section(peaks, small)
+    text, record = memory_section(peaks, small)
+    return f"One pair, {_lengths_text(pairs[0])}.\n\n{text}", record
 
 
 def flat_part(config: RunConfig, machine) -> tuple[str, dict]:
@@ -94,8 +95,8 @@ def flat_part(config: RunConfig, machine) -> tuple[str, dict]:
 
     wanted, bench = config.benchmark, _open(config, machine)
     denoiser = bench.contenders["stream"].denoiser
-    tokens, vocabulary = round(wanted.mean), _shape(config).vocab_size - 2
-    pairs = [pair_of_tokens(tokens, vocabulary, seed, prompt_share=0.25) for seed in range(2)]
+    tokens = max(16, wanted.token_budget // 8)  # so that 8 draws fill the configured budget
+    pairs = [pair_of_tokens(tokens, _shape(config).vocab_size - 2, seed=0, prompt_share=0.1)]
     budgets = {ONE_SEQUENCE: (tokens, 1), f"{wanted.token_budget} tokens": (wanted.token_budget, 8)}
     found = {
         name: {
@@ -105,7 +106,7 @@ def flat_part(config: RunConfig, machine) -> tuple[str, dict]:
         for name, (budget, fewest) in budgets.items()
     }
     text, record = flat_section(found)
-    return f"{len(pairs)} pairs of {tokens} tokens a sequence, a quarter of them prompt.\n\n{text}", record
+    return f"One pair, {_lengths_text(pairs[0])}.\n\n{text}", record
 
 
 def plan_part(config: RunConfig, machine) -> tuple[str, dict]:
@@ -198,6 +199,11 @@ def _open(config: RunConfig, machine) -> Bench:
 
 def _shape(config: RunConfig):
     return config.benchmark.shape if config.benchmark.weights == "random" else config.model.shape
+
+
+def _lengths_text(pair) -> str:
+    lengths = [len(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+    return "prompt {}, chosen {}, rejected {} tokens".format(*lengths)
 
 
 def _pairs(config: RunConfig, seed: int = 0) -> list:

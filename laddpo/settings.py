@@ -286,7 +286,7 @@ class BenchmarkSettings:
     pairs: int = 2
     rounds: int = 6
     draws: int = 4
-    memory_draws: list[int] = field(default_factory=lambda: [1, 4, 8])
+    memory_draws: list[int] = field(default_factory=lambda: [1, 8])
     flat_draws: int = 64
     parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed"])
 
