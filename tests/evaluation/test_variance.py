@@ -1,0 +1,194 @@
+"""The variance measurement: numpy's on what it saw, rows that are those of conf/dpo, whole tables and pictures."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from laddpo.compose import compose
+from laddpo.core.elbo import ElboEstimator
+from laddpo.core.gradient import accumulate_gradient
+from laddpo.core.objectives import DpoObjective
+from laddpo.evaluation import techniques, variance_report
+from laddpo.evaluation.variance import (
+    BASELINE,
+    SEED_STEP,
+    SETTINGS,
+    GradientSpread,
+    bootstrap_ratio,
+    drift,
+    measure,
+    noise_items,
+    per_pair,
+    reference_values,
+    summarise,
+)
+from laddpo.inputs import training_estimator
+from tests.core.helpers import ANY_BUDGET, parameters_of, random_pair, tiny_denoiser
+
+EVALUATIONS, PAIRS, FEW, SEED, BETA = 5, 6, 3, 42, 0.7
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A policy and the reference that it has moved a little away from."""
+    policy, reference = tiny_denoiser(), tiny_denoiser()
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=noise, dtype=parameter.dtype))
+    return policy, reference
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    rng = np.random.default_rng(2)
+    return [random_pair(rng, f"pair-{i}", longest=6) for i in range(PAIRS)]
+
+
+@pytest.fixture(scope="module")
+def measured(models, pairs):
+    """A few settings at two numbers of draws."""
+    return {(name, n): measure_one(models, pairs, name, n) for name in ("naive", BASELINE, "default") for n in (1, 4)}
+
+
+def measure_one(models, pairs, name: str, draws: int):
+    policy, reference = models
+    setting = SETTINGS[name]
+    values = reference_values(reference, pairs, setting, draws, SEED, EVALUATIONS, ANY_BUDGET)
+    objective = DpoObjective("sigmoid", BETA)
+    model = policy, parameters_of(policy), pairs, name, setting, draws, SEED
+    return measure(*model, values, objective, FEW, ANY_BUDGET)
+
+
+# The rows
+
+
+@pytest.mark.parametrize("name", ["default", "vrpo_paper", "naive"])
+def test_rows_named_as_presets_draw_as_those_presets_do(name):
+    config = compose([f"dpo={name}", "dpo.diffusion_samples=4"])
+    expected = dataclasses.replace(SETTINGS[name].estimator, seed=config.seed)
+    assert training_estimator(config) == expected
+    assert SETTINGS[name].common == config.dpo.common_random_numbers
+
+
+def test_rows_differ_from_each_other():
+    rows = [(row.estimator, row.common) for row in SETTINGS.values()]
+    assert len(set(rows)) == len(rows)
+
+
+def test_evaluations_draw_fresh_masks_and_the_same_for_policy_and_reference():
+    setting = SETTINGS["default"]
+    estimators = [setting.of(4, SEED, e) for e in range(3)]
+    masks = [[tuple(e.draw("p", "chosen", 30, k).masked) for k in range(4)] for e in estimators]
+    assert len({tuple(m) for m in masks}) == 3
+    assert setting.reference(estimators[0]) == estimators[0]
+    assert SETTINGS["naive"].reference(estimators[0]) != estimators[0]
+
+
+# The numbers
+
+
+def test_variances_are_numpys_on_gradients_taken_one_by_one(models, pairs, measured):
+    policy, _ = models
+    found = measured["default", 4]
+    parameters, objective = parameters_of(policy), DpoObjective("sigmoid", BETA)
+    for i in range(FEW):
+        gradients, scores = [], []
+        for e in range(EVALUATIONS):
+            estimator = dataclasses.replace(SETTINGS["default"].estimator, seed=SEED + (e + 1) * SEED_STEP)
+            (item,) = noise_items([pairs[i]], estimator, found.reference[e, i : i + 1])
+            policy.model.zero_grad()
+            values = accumulate_gradient(policy, parameters, [item], objective, 1.0, ANY_BUDGET)
+            gradients.append(torch.cat([p.grad.flatten() for p in parameters]).numpy().copy())
+            ratio = values.draws[0].numpy() - item.reference
+            scores.append(BETA * (ratio[0].mean() - ratio[1].mean()))
+        assert found.gradient[i] == pytest.approx(np.var(gradients, axis=0, ddof=1).sum(), rel=1e-9)
+        unbiased = (np.mean(gradients, axis=0) ** 2).sum() - found.gradient[i] / EVALUATIONS
+        assert found.gradient_mean[i] == pytest.approx(unbiased, rel=1e-9)
+        assert per_pair(found, BETA)["score"][i] == pytest.approx(np.var(scores, ddof=1), rel=1e-9)
+    assert found.losses.shape == (EVALUATIONS, PAIRS)
+    assert found.losses[2, 1] == pytest.approx(float(np.logaddexp(0, -found.scores(BETA)[2, 1])), rel=1e-12)
+
+
+def test_one_gradient_twice_has_no_variance():
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    spread = GradientSpread(1)
+    for _ in range(2):
+        parameter.grad = torch.tensor([1.0, -2.0, 0.5])
+        spread.add_gradient(0, [parameter])
+        assert parameter.grad is None
+    trace, signal = spread.traces()
+    assert trace.tolist() == [0.0] and signal.tolist() == [5.25]
+
+
+def test_the_table_compares_with_the_baseline_at_equal_draws(measured):
+    rows = summarise(list(measured.values()), BETA, np.random.default_rng(0))
+    by_key = {(row["setting"], row["draws"]): row for row in rows}
+    for n in (1, 4):
+        row, base = by_key["default", n], by_key[BASELINE, n]
+        assert row["score"]["ratio"] == pytest.approx(row["score"]["value"] / base["score"]["value"])
+        low, high = row["score"]["ratio_interval"]
+        assert low <= row["score"]["ratio"] <= high
+        assert "ratio" not in base["score"]
+    assert by_key["default", 1]["own_estimate"] is None and by_key["default", 4]["own_estimate"] > 0
+    # VRPO's ordering: common masks are worth more than any number of draws, more draws are better than one
+    assert by_key["naive", 4]["score"]["value"] > 10 * by_key[BASELINE, 4]["score"]["value"]
+    assert by_key[BASELINE, 4]["score"]["value"] < by_key[BASELINE, 1]["score"]["value"]
+
+
+def test_a_ratio_to_nothing_has_no_interval():
+    assert bootstrap_ratio(np.ones(4), np.zeros(4), np.random.default_rng(0)) is None
+
+
+def test_drift_is_policy_minus_reference(measured):
+    found = measured[BASELINE, 4]
+    moved = drift(found)
+    assert moved["chosen"]["moved"] == pytest.approx((found.policy - found.reference)[:, :, 0].mean())
+    assert moved["rejected"]["reference"] == pytest.approx(found.reference[:, :, 1].mean())
+
+
+# Techniques
+
+
+def test_token_values_give_back_the_draws(models, pairs):
+    policy, _ = models
+    for item in noise_items(pairs, ElboEstimator("complement", diffusion_samples=4), None):
+        values = techniques.token_values(policy, item)
+        found = torch.stack([(logps * hidden * weights[:, None]).sum(dim=1) for logps, hidden, weights in values])
+        from laddpo.core.gradient import score_items
+
+        torch.testing.assert_close(found, score_items(policy, [item], ANY_BUDGET)[0])
+
+
+def test_all_techniques_are_measured_and_shown(models, pairs, measured, tmp_path):
+    policy, reference = models
+    found, objective = measured["default", 4], DpoObjective("sigmoid", BETA)
+    few = pairs[:FEW]
+    mixed = techniques.reference_mixture(reference, found.estimator_of, EVALUATIONS, few)
+    assert mixed.shape == (EVALUATIONS, FEW)
+    study = techniques.study(found, mixed, objective, policy, parameters_of(policy), few, ANY_BUDGET)
+    assert set(study["gradient"]) == {"second_order", "cross_fit"}
+    assert study["loss"]["none"]["variance"] == pytest.approx(found.losses.var(axis=0, ddof=1).mean())
+    assert np.isfinite(list(study["upper_bound"].values())).all()
+    result = {
+        **{"run": "run", "model": "tiny", "data": "random", "loss": "sigmoid", "beta": BETA, "pairs": PAIRS},
+        **{"gradient_pairs": FEW, "evaluations": EVALUATIONS, "trainable_parameters": 1},
+        "response_tokens": variance_report.length_words(pairs),
+        "drift": drift(found),
+        "settings": summarise(list(measured.values()), BETA, np.random.default_rng(0)),
+        "techniques": {4: study},
+    }
+    page = variance_report.markdown_page(result)
+    for words in ("| default | 4 |", "control variate", "second_order", "cross_fit", "SPG", "B(y_w)"):
+        assert words in page, words
+    assert variance_report.terminal_table(result).count("\n") == 1 + len(measured)
+    variance_report.variance_plot(result, tmp_path / "variance.png")
+    assert (tmp_path / "variance.png").stat().st_size > 10_000
+
+
+def test_the_control_variate_is_judged_on_draws_it_did_not_see(measured):
+    found = techniques.control_variate(measured[BASELINE, 4], BETA)
+    assert found["stored_draws"] == (EVALUATIONS - 1) * 4
+    assert found["score_variance_ratio"] > 0 and found["bias_bound"] > 0
