@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import contextvars
 import hashlib
 import importlib
 import logging
@@ -31,10 +32,13 @@ from omegaconf import OmegaConf
 import laddpo
 from laddpo.compose import compose_tree, open_hydra, to_run_config
 from laddpo.config import unlikely_settings
-from laddpo.errors import EXIT_DONE, EXIT_FAULT, UserError, nearest
+from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, UserError, nearest
 from laddpo.mistakes import config_groups
 from laddpo.redaction import redact
 from laddpo.settings import RunConfig
+
+# what this command line set, for stages that take the rest from an earlier run
+given_overrides: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("given_overrides", default=())
 
 Main = Callable[[RunConfig, Path], None]
 
@@ -55,7 +59,7 @@ def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else EXIT_DONE if stop.code is None else EXIT_FAULT
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
-        return EXIT_FAULT
+        return EXIT_STOPPED
     except BrokenPipeError:  # the reader of our output (head, less) went away
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,6 +98,7 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
 
             return run_sweep(hydra, stage, args.config_name, args.config_dir, args.overrides, tree)
         config = to_run_config(tree)
+        given_overrides.set(tuple(args.overrides))
     folder = run_folder(stage, config)
     if _rank() == 0:
         for note in unlikely_settings(config):

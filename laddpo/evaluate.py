@@ -48,13 +48,28 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 
 def config_of_run(config: RunConfig, trained: Path) -> RunConfig:
-    """The settings of a finished run, measured as this command line says and on this machine."""
+    """The settings of a run; what this command line says of measuring, machine and places takes their place.
+
+    The arithmetic (hardware.precision) stays the run's unless it is named itself.
+    """
+    import copy
     import dataclasses
 
+    from laddpo.app import given_overrides
     from laddpo.compose import read_config
 
-    kept = ("evaluation", "hardware", "paths", "run", "auto")
-    return dataclasses.replace(read_config(trained), **{name: getattr(config, name) for name in kept})
+    merged = copy.deepcopy(read_config(trained))
+    merged.run, merged.auto = config.run, config.auto
+    keys = [override.lstrip("+~").partition("=")[0] for override in given_overrides.get()]
+    if "evaluation" in keys or "decoding" in keys:
+        merged.evaluation = config.evaluation
+    if "hardware" in keys:
+        merged.hardware = dataclasses.replace(config.hardware, precision=merged.hardware.precision)
+    for key in keys:
+        if key.startswith(("evaluation.", "hardware.", "paths.")):
+            group, _, name = key.partition(".")
+            setattr(getattr(merged, group), name, getattr(getattr(config, group), name))
+    return merged
 
 
 def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loaded, stop) -> dict:

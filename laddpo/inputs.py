@@ -154,7 +154,7 @@ def make_trainable(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
         model.requires_grad_(True)
         print("training all weights")
     else:
-        matched = adapters.block_linears(model) if adapters.has_adapter(model) else attach_adapter(config, model)
+        matched = adapters.adapted_modules(model) if adapters.has_adapter(model) else attach_adapter(config, model)
         kinds = sorted({name.rsplit(".", 1)[-1] for name in matched})
         print(f"LoRA r={config.adapter.r} on {len(matched)} linear layers: {', '.join(kinds)}")
     parameters = adapters.trainable_parameters(model)

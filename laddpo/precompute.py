@@ -24,6 +24,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
     from laddpo import inputs
     from laddpo.core.tasks import visited_windows
+    from laddpo.evaluate import training_sample
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
     from laddpo.signals import stop_on_signal
@@ -52,6 +53,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
             inputs.complete_reference(config, loaded, store, estimator, windows, stop, "training pairs")
             held_out = list(prepared.validation)[: config.evaluation.num_pairs]
             inputs.measured_items(config, prepared, loaded, held_out, stop, "validation pairs")
+            if config.evaluation.at_end:
+                seen = training_sample(config, prepared)
+                inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs, measured")
     print(store.folder)
 
 

@@ -19,6 +19,10 @@ from laddpo.settings import MixturePart, RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Prepare the configured data, or find it prepared."""
+    import signal
+
+    # the folder in the making is removed on the way out; nothing else is at stake
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(prepare(config).folder)
 
 

@@ -61,7 +61,7 @@ def _existing(config: RunConfig, folder: Path, stage: str) -> RunPlace:
         raise UserError(
             f"{folder}: is a run of other settings:\n  " + "\n  ".join(differences) + "\n"
             "Give the same settings, or start a new run with resume=false. A resumed run may change logger, "
-            "logging_steps, save_*, hardware, evaluation.at_end and the number of steps."
+            "logging_steps, save_*, hardware (but its precision), evaluation.at_end and the number of steps."
         )
     return RunPlace(folder, is_resumed=True, is_finished=(folder / runs.MANIFEST).exists())
 
@@ -69,4 +69,4 @@ def _existing(config: RunConfig, folder: Path, stage: str) -> RunPlace:
 def changed_settings(stored: RunConfig, wanted: RunConfig) -> list[str]:
     """`key: stored a, now b` for every setting that a resumed run may not change."""
     lines = runs.differing_fields(dataclasses.asdict(stored), dataclasses.asdict(wanted))
-    return [line for line in lines if not line.startswith(MAY_CHANGE)]
+    return [line for line in lines if not line.startswith(MAY_CHANGE) or line.startswith("hardware.precision")]

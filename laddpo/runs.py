@@ -176,9 +176,11 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
 
     On a platform or file system without flock, no lock is taken: two writers are then the user's to avoid.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(_disk_message(folder, error)) from error
     try:
         _flock(fd, folder, wait)
         os.truncate(fd, 0)

@@ -55,7 +55,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         "count", "low_discrepancy", config.sft.diffusion_samples, config.seed, mask_rounds=sys.maxsize
     )
     task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget)
-    validation = Validation(config, loaded, [], 1, validation_tasks(config))
+    validation = Validation(config, loaded, [], 1, validation_tasks(config), stop=stop)
     settings = loop_settings(config, len(examples), validation.best_metric)
     print(f"SFT: {settings.total_steps} steps of {settings.items_per_step} rows from {len(examples)}")
     optim = config.optim

@@ -22,6 +22,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
     place = find_run(config, run_folder, "train")
     if place.is_finished:
+        refuse_longer_training(config, place.folder)
         print(f"{place.folder}: this run is finished; nothing was changed.")
         print(place.folder)
         return
@@ -31,6 +32,20 @@ def main(config: RunConfig, run_folder: Path) -> None:
     with runs.locked(place.folder, wait=False), stop_on_signal() as stop:
         train(config, place.folder, place.is_resumed, stop)
     print(place.folder)
+
+
+def refuse_longer_training(config: RunConfig, folder: Path) -> None:
+    """A finished run's learning rate has come down; more steps are a new run that starts from its adapter."""
+    from laddpo.compose import read_config
+    from laddpo.errors import UserError
+
+    stored = read_config(folder).optim
+    for name in ("max_train_steps", "num_train_epochs"):
+        if getattr(stored, name) != getattr(config.optim, name):
+            raise UserError(
+                f"{folder}: is finished with optim.{name}={getattr(stored, name)}, and {getattr(config.optim, name)} "
+                f"was asked for. Start a new run from its weights: adapter.path={folder / 'adapter'}."
+            )
 
 
 def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
@@ -87,7 +102,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     print(f"backward: {backward} ({why})")
     task = DpoTask(loaded.denoiser, parameters, pairs, store, estimator, objective, machine.token_budget, backward)
     settings = loop_settings(config, len(pairs), validation.best_metric)
-    steps = f"{settings.total_steps} steps of {settings.items_per_step} pairs from {len(pairs)}"
+    steps = f"{settings.total_steps} steps of {min(settings.items_per_step, len(pairs))} pairs from {len(pairs)}"
     print(f"DPO: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}")
     if not is_resumed:
         step_zero_check(config, task, settings, machine.precision)
@@ -145,6 +160,8 @@ def finish(config, folder: Path, prepared, loaded, state, settings, stop) -> Non
         print(f"stopped early at step {state.step}: {state.stopped_early}")
     if settings.best_metric and state.best_value is not None and math.isfinite(state.best_value):
         print(f"kept step {state.best_step}: {settings.best_metric} = {state.best_value:.4g}")
+        if state.best_step == 0:
+            print("no evaluation beat the base model: what is kept is untrained; the last weights lie beside it")
     if config.evaluation.at_end:
         evaluate_run(config, folder, folder / "evaluation", prepared, loaded, stop)
     print(f"adapter, metrics, checkpoints and plots: {folder}")

@@ -128,6 +128,7 @@ class Validation:
     items: Sequence[Item]
     block: int
     tasks: list[Task] = field(default_factory=list)
+    stop: StopFlag | None = None
     prompts: list[np.ndarray] = field(default_factory=list)
     show: Callable[[int, str], None] = lambda step, text: None
 
@@ -174,7 +175,9 @@ class Validation:
     def _answers(self, task: Task) -> list[dict]:
         scratch = Path(tempfile.mkdtemp(prefix="laddpo-"))
         try:
-            records = answer_task(self.config, self.loaded, task, scratch / "items.jsonl", {}, "validation")
+            records = answer_task(
+                self.config, self.loaded, task, scratch / "items.jsonl", {}, "validation", self.stop
+            )
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return records
@@ -188,7 +191,7 @@ def open_validation(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, 
     pairs = list(prepared.validation)[: config.evaluation.num_pairs]
     items, block = inputs.measured_items(config, prepared, loaded, pairs, stop, "validation pairs")
     prompts = list({pair.group: pair.prompt_ids for pair in pairs}.values())
-    return Validation(config, loaded, items, block, validation_tasks(config), prompts)
+    return Validation(config, loaded, items, block, validation_tasks(config), stop, prompts)
 
 
 def validation_tasks(config: RunConfig) -> list[Task]:

@@ -66,7 +66,9 @@ class LoopState:
 
     step: int = 0
     best_value: float | None = None
+    best_loss: float | None = None
     best_step: int = 0
+    evaluated_step: int = -1
     evaluations_since_best: int = 0
     skipped: int = 0
     stopped_early: str = ""
@@ -119,8 +121,20 @@ def train_loop(
     state = _resume(outputs, parameters, optimizer, scaler) if resume else LoopState()
     outputs.metrics.rewind(lambda record: record["step"] <= state.step if state.step else False)
     outputs.timing.rewind(lambda record: record["step"] <= state.step if state.step else False)
-    if state.step == 0 and validate:
-        _evaluate(validate, settings, outputs, state)
+    if state.step > settings.total_steps:
+        raise UserError(
+            f"{outputs.folder}: its checkpoint is at step {state.step}, and this run would end at "
+            f"{settings.total_steps}. Set optim.max_train_steps to {state.step} or more, or start a new run."
+        )
+
+    def evaluate_if_due() -> None:
+        is_due = state.step in (0, settings.total_steps) or (
+            settings.eval_steps and state.step % settings.eval_steps == 0
+        )
+        if validate and is_due and state.evaluated_step != state.step:
+            _evaluate(validate, settings, outputs, state)
+
+    evaluate_if_due()
     last_save, saved_step = time.monotonic(), state.step
     progress = tqdm(total=settings.total_steps, initial=state.step, unit="step", desc="train", dynamic_ncols=True)
     with progress:
@@ -132,18 +146,18 @@ def train_loop(
             state.step += 1
             seconds = time.perf_counter() - started
             _log_step(outputs, settings, state, metrics, memory, seconds, unit, progress)
-            if validate and (is_last or (settings.eval_steps and state.step % settings.eval_steps == 0)):
-                _evaluate(validate, settings, outputs, state)
+            try:
+                evaluate_if_due()
+            except Stopped:  # evaluated again when the run goes on
+                _save(outputs, parameters, optimizer, settings, state, scaler)
+                raise _stopped(outputs, settings, state, stop) from None
             is_due = settings.save_steps and state.step % settings.save_steps == 0
             is_overdue = settings.save_minutes and time.monotonic() - last_save > 60 * settings.save_minutes
             if is_due or is_overdue or stop:
                 _save(outputs, parameters, optimizer, settings, state, scaler)
                 last_save, saved_step = time.monotonic(), state.step
             if stop and state.step < settings.total_steps:
-                raise Stopped(
-                    f"{outputs.folder}: stopped by {stop.name} after step {state.step} of {settings.total_steps}, "
-                    f"checkpoint saved. Continue with the same command and resume={outputs.folder}."
-                )
+                raise _stopped(outputs, settings, state, stop)
     if saved_step != state.step:
         _save(outputs, parameters, optimizer, settings, state, scaler)
     outputs.save_last(state.step)
@@ -151,6 +165,13 @@ def train_loop(
         state.best_step = state.step
         outputs.save_best(state.step)
     return state
+
+
+def _stopped(outputs: RunOutputs, settings: LoopSettings, state: LoopState, stop: StopFlag) -> Stopped:
+    return Stopped(
+        f"{outputs.folder}: stopped by {stop.name} after step {state.step} of {settings.total_steps}, "
+        f"checkpoint saved. Continue with the same command and resume={outputs.folder}."
+    )
 
 
 def step_items(seed: int, step: int, item_count: int, items_per_step: int) -> tuple[int, list[int]]:
@@ -263,13 +284,16 @@ def _evaluate(
             )
         value = metrics[settings.best_metric]
         sign = 1 if settings.higher_is_better else -1
-        if math.isfinite(value) and (state.best_value is None or sign * value > sign * state.best_value):
-            state.best_value, state.best_step, state.evaluations_since_best = value, state.step, 0
+        loss = _loggable(metrics).get("validation/loss")  # decides where the metric ties
+        if math.isfinite(value) and _is_better(sign * value, loss, state, sign):
+            state.best_value, state.best_loss, state.best_step = value, loss, state.step
+            state.evaluations_since_best = 0
             outputs.save_best(state.step)
         else:
             state.evaluations_since_best += 1
         if settings.patience and state.evaluations_since_best >= settings.patience:
             state.stopped_early = f"{settings.best_metric} has not improved for {settings.patience} evaluations"
+    state.evaluated_step = state.step
     fall = metrics.get("validation/chosen_fall", 0.0)
     if settings.max_chosen_fall and fall > settings.max_chosen_fall:
         state.stopped_early = (
@@ -278,6 +302,13 @@ def _evaluate(
         )
     outputs.metrics.append({"step": state.step, **_loggable(metrics)})
     outputs.track(_loggable(metrics), state.step)
+
+
+def _is_better(value: float, loss: float | None, state: LoopState, sign: int) -> bool:
+    """Whether `value` (higher is better) beats the best one so far, or equals it at a lower validation loss."""
+    if state.best_value is None or value != sign * state.best_value:
+        return state.best_value is None or value > sign * state.best_value
+    return loss is not None and state.best_loss is not None and loss < state.best_loss
 
 
 def _save(

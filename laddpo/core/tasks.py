@@ -194,7 +194,7 @@ def fill_reference(
         if is_stopping:
             raise Stopped(
                 f"{store.folder}: stopped by {stop.name}; {len(store)} pairs are stored. "
-                "The same command goes on from there."
+                "The same command goes on from there (a train run with resume=true)."
             )
     _append(store, pending)
     return sequences

@@ -171,6 +171,8 @@ def compare(
     """
     change = paired_bootstrap(base, tuned, rng, groups=groups)
     is_binary = groups is None and set(np.unique(base)) | set(np.unique(tuned)) <= {0, 1}
+    if change.low == change.high and set(np.unique(tuned)) <= {0, 1} and len(set(base)) == 1:
+        return _compare_unanimous(float(base[0]), float(tuned[0]), len(base), len(set(groups or range(len(base)))))
     entry: dict[str, Any] = {
         "base": float(np.mean(base)),
         "tuned": float(np.mean(tuned)),
@@ -183,6 +185,20 @@ def compare(
     if is_binary:
         entry["mcnemar_p"] = mcnemar_exact(base, tuned)
     return entry
+
+
+def _compare_unanimous(base: float, tuned: float, items: int, independent: int) -> dict[str, Any]:
+    """All items agree, so resampling them knows no spread: Wilson's interval for that many independent outcomes."""
+    low, high = wilson_interval(tuned * independent, independent)
+    return {
+        "base": base,
+        "tuned": tuned,
+        "difference": tuned - base,
+        "interval": [low - base, high - base],
+        "items": items,
+        "base_interval": [base, base],
+        "tuned_interval": [low, high],
+    }
 
 
 def _interval(values: Sequence[float], groups: Sequence[Hashable] | None, is_binary: bool) -> list[float] | None:

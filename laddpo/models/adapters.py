@@ -72,7 +72,7 @@ def attach_lora(
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=NAME)
     model.peft_config = {NAME: config}
-    matched = [name for name, module in model.named_modules() if _is_lora_layer(module)]
+    matched = adapted_modules(model)
     _keep_adapter_wide(model)
     if path is not None:
         load_adapter(model, path)
@@ -99,6 +99,8 @@ def load_adapter(model, path: str | Path) -> None:
     file = Path(path).expanduser() / ADAPTER_FILES[1]
     if not file.exists():
         raise UserError(f"{file}: no such file; expected an adapter in PEFT's layout. Check adapter.path.")
+    if (file.parent / runs.MANIFEST).exists():  # ours: it holds checksums
+        runs.read_manifest(file.parent, "weights")
     load_adapter_state(model, load_file(str(file)), str(file))
 
 
@@ -173,6 +175,11 @@ def merge_adapter(model) -> None:
 def trainable_parameters(model) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name, in the model's own order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapted_modules(model) -> list[str]:
+    """Names of the modules that carry the adapter."""
+    return [name for name, module in model.named_modules() if _is_lora_layer(module)]
 
 
 def block_linears(model) -> list[str]:

@@ -166,11 +166,22 @@ def _find_or_make(job: _Job, prepared_dir: Path, name: str, show: Callable[[str]
     if (folder / MANIFEST).exists():
         found = job.prepared.load(folder)
         show(f"{folder}: already prepared, {len(found.train):,} rows for training, {len(found.validation):,} held out")
+        _refuse_too_many_bad(job, found)
         _look_for_leaks(job, found, show)
         return found
     with whole_folder(folder) as building:
         show(report_table(_make(job, building, fields)))
     return job.prepared.load(folder)
+
+
+def _refuse_too_many_bad(job: _Job, found: Prepared) -> None:
+    """The limit is no part of the folder's key, so a stricter one is held against the rows it left out."""
+    rows = found.report()["rows"]
+    if rows["bad"] > job.rules.max_bad_fraction * rows["read"]:
+        raise UserError(
+            f"{found.folder}: {rows['bad']:,} of {rows['read']:,} rows were bad when it was prepared, more than "
+            f"data.max_bad_fraction={job.rules.max_bad_fraction:g} allows. Mend the rows, or raise it."
+        )
 
 
 def _look_for_leaks(job: _Job, found: Prepared, show: Callable[[str], None]) -> None:

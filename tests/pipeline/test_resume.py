@@ -100,7 +100,7 @@ def test_an_evaluation_asked_to_stop_keeps_its_answers_and_says_so(stages, capsy
     from laddpo import signals
 
     run, evaluation = stages.folder / "run", stages.folder / "evaluation"
-    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    assert stages.run("train", f"output_dir={run}") == 0  # evaluates, so that all reference values are there
     flag = signals.StopFlag()
     flag.name = "SIGTERM"
     with monkeypatch.context() as patched:
@@ -111,3 +111,26 @@ def test_an_evaluation_asked_to_stop_keeps_its_answers_and_says_so(stages, capsy
     assert not (evaluation / "results.json").exists()
     assert stages.run("evaluate", f"run={run}", f"output_dir={evaluation}", "resume=true") == 0
     assert (evaluation / "results.json").exists()
+
+
+def test_resume_to_fewer_steps_than_done_is_refused(stages, capsys):
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    (run / "manifest.json").unlink()
+    assert stages.run("train", f"output_dir={run}", "resume=true", "optim.max_train_steps=4") == 2
+    assert "its checkpoint is at step 8" in capsys.readouterr().err
+
+
+def test_more_steps_of_a_finished_run_are_refused_with_the_way_on(stages, capsys):
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    assert stages.run("train", f"output_dir={run}", "resume=true", "optim.max_train_steps=9") == 2
+    assert f"adapter.path={run / 'adapter'}" in capsys.readouterr().err
+
+
+def test_resume_does_not_change_the_arithmetic(stages, capsys):
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    (run / "manifest.json").unlink()
+    assert stages.run("train", f"output_dir={run}", "resume=true", "hardware.precision=bf16") == 2
+    assert "hardware.precision" in capsys.readouterr().err

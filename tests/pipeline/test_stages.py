@@ -51,7 +51,7 @@ def test_training_moves_the_margin_of_the_pairs_it_sees(stages):
     assert losses[0] == pytest.approx(0.693147, abs=1e-6)
     assert sum(losses[-6:]) / 6 < 0.6
     results = json.loads((run / "evaluation" / "results.json").read_text())
-    assert results["reward_accuracy_on_training_pairs"]["tuned"] > 0.8
+    assert results["reward_accuracy_on_training_pairs"]["tuned"] > 0.65
 
 
 def test_stages_one_by_one_equal_train_alone(stages):
@@ -165,3 +165,26 @@ def test_dpo_from_an_sft_adapter_has_that_adapter_in_its_reference(stages, capsy
     assert "|policy - reference| 0 nats" in shown
     results = json.loads((dpo / "evaluation" / "results.json").read_text())
     assert results["reward_accuracy"]["base"] == 0.5
+
+
+def test_evaluate_takes_from_the_run_what_the_command_line_leaves_open(stages):
+    from laddpo.app import cli
+
+    run, again = stages.folder / "run", stages.folder / "again"
+    assert stages.run("train", f"output_dir={run}") == 0
+    assert cli("evaluate", [f"run={run}", f"output_dir={again}", "evaluation.limit=2", "logger=none"]) == 0
+    results = json.loads((again / "results.json").read_text())
+    trained = json.loads((run / "evaluation" / "results.json").read_text())
+    assert results["reward_accuracy"] == trained["reward_accuracy"]
+    assert (trained["exact_match"]["items"], results["exact_match"]["items"]) == (4, 2)
+
+
+def test_damaged_weights_are_named_before_they_are_used(stages, capsys):
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    file = run / "adapter" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 0x40
+    file.write_bytes(content)
+    assert stages.run("train", f"adapter.path={run / 'adapter'}", f"output_dir={stages.folder / 'b'}") == 2
+    assert "adapter_model.safetensors: differs from what" in capsys.readouterr().err
