@@ -61,7 +61,7 @@ def test_exit_codes_tell_the_user_from_a_fault(capsys):
     assert ends_by(SystemExit(75))[0] == 75
     assert ends_by(SystemExit(None))[0] == 0
     code, err = ends_by(KeyboardInterrupt())
-    assert code == 1 and "Traceback" not in err
+    assert code == 75 and "Traceback" not in err
 
 
 def test_a_traceback_does_not_show_a_secret(capsys, monkeypatch):
@@ -243,7 +243,8 @@ def test_the_sweep_experiment_needs_no_flag_and_its_jobs_do_not_sweep_again(tiny
 
 
 def test_no_job_starts_when_one_of_them_is_wrong(tiny_jobs, capsys):
-    assert cli("train", ["-m", "dpo.beta=1,-1,2", "dpo.diffusion_samples=2,3", "output_dir=sweep"]) == 2
+    rest = ["dpo.estimator=complement", "output_dir=sweep"]
+    assert cli("train", ["-m", "dpo.beta=1,-1,2", "dpo.diffusion_samples=2,3", *rest]) == 2
     err = capsys.readouterr().err
     assert "dpo.beta is -1.0" in err and "(job 2, 3 of 6)" in err
     assert "(job 1, 3, 5 of 6)" in err
