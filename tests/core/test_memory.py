@@ -109,7 +109,8 @@ def test_other_setups_are_predicted_as_well(changes, checkpointing):
     if changes.get("optimizer"):
         pytest.importorskip("bitsandbytes")
     setup = dataclasses.replace(Setup(SMALL, "cpu", "fp32", checkpointing=checkpointing), **changes)
-    assert abs(error(setup, [100, 120, 140, 152])) < 0.12  # within 10% on one thread; bfloat16 products take more workspace on several
+    # within 10% on one thread; bfloat16 products take more workspace on several
+    assert abs(error(setup, [100, 120, 140, 152])) < 0.12
 
 
 @pytest.mark.parametrize("masked_share", [0.05, 1.0])
