@@ -278,6 +278,23 @@ def read_manifest(folder: Path, kind: str, verify: bool = True) -> dict | None:
     return manifest
 
 
+def require_sealed(folder: Path, digests: Mapping[str, str]) -> None:
+    """Where a folder of weights brings a manifest with checksums, of whatever kind, its files must be those.
+
+    `digests`: sha256 of files as they are now. A manifest.json of another program is none of ours.
+    """
+    path = folder / MANIFEST
+    content = read_json(path) if path.exists() else None
+    sealed = content.get("files") if isinstance(content, dict) else None
+    for name, digest in digests.items():
+        entry = sealed.get(name) if isinstance(sealed, dict) else None
+        if isinstance(entry, dict) and entry.get("sha256", digest) != digest:
+            raise UserError(
+                f"{folder / name}: differs from what {MANIFEST} beside it sealed. Copy the weights anew; if they were "
+                f"changed on purpose, remove that {MANIFEST}."
+            )
+
+
 def provenance() -> dict[str, Any]:
     """Versions and platform, for manifests; not part of any fingerprint."""
     names = ["laddpo", "torch", "transformers", "peft", "bitsandbytes", "hydra-core", "numpy", "safetensors"]

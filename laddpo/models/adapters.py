@@ -99,8 +99,7 @@ def load_adapter(model, path: str | Path) -> None:
     file = Path(path).expanduser() / ADAPTER_FILES[1]
     if not file.exists():
         raise UserError(f"{file}: no such file; expected an adapter in PEFT's layout. Check adapter.path.")
-    if (file.parent / runs.MANIFEST).exists():  # ours: it holds checksums
-        runs.read_manifest(file.parent, "weights")
+    runs.require_sealed(file.parent, {file.name: runs.file_sha256(file)})
     load_adapter_state(model, load_file(str(file)), str(file))
 
 

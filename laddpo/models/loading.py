@@ -267,23 +267,11 @@ def weights_fingerprint(path: str, revision: str | None = None) -> str:
     if not Path(path).expanduser().is_dir() and re.fullmatch(r"[0-9a-f]{40}", folder.name):
         return f"commit:{folder.name}"
     digests = {f.name: _remembered_sha256(f) for f in [folder / "config.json", *weight_files(folder)] if f.exists()}
-    _require_sealed(folder, digests)
+    runs.require_sealed(folder, digests)
     if len(digests) < 2:
         require_safetensors(folder)
         raise UserError(f"{folder}: has no config.json; expected a checkpoint folder. Check model.model_name_or_path.")
     return f"sha256:{hashlib.sha256(runs.canonical_json(digests).encode()).hexdigest()}"
-
-
-def _require_sealed(folder: Path, digests: dict[str, str]) -> None:
-    """Where a checkpoint brings our manifest, its files must be those that were sealed."""
-    manifest = runs.read_manifest(folder, "weights", verify=False)
-    sealed = manifest["files"] if manifest else {}
-    changed = [name for name, digest in digests.items() if name in sealed and sealed[name]["sha256"] != digest]
-    if changed:
-        raise UserError(
-            f"{folder / changed[0]}: differs from what {runs.MANIFEST} beside it sealed. Copy the checkpoint anew; if "
-            f"it was changed on purpose, remove that {runs.MANIFEST}."
-        )
 
 
 def _remembered_sha256(file: Path) -> str:
