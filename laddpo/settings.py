@@ -283,8 +283,8 @@ class BenchmarkSettings:
     prompt_mean: float = 90
     max_length: int = 1024
     token_budget: int = 2048
-    pairs: int = 2
-    rounds: int = 6
+    pairs: int = 1
+    rounds: int = 8
     draws: int = 4
     memory_draws: list[int] = field(default_factory=lambda: [1, 8])
     flat_draws: int = 64
