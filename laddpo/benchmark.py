@@ -65,7 +65,7 @@ def about(config: RunConfig, machine) -> str:
 
 
 def memory_part(config: RunConfig, machine) -> tuple[str, dict]:
-    """Peaks of all contenders on the longest of four pairs; ours also with one sequence at a time, and with checkpointing."""
+    """Peaks of all contenders on the longest of four pairs; ours also one sequence at a time, and checkpointed."""
     from laddpo.benchmarking.contenders import Ours
     from laddpo.benchmarking.measure import step_peak
     from laddpo.benchmarking.report import memory_section

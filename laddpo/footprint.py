@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from laddpo.core.measuring import peak_bytes, resident_bytes
+from laddpo.core.measuring import bytes_before, peak_bytes
 from laddpo.core.memory import GIB, explain, gib
 from laddpo.core.speed import duration
 from laddpo.errors import RunFault
@@ -47,7 +47,7 @@ class StepMemory:
             yield self.known
         else:
             self.optimizer.zero_grad(set_to_none=True)
-            before = resident_bytes(self.model, self.optimizer)
+            before = bytes_before(self.machine.device, self.model, self.optimizer)
             with peak_bytes(self.machine.device) as peak:
                 yield self.known
             self._learn(before + peak.above, is_first_look)

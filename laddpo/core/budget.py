@@ -29,11 +29,13 @@ class TokenBudget:
     """At most `tokens` in a micro-step, or one longer sequence. `explain(tokens)` is the message when that fails.
 
     One object serves all passes of a run, so that what one of them learns about memory holds for the others.
+    `may_retry` false: the first time is the last, for work in which other processes take part (FSDP) and would wait.
     """
 
     tokens: int
     explain: Callable[[int], str] = _no_plan
     retries: int = 0
+    may_retry: bool = True
 
     @classmethod
     def of(cls, budget: int | TokenBudget) -> TokenBudget:
@@ -55,12 +57,17 @@ class TokenBudget:
             self._shrink(longest, reason)
 
     def _shrink(self, longest: int, reason: str) -> None:
+        if self.tokens <= longest:
+            raise RunFault(f"{self.explain(longest)} ({reason})")
+        if not self.may_retry:
+            raise RunFault(
+                f"out of memory with hardware.token_budget={self.tokens}, and several processes share each micro-step, "
+                f"so that none can repeat it alone. Start with hardware.token_budget={self.tokens // 2}. ({reason})"
+            )
         self.retries += 1
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if self.tokens <= longest:
-            raise RunFault(f"{self.explain(longest)} ({reason})")
         log.warning(
             "out of memory with %d tokens per micro-step; doing the work again with %d (%s)",
             self.tokens,

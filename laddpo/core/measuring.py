@@ -52,6 +52,13 @@ def stored_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+def bytes_before(
+    device: torch.device | str, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> int:
+    """What is allocated now: on CUDA all of it, on the CPU what model and optimizer hold."""
+    return torch.cuda.memory_allocated() if torch.device(device).type == "cuda" else resident_bytes(model, optimizer)
+
+
 def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
     """Bytes of weights, gradients, buffers and optimizer state, wherever they are."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]

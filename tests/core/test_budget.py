@@ -108,6 +108,15 @@ def test_one_sequence_that_does_not_fit_alone_stops_the_run_and_explains(where):
     assert budget.tokens <= longest, "one sequence at a time was tried"
 
 
+def test_where_no_process_may_repeat_alone_the_first_time_is_the_last():
+    denoiser = Cramped()
+    items = items_of(denoiser)
+    denoiser.room, budget = 50, TokenBudget(400, may_retry=False)
+    with pytest.raises(RunFault, match=r"Start with hardware.token_budget=200"):
+        score_items(denoiser, items, budget)
+    assert denoiser.failures == 1 and budget.tokens == 400
+
+
 def test_scores_reference_and_validation_passes_are_redone_likewise(tmp_path):
     denoiser = Cramped()
     rng = np.random.default_rng(4)
