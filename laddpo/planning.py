@@ -33,6 +33,7 @@ from laddpo.settings import RunConfig
 CONTEXT_BYTES = int(0.5 * GIB)  # what CUDA and its libraries take beside every tensor
 USABLE = 0.95  # of what is available: the allocator rounds and leaves holes
 CPU_TOKEN_BUDGET = 4096  # long matrix products whose activations stay within a laptop's memory
+STEADY_STEP = 256  # tokens: about half a GiB of an 8B's activations
 USUAL_GPU = Device(tflops=100.0)  # where only the comparison of two plans counts
 
 
@@ -128,7 +129,7 @@ def choose_plan(config: RunConfig, device: str, precision: str, available: int, 
     largest = {on: largest_token_budget(option, usable(available), Load(0), most) for on, option in options.items()}
 
     def plan(option: Setup) -> tuple[MemoryPlan, int]:
-        tokens = hardware.token_budget or max(BUDGET_STEP, largest[option.checkpointing])
+        tokens = hardware.token_budget or max(BUDGET_STEP, steady(largest[option.checkpointing]))
         mode, _ = choose_backward(config, lengths, tokens)
         micro_step = max(lengths.longest, min(tokens, pairs_per_step(config) * lengths.longest_pair))
         load = Load(micro_step, exceeds=lengths.longest_pair > tokens)
@@ -144,6 +145,12 @@ def choose_plan(config: RunConfig, device: str, precision: str, available: int, 
     best = min((options[on] for on in options if wanted in (None, on)), key=cost)
     memory, tokens = plan(best)
     return Choice(memory, tokens, available, largest)
+
+
+def steady(tokens: int) -> int:
+    """A chosen budget, a little below the largest: free memory differs by some MiB from start to start, and another
+    budget is another packing, which moves values by rounding."""
+    return tokens // STEADY_STEP * STEADY_STEP if tokens >= 4 * STEADY_STEP else tokens
 
 
 def choose_backward(config: RunConfig, lengths: Lengths, token_budget: int) -> tuple[str, str]:
