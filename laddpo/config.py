@@ -138,10 +138,10 @@ def _objective(config: RunConfig) -> Iterator[str]:
             f"dpo.diffusion_samples is {n} with dpo.correction={dpo.correction}, which compares parts of {block} draws "
             f"with each other; expected at least {2 * block}; raise it, or set dpo.correction=none."
         )
-    if dpo.estimator == "bernoulli" and dpo.difference_focus:
+    if dpo.estimator == "bernoulli" and (dpo.difference_focus or dpo.count_tilt):
         yield (
-            f"dpo.difference_focus is {dpo.difference_focus:g} with dpo.estimator=bernoulli, which picks no tokens; "
-            "set dpo.difference_focus=0, or another dpo.estimator."
+            f"dpo.difference_focus is {dpo.difference_focus:g} and dpo.count_tilt is {dpo.count_tilt:g} with "
+            "dpo.estimator=bernoulli, which picks neither tokens nor counts; set both to 0, or another dpo.estimator."
         )
 
 

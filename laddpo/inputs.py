@@ -195,6 +195,7 @@ def training_estimator(config: RunConfig) -> ElboEstimator:
         dpo.mask_rounds,
         shared_masks=dpo.shared_masks,
         difference_focus=dpo.difference_focus,
+        count_tilt=dpo.count_tilt,
     )
 
 

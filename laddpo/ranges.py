@@ -158,6 +158,7 @@ RANGES: dict[str, Range] = {
     "dpo.beta": more_than(0, "0.05 to 0.5 is usual for long answers, near 1 for short ones"),
     "dpo.diffusion_samples": at_least(1, "4 is the default, 8 the paper's value"),
     "dpo.difference_focus": at_least(0, "0.5 is the default, 0 treats all tokens alike", 0.95),
+    "dpo.count_tilt": at_least(0, "0 makes all counts equally likely, 0.5 suits answers of hundreds of tokens", 1),
     "dpo.mask_rounds": at_least(1, "1 uses the same masks in every epoch"),
     "dpo.sft_weight": at_least(0, "0 turns the SFT term off, 0.05 is the paper's value"),
     "dpo.label_smoothing": at_least(0, "0 trusts every label", 0.5),

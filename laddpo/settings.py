@@ -160,6 +160,7 @@ class DpoSettings:
     estimator: str = "balanced"
     schedule: str = "low_discrepancy"
     difference_focus: float = 0.5
+    count_tilt: float = 0.0
     mask_rounds: int = 1
     common_random_numbers: bool = True
     shared_counts: bool = True

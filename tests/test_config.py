@@ -266,7 +266,7 @@ def test_unlikely_settings_are_named_and_run(capsys):
     [
         (["model=llada_8b", "data=arithmetic"], "small embedded task"),
         (["model=llada_8b", "hardware.precision=fp32"], "doubles the memory"),
-        (["dpo.estimator=bernoulli", "dpo.difference_focus=0"], "biased"),
+        (["dpo.estimator=bernoulli", "dpo.difference_focus=0", "dpo.count_tilt=0"], "biased"),
         (["dpo=naive"], "noisier"),
         (["model=llada_8b", "optim.num_train_epochs=3"], "raise dpo.mask_rounds"),
         (["dpo=ipo"], "per token"),

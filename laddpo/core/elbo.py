@@ -13,6 +13,9 @@ token is picked may favour those that matter, and several draws may share the ot
 
 from __future__ import annotations
 
+import bisect
+import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
@@ -128,7 +131,8 @@ class ElboEstimator:
     `shared_counts`: chosen and rejected mask the same fraction; `mask_rounds` R: epoch e uses draws (e mod R) * n + k;
     `stream` names an independent family of draws ("" is the one that policy and reference share); `shared_masks`:
     chosen and rejected mask the same positions too; `difference_focus`: the share of picks that goes to tokens in which
-    the two responses differ, the rest going to all tokens alike.
+    the two responses differ, the rest going to all tokens alike; `count_tilt`: the share of counts that follows the
+    tilted law (`count_law`), the rest being uniform.
     """
 
     estimator: str = "complement"
@@ -140,6 +144,7 @@ class ElboEstimator:
     stream: str = ""
     shared_masks: bool = False
     difference_focus: float = 0.0
+    count_tilt: float = 0.0
 
     @property
     def block(self) -> int:
@@ -218,18 +223,45 @@ def _equal_run(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def draw_weight(e: ElboEstimator, response: Response, masked: np.ndarray) -> float:
-    """1 / pi(masked), where pi(i) is the probability that token i is the picked one and pi(set) adds up.
+    """1 / (L q(l) pi(masked)): q(l) is the law of the count, pi(i) the probability that token i is the picked one, and
+    pi(set) adds up.
 
-    With l uniform on 1..L and the other l-1 tokens uniform, a mask M of size l has probability
-    sum_{i in M} pi(i) / (L C(L-1, l-1)) = pi(M) (L/l) / (L C(L, l)): pi(M) (L/l) times what it has in the bound,
-    where it counts (L/l) S(M). So S(M) / pi(M) has mean B for any pi > 0, without another forward; for equal pi it is
-    LLaDA's (L/l) S(M).
+    With the other l-1 tokens uniform, a mask M of size l has probability q(l) sum_{i in M} pi(i) / C(L-1, l-1), which
+    is L q(l) pi(M) (L/l) times what it has in the bound, where it counts (L/l) S(M). So S(M) / (L q(l) pi(M)) has mean
+    B for any q, pi > 0, without another forward; for equal ones it is LLaDA's (L/l) S(M).
     """
-    share = len(masked) / response.length
+    length, size = response.length, len(masked)
     focus = e.difference_focus if len(response.differing) else 0.0
-    if not focus:
-        return response.length / len(masked)
-    return 1 / (focus * np.isin(response.differing, masked).mean() + (1 - focus) * share)
+    if not focus and not e.count_tilt:
+        return length / size
+    law = length * count_law(length, e.count_tilt)[1][size - 1] if e.count_tilt else 1.0
+    hidden = focus * np.isin(response.differing, masked).mean() if focus else 0.0
+    return float(1 / (law * (hidden + (1 - focus) * size / length)))
+
+
+@functools.lru_cache(maxsize=4096)
+def count_law(length: int, tilt: float) -> tuple[list[int], list[float]]:
+    """The law of the masked count: (upper ends of its folded halves in [0, FULL / 2), q of the counts 1..L).
+
+    A mix of uniform counts and q(l) ~ sqrt(1/l + 1/(L+1-l)), under which the weight of a token has the least variance
+    if it counts alike in every mask of a pair. Uniform counts are best where tokens only count together; a mix is near
+    both, and keeps masks of few tokens, whose weights are largest, from being rare.
+    """
+    tilted = [math.sqrt(1 / size + 1 / (length + 1 - size)) for size in range(1, length + 1)]
+    total = math.fsum(tilted)
+    law = [(1 - tilt) / length + tilt * value / total for value in tilted]
+    ends = [int(math.fsum(law[:size]) * FULL) for size in range(1, (length + 1) // 2)]
+    return [*ends, FULL >> 1], law
+
+
+def mask_size(e: ElboEstimator, length: int, fraction: int) -> int:
+    """The count at a place in [0, FULL) of its law, from few tokens to many; mirrored places give l and L + 1 - l."""
+    if not e.count_tilt:
+        return 1 + (fraction * length >> 64)
+    ends, _ = count_law(length, e.count_tilt)
+    if fraction < FULL >> 1:
+        return 1 + bisect.bisect_right(ends, fraction)
+    return length - bisect.bisect_right(ends, FULL - 1 - fraction)
 
 
 def picked_token(e: ElboEstimator, response: Response, index: int) -> int:
@@ -249,7 +281,7 @@ def count_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
     """Exact count: l ~ U{1..L}, l tokens without replacement, weight L / l (LLaDA eq. 6)."""
     length = response.length
     fraction = e.count_fraction(response.pair_id, response.side, index, e.diffusion_samples)
-    size = 1 + (fraction * length >> 64)
+    size = mask_size(e, length, fraction)
     order = random_order(e.key(response.pair_id, response.side, index), length)
     if e.difference_focus:
         picked = picked_token(e, response, index)
@@ -266,14 +298,14 @@ def complement_draw(e: ElboEstimator, response: Response, index: int) -> MaskedD
     with a keyed coin for which of the two comes first: a schedule that spreads points over [0, 1) then spreads the
     pairs {u, 1-u}, instead of letting two of them fall on each other.
 
-    With a focus both halves hide the picked token and share out the others.
+    With a focus or tilt both halves hide the picked token and share out the others.
     """
     length, pair_index = response.length, index // 2
     folded, small_first = _folded_fraction(e, response, pair_index)
-    if e.difference_focus:
+    if e.difference_focus or e.count_tilt:
         picked = picked_token(e, response, pair_index)
         order = random_order(e.key(response.pair_id, response.side, 2 * pair_index), length)
-        others, size = order[order != picked], folded * length >> 64
+        others, size = order[order != picked], mask_size(e, length, folded) - 1
         masked = others[:size] if small_first == (index % 2 == 0) else others[size:]
         masked = np.sort(np.append(masked, picked))
         return MaskedDraw(index, masked, draw_weight(e, response, masked))
@@ -300,7 +332,7 @@ def balanced_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDra
     key = e.key(response.pair_id, response.side, 4 * quad)
     picks = [picked_token(e, response, 2 * quad + pair) for pair in (0, 1)]
     folded, small_first = zip(*(_folded_fraction(e, response, 2 * quad + pair) for pair in (0, 1)), strict=True)
-    sizes = [fraction * length >> 64 for fraction in folded]  # r of each pair, below L / 2
+    sizes = [mask_size(e, length, fraction) - 1 for fraction in folded]  # r of each pair, below L / 2
     in_small = [False, False]  # does the small mask of a pair hide the other pair's pick?
     if picks[0] != picks[1]:
         # two events of probability r / (L-1), as far from coinciding as can be: else A and B might not fit

@@ -279,6 +279,8 @@ def _rows() -> dict[str, Setting]:
         "balanced, low discrepancy": Setting(balanced),
         "balanced, low discrepancy, focus": Setting(replace(balanced, difference_focus=0.5)),
         "default": Setting(default),
+        "default, tilt 0.2": Setting(replace(default, count_tilt=0.2)),
+        "default, tilt 0.5": Setting(replace(default, count_tilt=0.5)),
         "default, focus 0.75": Setting(replace(default, difference_focus=0.75)),
         "default, shared masks": Setting(replace(default, shared_masks=True)),
     }

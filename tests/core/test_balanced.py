@@ -14,7 +14,9 @@ from laddpo.core.elbo import (
     ElboEstimator,
     MaskedDraw,
     Response,
+    count_law,
     differing_positions,
+    mask_size,
     picked_token,
 )
 from laddpo.core.noise import COUNT_SCHEDULES, FULL, NoiseKey, golden_step
@@ -93,21 +95,23 @@ def outcomes(
 
 
 CASES = [
-    ("balanced", length, focus, tuple(differing))
+    ("balanced", length, {"difference_focus": focus}, tuple(differing))
     for length in range(1, 4)
     for focus, differing in ((0.0, []), (0.5, [length - 1]), (0.75, range(max(1, length - 1))))
 ] + [
-    ("count", 4, 0.5, (0, 3)),
-    ("complement", 3, 0.5, (1,)),
-    ("complement", 4, 0.75, (0, 3)),
-    ("balanced", 4, 0.75, (1, 2)),
+    ("count", 4, {"difference_focus": 0.5}, (0, 3)),
+    ("count", 4, {"count_tilt": 1.0}, ()),
+    ("complement", 3, {"difference_focus": 0.5}, (1,)),
+    ("complement", 4, {"difference_focus": 0.75, "count_tilt": 0.3}, (0, 3)),
+    ("balanced", 3, {"count_tilt": 0.5}, ()),
+    ("balanced", 4, {"difference_focus": 0.75, "count_tilt": 0.5}, (1, 2)),
 ]
 
 
-@pytest.mark.parametrize(("estimator", "length", "focus", "differing"), CASES)
-def test_every_single_draw_has_exactly_the_bound_as_its_mean(estimator, length, focus, differing, monkeypatch):
+@pytest.mark.parametrize(("estimator", "length", "options", "differing"), CASES)
+def test_every_single_draw_has_exactly_the_bound_as_its_mean(estimator, length, options, differing, monkeypatch):
     denoiser, response = tiny_denoiser(), random_ids(np.random.default_rng(3), length)
-    e = ElboEstimator(estimator, "low_discrepancy", 8, difference_focus=focus)
+    e = ElboEstimator(estimator, "low_discrepancy", 8, **options)
     words = Words(monkeypatch)
     with torch.no_grad():
         bound = oracle.exact_bound(denoiser, PROMPT, response).item()
@@ -138,7 +142,8 @@ def test_the_check_fails_for_picks_without_their_weight(monkeypatch):
 def test_means_over_many_pairs_lie_within_four_standard_errors(schedule, focus, log_sums_and_bound):
     """The real generator, over a whole step's draws."""
     log_sums, bound = log_sums_and_bound
-    e, differing = ElboEstimator("balanced", schedule, 4, seed=3, difference_focus=focus), np.array([2, 4])
+    e = ElboEstimator("balanced", schedule, 4, seed=3, difference_focus=focus, count_tilt=focus / 2)
+    differing = np.array([2, 4])
     draws = [[e.draw(f"{i}", "chosen", 5, k, differing) for k in range(4)] for i in range(400)]
     estimates = np.array([np.mean([d.weight * log_sums[tuple(d.masked)] for d in of_pair]) for of_pair in draws])
     assert abs(estimates.mean() - bound) < 4 * estimates.std(ddof=1) / len(estimates) ** 0.5
@@ -190,6 +195,21 @@ def test_a_draw_always_hides_a_picked_token_and_weighs_at_most_one_over_its_floo
         assert len(draw.masked) >= 1
         floor = 0.5 * len(draw.masked) / length
         assert draw.weight * (1 + 1e-12) >= 1 and draw.weight <= 1 / floor * (1 + 1e-12)
+
+
+@given(length=st.integers(1, 60), tilt=st.floats(0.01, 1.0), place=st.integers(0, FULL - 1))
+def test_the_count_at_a_place_of_its_law_is_the_one_whose_share_it_falls_in(length, tilt, place):
+    _, law = count_law(length, tilt)
+    assert law == pytest.approx(law[::-1]) and sum(law) == pytest.approx(1)
+    e = ElboEstimator("count", count_tilt=tilt)
+    size = mask_size(e, length, place)
+    assert mask_size(e, length, FULL - 1 - place) == length + 1 - size
+    assert sum(law[: size - 1]) - 1e-12 <= place / FULL <= sum(law[:size]) + 1e-12
+
+
+def test_a_tilt_keeps_the_largest_weight_small():
+    weights = {tilt: 1 / (count_law(256, tilt)[1][0]) for tilt in (0.0, 0.5)}
+    assert weights[0.0] == pytest.approx(256) and weights[0.5] < 90
 
 
 def test_picks_fall_on_differing_tokens_in_the_wanted_share():
