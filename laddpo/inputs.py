@@ -156,7 +156,10 @@ def make_trainable(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
     else:
         matched = adapters.adapted_modules(model) if adapters.has_adapter(model) else attach_adapter(config, model)
         kinds = sorted({name.rsplit(".", 1)[-1] for name in matched})
-        print(f"LoRA r={config.adapter.r} on {len(matched)} linear layers: {', '.join(kinds)}")
+        rank, source = adapters.rank(model), f" of {config.adapter.path}" if config.adapter.path else ""
+        print(f"LoRA r={rank}{source} on {len(matched)} linear layers: {', '.join(kinds)}")
+        if rank != config.adapter.r:
+            print(f"note: adapter.r={config.adapter.r} is not used: the adapter of adapter.path has its own rank")
     parameters = adapters.trainable_parameters(model)
     trained, total = (sum(p.numel() for p in group) for group in (parameters.values(), model.parameters()))
     print(f"{trained:,} of {total:,} stored parameters are trained")

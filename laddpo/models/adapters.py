@@ -98,9 +98,14 @@ def load_adapter(model, path: str | Path) -> None:
 
     file = Path(path).expanduser() / ADAPTER_FILES[1]
     if not file.exists():
-        raise UserError(f"{file}: no such file; expected an adapter in PEFT's layout. Check adapter.path.")
+        raise _missing(file)
     runs.require_sealed(file.parent, {file.name: runs.file_sha256(file)})
     load_adapter_state(model, load_file(str(file)), str(file))
+
+
+def rank(model) -> int:
+    """r of the attached adapter."""
+    return model.peft_config[NAME].r
 
 
 def adapter_state(model) -> dict[str, Tensor]:
@@ -235,12 +240,18 @@ def _unknown_target(pattern: str, known: list[str]) -> UserError:
     )
 
 
+def _missing(file: Path) -> UserError:
+    below = file.parent / "adapter"
+    hint = f"did you mean {below}?" if (below / file.name).exists() else "check adapter.path."
+    return UserError(f"{file}: no such file; expected an adapter in PEFT's layout; {hint}")
+
+
 def _read_adapter_config(folder: Path, model):
     from peft import LoraConfig, PeftConfig
 
     file = folder / ADAPTER_FILES[0]
     if not file.exists():
-        raise UserError(f"{file}: no such file; expected an adapter in PEFT's layout. Check adapter.path.")
+        raise _missing(file)
     content = runs.read_json(file)
     if content.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {content.get('peft_type')!r}; expected 'LORA'. Choose a LoRA adapter.")

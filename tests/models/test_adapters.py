@@ -192,6 +192,9 @@ def test_a_folder_without_adapter_is_refused(tiny_model, tmp_path):
         attach_lora(tiny_model(), path=str(tmp_path))
     model = tiny_model()
     attach_lora(model)
+    save_adapter(model, tmp_path / "run" / "adapter")
+    with pytest.raises(UserError, match=r"did you mean .*run.adapter\?"):
+        attach_lora(tiny_model(), path=str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: no such file"):
         load_adapter(model, tmp_path)
 
