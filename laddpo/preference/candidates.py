@@ -8,6 +8,9 @@ candidates are right. Pairs of one question are limited, so that no question out
 from __future__ import annotations
 
 import hashlib
+import json
+import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Protocol
@@ -29,6 +32,30 @@ class Grader(Protocol):
     def grade_all(self, texts: Sequence[str], answers: Sequence[str]) -> list[bool]: ...
 
 
+class CandidateTexts:
+    """Candidates by question. Texts lie in an unnamed temporary file, their places in memory (8 bytes each)."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (has no name, goes with the object)
+        self._places: dict[str, array[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, group: str, text: str) -> None:
+        self._places.setdefault(group, array("q")).append(self._file.seek(0, 2))
+        self._file.write(json.dumps(text).encode() + b"\n")
+
+    def of(self, group: str) -> Iterator[str]:
+        for place in self._places.get(group, ()):
+            self._file.seek(place)
+            yield json.loads(self._file.readline())
+
+    def counts(self) -> dict[str, int]:
+        """Candidates by group."""
+        return {group: len(places) for group, places in self._places.items()}
+
+
 def candidate_pairs(
     rows: Iterable[Raw],
     separate: Iterable[Raw],
@@ -47,7 +74,7 @@ def candidate_pairs(
         raise UserError("Candidates can only be told right from wrong by a grader; none was given.")
     if pairs_per_question < 1:
         raise UserError(f"data.pairs_per_question is {pairs_per_question}; expected 1 or more.")
-    by_question: dict[str, list[str]] = {}
+    texts = CandidateTexts()
     for row in separate:
         if isinstance(row, BadRow):
             yield row
@@ -57,7 +84,7 @@ def candidate_pairs(
         except RowError as error:
             yield error.at(row[0])
         else:
-            by_question.setdefault(prompt_group(user_prompt(question)), []).append(candidate)
+            texts.add(prompt_group(user_prompt(question)), candidate)
     known = set()
     for row in rows:
         if isinstance(row, BadRow):
@@ -65,16 +92,17 @@ def candidate_pairs(
             continue
         place, fields = row
         try:
-            question, answer, candidates = read_question(fields, rules, log, needs_candidates=not by_question)
+            question, answer, candidates = read_question(fields, rules, log, needs_candidates=not texts)
         except RowError as error:
             yield error.at(place)
             continue
         group = prompt_group(user_prompt(question))
         known.add(group)
-        candidates = sorted({*candidates, *by_question.get(group, [])})
+        candidates = sorted({*candidates, *texts.of(group)})
         yield from pair_up(question, answer, candidates, place, grader, pairs_per_question, seed, log)
-    for group in by_question.keys() - known:
-        log.warn("candidates whose question is not among the questions", len(by_question[group]))
+    for group, count in texts.counts().items():
+        if group not in known:
+            log.warn("candidates whose question is not among the questions", count)
 
 
 def pair_up(
