@@ -7,6 +7,7 @@ fsync, rename, fsync of the folder. A folder without a manifest is unfinished an
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from laddpo.errors import UserError
+from laddpo.temporaries import remove_orphans, temporary_beside
 
 MANIFEST = "manifest.json"
+SEAL = "seal"
 
 
 def canonical_json(value: Any) -> str:
@@ -84,28 +87,38 @@ def sync_file(path: Path) -> None:
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Write `path` whole or not at all: the name appears only after the content is on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     kwargs = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        with temporary.open(mode, **kwargs) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(_disk_message(path, error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(path) as temporary:
+            with temporary.open(mode, **kwargs) as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
     sync_folder(path.parent)
 
 
-def _disk_message(path: Path, error: OSError) -> str:
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """An `OSError` inside the block becomes a `UserError` that names `path`, the free space there and the cure."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(disk_message(path, error)) from error
+
+
+def disk_message(path: Path, error: OSError) -> str:
+    """What is told of a file or folder that could not be written."""
     free = ""
     with contextlib.suppress(OSError):
-        free = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free there)"
+        free = f" ({shutil.disk_usage(_existing(path)).free / 2**20:.0f} MiB free there)"
     reason = error.strerror or error
     return f"{path}: could not be written: {reason}{free}. Free space or choose another folder, then run again."
+
+
+def _existing(path: Path) -> Path:
+    return next((folder for folder in path.parents if folder.is_dir()), Path("."))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -137,23 +150,22 @@ def read_json(path: Path) -> Any:
 class JsonLines:
     """An append-only log of one JSON object per line, in which a torn last line can only come from a crash.
 
-    `rewind(keep)` drops the torn line and every later record for which `keep(record)` is false: what a resumed run
-    does with steps logged after its checkpoint.
+    `seal()` makes what is there durable and describes it; a run that goes on from a checkpoint gives that back to
+    `cut`, which drops every later record and refuses a file whose earlier ones are no longer the same bytes.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, allow_nan=False) + "\n"
-        try:
+        with explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8", newline="\n") as f:
                 f.write(line)
-        except OSError as error:
-            raise UserError(_disk_message(self.path, error)) from error
 
     def read(self) -> list[dict]:
+        """All records before the first line that is none."""
         if not self.path.exists():
             return []
         records = []
@@ -166,25 +178,50 @@ class JsonLines:
         return records
 
     def rewind(self, keep) -> None:
+        """Drop a torn last line and every record for which `keep(record)` is false."""
         records = [record for record in self.read() if keep(record)]
         write_text(self.path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+
+    def seal(self) -> dict[str, Any]:
+        """Size and sha256 of the log as it is now, and on disk."""
+        if not self.path.exists():
+            return {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+        with explained(self.path):
+            sync_file(self.path)
+        return {"bytes": self.path.stat().st_size, "sha256": file_sha256(self.path)}
+
+    def cut(self, sealed: Mapping[str, Any]) -> None:
+        """Back to what `seal` described. A log that is gone is said to be gone; a changed one raises `UserError`."""
+        size = sealed["bytes"]
+        if size and not self.path.exists():
+            print(f"{self.path}: is missing; going on without the records of the steps before.")
+            return
+        content = self.path.read_bytes()[:size] if size else b""
+        if hashlib.sha256(content).hexdigest() != sealed["sha256"]:
+            raise UserError(
+                f"{self.path}: differs from what the checkpoint sealed (truncated or changed). Restore it, or remove "
+                "it to go on without the records of the steps before."
+            )
+        write_bytes(self.path, content)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = True) -> Iterator[None]:
     """Hold the folder's lock (flock on `.lock`); while another process has it, wait, or with `wait=False` refuse.
 
-    On a platform or file system without flock, no lock is taken: two writers are then the user's to avoid.
+    What killed processes left in the folder is removed. On a platform or file system without flock, no lock is taken:
+    two writers are then the user's to avoid.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(_disk_message(folder, error)) from error
+        raise UserError(disk_message(folder, error)) from error
     try:
         _flock(fd, folder, wait)
         os.truncate(fd, 0)
         os.write(fd, f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
+        remove_orphans(folder)
         yield
     finally:
         os.close(fd)
@@ -210,24 +247,20 @@ def _flock(fd: int, folder: Path, wait: bool) -> None:
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Fill a temporary folder that takes the place of `folder` as a whole when the block ends well.
 
-    A crash leaves the old folder, the new one, or for one instant neither, never a mixture.
+    A crash leaves the old folder or the new one, never a mixture; or, for one instant, the old one under its `.old`
+    name, which `temporaries.remove_orphans` gives back.
     """
-    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
-    old = folder.with_name(f".old-{os.getpid()}-{folder.name}")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with explained(folder), temporary_beside(folder) as temporary, temporary_beside(folder, "old") as old:
+        temporary.mkdir(parents=True)
         yield temporary
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        sync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(temporary, folder)
+            sync_folder(folder.parent)
+        finally:
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
 
 
 def write_manifest(folder: Path, kind: str, fields: Mapping[str, Any], files: list[str], **provenance: Any) -> None:
@@ -236,18 +269,26 @@ def write_manifest(folder: Path, kind: str, fields: Mapping[str, Any], files: li
     `fields` are what the folder's values depend on (its fingerprint is taken over them); `provenance` is for people
     (how it was made) and may differ between equal folders.
     """
-    write_json(
-        folder / MANIFEST,
-        {
-            "kind": kind,
-            "fingerprint": fingerprint(fields),
-            "fields": dict(fields),
-            "files": {
-                name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in files
-            },
-            "provenance": provenance,
-        },
-    )
+    sealed = {name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in files}
+    content = {"kind": kind, "fingerprint": fingerprint(fields), "fields": dict(fields), "files": sealed}
+    write_json(folder / MANIFEST, with_seal({**content, "provenance": provenance}))
+
+
+def with_seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with a hash over all of it, by which a change of the manifest itself is noticed."""
+    return {**manifest, SEAL: hashlib.sha256(canonical_json(manifest).encode()).hexdigest()}
+
+
+def unsealed(path: Path) -> Any:
+    """The content of a manifest file, its seal verified. `UserError` names the file when it is damaged."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"kind", "fields"} <= content.keys():
+        return content
+    bare = {name: value for name, value in content.items() if name != SEAL}
+    is_older = bare.keys() <= {"kind", "fingerprint", "fields", "files", "shards", "provenance"} and SEAL not in content
+    if with_seal(bare) != content and not is_older:
+        raise UserError(f"{path}: is damaged (its seal does not hold). Remove the folder {path.parent} and run again.")
+    return bare
 
 
 def read_manifest(folder: Path, kind: str, verify: bool = True) -> dict | None:
@@ -258,7 +299,7 @@ def read_manifest(folder: Path, kind: str, verify: bool = True) -> dict | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    manifest = read_json(path)
+    manifest = unsealed(path)
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
         raise UserError(f"{path}: is a manifest of {found!r}, expected {kind!r}. Point the setting at a {kind} folder.")
@@ -284,7 +325,7 @@ def require_sealed(folder: Path, digests: Mapping[str, str]) -> None:
     `digests`: sha256 of files as they are now. A manifest.json of another program is none of ours.
     """
     path = folder / MANIFEST
-    content = read_json(path) if path.exists() else None
+    content = unsealed(path) if path.exists() else None
     sealed = content.get("files") if isinstance(content, dict) else None
     for name, digest in digests.items():
         entry = sealed.get(name) if isinstance(sealed, dict) else None
@@ -297,14 +338,19 @@ def require_sealed(folder: Path, digests: Mapping[str, str]) -> None:
 
 def provenance() -> dict[str, Any]:
     """Versions and platform, for manifests; not part of any fingerprint."""
-    names = ["laddpo", "torch", "transformers", "peft", "bitsandbytes", "hydra-core", "numpy", "safetensors"]
-    versions = {}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": dict(_versions()),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+@functools.cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    names = ["laddpo", "torch", "transformers", "peft", "bitsandbytes", "hydra-core", "numpy", "safetensors"]
+    versions = []
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append((name, metadata.version(name)))
+    return tuple(versions)

@@ -18,6 +18,7 @@ FLOORS = {
     "runs": 0,
     "redaction": 0,
     "signals": 0,
+    "temporaries": 0,
     "settings": 0,
     "ranges": 0,
     "mistakes": 0,

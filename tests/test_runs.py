@@ -116,6 +116,38 @@ def test_a_log_torn_anywhere_is_a_prefix(tmp_path, kept):
     assert log.read()[-1] == {"step": 9}
 
 
+def test_a_log_is_cut_back_to_what_was_sealed_whatever_came_after(tmp_path):
+    log = runs.JsonLines(tmp_path / "log.jsonl")
+    assert log.seal()["bytes"] == 0
+    log.append({"step": 0, "loss": 0.1})
+    sealed, before = log.seal(), log.path.read_bytes()
+    log.append({"step": 1})
+    log.cut(sealed)
+    assert log.path.read_bytes() == before
+    log.cut(runs.JsonLines(tmp_path / "other.jsonl").seal())
+    assert log.path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("damage", ["one bit", "truncated"])
+def test_a_log_that_changed_before_its_seal_is_refused(tmp_path, damage):
+    log = runs.JsonLines(tmp_path / "log.jsonl")
+    log.append({"step": 0, "loss": 0.125})
+    sealed, content = log.seal(), bytearray(log.path.read_bytes())
+    content[-4] ^= 1
+    log.path.write_bytes(content if damage == "one bit" else content[:-3])
+    with pytest.raises(UserError, match=r"log\.jsonl: differs from what the checkpoint sealed"):
+        log.cut(sealed)
+
+
+def test_a_log_that_is_gone_is_said_to_be_gone(tmp_path, capsys):
+    log = runs.JsonLines(tmp_path / "log.jsonl")
+    log.append({"step": 0})
+    sealed = log.seal()
+    log.path.unlink()
+    log.cut(sealed)
+    assert "log.jsonl: is missing" in capsys.readouterr().out
+
+
 # Locks
 
 
@@ -162,7 +194,7 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pa
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", refuse_the_new_one)
-    with pytest.raises(PermissionError), runs.replaced_folder(folder) as new:
+    with pytest.raises(UserError, match="adapter: could not be written"), runs.replaced_folder(folder) as new:
         (new / "weights").write_text("new")
     assert (folder / "weights").read_text() == "old"
 
@@ -198,6 +230,18 @@ def test_a_changed_file_is_named(sealed, content):
 def test_a_manifest_of_another_kind_is_refused(sealed):
     with pytest.raises(UserError, match="is a manifest of 'prepared', expected 'train'"):
         runs.read_manifest(sealed, "train")
+
+
+def test_any_flipped_bit_of_a_manifest_is_noticed(sealed):
+    path = sealed / runs.MANIFEST
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        for bit in range(8):
+            content = bytearray(whole)
+            content[position] ^= 1 << bit
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=r"manifest\.json: "):
+                runs.read_manifest(sealed, "prepared")
 
 
 @pytest.mark.parametrize("change", [lambda m: m.pop("files"), lambda m: m.pop("fields"), lambda m: m.update(files=[])])

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from laddpo import runs
 from laddpo.errors import UserError
+from laddpo.temporaries import temporary_beside
 
 log = logging.getLogger(__name__)
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -50,11 +51,8 @@ def save_checkpoint(
     `tensors` are the trainable parameters by name. Older checkpoints go only after the new one is in place.
     """
     folder = checkpoints / f"step_{step:07d}"
-    temporary = checkpoints / f".tmp-{os.getpid()}-{folder.name}"
-    for left_by_a_killed_save in checkpoints.glob(".tmp-*"):
-        shutil.rmtree(left_by_a_killed_save, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with runs.explained(folder), temporary_beside(folder) as temporary:
+        temporary.mkdir(parents=True)
         optimizer_tensors, optimizer_numbers = optimizer_state_by_name(optimizer, tensors)
         save_tensors(temporary / MODEL, tensors)
         save_tensors(temporary / OPTIMIZER, optimizer_tensors)
@@ -64,11 +62,15 @@ def save_checkpoint(
             quarantine(folder)
         os.replace(temporary, folder)
         runs.sync_folder(checkpoints)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in step_folders(checkpoints)[keep:] if keep else []:
-        shutil.rmtree(old)
+        for old in step_folders(checkpoints)[keep:] if keep else []:
+            remove_checkpoint(old)
     return folder
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint under another name, so that a crash half-way leaves nothing that looks like one."""
+    with temporary_beside(folder) as doomed:
+        os.replace(folder, doomed)
 
 
 def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
@@ -79,8 +81,11 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     damaged = []
     for folder in step_folders(checkpoints):
         try:
-            if runs.read_manifest(folder, "checkpoint") is None:
+            manifest = runs.read_manifest(folder, "checkpoint")
+            if manifest is None:
                 raise UserError(f"{folder}: has no {runs.MANIFEST}; it is unfinished.")
+            if manifest["fields"] != {"step": step_of(folder)} or set(manifest["files"]) != {MODEL, OPTIMIZER, STATE}:
+                raise UserError(f"{folder}: its {runs.MANIFEST} is that of another checkpoint.")
             state = runs.read_json(folder / STATE)
             return Checkpoint(
                 folder, int(state["step"]), load_file(folder / MODEL), load_file(folder / OPTIMIZER), state
@@ -127,6 +132,12 @@ def step_folders(checkpoints: Path) -> list[Path]:
     return sorted(checkpoints.glob("step_*"), reverse=True)
 
 
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name, or None where there is none."""
+    number = folder.name.removeprefix("step_")
+    return int(number) if number.isdigit() else None
+
+
 def quarantine(folder: Path) -> Path:
     """Set a damaged folder aside under a name that nothing reads."""
     for number in range(1000):
@@ -139,7 +150,11 @@ def quarantine(folder: Path) -> Path:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Safetensors of detached copies (several names may share memory, which the format refuses), made durable."""
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(copies, path)
+    except SafetensorError as error:  # what its compiled writer makes of a full disk
+        raise UserError(runs.disk_message(path, OSError(str(error)))) from error
     runs.sync_file(path)
 
 

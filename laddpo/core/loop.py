@@ -118,8 +118,7 @@ def train_loop(
     Raises `RunFault` before the optimizer step when the loss or gradient is not finite, and `Stopped` after a signal,
     with a checkpoint saved.
     """
-    state = _resume(outputs, parameters, optimizer, scaler) if resume else LoopState()
-    outputs.metrics.rewind(lambda record: record["step"] <= state.step if state.step else False)
+    state = _resume(outputs, parameters, optimizer, scaler) if resume else _start(outputs)
     outputs.timing.rewind(lambda record: record["step"] <= state.step if state.step else False)
     if state.step > settings.total_steps:
         raise UserError(
@@ -322,8 +321,18 @@ def _save(
     if scaler:
         state.loss_scaler = scaler.state_dict()
     checkpoints.save_checkpoint(
-        outputs.checkpoints, state.step, parameters, optimizer, {"loop": vars(state)}, settings.save_total_limit
+        outputs.checkpoints,
+        state.step,
+        parameters,
+        optimizer,
+        {"loop": vars(state), "metrics": outputs.metrics.seal()},
+        settings.save_total_limit,
     )
+
+
+def _start(outputs: RunOutputs) -> LoopState:
+    outputs.metrics.rewind(lambda record: False)
+    return LoopState()
 
 
 def _resume(
@@ -336,9 +345,10 @@ def _resume(
     newest = checkpoints.newest_checkpoint(outputs.checkpoints)
     if newest is None:
         print(f"{outputs.folder}: no checkpoint yet; starting at step 0.")
-        return LoopState()
+        return _start(outputs)
     checkpoints.restore(newest, parameters, optimizer)
     state = LoopState(**newest.state["loop"])
+    outputs.metrics.cut(newest.state["metrics"])
     if scaler and state.loss_scaler:
         scaler.load_state_dict(state.loss_scaler)
     print(f"{outputs.folder}: resuming at step {state.step} ({newest.folder.name}).")

@@ -131,7 +131,7 @@ class ReferenceStore:
         path = self.folder / runs.MANIFEST
         if not path.exists():
             return
-        manifest = runs.read_json(path)
+        manifest = runs.unsealed(path)
         try:
             differences = runs.differing_fields(manifest["fields"], self.fields)
             shards = {
@@ -162,13 +162,11 @@ class ReferenceStore:
         self._add(pairs, int(tensors["first_draw"][0]), tensors["values"])
 
     def _write_manifest(self) -> None:
-        runs.write_json(
-            self.folder / runs.MANIFEST,
-            {
-                "kind": "reference",
-                "fingerprint": runs.fingerprint(dict(self.fields, format=FORMAT)),
-                "fields": self.fields,
-                "shards": self._shards,
-                "provenance": runs.provenance(),
-            },
-        )
+        content = {
+            "kind": "reference",
+            "fingerprint": runs.fingerprint(dict(self.fields, format=FORMAT)),
+            "fields": self.fields,
+            "shards": self._shards,
+            "provenance": runs.provenance(),
+        }
+        runs.write_json(self.folder / runs.MANIFEST, runs.with_seal(content))

@@ -10,14 +10,11 @@ An SFT corpus is the same with examples.jsonl and two sequences a row. Token ids
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
-import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,6 +30,7 @@ from laddpo.runs import (
     MANIFEST,
     atomic_file,
     canonical_json,
+    explained,
     provenance,
     read_json,
     read_manifest,
@@ -41,6 +39,7 @@ from laddpo.runs import (
     write_json,
     write_manifest,
 )
+from laddpo.temporaries import remove_orphans, temporary_beside
 
 TOKENS, REPORT, FIGURE, REJECTED = "tokens.safetensors", "report.json", "report.png", "rejected.jsonl"
 SPLITS = ("train", "validation")
@@ -206,36 +205,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     When another process finished the same folder meanwhile, its folder stays: equal names mean equal content.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mine = f".building-{folder.name}-{platform.node()}-"
-    for abandoned in folder.parent.glob(f"{glob.escape(mine)}*"):  # of a process that was killed
-        owner = abandoned.name.removeprefix(mine).partition("-")[0]
-        if owner.isdigit() and not _is_running(int(owner)):
-            shutil.rmtree(abandoned, ignore_errors=True)
-    building = folder.parent / f"{mine}{os.getpid()}-{time.monotonic_ns():x}"
-    building.mkdir()
-    try:
+    remove_orphans(folder.parent)
+    with explained(folder), temporary_beside(folder) as building:
+        building.mkdir(parents=True)
         yield building
         try:
             os.rename(building, folder)
-        except OSError:
-            if not (folder / MANIFEST).exists():
+        except OSError as error:
+            if folder.exists() and not (folder / MANIFEST).exists():
                 raise UserError(
                     f"{folder} is in the way: it exists and is unfinished. Remove it and run again."
-                ) from None
+                ) from error
+            if not folder.exists():
+                raise
         sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def write_prepared(

@@ -285,10 +285,14 @@ def test_a_failed_save_leaves_the_older_ones_and_no_rest(folder, monkeypatch):
     assert [found.name for found in folder.iterdir()] == ["step_0000001"]
 
 
-def test_what_killed_savings_left_is_removed_by_the_next(folder):
-    (folder / ".tmp-99-step_0000003").mkdir(parents=True)
-    (folder / ".tmp-99-step_0000003" / MODEL).write_bytes(b"half")
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(folder, caplog):
     run = Run()
-    run.step()
-    run.save(folder)
-    assert [found.name for found in folder.iterdir()] == ["step_0000001"]
+    for _ in range(2):
+        run.step()
+        run.save(folder)
+    (folder / "step_0000002").rename(folder / "away")
+    (folder / "step_0000001").rename(folder / "step_0000002")
+    (folder / "away").rename(folder / "step_0000001")
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="every checkpoint is damaged"):
+        newest_checkpoint(folder)
+    assert "is that of another checkpoint" in caplog.text

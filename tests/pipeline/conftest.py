@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from laddpo.app import cli
+from tests.tiny import write_tiny_model
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 64}
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A checkpoint folder: 2 blocks of width 32, random weights of a fixed seed."""
-    from laddpo.models.llada_config import LLaDAConfig
-    from laddpo.models.loading import load_tokenizer, new_model, save_model
-
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(REPOSITORY / "data" / "llada_nano" / name, folder)
-    tokenizer = load_tokenizer(str(folder))
-    config = LLaDAConfig(
-        **SHAPE,
-        vocab_size=len(tokenizer),
-        mask_token_id=tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    save_model(new_model(config, seed=3), folder)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model", SHAPE)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -345,7 +346,7 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_clears_up(tmp_path, toke
     killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     left = [folder.name for folder in (tmp_path / "out").iterdir()]
-    assert len(left) == 1 and left[0].startswith(".building-test-")
+    assert len(left) == 1 and re.fullmatch(r"\.tmp-\d+\.[0-9a-f]{8}-test-[0-9a-f]{16}", left[0])
     prepared = prepare(tmp_path / "out", path, tokenizer)
     assert [folder.name for folder in (tmp_path / "out").iterdir()] == [prepared.folder.name]
 
