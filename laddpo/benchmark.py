@@ -174,6 +174,68 @@ def speed_part(config: RunConfig, machine) -> tuple[str, dict]:
     )
 
 
+def sampler_part(config: RunConfig, machine) -> tuple[str, dict]:
+    """The sampler's fast paths against the plain one, on test problems of the embedded task.
+
+    The configured model answers where its files are on this machine, and its answers are graded; else random weights in
+    the benchmark's shape answer random prompts, and only time is compared.
+    """
+    import numpy as np
+
+    from laddpo.answering import sampler_settings
+    from laddpo.benchmarking import decoding
+    from laddpo.benchmarking.report import sampler_section
+
+    wanted = config.benchmark
+    answer, stops, grade, about = _graded(config, machine) if _is_local(config) else _ungraded(config, machine)
+    batch = min(wanted.sampler_batch, wanted.sampler_items)
+    ways = decoding.ways(sampler_settings(config), batch)
+    found = decoding.decode(answer, wanted.sampler_items, ways, batch, stops)
+    text, record = sampler_section(found, decoding.PLAIN, grade, np.random.default_rng(config.seed))
+    return f"{about}, {wanted.sampler_items} of them in batches of {batch}.\n\n{text}", record
+
+
+def _is_local(config: RunConfig) -> bool:
+    return Path(config.model.model_name_or_path).expanduser().is_dir()
+
+
+def _graded(config: RunConfig, machine) -> tuple:
+    from laddpo import inputs
+    from laddpo.answering import open_task
+    from laddpo.evaluation.sampling import generate
+
+    loaded = inputs.load(config, machine)
+    encoder = inputs.encoder_for(config, loaded.tokenizer)
+    task = open_task(config, "arithmetic", "test", config.benchmark.sampler_items)
+    prompts = [encoder.encode_prompt(item.prompt) for item in task.items]
+    keys = [item.id for item in task.items]
+
+    def answer(picked, settings):
+        chosen, names = [prompts[i] for i in picked], [keys[i] for i in picked]
+        mask, autocast = loaded.denoiser.mask_token_id, loaded.denoiser.autocast
+        return generate(loaded.model, chosen, settings, mask, encoder.stop_ids, names, autocast)
+
+    def grade(answers):
+        texts = [encoder.decode_response(ids) for ids in answers]
+        return task.grader.grade_all(texts, [item.answer for item in task.items])
+
+    return answer, encoder.stop_ids, grade, f"Test problems of the embedded task, answered by {config.model.name}"
+
+
+def _ungraded(config: RunConfig, machine) -> tuple:
+    from laddpo.benchmarking.workload import random_model
+    from laddpo.evaluation.sampling import generate
+
+    shape = _shape(config)
+    model = random_model(dataclasses.asdict(shape), config.seed, machine.device, machine.dtype)
+    prompts = [pair.prompt_ids for n in range(config.benchmark.sampler_items) for pair in _pairs(config, n)[:1]]
+
+    def answer(picked, settings):
+        return generate(model, [prompts[i] for i in picked], settings, shape.vocab_size - 1)
+
+    return answer, [], None, "Random prompts, answered by random weights, which never stop"
+
+
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """The policy with its adapter, and everything that is measured around it, by name."""
@@ -238,8 +300,9 @@ TITLES = {
     "flat": "Memory over the number of draws",
     "plan": "Predicted and measured memory",
     "speed": "Speed",
+    "sampler": "Speed of answering",
 }
-PARTS = {"memory": memory_part, "flat": flat_part, "plan": plan_part, "speed": speed_part}
+PARTS = {"memory": memory_part, "flat": flat_part, "plan": plan_part, "speed": speed_part, "sampler": sampler_part}
 
 if __name__ == "__main__":
     run_stage("benchmark", main)

@@ -116,7 +116,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "logger.wandb_mode": ("online", "offline", "disabled"),
     "sft.examples": ("corpus", "chosen"),
     "benchmark.weights": ("random", "model"),
-    "benchmark.parts": ("memory", "flat", "plan", "speed"),
+    "benchmark.parts": ("memory", "flat", "plan", "speed", "sampler"),
 }
 
 RANGES: dict[str, Range] = {
@@ -201,6 +201,8 @@ RANGES: dict[str, Range] = {
     "benchmark.pairs": at_least(1, "1 keeps a round short"),
     "benchmark.rounds": at_least(2, "8 gives an interval"),
     "benchmark.draws": at_least(1, "4 is the default of training"),
+    "benchmark.sampler_items": at_least(1, "384 give an interval of about +-5 points"),
+    "benchmark.sampler_batch": at_least(1, "32 is usual"),
     "benchmark.flat_draws": at_least(1, "64 shows that memory does not grow"),
     "variance.pairs": at_least(2, "128 is VRPO's"),
     "variance.gradient_pairs": at_least(1, "64 is usual"),

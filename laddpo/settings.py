@@ -289,7 +289,9 @@ class BenchmarkSettings:
     draws: int = 4
     memory_draws: list[int] = field(default_factory=lambda: [1, 8])
     flat_draws: int = 64
-    parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed"])
+    sampler_items: int = 384
+    sampler_batch: int = 32
+    parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed", "sampler"])
 
 
 @dataclass

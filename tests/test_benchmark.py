@@ -26,6 +26,8 @@ TINY = [
     "benchmark.draws=2",
     "benchmark.memory_draws=[1,2]",
     "benchmark.flat_draws=12",
+    "benchmark.sampler_items=4",
+    "benchmark.sampler_batch=2",
 ]
 
 
@@ -76,6 +78,24 @@ def test_speed_is_in_pairs_per_second_with_intervals(written):
     assert speed["second_epoch_over_first"]["median"] > 0
 
 
+def test_the_fast_paths_are_compared_with_the_plain_sampler_on_graded_answers(written):
+    text, record = written
+    ways = record["sampler"]["ways"]
+    assert {"plain", "stop early", "+ threshold 0.9", "+ dual cache", "plain, one at a time"} <= ways.keys()
+    assert ways["plain"]["exact_match"]["items"] == 4 and ways["plain"]["speedup"]["median"] == 1
+    exact = {name: way["exact_match"]["tuned"] for name, way in ways.items()}
+    assert exact["stop early"] == exact["plain"] == exact["plain, one at a time"]
+    assert "answered by llada_nano" in text and "points [" in text
+
+
+def test_random_weights_answer_for_time_alone(tmp_path):
+    folder = tmp_path / "run"
+    elsewhere = ["model.model_name_or_path=org/not-here", "benchmark.parts=[sampler]", f"output_dir={folder}"]
+    assert cli("benchmark", [*TINY, *elsewhere]) == 0
+    text = (folder / "benchmark.md").read_text(encoding="utf-8")
+    assert "random weights, which never stop" in text and "exact match" not in text
+
+
 def test_a_part_can_run_alone_on_the_configured_model(tmp_path, capsys):
     folder = tmp_path / "run"
     more = ["benchmark.weights=model", "benchmark.parts=[memory]", "benchmark.memory_draws=[1]", f"output_dir={folder}"]
@@ -87,7 +107,10 @@ def test_a_part_can_run_alone_on_the_configured_model(tmp_path, capsys):
 
 def test_a_model_that_is_no_part_is_refused(capsys):
     assert cli("benchmark", ["benchmark.parts=[sped]"]) == 2
-    assert "benchmark.parts is 'sped'; known: memory, flat, plan, speed; did you mean speed?" in capsys.readouterr().err
+    assert (
+        "benchmark.parts is 'sped'; known: memory, flat, plan, speed, sampler; did you mean speed?"
+        in capsys.readouterr().err
+    )
 
 
 def test_lengths_have_the_wanted_mean_and_percentile():

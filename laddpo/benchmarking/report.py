@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from laddpo.benchmarking.measure import Peak, Ratio
+import numpy as np
+
+from laddpo.benchmarking.decoding import Decoded
+from laddpo.benchmarking.measure import Peak, Ratio, median_ratio
+from laddpo.evaluation.stats import compare
 from laddpo.evaluation.tables import markdown
 
 MIB = 2**20
@@ -88,6 +92,44 @@ def speed_section(
         "processor_time_ratios": {name: asdict(ratio) for name, ratio in processor.items()},
     }
     return markdown(header, rows), record
+
+
+def sampler_section(
+    found: Mapping[str, Decoded], plain: str, grade: Callable | None, rng: np.random.Generator
+) -> tuple[str, dict[str, Any]]:
+    """Answers per second and, with `grade`, how many are right: against the plain way, on the same questions."""
+    header = ["", "answers/s", "tokens/s", f"times {plain}", "exact match", f"difference to {plain}"]
+    rows, record = [], {}
+    right = {name: grade(decoded.answers) for name, decoded in found.items()} if grade else {}
+    for name, decoded in found.items():
+        total = float(decoded.seconds.sum())
+        speedup = median_ratio(found[plain].seconds, decoded.seconds, rng)
+        entry: dict[str, Any] = {
+            "answers_per_s": len(decoded.answers) / total,
+            "tokens_per_s": decoded.tokens / total,
+            "speedup": asdict(speedup),
+        }
+        if right:
+            entry["exact_match"] = compare(right[plain], right[name], rng)
+        record[name] = entry
+        rows.append(
+            [
+                name,
+                f"{entry['answers_per_s']:.3g}",
+                f"{entry['tokens_per_s']:.3g}",
+                _ratio(None if name == plain else speedup),
+                *_exact_match(entry.get("exact_match"), name == plain),
+            ]
+        )
+    columns = len(header) if right else len(header) - 2
+    return markdown(header[:columns], [row[:columns] for row in rows]), {"compared_with": plain, "ways": record}
+
+
+def _exact_match(entry: Mapping[str, Any] | None, is_plain: bool) -> tuple[str, str]:
+    if entry is None:
+        return "", ""
+    low, high = (f"{100 * bound:+.1f}" for bound in entry["interval"])
+    return f"{entry['tuned']:.1%}", "" if is_plain else f"{100 * entry['difference']:+.1f} points [{low}, {high}]"
 
 
 def _ratio(ratio: Ratio | None) -> str:
