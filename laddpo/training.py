@@ -175,9 +175,7 @@ class Validation:
     def _answers(self, task: Task) -> list[dict]:
         scratch = Path(tempfile.mkdtemp(prefix="laddpo-"))
         try:
-            records = answer_task(
-                self.config, self.loaded, task, scratch / "items.jsonl", {}, "validation", self.stop
-            )
+            records = answer_task(self.config, self.loaded, task, scratch / "items.jsonl", {}, "validation", self.stop)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return records
