@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from laddpo.datachecks import onpolicy_problems
 from laddpo.errors import UserError
 from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.ranges import CHOICES, TASKS, single_problems, unknown_name
@@ -163,6 +164,7 @@ def _data(config: RunConfig) -> Iterator[str]:
             "use data=mixture, or data.mixture=[]."
         )
     yield from _mixture_parts(config)
+    yield from onpolicy_problems(config)
     if data.source == "arithmetic" and data.operand_max >= 10**data.width:
         yield (
             f"data.operand_max is {data.operand_max} and data.width is {data.width}; numbers are written with that "
@@ -237,7 +239,7 @@ def _decoding(config: RunConfig) -> Iterator[str]:
             "evaluation.tasks has file and evaluation.dataset_name is not set; expected a .jsonl with prompt and "
             "answer on each line; add evaluation.dataset_name=path/to/questions.jsonl."
         )
-    if evaluation.confidence_threshold is not None and evaluation.remasking != "low_confidence":
+    if evaluation.confidence_threshold is not None and evaluation.remasking == "random":
         yield (
             f"evaluation.confidence_threshold is {evaluation.confidence_threshold:g} and evaluation.remasking is "
             f"{evaluation.remasking!r}, which ranks by no confidence; set evaluation.confidence_threshold=null, or "

@@ -78,7 +78,8 @@ def _prepared(config: RunConfig):
     from laddpo.prepare import _arguments
 
     try:
-        folder = find_prepared(*_arguments(config))
+        # auto: nothing is sampled to find out
+        folder = find_prepared(*_arguments(dataclasses.replace(config, auto=False)))
         return PreparedPairs.load(folder, verify=False) if folder else None
     except UserError:
         return None

@@ -3,6 +3,7 @@
     python -m laddpo.prepare                                                     the embedded arithmetic pairs
     python -m laddpo.prepare data=jsonl data.dataset_name=my_pairs.jsonl         prompt, chosen, rejected a line
     python -m laddpo.prepare model=llada_8b data=hh_rlhf                         Anthropic/hh-rlhf for LLaDA-8B
+    python -m laddpo.prepare data=onpolicy                                       from the model's own graded answers
 
 Writes data/prepared/<name>-<key>/: pairs.jsonl, tokens.safetensors, report.json, report.png, manifest.json.
 """
@@ -23,7 +24,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
     # the folder in the making is removed on the way out; nothing else is at stake
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print(prepare(config).folder)
+    from laddpo.onpolicy import with_run
+
+    print(prepare(with_run(config)).folder)
 
 
 def open_prepared(config: RunConfig):
@@ -107,7 +110,7 @@ def _arguments(config: RunConfig) -> tuple:
         duplicates=data.duplicates,
         fail_on_leak=data.fail_on_leak,
     )
-    parts = [Part(part.source, _request(config, part), part.weight) for part in _mixture(config)]
+    parts = [Part(part.source, request_of(config, part), part.weight) for part in _mixture(config)]
     encoder = encoder_for(config, load_tokenizer(model_path(config), config.model.revision))
     return Path(config.paths.data_dir) / "prepared", data.source, parts, encoder, rules
 
@@ -117,12 +120,26 @@ def _mixture(config: RunConfig) -> list[MixturePart]:
     data = config.data
     if data.mixture:
         return data.mixture
+    if data.source == "onpolicy":
+        from laddpo.onpolicy import sampled_file
+
+        return [MixturePart(data.source, str(sampled_file(config)))]
     return [MixturePart(data.source, data.dataset_name, data.dataset_split, data.revision, data.columns, data.format)]
 
 
-def _request(config: RunConfig, part: MixturePart):
-    """What is asked of one source."""
+def _grader(config: RunConfig, source: str):
+    """What tells right from wrong where pairs are made of answers; None elsewhere."""
+    if source == "onpolicy":
+        from laddpo.onpolicy import pair_grader
+
+        return pair_grader(config)
     from laddpo.evaluation.grading import math_grader
+
+    return math_grader() if source == "graded_candidates" else None
+
+
+def request_of(config: RunConfig, part: MixturePart):
+    """What is asked of one source."""
     from laddpo.inputs import difficulty_of
     from laddpo.preference.sources import Request
 
@@ -145,7 +162,8 @@ def _request(config: RunConfig, part: MixturePart):
         validation_fraction=data.validation_fraction,
         candidates_name=data.candidates_name,
         pairs_per_question=data.pairs_per_question,
-        grader=math_grader() if part.source == "graded_candidates" else None,
+        grader=_grader(config, part.source),
+        balance_lengths=data.balance_lengths,
     )
 
 

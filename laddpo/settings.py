@@ -120,6 +120,24 @@ class LengthQuantiles:
 
 
 @dataclass
+class SamplingSettings:
+    """Only read by data=onpolicy: how the model is asked for the answers that pairs are made of."""
+
+    num_questions: int | None = None
+    first_question: int = 0
+    samples: int = 8
+    temperature: float = 1.0
+    remasking: str = "certainty"
+    confidence_threshold: float | None = 0.9
+    gen_length: int = 256
+    steps: int = 256
+    block_length: int = 32
+    suppress_eos: bool = False
+    block_cache: str = "none"
+    instruction: str = ""
+
+
+@dataclass
 class DataSettings:
     source: str = MISSING
     dataset_name: str | None = None
@@ -129,6 +147,11 @@ class DataSettings:
     mixture: list[MixturePart] = field(default_factory=list)
     candidates_name: str | None = None
     pairs_per_question: int = 4
+    questions: str | None = None
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    grader: str = "auto"
+    balance_lengths: bool = True
+    rounds: int = 1
     format: str = "auto"
     template: str = "auto"
     max_length: int = 1024

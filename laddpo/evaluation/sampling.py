@@ -31,6 +31,9 @@ class SamplerSettings:
     token are all there: the same answer up to it, the rest is filled with the stop token. `block_cache` "prefix" or
     "dual" keeps keys and values within a block (laddpo/models/block_cache.py): faster, and the same tokens only where
     every block takes one step.
+    `remasking` decides what a step commits: the most probable tokens ("low_confidence": above temperature 0 an unlikely
+    draw is drawn again, so answers vary little), the positions that the model is surest of, whatever token was drawn
+    there ("certainty"), or "random" ones.
     """
 
     gen_length: int = 32
@@ -71,7 +74,7 @@ class SamplerSettings:
                 f"evaluation.confidence_threshold is {self.confidence_threshold}; expected between 0 and 1, or null "
                 "for a fixed number of steps. 0.9 is usual."
             )
-        if self.confidence_threshold is not None and self.remasking != "low_confidence":
+        if self.confidence_threshold is not None and self.remasking == "random":
             problems.append(
                 f"evaluation.confidence_threshold needs remasking=low_confidence; found {self.remasking!r}. Unset one."
             )
@@ -293,6 +296,11 @@ def _low_confidence(logits: Tensor, tokens: Tensor, generators, rows_per_item: l
     return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
+def _certainty(logits: Tensor, tokens: Tensor, generators, rows_per_item: list[int]) -> Tensor:
+    """log p of the most likely token, whatever was drawn."""
+    return logits.amax(-1) - logits.logsumexp(-1)
+
+
 def _random(logits: Tensor, tokens: Tensor, generators, rows_per_item: list[int]) -> Tensor:
     return torch.cat(
         [
@@ -329,5 +337,6 @@ SUPPRESSION = {
 
 REMASKING: dict[str, Callable[[Tensor, Tensor, list[torch.Generator], list[int]], Tensor]] = {
     "low_confidence": _low_confidence,
+    "certainty": _certainty,
     "random": _random,
 }

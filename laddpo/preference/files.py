@@ -28,12 +28,13 @@ from laddpo.runs import file_sha256
 
 @dataclass
 class ReadLog:
-    """What reading found besides rows: files with their rows, things worth a warning with their counts, and the commit
-    of each dataset of the hub."""
+    """What reading found besides rows: files with their rows, things worth a warning with their counts, the commit of
+    each dataset of the hub, and what else a source has to say for the report."""
 
     files: dict[str, int] = field(default_factory=dict)
     commits: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def warn(self, message: str, count: int = 1) -> None:
         self.warnings[message] = self.warnings.get(message, 0) + count

@@ -17,6 +17,7 @@ import numpy as np
 from laddpo.preference.badrows import CODES, EXAMPLES, BadRow, BadRows
 from laddpo.preference.encode import EncodedRow, TextEncoder
 from laddpo.preference.files import ReadLog
+from laddpo.preference.onpolicy import sampling_lines
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 SAMPLES = 3
@@ -102,6 +103,7 @@ class ReportBuilder:
             "warnings": dict(sorted(self._log.warnings.items())),
             "files": self._log.files,
             "samples": self._samples,
+            **self._log.facts,
             **self.facts,
         }
 
@@ -114,6 +116,8 @@ def report_table(report: Mapping[str, Any]) -> str:
         f"{rows['not_sampled']:,} not sampled; {rows['cut']:,} of the kept were cut",
         f"{rows['train']:,} for training, {rows['validation']:,} for validation, from {report['prompts']:,} prompts",
     ]
+    if "sampling" in report:
+        lines += sampling_lines(report["sampling"])
     for title in ("bad", "dropped"):
         for code, entry in report[title].items():
             lines.append(f"  {title:8} {entry['count']:>8,}  {code} {entry['meaning']}; e.g. {entry['examples'][0]}")

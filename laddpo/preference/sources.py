@@ -17,6 +17,7 @@ from laddpo.preference.candidates import Grader, candidate_pairs
 from laddpo.preference.files import ReadLog, content_sha256, read_rows
 from laddpo.preference.hub import hub_rows
 from laddpo.preference.locate import locate
+from laddpo.preference.onpolicy import sampled_pairs
 from laddpo.preference.pairs import Example, Message, PreferencePair, content_digest, prompt_group
 from laddpo.preference.rows import SHAPES, RowRules, explicit_example
 
@@ -29,7 +30,7 @@ class Request:
     `revision`, `columns`, `format` (a shape of rows, or auto), limits. Generated rows: `num_pairs`, `difficulty`,
     `habit`, `seed`, and the share that validation gets; for a corpus `num_examples` and `mistake_share`. Graded
     candidates: `candidates_name` (files of candidates, where they do not stand beside their question),
-    `pairs_per_question`, `grader`.
+    `pairs_per_question`, `grader`; sampled answers also `balance_lengths`.
     """
 
     dataset_name: str | None = None
@@ -50,6 +51,7 @@ class Request:
     candidates_name: str | None = None
     pairs_per_question: int = 4
     grader: Grader | None = None
+    balance_lengths: bool = True
     num_examples: int = 20_000
     mistake_share: float = 0.0
 
@@ -138,6 +140,24 @@ def graded_identity(request: Request) -> dict:
     if request.candidates_name:
         fields["candidates"] = rows_identity(replace(request, dataset_name=request.candidates_name))
     return fields
+
+
+def onpolicy_pairs(request: Request, log: ReadLog) -> Iterator[PreferencePair | BadRow]:
+    """Right over wrong answers of the model itself: `dataset_name` is the file of samples."""
+    rows = read_rows([Path(request.dataset_name or "")], request.max_line_bytes, log)
+    balance = request.balance_lengths
+    return sampled_pairs(rows, request.grader, request.pairs_per_question, request.seed, log, balance)
+
+
+def onpolicy_identity(request: Request) -> dict:
+    """What they depend on: the samples, the grader, and how pairs are chosen among them."""
+    return {
+        "samples": content_sha256(Path(request.dataset_name or "")),
+        "grader": request.grader.name if request.grader else None,
+        "pairs_per_question": request.pairs_per_question,
+        "balance_lengths": request.balance_lengths,
+        "seed": request.seed,
+    }
 
 
 def raw_rows(request: Request, log: ReadLog) -> Iterator[tuple[str, dict] | BadRow]:
@@ -254,6 +274,7 @@ SOURCES: dict[str, Source] = {
     ),
     "laddpo_public": rows_in_shape(format="json"),
     "graded_candidates": Source(graded_pairs, graded_identity, is_graded=True),
+    "onpolicy": Source(onpolicy_pairs, onpolicy_identity, is_graded=True),
 }
 CORPORA: dict[str, Source] = {
     "arithmetic": Source(arithmetic_corpus, corpus_identity),

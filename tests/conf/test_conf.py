@@ -67,7 +67,7 @@ def test_no_yaml_names_code_or_expressions():
     for path in [CONF_DIR / "config.yaml", *FILES]:
         text = path.read_text(encoding="utf-8")
         assert "_target_" not in text
-        assert not re.search(r"\$\{(eval|oc\.decode|oc\.env)", text)
+        assert not re.search(r"\$\{(eval:|oc\.decode|oc\.env)", text)
         yaml.safe_load(text)
 
 

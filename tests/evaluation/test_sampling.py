@@ -315,3 +315,13 @@ def test_suppressing_without_a_stop_token_is_refused(model):
 
 def test_no_prompts_give_no_answers(model):
     assert sample(model, []) == []
+
+
+def test_certainty_ranks_positions_by_their_likeliest_token_whatever_was_drawn():
+    from laddpo.evaluation.sampling import REMASKING
+
+    logits = torch.log(torch.tensor([[0.9, 0.1], [0.6, 0.4]]))
+    drawn = torch.tensor([1, 0])  # the unlikely token at the position that is surest
+    sure = REMASKING["certainty"](logits, drawn, [], [2]).exp()
+    likely = REMASKING["low_confidence"](logits, drawn, [], [2]).exp()
+    assert sure.tolist() == pytest.approx([0.9, 0.6]) and likely.tolist() == pytest.approx([0.1, 0.6])

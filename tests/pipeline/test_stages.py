@@ -37,9 +37,10 @@ def test_train_alone_goes_from_rows_to_an_evaluated_adapter(stages, capsys):
     assert results["reward_accuracy"]["items"] == 6
     assert set(results["exact_match"]) >= {"base", "tuned", "difference", "interval", "items"}
     items = [json.loads(line) for line in (run / "evaluation" / "items.jsonl").read_text().splitlines()]
-    assert sorted((item["model"], item["task"]) for item in items) == [("base", "arithmetic")] * 4 + [
-        ("tuned", "arithmetic")
-    ] * 4
+    assert (
+        sorted((item["model"], item["task"]) for item in items)
+        == [("base", "arithmetic")] * 4 + [("tuned", "arithmetic")] * 4
+    )
 
 
 def test_training_moves_the_margin_of_the_pairs_it_sees(stages):

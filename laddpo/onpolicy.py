@@ -1,0 +1,160 @@
+"""What `data=onpolicy` asks of the model: answers to questions, sampled by the model that training will start from.
+
+Reads the settings, gives the sampled file to laddpo/prepare.py, which makes pairs of it. With adapter.path, or run, the
+answers are those of the tuned model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import os
+from pathlib import Path
+
+from laddpo import runs
+from laddpo.errors import UserError
+from laddpo.settings import MixturePart, RunConfig
+
+EMBEDDED_QUESTIONS = 1500  # asked in a round where sampling.num_questions is null
+
+
+def with_run(config: RunConfig) -> RunConfig:
+    """`run=` names a finished run whose best adapter samples: the same as adapter.path=<run>/adapter."""
+    if not config.run or config.data.source != "onpolicy" or config.adapter.path:
+        return config
+    from laddpo.compose import read_config
+    from laddpo.evaluate import tuned_weights
+
+    trained = read_config(Path(config.run))
+    if trained.adapter.kind != "lora":
+        raise UserError(
+            f"run is {config.run!r}, a run of adapter=full, whose weights are a model of their own; sample from it by "
+            f"model.model_name_or_path={Path(config.run) / 'model'}."
+        )
+    adapter = dataclasses.replace(trained.adapter, path=str(tuned_weights(trained, Path(config.run))))
+    return dataclasses.replace(config, adapter=adapter)
+
+
+def sampled_file(config: RunConfig) -> Path:
+    """samples.jsonl of these settings: found, or sampled now with auto=true."""
+    from laddpo.evaluation import samples
+    from laddpo.signals import stop_on_signal
+
+    questions = open_questions(config)
+    fields = sample_fields(config, questions)
+    folder = samples.samples_folder(Path(config.paths.data_dir), fields)
+    if samples.is_finished(folder):
+        return folder / samples.SAMPLES
+    if not config.auto:
+        raise UserError(
+            f"{folder}: these answers are not sampled yet and auto is false. Run python -m laddpo.prepare with the "
+            "same settings, or set auto=true."
+        )
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with stop_on_signal() as stop, _sampler(config) as sample:
+        sampling, size = config.data.sampling, config.evaluation.batch_size
+        path = samples.collect_samples(sample, questions, sampling.samples, folder, fields, size, stop, rank, world)
+    del sample
+    release_memory()
+    return path
+
+
+def open_questions(config: RunConfig) -> list:
+    """The questions asked: of the file or hub data set, else embedded training problems; never validation or test."""
+    from laddpo.inputs import difficulty_of
+    from laddpo.preference import arithmetic
+    from laddpo.preference.files import ReadLog
+    from laddpo.preference.onpolicy import Question, read_questions
+    from laddpo.preference.rows import RowRules
+    from laddpo.preference.sources import raw_rows
+    from laddpo.prepare import request_of
+
+    data, sampling = config.data, config.data.sampling
+    first, count = sampling.first_question, sampling.num_questions
+    if data.dataset_name is None:
+        problems = arithmetic.problems(
+            "train", first + (count or EMBEDDED_QUESTIONS), config.seed, difficulty_of(config)
+        )
+        return [Question(problem.text, problem.answer) for problem in problems[first:]]
+    log = ReadLog()
+    asked = MixturePart("jsonl", data.dataset_name, data.dataset_split, data.revision, data.columns)
+    request = request_of(config, asked)
+    rows = raw_rows(request, log)
+    found = read_questions(rows, RowRules(request.columns), sampling.instruction, log)
+    # the same order for the same questions wherever the rows came from; a later round goes on where this one ends
+    found.sort(key=lambda question: hashlib.sha256(f"{config.seed}/{question.text}".encode()).digest())
+    count = min(count or len(found), len(found))
+    return [found[(first + i) % len(found)] for i in range(count)]
+
+
+def sample_fields(config: RunConfig, questions: list) -> dict:
+    """Everything that the sampled texts depend on: the key of their folder."""
+    from laddpo.answering import sampler_settings
+    from laddpo.inputs import encoder_for, model_path
+    from laddpo.models.adapters import ADAPTER_FILES
+    from laddpo.models.loading import load_tokenizer, weights_fingerprint
+
+    path, revision = model_path(config), config.model.revision
+    settings = dataclasses.asdict(sampler_settings(sampling_config(config)))
+    for name in ("batch_size", "stop_early"):  # they change how, not what
+        del settings[name]
+    adapter = config.adapter.path
+    return {
+        "questions": hashlib.sha256(runs.canonical_json([[q.text, q.answer] for q in questions]).encode()).hexdigest(),
+        "samples": config.data.sampling.samples,
+        "sampler": settings,
+        "encoding": encoder_for(config, load_tokenizer(path, revision)).fields(),
+        "weights": {
+            "base": weights_fingerprint(path, revision),
+            "adapter": runs.file_sha256(Path(adapter) / ADAPTER_FILES[1]) if adapter else "none",
+        },
+        "quantization": dataclasses.asdict(config.quantization),
+        "precision": config.hardware.precision,
+    }
+
+
+def sampling_config(config: RunConfig) -> RunConfig:
+    """The run's settings with the decoding of sampling in the place of the evaluation's."""
+    names = {field.name for field in dataclasses.fields(config.evaluation)}
+    chosen = {name: value for name, value in dataclasses.asdict(config.data.sampling).items() if name in names}
+    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, cfg_scale=0.0, **chosen))
+
+
+def pair_grader(config: RunConfig):
+    """Tells right answers from wrong ones: exact for the embedded problems, else the one that data.grader names."""
+    from laddpo.evaluation.grading import FunctionGrader, text_grader
+    from laddpo.preference import arithmetic
+
+    if config.data.dataset_name is None and config.data.grader == "auto":
+        return FunctionGrader("exact final answer", arithmetic.grade)
+    return text_grader(config.data.grader, [question.answer for question in open_questions(config)])
+
+
+@contextlib.contextmanager
+def _sampler(config: RunConfig):
+    """A function from prompts and keys to texts, for as long as the model is in memory."""
+    from laddpo import inputs
+    from laddpo.answering import answer_ids
+    from laddpo.machine import find_machine
+
+    inputs.check_before_loading(config)
+    config = sampling_config(config)
+    loaded = inputs.load(config, find_machine(config))
+    encoder = inputs.encoder_for(config, loaded.tokenizer)
+
+    def sample(prompts: list, keys: list[str]) -> list[str]:
+        encoded = {prompt: encoder.encode_prompt(prompt) for prompt in set(prompts)}
+        return answer_ids(config, loaded, [encoded[prompt] for prompt in prompts], keys)
+
+    yield sample
+
+
+def release_memory() -> None:
+    """What a model that is no longer used leaves behind."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
