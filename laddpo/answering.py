@@ -14,11 +14,12 @@ import numpy as np
 
 from laddpo import runs
 from laddpo.errors import Stopped
-from laddpo.evaluation.sampling import SamplerSettings, generate
+from laddpo.evaluation.sampling import SamplerSettings, generate, until_stop
 from laddpo.evaluation.tasks import (
     ARC_INSTRUCTION,
     GSM8K_INSTRUCTION,
     MATH500_INSTRUCTION,
+    Answer,
     Generate,
     Task,
     TaskOptions,
@@ -79,18 +80,29 @@ def sampler_settings(config: RunConfig) -> SamplerSettings:
 
 def answerer(config: RunConfig, loaded: Loaded) -> Generate:
     """A function from prompts to texts: the model as it is now, with the run's sampler."""
+    answer = described_answerer(config, loaded)
+    return lambda prompts: [described.text for described in answer(prompts)]
+
+
+def described_answerer(config: RunConfig, loaded: Loaded) -> Generate:
+    """As `answerer`, each text with its length and whether it was ended."""
     encoder = encoder_for(config, loaded.tokenizer)
 
-    def answer(prompts: list) -> list[str]:
+    def answer(prompts: list) -> list[Answer]:
         # draws above temperature 0 belong to the question, so they are the same in any batch and after a resume
         keys = [runs.canonical_json(prompt_rows(prompt)) for prompt in prompts]
-        return answer_ids(config, loaded, [encoder.encode_prompt(prompt) for prompt in prompts], keys)
+        return described_answers(config, loaded, [encoder.encode_prompt(prompt) for prompt in prompts], keys)
 
     return answer
 
 
 def answer_ids(config: RunConfig, loaded: Loaded, prompts: list[np.ndarray], keys: list[str]) -> list[str]:
     """Answers to encoded prompts."""
+    return [answer.text for answer in described_answers(config, loaded, prompts, keys)]
+
+
+def described_answers(config: RunConfig, loaded: Loaded, prompts: list[np.ndarray], keys: list[str]) -> list[Answer]:
+    """Answers to encoded prompts, each with its length and whether it was ended."""
     encoder = encoder_for(config, loaded.tokenizer)
     responses = generate(
         loaded.model,
@@ -101,7 +113,11 @@ def answer_ids(config: RunConfig, loaded: Loaded, prompts: list[np.ndarray], key
         keys=keys,
         autocast=loaded.denoiser.autocast,
     )
-    return [encoder.decode_response(response) for response in responses]
+    lengths = [len(until_stop(response, encoder.stop_ids)) for response in responses]
+    return [
+        Answer(encoder.decode_response(response), length, length < len(response))
+        for response, length in zip(responses, lengths, strict=True)
+    ]
 
 
 def answer_task(
@@ -117,9 +133,9 @@ def answer_task(
 
     Raises `Stopped` between two batches after a signal; the same command then goes on with the next batch.
     """
-    answer = answerer(config, loaded)
+    answer = described_answerer(config, loaded)
 
-    def answer_unless_stopped(prompts: list) -> list[str]:
+    def answer_unless_stopped(prompts: list) -> list[Answer]:
         if stop:
             raise Stopped(f"{items_path}: stopped by {stop.name}; the answers so far are kept. Give the command again.")
         return answer(prompts)

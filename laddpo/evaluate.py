@@ -16,6 +16,7 @@ from laddpo.app import run_stage
 from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 
+DRIFT = 0.1  # a change of the answers' length by this share is pointed out
 TRAINING_SAMPLE = 64  # training pairs on which reward accuracy is measured, too
 
 
@@ -110,6 +111,7 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
         key = "exact_match" if len(tasks) == 1 else f"{task.name}/exact_match"
         results[key] = _compare([r["correct"] for r in base], [r["correct"] for r in records], config.seed)
         results[key]["task"] = {"name": task.name, "grader": task.grader.name, **task.fields}
+        results.update(_compare_lengths(config, base, records, "" if len(tasks) == 1 else f"{task.name}/"))
         runs.write_text(folder / f"examples_{task.name}.txt", examples_text(base, records) + "\n")
     results.update(_harness_results(harness, _harness(config, loaded, folder, "tuned"), config.seed))
     runs.write_json(folder / "results.json", results)
@@ -183,6 +185,19 @@ def _compare(base, tuned, seed: int, groups=None) -> dict:
     from laddpo.evaluation.stats import compare
 
     return compare(base, tuned, np.random.default_rng(seed), groups)
+
+
+def _compare_lengths(config: RunConfig, base: list[dict], tuned: list[dict], prefix: str) -> dict:
+    """Length of the answers and the share that ends by itself; says so where training moved either by a tenth."""
+    if not all("tokens" in record for record in (*base, *tuned)):  # answered by an earlier version
+        return {}
+    found = {}
+    for name, key in (("answer_tokens", "tokens"), ("ended_rate", "stopped")):
+        before, after = ([float(record[key]) for record in records] for records in (base, tuned))
+        entry = found[prefix + name] = _compare(before, after, config.seed)
+        if abs(entry["difference"]) > DRIFT * entry["base"]:
+            print(f"note: {prefix}{name} went from {entry['base']:.3g} to {entry['tuned']:.3g}, more than {DRIFT:.0%}")
+    return found
 
 
 def _scores(config: RunConfig, loaded, items, block: int):

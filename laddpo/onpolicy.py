@@ -89,6 +89,12 @@ def open_questions(config: RunConfig) -> list:
     return [found[(first + i) % len(found)] for i in range(count)]
 
 
+def questions_of_a_round(config: RunConfig) -> int:
+    """By how many questions a round is ahead of the one before; 0 where every round asks all of a file."""
+    data = config.data
+    return data.sampling.num_questions or (EMBEDDED_QUESTIONS if data.dataset_name is None else 0)
+
+
 def sample_fields(config: RunConfig, questions: list) -> dict:
     """Everything that the sampled texts depend on: the key of their folder."""
     from laddpo.answering import sampler_settings

@@ -292,7 +292,7 @@ class SftSettings:
     examples: str = "corpus"
     num_examples: int = 20000
     mistake_share: float = 0.6
-    diffusion_samples: int = 1
+    diffusion_samples: int | None = 1
     from_scratch: bool = False
 
 

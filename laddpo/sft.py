@@ -1,10 +1,11 @@
 """Supervised fine-tuning by the diffusion likelihood: the negative ELBO per token as loss, the same loop as DPO.
 
-    python -m laddpo.sft experiment=train_nano         makes llada_nano from random weights, minutes on a CPU
-    python -m laddpo.sft sft.examples=chosen           the control beside every DPO run: the chosen responses alone
+    python -m laddpo.sft experiment=make_llada_nano    makes llada_nano from random weights, minutes on a CPU
+    python -m laddpo.sft sft=control                   the control beside every DPO run: the chosen responses alone
 
 `sft.examples=corpus` trains on generated arithmetic with a share of mistaken solutions, `chosen` on the chosen side of
-the prepared pairs.
+the prepared pairs; that one ends by evaluating base and tuned model like train. DPO starts from its result by
+adapter.path=<run>/adapter, or model.model_name_or_path=<run>/model.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
     from laddpo.core.tasks import SftTask
+    from laddpo.evaluate import evaluate_run
     from laddpo.evaluation.plots import training_plot
     from laddpo.machine import find_machine
+    from laddpo.preference.prepared import chosen_examples
+    from laddpo.prepare import open_prepared
     from laddpo.training import Validation, gradient_scaler, loop_settings, resume_step, run_outputs, validation_tasks
 
     inputs.check_before_loading(config)
@@ -48,16 +52,16 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     print(f"machine: {machine}")
     loaded = inputs.new_model(config, machine) if config.sft.from_scratch else inputs.load(config, machine)
     write_config(config, folder)
-    examples = open_examples(config, loaded)
+    prepared = open_prepared(config) if config.sft.examples == "chosen" else None
+    examples = chosen_examples(prepared.train) if prepared else corpus_examples(config, loaded)
     parameters = inputs.make_trainable(config, loaded)
     # every epoch sees new masks: nothing is stored that would tie them
-    estimator = ElboEstimator(
-        "count", "low_discrepancy", config.sft.diffusion_samples, config.seed, mask_rounds=sys.maxsize
-    )
+    estimator = ElboEstimator("count", "low_discrepancy", draws_of(config), config.seed, mask_rounds=sys.maxsize)
     task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget)
     validation = Validation(config, loaded, [], 1, validation_tasks(config), stop=stop)
     settings = loop_settings(config, len(examples), validation.best_metric)
-    print(f"SFT: {settings.total_steps} steps of {settings.items_per_step} rows from {len(examples)}")
+    rows = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} masks each"
+    print(f"SFT: {settings.total_steps} steps of {rows}")
     optim = config.optim
     at_step = resume_step(folder) if is_resumed else None
     with run_outputs(config, folder, loaded, at_step, validation) as outputs:
@@ -80,19 +84,22 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         title=f"{config.model.name}: SFT on {config.sft.examples}",
         best_step=state.best_step if settings.best_metric else None,
     )
+    if prepared and config.evaluation.at_end:
+        evaluate_run(config, folder, folder / "evaluation", prepared, loaded, stop)
     fields = {"step": state.step, "best_step": state.best_step, "best_value": state.best_value}
     runs.write_manifest(folder, "sft", fields, ["config.yaml", "metrics.jsonl"], **runs.provenance())
 
 
-def open_examples(config: RunConfig, loaded) -> list:
-    """The encoded rows to learn."""
+def draws_of(config: RunConfig) -> int:
+    """Masks for each row of a step; null: as many forwards as DPO's policy takes for the pair, chosen and rejected."""
+    return config.sft.diffusion_samples or 2 * config.dpo.diffusion_samples
+
+
+def corpus_examples(config: RunConfig, loaded) -> list:
+    """The encoded rows of the generated corpus."""
     from laddpo.inputs import difficulty_of, encoder_for
     from laddpo.preference.arithmetic import corpus
-    from laddpo.preference.encode import EncodedExample
-    from laddpo.prepare import open_prepared
 
-    if config.sft.examples == "chosen":
-        return [EncodedExample(pair.id, pair.prompt_ids, pair.chosen_ids) for pair in open_prepared(config).train]
     encoder = encoder_for(config, loaded.tokenizer)
     rows = corpus(
         config.sft.num_examples, config.sft.mistake_share, config.seed, difficulty_of(config), config.data.habit

@@ -3,6 +3,7 @@
     python -m laddpo.train                                      embedded task and model, minutes on a CPU
     python -m laddpo.train model=llada_8b hardware=rtx4080      the real job
     python -m laddpo.train -m dpo.beta=0.5,1,2                  a sweep on one reference store
+    python -m laddpo.train data=onpolicy rounds=3               on the model's own answers, three times over
 
 Prepared pairs and reference log-likelihoods are made first when they are not there yet (auto=true).
 """
@@ -30,7 +31,12 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.signals import stop_on_signal
 
     with runs.locked(place.folder, wait=False), stop_on_signal() as stop:
-        train(config, place.folder, place.is_resumed, stop)
+        if config.data.rounds > 1:
+            from laddpo.rounds import train_rounds
+
+            train_rounds(config, place.folder, stop)
+        else:
+            train(config, place.folder, place.is_resumed, stop)
     print(place.folder)
 
 
@@ -136,6 +142,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             "best_step": state.best_step,
             "stopped_early": state.stopped_early,
             "data": prepared.manifest["fingerprint"],
+            "start": loaded.weights,
         },
         ["config.yaml", "metrics.jsonl"],
         **runs.provenance(),

@@ -23,7 +23,18 @@ from laddpo.preference.pairs import Message, prompt_rows, user_prompt
 from laddpo.runs import JsonLines, fingerprint
 
 Prompt = tuple[Message, ...]
-Generate = Callable[[list[Prompt]], list[str]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text; `tokens` before its stop token, and whether it has one (None: not known)."""
+
+    text: str
+    tokens: int | None = None
+    stopped: bool | None = None
+
+
+Generate = Callable[[list[Prompt]], "list[str] | list[Answer]"]
 
 GSM8K_HUB_ID = "openai/gsm8k"
 GSM8K_FIELDS = (
@@ -154,8 +165,10 @@ def _run_batches(generate, task, batch_size, log, labels, prints, done, show_pro
             missing = [i for i, item in enumerate(batch) if item.id not in done]
             if not missing:
                 continue
-            texts = generate([item.prompt for item in batch])
-            assert len(texts) == len(batch), f"generate gave {len(texts)} texts for {len(batch)} prompts"
+            given = generate([item.prompt for item in batch])
+            assert len(given) == len(batch), f"generate gave {len(given)} texts for {len(batch)} prompts"
+            answers = [Answer(answer) if isinstance(answer, str) else answer for answer in given]
+            texts = [answer.text for answer in answers]
             verdicts = task.grader.grade_all([texts[i] for i in missing], [batch[i].answer for i in missing])
             for i, is_correct in zip(missing, verdicts, strict=True):
                 item = batch[i]
@@ -169,6 +182,8 @@ def _run_batches(generate, task, batch_size, log, labels, prints, done, show_pro
                     "grader": task.grader.name,
                     "fingerprint": prints[item.id],
                 }
+                if answers[i].tokens is not None:
+                    record.update(tokens=answers[i].tokens, stopped=answers[i].stopped)
                 log.append(record)
                 done[item.id] = record
             bar.update(len(missing))

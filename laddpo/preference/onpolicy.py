@@ -84,6 +84,12 @@ def sampled_pairs(
             pairs.append(PreferencePair(row_id, prompt, chosen, rejected, place, prompt_group(prompt), answer))
     kept = balanced_pairs(pairs) if is_balanced else pairs
     log.facts["sampling"] = _facts(facts, pairs, kept)
+    if not kept:
+        raise UserError(
+            f"{facts['questions']:,} questions gave no pair: {facts['always_right']:,} were always answered right, "
+            f"{facts['never_right']:,} never, {len(pairs):,} pairs were left out for their length. Sample more answers "
+            "(data.sampling.samples), at a higher data.sampling.temperature, or ask other questions."
+        )
     yield from kept
 
 

@@ -67,15 +67,20 @@ def test_the_chosen_answer_is_as_often_the_longer_as_the_shorter_one():
     left = sorted((len(p.chosen), len(p.rejected)) for p in kept)
     assert left in ([(2, 3), (3, 2), (4, 4)], [(2, 3), (4, 4), (5, 4)])
     questions = [(f"{i}?", "1", ["long answer =1", "=2"]) for i in range(4)]
-    pairs, facts = make(*questions)
-    assert pairs == [] and facts["left_out"]["for_length"] == 4
+    with pytest.raises(UserError, match="4 pairs were left out for their length"):
+        make(*questions)
     pairs, facts = make(*questions, is_balanced=False)
     assert len(pairs) == 4 and facts["chosen_longer"] == 4
 
 
 def test_an_answer_that_is_no_text_is_never_the_rejected_one():
-    pairs, facts = make(("a?", "1", ["=1", "", "  ", "broken \ufffd"]))
-    assert pairs == [] and facts["pass@1"] == 1 / 4
+    pairs, facts = make(("a?", "1", ["=1", "=2", "", "  ", "broken \ufffd"]))
+    assert [pair.rejected for pair in pairs] == ["=2"] and facts["pass@1"] == 1 / 5
+
+
+def test_questions_that_give_no_pair_say_why():
+    with pytest.raises(UserError, match="2 questions gave no pair: 1 were always answered right, 1 never"):
+        make(("a?", "1", ["=1"]), ("b?", "1", ["=2"]))
 
 
 def test_questions_are_asked_once_with_their_instruction_and_short_answer():

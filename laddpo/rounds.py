@@ -1,0 +1,126 @@
+"""Iterated DPO: each round samples answers, makes pairs, computes the reference and trains, from the model before it.
+
+A round's reference is the model that the round starts from, so every round begins at margin 0. Folders: round_1/,
+round_2/, … are ordinary runs; around them adapter/ (the last round's), rounds.json, rounds.md and evaluation/, base
+against the last round. Finished rounds are kept when the run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from laddpo import runs
+from laddpo.settings import RunConfig
+
+ROUNDS_FILE = "rounds.json"
+
+
+def train_rounds(config: RunConfig, folder: Path, stop) -> None:
+    """Run the rounds that are not finished yet, then compare them."""
+    from laddpo.compose import write_config
+    from laddpo.inputs import ADAPTER
+    from laddpo.onpolicy import release_memory
+    from laddpo.train import train
+
+    write_config(config, folder)
+    start = config.adapter.path
+    records = []
+    for number in range(1, config.data.rounds + 1):
+        place = folder / f"round_{number}"
+        if (place / runs.MANIFEST).exists():
+            print(f"round {number} of {config.data.rounds}: done before, {place}")
+        else:
+            print(f"\nround {number} of {config.data.rounds}, from {start or 'the base model'}: {place}")
+            train(config_of_round(config, number, start, place), place, (place / "config.yaml").exists(), stop)
+            release_memory()
+        start = str(place / ADAPTER)
+        records.append(_round_record(folder, place))
+    with runs.replaced_folder(folder / ADAPTER) as target:
+        shutil.copytree(start, target, dirs_exist_ok=True)
+    content = {"rounds": records, **compare_rounds(folder, len(records), config.seed)}
+    runs.write_json(folder / ROUNDS_FILE, content)
+    text = rounds_text(content)
+    runs.write_text(folder / "rounds.md", text + "\n")
+    print("\n" + text)
+    fields = {"rounds": [record["manifest"] for record in records]}
+    runs.write_manifest(folder, "train", fields, ["config.yaml", ROUNDS_FILE], **runs.provenance())
+
+
+def config_of_round(config: RunConfig, number: int, start: str | None, folder: Path) -> RunConfig:
+    """A single round as a run of its own: it asks the next questions and starts from the adapter of the one before."""
+    from laddpo.onpolicy import questions_of_a_round
+
+    sampling = config.data.sampling
+    first = sampling.first_question + (number - 1) * questions_of_a_round(config)
+    data = dataclasses.replace(config.data, rounds=1, sampling=dataclasses.replace(sampling, first_question=first))
+    adapter = dataclasses.replace(config.adapter, path=start)
+    return dataclasses.replace(config, rounds=1, data=data, adapter=adapter, output_dir=str(folder), resume="false")
+
+
+def _round_record(folder: Path, place: Path) -> dict[str, Any]:
+    """What a round did: its manifest's fields, which link it to its pairs and its start, and what was sampled."""
+    from laddpo.sweep import find_results
+
+    manifest = runs.read_json(place / runs.MANIFEST)
+    return {
+        "folder": place.relative_to(folder).as_posix(),
+        "manifest": {"fingerprint": manifest["fingerprint"], **manifest["fields"]},
+        "results": find_results(place),
+    }
+
+
+def compare_rounds(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Exact match after every round against the model before the first, against the round before, and last against
+    first; paired by problem. Empty where nothing was answered."""
+    import numpy as np
+
+    from laddpo.evaluation.stats import compare
+
+    after = [answers(folder / f"round_{number}", "tuned") for number in range(1, count + 1)]
+    before = [answers(folder / "round_1", "base"), *after[:-1]]
+    if not before[0] or not all(after):
+        return {}
+
+    def paired(a: dict[str, bool], b: dict[str, bool]) -> dict[str, Any]:
+        keys = sorted(a.keys() & b.keys())
+        return compare([a[key] for key in keys], [b[key] for key in keys], np.random.default_rng(seed))
+
+    return {
+        "against_base": [paired(before[0], tuned) for tuned in after],
+        "against_round_before": [paired(a, b) for a, b in zip(before, after, strict=True)],
+        "last_against_first": paired(after[0], after[-1]),
+    }
+
+
+def answers(run: Path, model: str) -> dict[str, bool]:
+    """Which test problems a run's evaluation found right, by task and problem."""
+    records = runs.JsonLines(run / "evaluation" / "items.jsonl").read()
+    return {f"{r['task']}/{r['id']}": bool(r["correct"]) for r in records if r["model"] == model}
+
+
+def rounds_text(content: dict[str, Any]) -> str:
+    """The table of rounds, and in words whether more than one was worth it."""
+    from laddpo.evaluation.tables import markdown
+
+    if "against_base" not in content:
+        return f"{len(content['rounds'])} rounds; nothing was answered to compare them by (evaluation.tasks)."
+    rows = [["0 (base)", f"{content['against_base'][0]['base']:.1%}", "", ""]]
+    for number, (total, gain) in enumerate(
+        zip(content["against_base"], content["against_round_before"], strict=True), 1
+    ):
+        rows.append([str(number), f"{total['tuned']:.1%}", _points(total), _points(gain)])
+    table = markdown(["round", "exact match", "over the base", "over the round before"], rows)
+    last = content["last_against_first"]
+    low, high = last["interval"]
+    verdict = "more rounds helped" if low > 0 else "more rounds hurt" if high < 0 else "the interval includes 0"
+    count = len(content["rounds"])
+    words = f"{count} rounds against 1: {_points(last)} points on {last['items']} problems: {verdict}."
+    return f"{table}\n\n{words}"
+
+
+def _points(entry: dict[str, Any]) -> str:
+    low, high = entry["interval"]
+    return f"{100 * entry['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

@@ -1,0 +1,111 @@
+"""Iterated DPO on a model's own answers, and the control on the chosen ones, through the door a user uses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from laddpo.app import cli
+
+QUICK = [
+    "data=onpolicy",
+    "hardware.device=cpu",
+    "logger=none",
+    "data.sampling.num_questions=24",
+    "data.sampling.samples=4",
+    "dpo.diffusion_samples=2",
+    "dpo.estimator=complement",
+    "optim.per_device_train_batch_size=4",
+    "optim.max_train_steps=2",
+    "optim.num_warmup_steps=0",
+    "evaluation.every_steps=2",
+    "evaluation.limit=8",
+    "evaluation.confidence_threshold=0.9",
+    "evaluation.num_pairs=4",
+    "evaluation.diffusion_samples=2",
+    "best_metric=none",
+]
+
+
+@pytest.fixture(scope="module")
+def two_rounds(tmp_path_factory):
+    """(folder of the run, settings that place its data)."""
+    home = tmp_path_factory.mktemp("rounds")
+    places = [f"paths.data_dir={home / 'data'}", f"paths.outputs_dir={home / 'outputs'}"]
+    assert cli("train", [*QUICK, *places, "rounds=2", f"output_dir={home / 'run'}"]) == 0
+    return home / "run", places
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_each_round_starts_from_the_model_of_the_one_before(two_rounds):
+    run, _ = two_rounds
+    first, second = (read(run / f"round_{n}" / "manifest.json")["fields"] for n in (1, 2))
+    kept = read(run / "round_1" / "adapter" / "manifest.json")["files"]["adapter_model.safetensors"]["sha256"]
+    assert first["start"]["adapter"] == "none" and second["start"]["adapter"] == kept
+    assert first["data"] != second["data"]
+    metrics = [json.loads(line) for line in (run / "round_2" / "metrics.jsonl").read_text().splitlines()]
+    assert next(row["loss"] for row in metrics if "grad_norm" in row) == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_rounds_ask_different_questions_of_the_model_as_it_is(two_rounds):
+    run, _ = two_rounds
+    folders = sorted((run.parent / "data" / "samples").glob("*/samples.jsonl"))
+    asked = [{json.loads(line)["question"] for line in path.read_text().splitlines()} for path in folders]
+    assert len(asked) == 2 and not asked[0] & asked[1]
+    weights = {read(path.parent / "manifest.json")["fields"]["weights"]["adapter"] for path in folders}
+    assert len(weights) == 2 and "none" in weights
+
+
+def test_the_run_of_rounds_is_a_run_with_the_last_adapter_and_a_table(two_rounds):
+    run, _ = two_rounds
+    last = (run / "round_2" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == last
+    content = read(run / "rounds.json")
+    assert [record["folder"] for record in content["rounds"]] == ["round_1", "round_2"]
+    assert content["last_against_first"]["items"] == 8
+    assert content["against_base"][1]["base"] == content["against_round_before"][0]["base"]
+    table = (run / "rounds.md").read_text()
+    assert "2 rounds against 1:" in table and "over the base" in table
+    assert cli("evaluate", [f"run={run}", f"output_dir={run.parent / 'again'}", "logger=none"]) == 0
+    again = read(run.parent / "again" / "results.json")["exact_match"]
+    assert again["tuned"] == content["against_base"][1]["tuned"] and again["base"] == content["against_base"][0]["base"]
+
+
+def test_a_run_of_rounds_goes_on_where_it_stopped(two_rounds, tmp_path, capsys):
+    run, places = two_rounds
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "manifest.json").unlink()
+    shutil.rmtree(copy / "round_2")
+    assert cli("train", [*QUICK, *places, "rounds=2", f"output_dir={copy}", "resume=true"]) == 0
+    shown = capsys.readouterr().out
+    assert "round 1 of 2: done before" in shown
+    adapters = [folder / "round_2" / "adapter" / "adapter_model.safetensors" for folder in (run, copy)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    assert read(copy / "rounds.json")["against_base"] == read(run / "rounds.json")["against_base"]
+
+
+def test_the_control_takes_the_forwards_of_dpo_and_ends_with_the_same_evaluation(two_rounds, tmp_path, capsys):
+    run, places = two_rounds
+    control = tmp_path / "control"
+    assert cli("sft", [*QUICK, *places, "sft=control", f"output_dir={control}"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 masks each" in shown  # 2 draws of chosen and of rejected
+    results = read(control / "evaluation" / "results.json")
+    base = read(run / "round_1" / "evaluation" / "results.json")
+    assert results["exact_match"]["base"] == base["exact_match"]["base"]
+    assert results["exact_match"]["items"] == 8 and "reward_accuracy" in results
+    assert cli("evaluate", [f"run={control}", f"output_dir={tmp_path / 'e'}", "logger=none"]) == 0
+    assert read(tmp_path / "e" / "results.json") == results
+
+
+def test_results_tell_the_length_of_answers_and_how_many_end(two_rounds):
+    run, _ = two_rounds
+    results = read(run / "round_1" / "evaluation" / "results.json")
+    assert results["answer_tokens"]["base"] == pytest.approx(20, abs=2)
+    assert 0.5 < results["ended_rate"]["base"] <= 1
