@@ -28,7 +28,7 @@ from laddpo.config import CONF_DIR, find_problems
 from laddpo.errors import UserError
 from laddpo.mistakes import Composed, diagnose, forbidden, foreign_code, put_stand_in, unresolved, yaml_mistake
 from laddpo.redaction import find_secrets, redact
-from laddpo.runs import write_text
+from laddpo.runs import file_sha256, require_sealed, write_text
 from laddpo.settings import RunConfig
 
 
@@ -116,6 +116,7 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{path}: not found; expected the folder of a run, which holds config.yaml; check run=.")
+    require_sealed(folder, {path.name: file_sha256(path)})
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, AttributeError) as error:

@@ -86,6 +86,9 @@ def read_run(folder: Path) -> Run:
     evaluation = folder / "evaluation" if (folder / "evaluation").is_dir() else folder
     results, manifest = evaluation / "results.json", folder / runs.MANIFEST
     settings = folder / "config.yaml"
+    sealed = runs.unsealed(manifest) if manifest.exists() else {}
+    if "kind" in sealed:
+        runs.read_manifest(folder, sealed["kind"])
     return Run(
         name=folder.name,
         folder=folder,
@@ -94,7 +97,7 @@ def read_run(folder: Path) -> Run:
         timing=runs.JsonLines(folder / "timing.jsonl").read(),
         results=runs.read_json(results) if results.exists() else {},
         evaluation=evaluation,
-        fields=runs.read_json(manifest).get("fields", {}) if manifest.exists() else {},
+        fields=sealed.get("fields", {}),
         is_finished=manifest.exists() or results.exists(),
     )
 

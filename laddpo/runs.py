@@ -219,8 +219,10 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
         raise UserError(disk_message(folder, error)) from error
     try:
         _flock(fd, folder, wait)
-        os.truncate(fd, 0)
-        os.write(fd, f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
+        holder = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        with contextlib.suppress(OSError):  # who holds it is told to people; a full disk is for what matters to say
+            os.truncate(fd, 0)
+            os.write(fd, holder.encode())
         remove_orphans(folder)
         yield
     finally:
@@ -320,7 +322,7 @@ def read_manifest(folder: Path, kind: str, verify: bool = True) -> dict | None:
 
 
 def require_sealed(folder: Path, digests: Mapping[str, str]) -> None:
-    """Where a folder of weights brings a manifest with checksums, of whatever kind, its files must be those.
+    """Where a folder has a manifest with checksums, of whatever kind, these of its files must be those it sealed.
 
     `digests`: sha256 of files as they are now. A manifest.json of another program is none of ours.
     """
@@ -331,7 +333,7 @@ def require_sealed(folder: Path, digests: Mapping[str, str]) -> None:
         entry = sealed.get(name) if isinstance(sealed, dict) else None
         if isinstance(entry, dict) and entry.get("sha256", digest) != digest:
             raise UserError(
-                f"{folder / name}: differs from what {MANIFEST} beside it sealed. Copy the weights anew; if they were "
+                f"{folder / name}: differs from what {MANIFEST} beside it sealed. Copy the folder anew; if it was "
                 f"changed on purpose, remove that {MANIFEST}."
             )
 

@@ -252,6 +252,7 @@ def _read_adapter_config(folder: Path, model):
     file = folder / ADAPTER_FILES[0]
     if not file.exists():
         raise _missing(file)
+    runs.require_sealed(folder, {file.name: runs.file_sha256(file)})
     content = runs.read_json(file)
     if content.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {content.get('peft_type')!r}; expected 'LORA'. Choose a LoRA adapter.")

@@ -36,7 +36,7 @@ from laddpo.preference.report import ReportBuilder, leak_lines, report_figure, r
 from laddpo.preference.selection import choose_rows, choose_validation
 from laddpo.preference.sources import Request, Source, open_corpus, open_source
 from laddpo.preference.spool import Spool
-from laddpo.runs import MANIFEST, atomic_file, fingerprint
+from laddpo.runs import MANIFEST, atomic_file, differing_fields, fingerprint
 
 BATCH_ROWS = 256
 
@@ -165,6 +165,7 @@ def _find_or_make(job: _Job, prepared_dir: Path, name: str, show: Callable[[str]
     folder = prepared_folder(prepared_dir, name, fields)
     if (folder / MANIFEST).exists():
         found = job.prepared.load(folder)
+        _refuse_other_fields(found, fields)
         show(f"{folder}: already prepared, {len(found.train):,} rows for training, {len(found.validation):,} held out")
         _refuse_too_many_bad(job, found)
         _look_for_leaks(job, found, show)
@@ -172,6 +173,15 @@ def _find_or_make(job: _Job, prepared_dir: Path, name: str, show: Callable[[str]
     with whole_folder(folder) as building:
         show(report_table(_make(job, building, fields)))
     return job.prepared.load(folder)
+
+
+def _refuse_other_fields(found: Prepared, fields: Mapping[str, Any]) -> None:
+    """A folder that was renamed, or filled by hand, holds other rows than its name says."""
+    stored = {name: value for name, value in found.manifest["fields"].items() if name in fields}
+    if differing := differing_fields(stored, fields):
+        raise UserError(
+            f"{found.folder}: holds rows of other settings: {'; '.join(differing)}. Remove it and run again."
+        )
 
 
 def _refuse_too_many_bad(job: _Job, found: Prepared) -> None:

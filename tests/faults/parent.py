@@ -1,0 +1,186 @@
+"""A warmed process that forks one child for every run of a stage: a run costs tenths of a second instead of ten.
+
+    python -m tests.faults.parent <folder>
+
+One JSON request a line on stdin, one JSON reply a line on stdout. A request names the stage, the folder in which it
+works, overrides, and what shall happen to it: a plan for laddpo's writing calls, or signals at given seconds.
+What is cut out of a run for speed: composing the settings (done once here) and drawing figures (fixed bytes instead).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from tests.tiny import write_tiny_model
+
+SHAPE = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 32}
+STEPS = 3
+QUICK = [
+    *[f"model.shape.{name}={value}" for name, value in SHAPE.items()],
+    *("paths.data_dir=data", "hardware.device=cpu", "logger=none", "data.num_pairs=6", "data.max_length=512"),
+    *("data.validation_fraction=0.34", "dpo.diffusion_samples=2", "optim.per_device_train_batch_size=2"),
+    *("optim.learning_rate=1e-2", "optim.num_warmup_steps=0", f"optim.max_train_steps={STEPS}", "save_steps=1"),
+    *("logging_steps=1", "evaluation.every_steps=2", "evaluation.limit=1", "evaluation.num_pairs=2"),
+    *("evaluation.diffusion_samples=2", "evaluation.gen_length=4", "evaluation.block_length=4", "evaluation.steps=2"),
+    *("evaluation.samples=1", "evaluation.batch_size=1", "best_metric=loss"),
+]
+OF_STAGE = {"train": ["output_dir=run", "resume=true"]}
+FIGURE = b"a figure"
+POLITE = (signal.SIGTERM, signal.SIGINT)
+
+
+class Parent:
+    """Runs stages in children. `folder` holds the model and is where logs go."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.model = write_tiny_model(folder / "model", SHAPE)
+        self.trees: dict[str, tuple] = {}
+        self.count = 0
+
+    def warm(self) -> None:
+        """Import and run everything once here, so that no child has to; and put the cheap parts in place."""
+        import torch
+
+        torch.set_num_threads(1)
+        from laddpo import app, train
+        from laddpo.evaluation import plots
+        from laddpo.preference import preparation
+
+        preparation.report_figure = lambda content: FIGURE
+        for name in ("training_plot", "evaluation_plot"):
+            setattr(plots, name, _draw_nothing)
+        here, place = os.getcwd(), self.folder / "warm"
+        place.mkdir()
+        os.chdir(place)
+        assert app.cli("train", self.arguments("train", []), train.main) == 0, "the undisturbed run failed"
+        os.chdir(here)
+        self.compose, self.typed = app.compose_tree, app.to_run_config
+        app.compose_tree, app.to_run_config = self.composed, lambda tree: self.trees[tree.key][1]
+
+    def arguments(self, stage: str, more: list[str]) -> list[str]:
+        return [f"model.model_name_or_path={self.model}", *QUICK, *OF_STAGE.get(stage, []), *more]
+
+    def composed(self, hydra, config_name, overrides, mode):
+        """The tree of these overrides, composed once."""
+        key = json.dumps(list(overrides))
+        if key not in self.trees:
+            tree = self.compose(hydra, config_name, overrides, mode)
+            config = self.typed(tree)
+            object.__setattr__(tree, "key", key)
+            self.trees[key] = (tree, config)
+        return self.trees[key][0]
+
+    def prepare_settings(self, stage: str, more: list[str]) -> None:
+        from laddpo import app
+
+        with app.open_hydra(f"laddpo.{stage}", None) as hydra:
+            args = app._parse(stage, self.arguments(stage, more))
+            self.composed(hydra, args.config_name, args.overrides, app._mode(args))
+
+    def run(self, request: dict) -> dict:
+        """One run of a stage: its exit code (negative: the signal that ended it), seconds and log."""
+        stage, more = request["stage"], request.get("overrides", [])
+        self.prepare_settings(stage, more)
+        self.count += 1
+        log, calls = self.folder / f"{self.count}.log", self.folder / f"{self.count}.calls"
+        started = time.monotonic()
+        log.touch()
+        signal.pthread_sigmask(signal.SIG_BLOCK, POLITE)
+        child = os.fork()
+        if child == 0:
+            self.be_child(stage, more, request, log, calls)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, POLITE)
+        status = None
+        for at, name in request.get("signals", []):
+            while status is None and time.monotonic() - started < at:
+                status = _poll(child)
+                time.sleep(0.0005)
+            if status is None:
+                os.kill(child, getattr(signal, name))
+        while status is None and time.monotonic() - started < request.get("limit", 60):
+            status = _poll(child)
+            time.sleep(0.0005)
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            status = "it hung"
+        seconds = time.monotonic() - started
+        reply = {"status": status, "seconds": seconds, "log": log.read_text(errors="replace"), "calls": []}
+        if calls.exists():
+            reply["calls"] = json.loads(calls.read_text())
+            calls.unlink()
+        log.unlink()
+        return reply
+
+    def be_child(self, stage: str, more: list[str], request: dict, log: Path, calls: Path) -> None:
+        """Never returns, whenever a signal comes."""
+        code = 75  # what an interrupt outside of the stage makes of it
+        try:
+            code = self.be_stage(stage, more, request, log, calls)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            os._exit(code)
+
+    def be_stage(self, stage: str, more: list[str], request: dict, log: Path, calls: Path) -> int:
+        """In the child: run the stage as its own process would; its exit code."""
+        code = 1
+        try:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the door of every stage does
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, POLITE)
+            out = os.open(log, os.O_WRONLY | os.O_CREAT)
+            for fd in (1, 2):
+                os.dup2(out, fd)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.chdir(request["folder"])
+            import importlib
+
+            from laddpo import app
+            from tests.faults import crash_points, numbers
+
+            main = importlib.import_module(f"laddpo.{stage}").main
+            if "numbers" in request:
+                numbers.install(request["numbers"])
+            points = crash_points.install(Path(request["folder"]), request.get("plan"))
+            code = app.cli(stage, self.arguments(stage, more), main)
+            points.write_calls(calls)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except Exception:
+            traceback.print_exc()
+            sys.stderr.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, POLITE)
+        return code
+
+
+def _poll(child: int):
+    done, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def _draw_nothing(*args, **kwargs) -> None:
+    from laddpo.runs import write_bytes
+
+    path = next(value for value in [*args, *kwargs.values()] if isinstance(value, Path))
+    write_bytes(path, FIGURE)
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a stage prints goes to stderr
+    parent = Parent(Path(sys.argv[1]))
+    parent.warm()
+    print(json.dumps({"ready": True}), file=replies, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(parent.run(json.loads(line))), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""A thousand truncations, flipped bits, swapped and missing files over every artifact: all noticed, none read."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from laddpo import runs
+from laddpo.compose import read_config
+from laddpo.core.checkpoint import newest_checkpoint, step_folders
+from laddpo.core.reference import ReferenceStore
+from laddpo.errors import UserError
+from laddpo.models import adapters
+from laddpo.preference.prepared import PreparedPairs
+from laddpo.reporting import read_run
+
+DAMAGES = 1000
+SUBSET = 60
+KINDS = ("truncated", "flipped", "missing", "swapped")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Files that one reader vouches for. `twin` is another of the kind, whose files are whole and wrong here."""
+
+    name: str
+    folder: Path
+    read: Callable[[Path], object]
+    twin: Path
+    may_miss: tuple[str, ...] = ()  # without this file the folder is nobody's, or an unfinished one
+
+
+@pytest.fixture(scope="module")
+def artifacts(bench) -> list[Artifact]:
+    """What an undisturbed run left, and that of a run with another seed."""
+    run, data = bench.done / "run", bench.done / "data"
+    other = bench.new_folder()
+    outcome = bench.run("train", other, overrides=["seed=7"])
+    assert outcome.status == 0, outcome.log
+    (prepared,), (other_prepared,) = (list((place / "data/prepared").iterdir()) for place in (bench.done, other))
+    stores, other_stores = (sorted((place / "data/reference").iterdir()) for place in (bench.done, other))
+    newest, older = step_folders(run / "checkpoints")[:2]
+    assert len(stores) == len(other_stores) == 2 and data.exists()
+    return [
+        Artifact("prepared pairs", prepared, read_prepared, other_prepared),
+        *[
+            Artifact("reference store", store, read_store, twin, may_miss=(runs.MANIFEST,))
+            for store, twin in zip(stores, other_stores, strict=True)
+        ],
+        Artifact("checkpoint", newest, read_checkpoint, older),
+        Artifact("adapter", run / "adapter", read_weights, other / "run" / "adapter"),
+        Artifact(
+            "adapter by path", run / "adapter_last", read_by_path, other / "run" / "adapter_last", (runs.MANIFEST,)
+        ),
+        Artifact("finished run", run, read_finished, other / "run"),
+        Artifact("run of a report", run, read_report, other / "run", may_miss=(runs.MANIFEST,)),
+        Artifact("log of a run", older, read_log, step_folders(other / "run" / "checkpoints")[0]),
+    ]
+
+
+def read_prepared(folder: Path) -> object:
+    return len(PreparedPairs.load(folder))
+
+
+def read_store(folder: Path) -> object:
+    fields = json.loads((folder / "fields.json").read_bytes())
+    return len(ReferenceStore(folder, fields))
+
+
+def read_checkpoint(folder: Path) -> object:
+    """As a resumed run does: a damaged newest one is set aside with a warning. Here that is an error."""
+    with warnings_as_errors():
+        return newest_checkpoint(folder.parent)
+
+
+def read_weights(folder: Path) -> object:
+    """As `run=` does."""
+    if runs.read_manifest(folder, "weights") is None:
+        raise UserError(f"{folder}: no finished weights")
+    return folder
+
+
+class Stop(Exception):
+    """The reader was about to use the content."""
+
+
+class Model:
+    def named_modules(self):
+        raise Stop
+
+    named_parameters = named_modules
+
+
+def read_by_path(folder: Path) -> object:
+    """As `adapter.path=` does."""
+    with contextlib.suppress(Stop):
+        adapters._read_adapter_config(folder, Model())
+    with contextlib.suppress(Stop):
+        adapters.load_adapter(Model(), folder)
+    return folder
+
+
+def read_finished(folder: Path) -> object:
+    """As `resume=` on a finished run does, and every command with `run=`."""
+    read_config(folder)
+    if runs.read_manifest(folder, "train") is None:
+        raise UserError(f"{folder}: unfinished")
+    return folder
+
+
+def read_report(folder: Path) -> object:
+    return read_run(folder)
+
+
+def read_log(folder: Path) -> object:
+    """metrics.jsonl (in the folder for this test) as a run that goes on from this checkpoint does."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        runs.JsonLines(folder / "metrics.jsonl").cut(json.loads((folder / "state.json").read_bytes())["metrics"])
+    if "is missing" in out.getvalue():
+        raise UserError(out.getvalue())
+    return folder
+
+
+@contextlib.contextmanager
+def warnings_as_errors():
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise UserError(record.getMessage())
+
+    handler = Raising(logging.WARNING)
+    log = logging.getLogger("laddpo.core.checkpoint")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def files_of(artifact: Artifact) -> list[str]:
+    """The files that the artifact consists of."""
+    if artifact.name == "log of a run":
+        return ["metrics.jsonl"]
+    if artifact.name == "run of a report":
+        return ["config.yaml", "metrics.jsonl", "evaluation/results.json"]
+    manifest = json.loads((artifact.folder / runs.MANIFEST).read_bytes())
+    return [*manifest.get("files", manifest.get("shards", {})), runs.MANIFEST]
+
+
+def laid_out(artifact: Artifact, place: Path) -> Path:
+    """A copy that may be damaged, in a folder of its own."""
+    folder = place / artifact.folder.name
+    if artifact.name == "checkpoint":
+        shutil.copytree(artifact.twin, place / artifact.twin.name)
+    if artifact.name in ("finished run", "run of a report"):
+        ignored = shutil.ignore_patterns("checkpoints", "adapter*")
+        shutil.copytree(artifact.folder, folder, ignore=ignored)
+    else:
+        shutil.copytree(artifact.folder, folder)
+    if artifact.name == "log of a run":
+        shutil.copy(artifact.folder.parents[1] / "metrics.jsonl", folder)
+        cut = json.loads((folder / "state.json").read_bytes())["metrics"]["bytes"]
+        content = (folder / "metrics.jsonl").read_bytes()
+        (folder / "metrics.jsonl").write_bytes(content[:cut])
+    if artifact.name == "reference store":
+        fields = json.loads((folder / runs.MANIFEST).read_bytes())["fields"]
+        (folder / "fields.json").write_text(json.dumps(fields))
+    return folder
+
+
+def damage(artifact: Artifact, folder: Path, name: str, kind: str, draw: random.Random) -> bool:
+    """Damage one file; False where that leaves the same bytes or what is legitimate."""
+    path = folder / name
+    content = path.read_bytes()
+    if kind == "missing":
+        path.unlink()
+        return name not in artifact.may_miss
+    if kind == "truncated":
+        path.write_bytes(content[: draw.randrange(len(content))])
+    elif kind == "flipped":
+        changed = bytearray(content)
+        changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+    else:
+        root = artifact.twin.parents[1] if artifact.name == "log of a run" else artifact.twin
+        others = [root / name]
+        if name not in artifact.may_miss:  # in its place a file without a seal is another program's
+            others += [folder / other for other in files_of(artifact)]
+        there = [other for other in others if other.exists() and other.read_bytes() != content]
+        if not there:
+            return False
+        path.write_bytes(draw.choice(there).read_bytes())
+    return path.read_bytes() != content
+
+
+def damage_all(artifacts: list[Artifact], count: int, place: Path, line) -> None:
+    """Undamaged artifacts are read; of `count` damages each must end in a `UserError`."""
+    for number, artifact in enumerate(artifacts):
+        artifact.read(laid_out(artifact, place / f"whole-{number}"))
+    draw = random.Random(8)
+    while line.faults < count:
+        artifact, kind = draw.choice(artifacts), draw.choice(KINDS)
+        name = draw.choice(files_of(artifact))
+        here = place / f"{line.runs}"
+        line.runs += 1
+        folder = laid_out(artifact, here)
+        if damage(artifact, folder, name, kind, draw):
+            line.faults += 1
+            where = f"{artifact.name}: {name} {kind}"
+            try:
+                artifact.read(folder)
+                line.silent.append(f"{where}: read as if nothing had been")
+            except UserError:
+                pass
+            except Exception as error:
+                line.silent.append(f"{where}: unexplained {error!r}")
+        shutil.rmtree(here)
+
+
+@pytest.mark.faults
+def test_a_thousand_damages_are_all_noticed(artifacts, tally, tmp_path):
+    line = tally("truncated, bit flipped, swapped, missing", "all artifacts", "each ends in an explained error")
+    damage_all(artifacts, DAMAGES, tmp_path, line)
+
+
+def test_some_damages_are_noticed(artifacts, tally, tmp_path):
+    damage_all(artifacts, SUBSET, tmp_path, tally("some of the damages", "all artifacts"))
