@@ -39,6 +39,14 @@ class RunFault(UserError):
     exit_code = EXIT_FAULT
 
 
+class NonFiniteStep(RunFault):
+    """Loss or gradient of a step is not finite. `facts` is what a report about it says beside the settings."""
+
+    def __init__(self, problem: str, facts: Mapping[str, object]):
+        super().__init__(problem)
+        self.facts = dict(facts)
+
+
 class Stopped(UserError):
     """A signal asked the stage to stop, and everything needed to go on is saved. Exit code 75."""
 

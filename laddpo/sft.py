@@ -46,7 +46,15 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.machine import find_machine
     from laddpo.preference.prepared import chosen_examples
     from laddpo.prepare import open_prepared
-    from laddpo.training import Validation, gradient_scaler, loop_settings, resume_step, run_outputs, validation_tasks
+    from laddpo.training import (
+        Validation,
+        fault_reports,
+        gradient_scaler,
+        loop_settings,
+        resume_step,
+        run_outputs,
+        validation_tasks,
+    )
 
     inputs.check_before_loading(config)
     machine = find_machine(config)
@@ -65,7 +73,10 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     print(f"SFT: {settings.total_steps} steps of {rows}")
     optim = config.optim
     at_step = resume_step(folder) if is_resumed else None
-    with run_outputs(config, folder, loaded, at_step, validation) as outputs:
+    with (
+        run_outputs(config, folder, loaded, at_step, validation) as outputs,
+        fault_reports(folder, parameters, config.seed),
+    ):
         state = train_loop(
             task,
             parameters,

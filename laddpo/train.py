@@ -71,6 +71,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.training import (
         check_weights,
         dry_run_settings,
+        fault_reports,
         gradient_scaler,
         longest_pairs,
         loop_settings,
@@ -119,7 +120,10 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     step_tokens = settings.items_per_step * lengths.longest_pair
     memory = StepMemory(machine, loaded.model, optimizer, step_tokens)
     at_step = resume_step(folder) if is_resumed else None
-    with run_outputs(config, folder, loaded, at_step, validation) as outputs:
+    with (
+        run_outputs(config, folder, loaded, at_step, validation) as outputs,
+        fault_reports(folder, parameters, config.seed),
+    ):
         state = train_loop(
             task,
             parameters,

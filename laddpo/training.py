@@ -7,21 +7,22 @@ import dataclasses
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from laddpo import inputs, runs
 from laddpo.answering import VALIDATION_LIMIT, answer_ids, answer_task, open_task
-from laddpo.core.checkpoint import step_folders
+from laddpo.core.checkpoint import save_tensors, step_folders
 from laddpo.core.gradient import Item, score_items
 from laddpo.core.loop import LoopSettings, RunOutputs, step_items
 from laddpo.core.objectives import reference_draws
 from laddpo.core.tasks import DpoTask
-from laddpo.errors import RunFault
+from laddpo.errors import NonFiniteStep, RunFault
 from laddpo.evaluation.margins import score_preferences
 from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
 from laddpo.inputs import Loaded
@@ -34,6 +35,7 @@ from laddpo.tracking import Trackers
 
 EXACT_MATCH, LOSS = "validation/exact_match", "validation/loss"
 STEP_ZERO_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}  # relative, for another packing than the reference's
+FAULT_BYTES = 2**30  # trainable weights up to this size go into a report of a fault
 
 
 def loop_settings(config: RunConfig, item_count: int, best_metric: str | None) -> LoopSettings:
@@ -118,6 +120,27 @@ def check_weights(config: RunConfig, folder: Path) -> None:
     for name in (inputs.MODEL, inputs.MODEL_LAST) if is_full else (inputs.ADAPTER, inputs.ADAPTER_LAST):
         if runs.read_manifest(folder / name, "weights") is None:
             raise RunFault(f"{folder / name}: is gone; expected the weights that the run kept. Start a new run.")
+
+
+@contextlib.contextmanager
+def fault_reports(folder: Path, parameters: Mapping[str, Tensor], seed: int) -> Iterator[None]:
+    """A step that is not finite leaves `fault/` in the run's folder: what, beside config.yaml, doing it again takes.
+
+    The noise of the step follows from seed, step and row ids; the weights are stored where they are not huge.
+    """
+    try:
+        yield
+    except NonFiniteStep as fault:
+        broken = sorted(name for name, tensor in parameters.items() if not bool(tensor.isfinite().all()))
+        with runs.replaced_folder(folder / "fault") as target:
+            runs.write_json(target / "fault.json", {**fault.facts, "seed": seed, "nonfinite_weights": broken})
+            files = ["fault.json"]
+            if sum(tensor.numel() * tensor.element_size() for tensor in parameters.values()) <= FAULT_BYTES:
+                save_tensors(target / "weights.safetensors", parameters)
+                files.append("weights.safetensors")
+            runs.write_manifest(target, "fault", {}, files, **runs.provenance())
+        message = f"{fault} What a bug report needs is in {folder / 'fault'}, beside {folder / 'config.yaml'}."
+        raise NonFiniteStep(message, fault.facts) from fault
 
 
 def resume_step(folder: Path) -> int:

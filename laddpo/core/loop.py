@@ -22,9 +22,11 @@ from tqdm.auto import tqdm
 from laddpo.core import checkpoint as checkpoints
 from laddpo.core.noise import epoch_order
 from laddpo.core.optim import learning_rate
-from laddpo.errors import RunFault, Stopped, UserError
+from laddpo.errors import NonFiniteStep, Stopped, UserError
 from laddpo.runs import JsonLines
 from laddpo.signals import StopFlag
+
+MAX_OVERFLOWS = 25  # in a row; from 65,536 the loss scale has then fallen below 0.002
 
 
 class TrainingTask(Protocol):
@@ -71,6 +73,7 @@ class LoopState:
     evaluated_step: int = -1
     evaluations_since_best: int = 0
     skipped: int = 0
+    overflows: int = 0
     stopped_early: str = ""
     loss_scaler: dict[str, Any] = field(default_factory=dict)
 
@@ -213,6 +216,7 @@ def _step(
         scaler.step(optimizer)
         scaler.update()
         is_finite = math.isfinite(metrics["loss"])
+        _count_overflows(task, indices, norm, metrics["loss"], scaler, state)
     else:
         is_finite = math.isfinite(norm) and math.isfinite(metrics["loss"])
         if is_finite:
@@ -239,10 +243,27 @@ def _count_nonfinite(
     if state.skipped > settings.skip_nonfinite:
         names = task.names(indices)
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        raise RunFault(
+        raise NonFiniteStep(
             f"step {state.step + 1}: the loss is {loss} and the gradient norm {norm}, expected finite numbers. "
             f"The weights are as before this step. Rows: {shown}. Lower optim.learning_rate, use "
-            f"hardware.precision=fp32, or skip up to k such steps with optim.skip_nonfinite=k."
+            f"hardware.precision=fp32, or skip up to k such steps with optim.skip_nonfinite=k.",
+            {"step": state.step + 1, "rows": names, "loss": str(loss), "grad_norm": str(norm)},
+        )
+
+
+def _count_overflows(
+    task: TrainingTask, indices: Sequence[int], norm: float, loss: float, scaler: torch.amp.GradScaler, state: LoopState
+) -> None:
+    """A scaler skips a step that overflows, and the next, and the next: where no scale helps, the run stops."""
+    state.overflows = 0 if math.isfinite(norm) else state.overflows + 1
+    if state.overflows >= MAX_OVERFLOWS:
+        names = task.names(indices)
+        raise NonFiniteStep(
+            f"step {state.step + 1}: the float16 gradient overflowed in {state.overflows} steps one after the other, "
+            f"and the loss scale fell to {scaler.get_scale():g}; expected that a lower scale helps. The weights are as "
+            f"before these steps. Rows of the last: {', '.join(names[:8])}. Use hardware.precision=bf16 or fp32, or "
+            "lower optim.learning_rate.",
+            {"step": state.step + 1, "rows": names, "loss": str(loss), "grad_norm": str(norm)},
         )
 
 

@@ -12,7 +12,7 @@ from laddpo.core.elbo import ElboEstimator
 from laddpo.core.loop import step_items
 from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import DpoTask, fill_reference, pair_item
-from laddpo.errors import RunFault, Stopped, UserError
+from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError
 from laddpo.signals import StopFlag
 from tests.core.helpers import random_pair
 from tests.core.loop_helpers import (
@@ -189,6 +189,34 @@ def test_an_overflow_halves_the_scale_and_skips_the_step_without_counting_as_a_f
     assert state.skipped == 0 and state.step == STEPS
     assert [a == b for a, b in itertools.pairwise(weights)] == [False, True, False, True, False, False]
     assert scale.get_scale() == 2.0**10
+
+
+def test_where_no_scale_helps_the_run_stops_with_the_weights_as_before(folder):
+    run, scale = Run(folder), scaler(2.0**12)
+    before = run.weights()
+    always = overflowing(run, set(range(100)))
+    with pytest.raises(
+        NonFiniteStep, match=r"overflowed in 25 steps one after the other.*scale fell to 0\.00012"
+    ) as fault:
+        run.train(scaler=scale, task=always, total_steps=40, validate=None, save_steps=0)
+    assert run.weights() == before and fault.value.facts["step"] == 25
+    assert fault.value.facts["rows"] == run.task.names(step_items(3, 24, PAIRS, PER_STEP)[1])
+
+
+def test_overflows_are_counted_across_a_resume_and_a_good_step_forgets_them(folder):
+    run = Run(folder)
+    with pytest.raises(Stopped):
+        run.train(
+            scaler=scaler(2.0**12), task=overflowing(run, set(range(3))), before_step=run.stop_at(2), validate=None
+        )
+    resumed = Run(folder)
+    with pytest.raises(NonFiniteStep, match="overflowed in 25 steps") as fault:
+        always = overflowing(resumed, set(range(100)))
+        resumed.train(scaler=scaler(1.0), task=always, resume=True, total_steps=40, validate=None)
+    assert fault.value.facts["step"] == 25
+    good = Run(folder.parent / "good")
+    broken = overflowing(good, set(range(24)) | set(range(25, 40)))
+    assert good.train(scaler=scaler(2.0**20), task=broken, total_steps=40, validate=None).overflows == 15
 
 
 def test_the_loss_scale_is_resumed(folder):
