@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from laddpo import runs
+from laddpo.core.gradient import lockstep
 from laddpo.errors import Stopped
 from laddpo.evaluation.sampling import SamplerSettings, generate, until_stop
 from laddpo.evaluation.tasks import (
@@ -133,12 +134,13 @@ def answer_task(
 
     Raises `Stopped` between two batches after a signal; the same command then goes on with the next batch.
     """
-    answer = described_answerer(config, loaded)
+    answer, ranks = described_answerer(config, loaded), loaded.machine.ranks
 
     def answer_unless_stopped(prompts: list) -> list[Answer]:
-        if stop:
+        if ranks.agree_to_stop(stop):
             raise Stopped(f"{items_path}: stopped by {stop.name}; the answers so far are kept. Give the command again.")
-        return answer(prompts)
+        with lockstep(loaded.denoiser):
+            return answer(prompts) if prompts else []
 
     return run_task(
         answer_unless_stopped,
@@ -147,4 +149,5 @@ def answer_task(
         items_path=items_path,
         fields={"weights": dict(weights), "sampler": dataclasses.asdict(sampler_settings(config))},
         labels={"model": label},
+        ranks=ranks,
     )

@@ -35,6 +35,7 @@ import laddpo
 from laddpo.compose import compose_tree, open_hydra, to_run_config
 from laddpo.config import unlikely_settings
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError, nearest
+from laddpo.launch import joined, leave, refuse_sweep, speaks
 from laddpo.mistakes import config_groups
 from laddpo.redaction import redact
 from laddpo.runs import disk_message
@@ -53,7 +54,7 @@ def run_stage(stage: str, main: Main) -> None:
     SIGTERM ends it as Ctrl-C does, also where no step is under way that would have to be finished first.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(cli(stage, sys.argv[1:], main))
+    leave(cli(stage, sys.argv[1:], main))
 
 
 def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
@@ -66,7 +67,8 @@ def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_DONE if stop.code is None else EXIT_FAULT
     except KeyboardInterrupt:
-        print("interrupted.", file=sys.stderr)
+        if speaks():
+            print("interrupted.", file=sys.stderr)
         return EXIT_STOPPED
     except BrokenPipeError:  # the reader of our output (head, less) went away
         with contextlib.suppress(OSError):
@@ -74,12 +76,12 @@ def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
         return EXIT_FAULT
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
-            sys.stderr.write(redact(traceback.format_exc()))
+            _print_traceback()
             return EXIT_FAULT
         _print_problems(UserError(disk_message(Path(error.filename or os.curdir), error)))
         return EXIT_USER
     except Exception:
-        sys.stderr.write(redact(traceback.format_exc()))
+        _print_traceback()
         return EXIT_FAULT
 
 
@@ -110,14 +112,21 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
         if sweeping:
             from laddpo.sweep import run_sweep
 
+            refuse_sweep()
             return run_sweep(hydra, stage, args.config_name, args.config_dir, args.overrides, tree)
         config = to_run_config(tree)
         given_overrides.set(tuple(args.overrides))
-    folder = run_folder(stage, config)
-    if _rank() == 0:
-        for note in unlikely_settings(config):
-            print(f"note: {note}", file=sys.stderr)
-    main = main or importlib.import_module(f"laddpo.{stage}").main
+    with joined(stage, config) as ranks:
+        if ranks is None:
+            return EXIT_DONE
+        folder = Path(ranks.broadcast(str(run_folder(stage, config)) if ranks.is_main else None))
+        if ranks.is_main:
+            for note in unlikely_settings(config):
+                print(f"note: {note}", file=sys.stderr)
+        return _call(main or importlib.import_module(f"laddpo.{stage}").main, config, folder)
+
+
+def _call(main: Main, config: RunConfig, folder: Path) -> int:
     try:
         main(config, folder)
     except Exception as error:
@@ -132,54 +141,16 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
 def run_folder(stage: str, config: RunConfig) -> Path:
     """The folder this run owns: `output_dir` when given, else outputs/<stage>/<date-time-name>. Not created here.
 
-    All processes of one launch get the same answer: from LADDPO_RUN_FOLDER if it is set, else from the moment at which
-    their common parent (torchrun, accelerate) was started.
+    Rank 0 of a launch asks for all of them.
     """
     if config.output_dir is not None:
         folder = Path(config.output_dir)
-    elif fixed := os.environ.get("LADDPO_RUN_FOLDER"):
-        folder = Path(fixed)
     else:
-        world, local_world = (int(os.environ.get(k, "1")) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        if local_world not in (1, world):
-            raise UserError(
-                f"output_dir is not set and the run spans several machines ({world} processes, {local_world} here), "
-                "which cannot agree on a folder by themselves; add output_dir=<a folder that all of them see>."
-            )
-        folder = (
-            Path(config.paths.outputs_dir) / stage / f"{_launch_stamp(world)}-{config.model.name}-{config.data.source}"
-        )
+        salt = hashlib.sha256(f"{os.getpid()}-{time.time_ns()}".encode()).hexdigest()[:4]
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{salt}-{config.model.name}-{config.data.source}"
+        folder = Path(config.paths.outputs_dir) / stage / name
     _check_folder(folder, config)
     return folder
-
-
-def _launch_stamp(world: int) -> str:
-    """`2025-01-31_12-00-00-1f3a`: this moment, or for several processes the start of the one that launched them."""
-    if world == 1:
-        moment, salt = time.time(), f"{os.getpid()}-{time.time_ns()}"
-    else:
-        moment = _start_of_process(os.getppid())
-        salt = f"{os.getppid()}-{os.environ.get('MASTER_PORT', '')}-{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
-    return (
-        f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.localtime(moment))}-{hashlib.sha256(salt.encode()).hexdigest()[:4]}"
-    )
-
-
-def _start_of_process(pid: int) -> float:
-    """Seconds since the epoch at which a process started (Linux: /proc; elsewhere: ps)."""
-    stat = Path(f"/proc/{pid}/stat")
-    if stat.exists():
-        ticks = float(stat.read_text(encoding="utf-8").rpartition(")")[2].split()[19])
-        boot = next(
-            float(line.split()[1])
-            for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines()
-            if line.startswith("btime")
-        )
-        return boot + ticks / os.sysconf("SC_CLK_TCK")
-    import subprocess
-
-    shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-    return time.mktime(time.strptime(shown.strip(), "%a %b %d %H:%M:%S %Y"))
 
 
 def _check_folder(folder: Path, config: RunConfig) -> None:
@@ -200,12 +171,13 @@ def _check_folder(folder: Path, config: RunConfig) -> None:
         )
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+def _print_traceback() -> None:
+    speaks()  # counts: what the other processes of a launch will say of it is not needed
+    sys.stderr.write(redact(traceback.format_exc()))
 
 
 def _print_problems(error: UserError) -> None:
-    if _rank() != 0:  # one process of a launch speaks
+    if not speaks():  # one process of a launch speaks
         return
     count = len(error.problems)
     head = "" if count == 1 else f"{count} problems, nothing was run:\n"

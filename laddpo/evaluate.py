@@ -22,10 +22,12 @@ TRAINING_SAMPLE = 64  # training pairs on which reward accuracy is measured, too
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Evaluate the run that `run` names, or the configured model as it is."""
-    from laddpo import inputs, runs
+    from laddpo import inputs
     from laddpo.compose import write_config
+    from laddpo.core.ranks import here
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
+    from laddpo.resuming import held
     from laddpo.signals import stop_on_signal
 
     trained = None
@@ -37,8 +39,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
         from laddpo.harness import require_harness
 
         require_harness(config)
-    with runs.locked(run_folder, wait=False), stop_on_signal() as stop:
-        write_config(config, run_folder)
+    with held(run_folder), stop_on_signal() as stop:
+        if here().is_main:
+            write_config(config, run_folder)
         loaded = inputs.load(config, find_machine(config))
         if trained:
             inputs.make_trainable(config, loaded)
@@ -76,7 +79,8 @@ def config_of_run(config: RunConfig, trained: Path) -> RunConfig:
 def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loaded, stop) -> dict:
     """Base against the best weights of the run in `trained`; returns the content of results.json.
 
-    The model in `loaded` must already carry the run's adapter (or be trainable as a whole); its weights are replaced.
+    Several ranks divide the pairs and the answers; rank 0 writes what one process would. The model in `loaded` must
+    already carry the run's adapter (or be trainable as a whole); its weights are replaced.
     """
     from laddpo import inputs, runs
     from laddpo.answering import answer_task, open_task
@@ -85,7 +89,7 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
 
     tuned = tuned_weights(config, trained)
     results: dict = {}
-    margins = None
+    margins, is_main = None, loaded.machine.ranks.is_main
     held_out = list(prepared.validation)[: config.evaluation.num_pairs]
     seen = training_sample(config, prepared)
     with base_model(config, loaded):
@@ -112,8 +116,12 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
         results[key] = _compare([r["correct"] for r in base], [r["correct"] for r in records], config.seed)
         results[key]["task"] = {"name": task.name, "grader": task.grader.name, **task.fields}
         results.update(_compare_lengths(config, base, records, "" if len(tasks) == 1 else f"{task.name}/"))
-        runs.write_text(folder / f"examples_{task.name}.txt", examples_text(base, records) + "\n")
-    results.update(_harness_results(harness, _harness(config, loaded, folder, "tuned"), config.seed))
+        if is_main:
+            runs.write_text(folder / f"examples_{task.name}.txt", examples_text(base, records) + "\n")
+    harness_tuned = _harness(config, loaded, folder, "tuned")
+    if not is_main:
+        return results
+    results.update(_harness_results(harness, harness_tuned, config.seed))
     runs.write_json(folder / "results.json", results)
     evaluation_plot(results, folder / "plots" / "evaluation.png", tuned_margins=margins, title=f"{trained.name}")
     print()
@@ -148,7 +156,10 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop) -> dict:
         }
         share = f"{right / len(records):.1%} (95% interval {low:.1%} to {high:.1%})"
         print(f"{name}: {right} of {len(records)} exact, {share}")
-    for name, entry in _harness_results(_harness(config, loaded, folder, "base"), None, config.seed).items():
+    harness = _harness(config, loaded, folder, "base")
+    if not loaded.machine.ranks.is_main:
+        return results
+    for name, entry in _harness_results(harness, None, config.seed).items():
         results[name] = entry
         print(f"{name}: {entry['base']:.4g}")
     runs.write_json(folder / "results.json", results)
@@ -161,14 +172,18 @@ def own_tasks(config: RunConfig) -> list[str]:
 
 
 def _harness(config: RunConfig, loaded, folder: Path, label: str) -> dict | None:
-    """What lm-evaluation-harness makes of the model as it is now; None where it is not asked for."""
+    """What lm-evaluation-harness makes of the model as it is now; None where it is not asked for. Rank 0 runs it."""
     if config.evaluation.harness == "none":
         return None
+    from laddpo.core.gradient import lockstep
     from laddpo.harness import run_harness, write_items
 
-    found = run_harness(config, loaded, folder, label)
-    write_items(folder, found, label)
-    return found
+    with lockstep(loaded.denoiser):
+        if not loaded.machine.ranks.is_main:
+            return None
+        found = run_harness(config, loaded, folder, label)
+        write_items(folder, found, label)
+        return found
 
 
 def _harness_results(base: dict | None, tuned: dict | None, seed: int) -> dict:
@@ -204,7 +219,8 @@ def _scores(config: RunConfig, loaded, items, block: int):
     from laddpo.evaluation.margins import score_preferences
     from laddpo.inputs import objective_of
 
-    return score_preferences(loaded.denoiser, items, objective_of(config), block, loaded.machine.token_budget)
+    machine = loaded.machine
+    return score_preferences(loaded.denoiser, items, objective_of(config), block, machine.token_budget, machine.ranks)
 
 
 def _compare_accuracy(config: RunConfig, scores, pairs) -> dict:
@@ -247,7 +263,8 @@ def _measure_pairs(config: RunConfig, loaded, items, block: int, pairs, folder: 
         }
         for i, (pair, item) in enumerate(zip(pairs, items, strict=True))
     ]
-    runs.write_text(folder / "pairs.jsonl", "".join(runs.canonical_json(row) + "\n" for row in rows))
+    if loaded.machine.ranks.is_main:
+        runs.write_text(folder / "pairs.jsonl", "".join(runs.canonical_json(row) + "\n" for row in rows))
     return results, scores.margins
 
 

@@ -215,11 +215,6 @@ def objective_of(config: RunConfig) -> DpoObjective:
     return DpoObjective(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.sft_weight, dpo.correction, block)
 
 
-def pairs_per_step(config: RunConfig) -> int:
-    """Pairs of one optimizer step."""
-    return config.optim.per_device_train_batch_size * config.optim.gradient_accumulation_steps
-
-
 def reference_fields(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, estimator: ElboEstimator) -> dict:
     """Everything that the reference's values depend on: the key of the store.
 
@@ -261,7 +256,9 @@ def complete_reference(
     label: str,
 ) -> None:
     """Compute what the store lacks for these windows of pairs, saying how much that is."""
+    ranks = loaded.machine.ranks
     lacking = sum(bool(store.missing(stored_pair(pair), draws)) for pairs, draws in windows for pair in pairs)
+    lacking = max(ranks.gather(lacking))  # another run may be adding to the store while the ranks look
     total = sum(len(pairs) for pairs, _ in windows)
     if not lacking:
         print(f"reference, {label}: all {total} pairs are in {store.folder}")
@@ -272,7 +269,7 @@ def complete_reference(
             "Run python -m laddpo.precompute with the same settings, or set auto=true."
         )
     print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}")
-    with tqdm(total=total, unit="pairs", desc="reference", dynamic_ncols=True) as progress:
+    with tqdm(total=total, unit="pairs", desc="reference", dynamic_ncols=True, disable=not ranks.is_main) as progress:
         fill_reference(
             loaded.denoiser,
             store,
@@ -282,7 +279,11 @@ def complete_reference(
             stop,
             PAIRS_PER_SHARD,
             progress.update,
+            ranks,
         )
+    if ranks.world > 1:
+        ranks.barrier()
+        store.refresh()
 
 
 def measured_items(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from laddpo.core import ranks as processes
 from laddpo.core.budget import TokenBudget
 from laddpo.core.memory import GIB, explain, gib, predict_memory
 from laddpo.planning import CONTEXT_BYTES, Choice, Lengths, assumed_lengths, choose_plan, free_ram_bytes, usable
@@ -31,6 +32,7 @@ class Machine:
     embeddings_on_cpu: bool
     compile: bool
     choice: Choice
+    ranks: processes.Ranks = processes.ALONE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,7 +44,8 @@ class Machine:
         chosen = [option.replace("_", " ") for option in options if getattr(self, option)]
         tokens = f"{self.token_budget.tokens} tokens per micro-step"
         memory = f"predicted peak {gib(self.choice.memory.peak)} of {gib(self.choice.available)} available"
-        return ", ".join([name, self.precision, tokens, *chosen, memory])
+        together = [f"{self.ranks.world} processes, each on"] if self.ranks.world > 1 else []
+        return " ".join([*together, ", ".join([name, self.precision, tokens, *chosen, memory])])
 
 
 def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:
@@ -54,7 +57,7 @@ def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:
     hardware = config.hardware
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
-    device = find_device(hardware)
+    device, ranks = find_device(hardware), processes.here()
     precision = hardware.precision
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
@@ -79,20 +82,23 @@ def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:
         embeddings_on_cpu=hardware.embeddings_on_cpu,
         compile=hardware.compile,
         choice=choice,
+        ranks=ranks,
     )
 
 
 def find_device(hardware: HardwareSettings) -> torch.device:
-    """The device of the settings; `auto` takes the GPU if there is one."""
-    if hardware.device != "auto":
-        return torch.device(hardware.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of the settings; `auto` takes the GPU if there is one, of several processes each its own."""
+    kind = hardware.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = processes.launched()
+    return torch.device(kind, ranks.local_rank) if kind == "cuda" and ranks.world > 1 else torch.device(kind)
 
 
 def available_bytes(hardware: HardwareSettings, device: torch.device) -> int:
     """What is free for tensors now, this process's own included: never what the datasheet says."""
     if device.type == "cpu":
-        return free_ram_bytes()
+        return free_ram_bytes() // processes.here().local_world
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     if hardware.vram_gib is None:
         return free

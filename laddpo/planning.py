@@ -7,6 +7,7 @@ model take their token budget from the same prediction (laddpo/machine.py).
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import time
@@ -27,6 +28,7 @@ from laddpo.core.memory import (
     largest_token_budget,
     predict_memory,
 )
+from laddpo.core.ranks import launched
 from laddpo.core.speed import Device, Work, predicted_seconds
 from laddpo.settings import RunConfig
 
@@ -131,7 +133,8 @@ def choose_plan(config: RunConfig, device: str, precision: str, available: int, 
     def plan(option: Setup) -> tuple[MemoryPlan, int]:
         tokens = hardware.token_budget or max(BUDGET_STEP, steady(largest[option.checkpointing]))
         mode, _ = choose_backward(config, lengths, tokens)
-        micro_step = max(lengths.longest, min(tokens, pairs_per_step(config) * lengths.longest_pair))
+        own_pairs = math.ceil(pairs_per_step(config) / processes(config))
+        micro_step = max(lengths.longest, min(tokens, own_pairs * lengths.longest_pair))
         load = Load(micro_step, exceeds=lengths.longest_pair > tokens)
         return predict_memory(dataclasses.replace(option, backward=mode), load), tokens
 
@@ -180,8 +183,14 @@ def work_of(config: RunConfig, lengths: Lengths, pairs: int | None) -> Work | No
 
 
 def pairs_per_step(config: RunConfig) -> int:
-    """Pairs of one optimizer step."""
-    return config.optim.per_device_train_batch_size * config.optim.gradient_accumulation_steps
+    """Pairs of one optimizer step, over all processes."""
+    optim = config.optim
+    return optim.per_device_train_batch_size * optim.gradient_accumulation_steps * processes(config)
+
+
+def processes(config: RunConfig) -> int:
+    """The processes that a step's pairs are counted for: those launched, unless the settings say otherwise."""
+    return config.hardware.processes or launched().world
 
 
 def assumed_lengths(config: RunConfig) -> Lengths:

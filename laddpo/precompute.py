@@ -63,7 +63,7 @@ def verify(config: RunConfig, loaded, store, estimator, prepared) -> None:
     """Recompute stored values of a sample of pairs on this machine and compare; `RunFault` when they differ."""
     import numpy as np
 
-    from laddpo.core.gradient import score_items
+    from laddpo.core.sharing import score_shared
     from laddpo.core.tasks import pair_item, stored_pair
     from laddpo.training import STEP_ZERO_TOLERANCE
 
@@ -75,7 +75,7 @@ def verify(config: RunConfig, loaded, store, estimator, prepared) -> None:
         print(f"{store.folder}: holds no values for these pairs yet; nothing to verify")
         return
     items = [pair_item(pair, estimator, draws) for pair in sample]
-    now = score_items(loaded.denoiser, items, loaded.machine.token_budget).cpu().numpy()
+    now = score_shared(loaded.denoiser, items, loaded.machine.token_budget, loaded.machine.ranks).cpu().numpy()
     stored = np.stack([store.values(stored_pair(pair), draws) for pair in sample])
     difference = np.abs(now - stored)
     relative = float((difference / np.maximum(1.0, np.abs(stored))).max())

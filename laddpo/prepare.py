@@ -44,12 +44,14 @@ def open_prepared(config: RunConfig):
 
 def prepare(config: RunConfig):
     """The finished folder as `PreparedPairs`."""
+    from laddpo.core.ranks import here
     from laddpo.errors import UserError
     from laddpo.preference.preparation import prepare_pairs
 
     arguments = _arguments(config)
     try:
-        prepared = prepare_pairs(*arguments, evaluation_prompts(config))
+        with here().main_first():  # the other processes find what rank 0 prepared
+            prepared = prepare_pairs(*arguments, evaluation_prompts(config))
     finally:
         for part in arguments[2]:
             if part.request.grader is not None:
@@ -66,9 +68,10 @@ def check_enough(config: RunConfig, prepared) -> None:
     """
     import sys
 
+    from laddpo.core.ranks import here
     from laddpo.errors import UserError
     from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT
-    from laddpo.inputs import pairs_per_step
+    from laddpo.planning import pairs_per_step
 
     has_problems = any(task in HAS_VALIDATION_SPLIT for task in config.evaluation.tasks)
     needs_pairs = config.best_metric not in ("auto", "none", "exact_match") or (
@@ -86,7 +89,7 @@ def check_enough(config: RunConfig, prepared) -> None:
             "evaluation.every_steps=null and best_metric=auto."
         )
     count, batch = len(prepared.train), pairs_per_step(config)
-    if count < batch:
+    if count < batch and here().is_main:
         print(
             f"note: {count:,} training pairs are fewer than the {batch:,} of a step: each step is a whole epoch. Lower "
             "optim.gradient_accumulation_steps, or give more pairs.",

@@ -190,6 +190,7 @@ RANGES: dict[str, Range] = {
     "hardware.tflops": more_than(0, "97.5 for an RTX 4080; null leaves plan without hours on a GPU"),
     "hardware.memory_gb_per_s": more_than(0, "717 for an RTX 4080; null assumes a usual ratio to tflops"),
     "hardware.threads": at_least(1, "null leaves torch's own choice"),
+    "hardware.processes": at_least(1, "null takes as many as are launched"),
     "evaluation.limit": at_least(1, "null takes every item"),
     "evaluation.shots": at_least(0, "0 shows no worked examples"),
     "evaluation.every_steps": at_least(1, "null evaluates only at the end"),

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from laddpo import runs
 from laddpo.compose import read_config
+from laddpo.core.ranks import here
 from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 
@@ -31,7 +34,36 @@ class RunPlace:
 
 
 def find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:
-    """Decide from `resume`. Raises `UserError` listing the differing settings when the run there is another one."""
+    """Decide from `resume`; of several processes rank 0 does.
+
+    Raises `UserError` listing the differing settings when the run there is another one.
+    """
+    ranks = here()
+    found = _find_run(config, new_folder, stage) if ranks.is_main else None
+    folder, *rest = ranks.broadcast([str(found.folder), found.is_resumed, found.is_finished] if found else None)
+    return RunPlace(Path(folder), *rest)
+
+
+def step_processes(config: RunConfig, place: RunPlace) -> RunConfig:
+    """The settings with the number of processes that a step's pairs are counted for: a resumed run's stays what it was,
+    so that each step has the pairs it would have had, in any number of processes."""
+    processes = config.hardware.processes or here().world
+    if place.is_resumed:
+        processes = read_config(place.folder).hardware.processes or 1
+    return dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, processes=processes))
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this run; of several processes rank 0 does, for all."""
+    if not here().is_main:
+        yield
+        return
+    with runs.locked(folder, wait=False):
+        yield
+
+
+def _find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:
     if config.resume == "false":
         return RunPlace(new_folder)
     if config.resume != "true":

@@ -225,6 +225,7 @@ class HardwareSettings:
     memory_gb_per_s: float | None = None
     compile: bool = False
     threads: int | None = None
+    processes: int | None = None
 
 
 @dataclass

@@ -20,7 +20,7 @@ from laddpo.settings import RunConfig
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one SFT run in `run_folder`, or in the run that `resume` names."""
     from laddpo import runs
-    from laddpo.resuming import find_run
+    from laddpo.resuming import find_run, held, step_processes
     from laddpo.signals import stop_on_signal
 
     place = find_run(config, run_folder, "sft")
@@ -28,8 +28,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
         runs.read_manifest(place.folder, "sft")
         print(f"{place.folder}: this run is finished; nothing was changed.")
     else:
-        with runs.locked(place.folder, wait=False), stop_on_signal() as stop:
-            train(config, place.folder, place.is_resumed, stop)
+        with held(place.folder), stop_on_signal() as stop:
+            train(step_processes(config, place), place.folder, place.is_resumed, stop)
     print(place.folder)
 
 
@@ -60,13 +60,15 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     machine = find_machine(config)
     print(f"machine: {machine}")
     loaded = inputs.new_model(config, machine) if config.sft.from_scratch else inputs.load(config, machine)
-    write_config(config, folder)
+    ranks = machine.ranks
+    if ranks.is_main:
+        write_config(config, folder)
     prepared = open_prepared(config) if config.sft.examples == "chosen" else None
     examples = chosen_examples(prepared.train) if prepared else corpus_examples(config, loaded)
     parameters = inputs.make_trainable(config, loaded)
     # every epoch sees new masks: nothing is stored that would tie them
     estimator = ElboEstimator("count", "low_discrepancy", draws_of(config), config.seed, mask_rounds=sys.maxsize)
-    task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget)
+    task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget, ranks=ranks)
     validation = Validation(config, loaded, [], 1, validation_tasks(config), stop=stop)
     settings = loop_settings(config, len(examples), validation.best_metric)
     rows = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} masks each"
@@ -88,16 +90,20 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             resume=is_resumed,
             scaler=gradient_scaler(machine),
             unit="rows",
+            ranks=ranks,
         )
-    training_plot(
-        outputs.metrics.read(),
-        folder / "plots" / "training.png",
-        timing=outputs.timing.read(),
-        title=f"{config.model.name}: SFT on {config.sft.examples}",
-        best_step=state.best_step if settings.best_metric else None,
-    )
+    if ranks.is_main:
+        training_plot(
+            outputs.metrics.read(),
+            folder / "plots" / "training.png",
+            timing=outputs.timing.read(),
+            title=f"{config.model.name}: SFT on {config.sft.examples}",
+            best_step=state.best_step if settings.best_metric else None,
+        )
     if prepared and config.evaluation.at_end:
         evaluate_run(config, folder, folder / "evaluation", prepared, loaded, stop)
+    if not ranks.is_main:
+        return
     fields = {"step": state.step, "best_step": state.best_step, "best_value": state.best_value}
     runs.write_manifest(folder, "sft", fields, ["config.yaml", "metrics.jsonl"], **runs.provenance())
 

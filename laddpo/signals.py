@@ -40,6 +40,8 @@ def stop_on_signal() -> Iterator[StopFlag]:
             os._exit(EXIT_STOPPED)
         flag.name = signal.Signals(number).name
         # not print: a handler may run inside a write to stderr, whose buffer refuses to be entered twice
+        if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+            return
         with contextlib.suppress(OSError):
             os.write(2, f"\n{flag.name}: stopping after this step; once more to stop at once.\n".encode())
 

@@ -22,7 +22,7 @@ SEALED = ("config.yaml", "metrics.jsonl", "evaluation/results.json")
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one run in `run_folder`, or in the run that `resume` names."""
     from laddpo import runs
-    from laddpo.resuming import find_run
+    from laddpo.resuming import find_run, held, step_processes
 
     place = find_run(config, run_folder, "train")
     if place.is_finished:
@@ -33,7 +33,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
         return
     from laddpo.signals import stop_on_signal
 
-    with runs.locked(place.folder, wait=False), stop_on_signal() as stop:
+    with held(place.folder), stop_on_signal() as stop:
+        config = step_processes(config, place)
         if config.data.rounds > 1:
             from laddpo.rounds import train_rounds
 
@@ -66,7 +67,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.tasks import DpoTask, visited_windows
     from laddpo.footprint import StepMemory, dry_run_text, retries_text
     from laddpo.machine import find_machine
-    from laddpo.planning import choose_backward
+    from laddpo.planning import choose_backward, pairs_per_step
     from laddpo.prepare import check_enough, open_prepared
     from laddpo.training import (
         check_weights,
@@ -88,11 +89,13 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     machine = find_machine(config, lengths)
     print(f"machine: {machine}")
     loaded = inputs.load(config, machine)
-    write_config(config, folder)
+    ranks = machine.ranks
+    if ranks.is_main:
+        write_config(config, folder)
 
     pairs = prepared.train
     if config.dry_run:
-        config, pairs = dry_run_settings(config), longest_pairs(pairs, inputs.pairs_per_step(config))
+        config, pairs = dry_run_settings(config), longest_pairs(pairs, pairs_per_step(config))
     settings = loop_settings(config, len(pairs), best_metric=None)
     estimator, reference_estimator = inputs.training_estimator(config), inputs.reference_estimator(config)
     store = inputs.reference_store(config, prepared, loaded, reference_estimator)
@@ -111,7 +114,9 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     objective = inputs.objective_of(config)
     backward, why = choose_backward(config, lengths, machine.token_budget.tokens)
     print(f"backward: {backward} ({why})")
-    task = DpoTask(loaded.denoiser, parameters, pairs, store, estimator, objective, machine.token_budget, backward)
+    task = DpoTask(
+        loaded.denoiser, parameters, pairs, store, estimator, objective, machine.token_budget, backward, ranks
+    )
     settings = loop_settings(config, len(pairs), validation.best_metric)
     steps = f"{settings.total_steps} steps of {min(settings.items_per_step, len(pairs))} pairs from {len(pairs)}"
     print(f"DPO: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}")
@@ -135,13 +140,16 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             resume=is_resumed,
             scaler=gradient_scaler(machine),
             watch=memory.watch,
+            ranks=ranks,
         )
     if machine.token_budget.retries:
         print(retries_text(machine))
-    if config.dry_run:
+    if config.dry_run and ranks.is_main:
         speed = outputs.timing.read()[-1]["speed/tokens_per_s"]
         print(dry_run_text(config, lengths, len(prepared.train), speed))
     finish(config, folder, prepared, loaded, state, settings, stop)
+    if not ranks.is_main:
+        return
     check_weights(config, folder)
     runs.write_manifest(
         folder,
@@ -165,13 +173,15 @@ def finish(config, folder: Path, prepared, loaded, state, settings, stop) -> Non
     from laddpo.evaluation.plots import training_plot
 
     outputs = RunOutputs(folder, save_best=lambda step: None, save_last=lambda step: None)
-    training_plot(
-        outputs.metrics.read(),
-        folder / "plots" / "training.png",
-        timing=outputs.timing.read(),
-        title=f"{config.model.name}, {config.data.source}: beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}",
-        best_step=state.best_step if settings.best_metric else None,
-    )
+    if loaded.machine.ranks.is_main:
+        title = f"{config.model.name}, {config.data.source}: beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}"
+        training_plot(
+            outputs.metrics.read(),
+            folder / "plots" / "training.png",
+            timing=outputs.timing.read(),
+            title=title,
+            best_step=state.best_step if settings.best_metric else None,
+        )
     if state.stopped_early:
         print(f"stopped early at step {state.step}: {state.stopped_early}")
     if settings.best_metric and state.best_value is not None and math.isfinite(state.best_value):

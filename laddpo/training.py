@@ -18,9 +18,10 @@ from torch import Tensor
 from laddpo import inputs, runs
 from laddpo.answering import VALIDATION_LIMIT, answer_ids, answer_task, open_task
 from laddpo.core.checkpoint import save_tensors, step_folders
-from laddpo.core.gradient import Item, score_items
+from laddpo.core.gradient import Item, lockstep
 from laddpo.core.loop import LoopSettings, RunOutputs, step_items
 from laddpo.core.objectives import reference_draws
+from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import NonFiniteStep, RunFault
 from laddpo.evaluation.margins import score_preferences
@@ -28,6 +29,7 @@ from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
 from laddpo.inputs import Loaded
 from laddpo.machine import Machine
 from laddpo.models import adapters, loading
+from laddpo.planning import pairs_per_step
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.settings import RunConfig
 from laddpo.signals import StopFlag
@@ -41,7 +43,7 @@ FAULT_BYTES = 2**30  # trainable weights up to this size go into a report of a f
 def loop_settings(config: RunConfig, item_count: int, best_metric: str | None) -> LoopSettings:
     """The loop's settings for a run over `item_count` rows."""
     optim, stopping = config.optim, config.stopping
-    items_per_step = inputs.pairs_per_step(config)
+    items_per_step = pairs_per_step(config)
     steps = optim.max_train_steps or math.ceil(optim.num_train_epochs * math.ceil(item_count / items_per_step))
     if config.dry_run:
         steps = min(steps, 2)
@@ -87,7 +89,11 @@ def run_outputs(
     is_full = config.adapter.kind == "full"
     best, last = (inputs.MODEL, inputs.MODEL_LAST) if is_full else (inputs.ADAPTER, inputs.ADAPTER_LAST)
 
+    ranks = loaded.machine.ranks
+
     def save(name: str, step: int) -> None:
+        if not ranks.is_main:
+            return
         with runs.replaced_folder(folder / name) as target:
             if is_full:
                 files = loading.save_model(loaded.model, target)
@@ -98,9 +104,13 @@ def run_outputs(
             runs.write_manifest(target, "weights", fields, files, **runs.provenance())
 
     settings = dataclasses.asdict(config.logger)
+    if not ranks.is_main:
+        settings = dict.fromkeys(settings, False)
     with Trackers(folder, settings, dataclasses.asdict(config), resume_step=resume_step) as trackers:
 
         def show(step: int, text: str) -> None:
+            if not ranks.is_main:
+                return
             runs.write_text(folder / "samples" / f"step_{step:07d}.txt", text + "\n")
             trackers.text(step, "samples", text)
 
@@ -111,13 +121,16 @@ def run_outputs(
             save_best=lambda step: save(best, step),
             save_last=lambda step: save(last, step),
             track=lambda metrics, step: trackers.scalars(step, metrics),
+            writes=ranks.is_main,
         )
 
 
 def check_weights(config: RunConfig, folder: Path) -> None:
     """Before a run is sealed: the weights that it kept are whole. A run that was resumed kept some of them long ago."""
-    is_full = config.adapter.kind == "full"
-    for name in (inputs.MODEL, inputs.MODEL_LAST) if is_full else (inputs.ADAPTER, inputs.ADAPTER_LAST):
+    names = (
+        (inputs.MODEL, inputs.MODEL_LAST) if config.adapter.kind == "full" else (inputs.ADAPTER, inputs.ADAPTER_LAST)
+    )
+    for name in names:
         if runs.read_manifest(folder / name, "weights") is None:
             raise RunFault(f"{folder / name}: is gone; expected the weights that the run kept. Start a new run.")
 
@@ -180,7 +193,8 @@ class Validation:
         if self.items:
             objective = inputs.objective_of(self.config)
             budget = self.loaded.machine.token_budget
-            scores = score_preferences(self.loaded.denoiser, self.items, objective, self.block, budget)
+            ranks = self.loaded.machine.ranks
+            scores = score_preferences(self.loaded.denoiser, self.items, objective, self.block, budget, ranks)
             metrics.update(scores.metrics())
         records = [self._answers(task) for task in self.tasks]
         if records:
@@ -199,7 +213,10 @@ class Validation:
         prompts = self.prompts[:count]
         if not prompts:
             return ""
-        texts = answer_ids(self.config, self.loaded, prompts, [str(i) for i in range(len(prompts))])
+        with lockstep(self.loaded.denoiser):
+            if not self.loaded.machine.ranks.is_main:
+                return ""
+            texts = answer_ids(self.config, self.loaded, prompts, [str(i) for i in range(len(prompts))])
         asked = [self.loaded.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
         return "\n\n".join(f"prompt  {a}\nanswer  {text}" for a, text in zip(asked, texts, strict=True))
 
@@ -247,7 +264,7 @@ def step_zero_check(config: RunConfig, task: DpoTask, settings: LoopSettings, pr
         return
     _, indices = step_items(settings.seed, 0, task.item_count, settings.items_per_step)
     items = task.items(indices, 0)
-    draws = score_items(task.denoiser, items, task.token_budget)
+    draws = score_shared(task.denoiser, items, task.token_budget, task.ranks)
     reference = reference_draws(items, draws.device)
     difference = (draws - reference).abs()
     relative = float((difference / reference.abs().clamp(min=1.0)).max())

@@ -22,7 +22,7 @@ STAGES = ["prepare", "precompute", "train", "evaluate", "sft", "generate", "plan
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LADDPO_RUN_FOLDER"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -76,6 +76,7 @@ def test_a_traceback_does_not_show_a_secret(capsys, monkeypatch):
 
 def test_only_the_first_process_of_a_launch_reports_a_mistake(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli("train", ["dpo.betta=1"]) == 2
     assert capsys.readouterr().err == ""
 
@@ -125,19 +126,19 @@ def test_help_and_mistakes_answer_within_two_seconds_without_torch(arguments, tm
     assert "Traceback" not in done.stderr
 
 
-def test_several_processes_of_a_launch_agree_on_a_folder(monkeypatch):
-    config = compose()
+def test_a_sweep_in_several_processes_is_refused(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    first = run_folder("train", config)
-    time.sleep(1.1)
-    monkeypatch.setenv("RANK", "1")
-    assert run_folder("train", config) == first
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="several machines"):
-        run_folder("train", config)
-    monkeypatch.setenv("LADDPO_RUN_FOLDER", "outputs/given")
-    assert run_folder("train", config) == Path("outputs/given")
+    assert cli("train", ["-m", "dpo.beta=1,2"]) == 2
+    assert "without torchrun" in capsys.readouterr().err
+
+
+def test_of_a_stage_that_is_not_divided_only_the_first_process_runs(monkeypatch):
+    called = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        assert cli("plan", [], lambda config, folder: called.append(rank)) == 0  # noqa: B023
+    assert called == ["0"]
 
 
 def test_two_runs_started_in_the_same_second_get_different_folders():

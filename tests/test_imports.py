@@ -31,6 +31,8 @@ FLOORS = {
     "core.metrics": 1,
     "core.memory": 1,
     "core.optim": 1,
+    "core.ranks": 1,
+    "core.outputs": 1,
     "core.elbo": 2,
     "core.checkpoint": 2,
     "core": 3,

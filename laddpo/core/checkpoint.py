@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from laddpo import runs
+from laddpo.core.ranks import Ranks, placed_like, whole
 from laddpo.errors import UserError
 from laddpo.temporaries import temporary_beside
 
@@ -45,15 +46,20 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     keep: int,
+    writes: bool = True,
 ) -> Path:
     """Write `checkpoints/step_<step>` whole or not at all, then remove all but the newest `keep` (0: keep all).
 
-    `tensors` are the trainable parameters by name. Older checkpoints go only after the new one is in place.
+    `tensors` are the trainable parameters by name. Older checkpoints go only after the new one is in place. Of several
+    ranks all must call this when weights are sharded, for what is stored is whole; those with `writes` false write not.
     """
     folder = checkpoints / f"step_{step:07d}"
+    optimizer_tensors, optimizer_numbers = optimizer_state_by_name(optimizer, tensors)
+    tensors, optimizer_tensors = whole(tensors, writes), whole(optimizer_tensors, writes)
+    if not writes:
+        return folder
     with runs.explained(folder), temporary_beside(folder) as temporary:
         temporary.mkdir(parents=True)
-        optimizer_tensors, optimizer_numbers = optimizer_state_by_name(optimizer, tensors)
         save_tensors(temporary / MODEL, tensors)
         save_tensors(temporary / OPTIMIZER, optimizer_tensors)
         runs.write_json(temporary / STATE, {**state, "step": step, "optimizer": optimizer_numbers})
@@ -101,6 +107,21 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     return None
 
 
+def newest_of_main(checkpoints: Path, ranks: Ranks) -> Checkpoint | None:
+    """Rank 0's newest checkpoint, on every rank: one reads, so that none finds another, or sets one aside twice."""
+    found = newest_checkpoint(checkpoints) if ranks.is_main else None
+    if ranks.world == 1:
+        return found
+    head = ranks.broadcast(None if found is None else [str(found.folder), found.step, found.state])
+    if head is None:
+        return None
+    tensors, moments = (
+        ranks.broadcast_tensors(None if found is None else part)
+        for part in ((found.tensors, found.optimizer_tensors) if found else (None, None))
+    )
+    return Checkpoint(Path(head[0]), head[1], tensors, moments, head[2])
+
+
 def restore(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Copy a checkpoint into the model's trainable parameters and the optimizer, matching both by name."""
     stored, wanted = ({name: tuple(t.shape) for name, t in ts.items()} for ts in (checkpoint.tensors, tensors))
@@ -113,7 +134,7 @@ def restore(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], optimizer: to
             "Resume with the adapter settings of the run that wrote it."
         )
     for name, tensor in tensors.items():
-        tensor.data.copy_(checkpoint.tensors[name])
+        tensor.data.copy_(placed_like(tensor, checkpoint.tensors[name]))
     numbers = checkpoint.state["optimizer"]
     for name, parameter in tensors.items():
         prefix = f"{name}/"
@@ -122,7 +143,7 @@ def restore(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], optimizer: to
             if key.startswith(prefix):
                 # torch's AdamW keeps its step counter as a tensor on the CPU; moments live where the parameter does
                 field = key[len(prefix) :]
-                state[field] = value if field == "step" else value.to(parameter.device)
+                state[field] = value if field == "step" else placed_like(parameter, value)
         if state:
             optimizer.state[parameter] = state
 

@@ -14,6 +14,7 @@ Three ways behind one interface:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,6 +54,11 @@ class Item:
     def tokens(self) -> int:
         """Tokens of all draws of all sides."""
         return sum(sequence.tokens for sequence in self.sequences)
+
+    @property
+    def full_tokens(self) -> int:
+        """The same as if every draw masked something: what can be known of an item without its masks."""
+        return sum(len(side[0].prompt_ids) + len(side[0].response_ids) for side in self.sides) * len(self.sides[0])
 
 
 class Objective(Protocol):
@@ -161,14 +167,15 @@ def _one_pass(
 ) -> StepValues:
     """`stream`; without a budget `joint`."""
     draws, losses = [None] * len(items), [None] * len(items)
-    for group in pack_items(items, token_budget):
-        members = [items[i] for i in group]
-        if token_budget is not None and members[0].tokens > token_budget:
-            values, loss = _stream_large_item(denoiser, parameters, members[0], objective, scale, token_budget)
-        else:
-            values, loss = _backward_whole_items(denoiser, members, objective, scale)
-        for position, i in enumerate(group):
-            draws[i], losses[i] = values[position], loss[position]
+    with lockstep(denoiser, with_gradients=True):
+        for group in pack_items(items, token_budget):
+            members = [items[i] for i in group]
+            if token_budget is not None and members[0].tokens > token_budget:
+                values, loss = _stream_large_item(denoiser, parameters, members[0], objective, scale, token_budget)
+            else:
+                values, loss = _backward_whole_items(denoiser, members, objective, scale)
+            for position, i in enumerate(group):
+                draws[i], losses[i] = values[position], loss[position]
     return StepValues(torch.stack(draws), torch.stack(losses))
 
 
@@ -255,16 +262,36 @@ def _stream_large_item(
 def _two_pass(
     denoiser: Denoiser, items: Sequence[Item], objective: Objective, scale: float, token_budget: int
 ) -> StepValues:
-    values = _score(denoiser, items, token_budget)
+    with lockstep(denoiser):
+        values = _score(denoiser, items, token_budget)
     coefficients, losses = _coefficients(objective, items, values, scale)
     sequences = [sequence for item in items for sequence in item.sequences]
     flat = coefficients.flatten()
     by_length = sorted(range(len(sequences)), key=lambda i: (sequences[i].tokens, i))
     start = 0
-    for run in pack_sequence_runs([sequences[i] for i in by_length], token_budget):
-        indices = torch.as_tensor(by_length[start : start + len(run)], device=flat.device)
-        start += len(run)
-        scored = draw_logps(denoiser, run)
-        if scored.requires_grad:
-            (flat[indices] * scored).sum().backward()
+    with lockstep(denoiser, with_gradients=True):
+        for run in pack_sequence_runs([sequences[i] for i in by_length], token_budget):
+            indices = torch.as_tensor(by_length[start : start + len(run)], device=flat.device)
+            start += len(run)
+            scored = draw_logps(denoiser, run)
+            if scored.requires_grad:
+                (flat[indices] * scored).sum().backward()
     return StepValues(values, losses)
+
+
+def take_part(denoiser: Denoiser, mode: str) -> None:
+    """What a rank without items does in a step of several: nothing, but in step with the others."""
+    if mode == "two_pass":
+        with lockstep(denoiser):
+            pass
+    with lockstep(denoiser, with_gradients=True):
+        pass
+
+
+def lockstep(denoiser: Denoiser, with_gradients: bool = False) -> AbstractContextManager[None]:
+    """Around a rank's forwards (and their backwards): where weights are sharded, every rank then does equally many.
+
+    Only a denoiser whose weights are sharded has a `lockstep` (laddpo/models/sharding.py).
+    """
+    own = getattr(denoiser, "lockstep", None)
+    return own(with_gradients) if own else nullcontext()

@@ -21,7 +21,9 @@ from tqdm.auto import tqdm
 
 from laddpo.core import checkpoint as checkpoints
 from laddpo.core.noise import epoch_order
-from laddpo.core.optim import learning_rate
+from laddpo.core.optim import clip_gradients, learning_rate
+from laddpo.core.outputs import SilentLines
+from laddpo.core.ranks import ALONE, Ranks
 from laddpo.errors import NonFiniteStep, Stopped, UserError
 from laddpo.runs import JsonLines
 from laddpo.signals import StopFlag
@@ -30,7 +32,10 @@ MAX_OVERFLOWS = 25  # in a row; from 65,536 the loss scale has then fallen below
 
 
 class TrainingTask(Protocol):
-    """What is trained on. `accumulate` adds the gradient of the items' mean loss and returns metrics, loss included."""
+    """What is trained on. `accumulate` adds the gradient of the items' mean loss and returns metrics, loss included.
+
+    Of several ranks all call it with the same items, and all get the same gradient and metrics.
+    """
 
     item_count: int
 
@@ -80,22 +85,29 @@ class LoopState:
 
 @dataclass(frozen=True)
 class RunOutputs:
-    """Where a run writes. `save_best` and `save_last` write the weights; `track` copies scalars to the trackers."""
+    """Where a run writes. `save_best` and `save_last` write the weights; `track` copies scalars to the trackers.
+
+    Of several ranks all call everything, for sharded weights are gathered together; one with `writes` false keeps none.
+    """
 
     folder: Path
     save_best: Callable[[int], None]
     save_last: Callable[[int], None]
     track: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None
+    writes: bool = True
 
     @property
     def metrics(self) -> JsonLines:
         """Only reproducible values: two equal runs write equal bytes."""
-        return JsonLines(self.folder / "metrics.jsonl")
+        return self._lines("metrics.jsonl")
 
     @property
     def timing(self) -> JsonLines:
         """Clocks, speed and memory."""
-        return JsonLines(self.folder / "timing.jsonl")
+        return self._lines("timing.jsonl")
+
+    def _lines(self, name: str) -> JsonLines:
+        return JsonLines(self.folder / name) if self.writes else SilentLines(self.folder / name)
 
     @property
     def checkpoints(self) -> Path:
@@ -114,14 +126,16 @@ def train_loop(
     scaler: torch.amp.GradScaler | None = None,
     unit: str = "pairs",
     watch: Callable[[bool], AbstractContextManager[dict[str, float]]] = lambda is_last: nullcontext({}),
+    ranks: Ranks = ALONE,
 ) -> LoopState:
     """Train to `total_steps`, or to an early stop. `parameters` are the trainable tensors by name; `watch(is last
-    step)` surrounds every step and gives more fields for its line in timing.jsonl.
+    step)` surrounds every step and gives more fields for its line in timing.jsonl. Several ranks run the same loop in
+    step: what they could see differently (clocks, signals, rounding, files) is rank 0's word or any rank's.
 
     Raises `RunFault` before the optimizer step when the loss or gradient is not finite, and `Stopped` after a signal,
     with a checkpoint saved.
     """
-    state = _resume(outputs, parameters, optimizer, scaler) if resume else _start(outputs)
+    state = _resume(outputs, parameters, optimizer, scaler, ranks) if resume else _start(outputs)
     outputs.timing.rewind(lambda record: record["step"] <= state.step if state.step else False)
     if state.step > settings.total_steps:
         raise UserError(
@@ -134,17 +148,24 @@ def train_loop(
             settings.eval_steps and state.step % settings.eval_steps == 0
         )
         if validate and is_due and state.evaluated_step != state.step:
-            _evaluate(validate, settings, outputs, state)
+            _evaluate(validate, settings, outputs, state, ranks)
 
     evaluate_if_due()
     last_save, saved_step = time.monotonic(), state.step
-    progress = tqdm(total=settings.total_steps, initial=state.step, unit="step", desc="train", dynamic_ncols=True)
+    progress = tqdm(
+        total=settings.total_steps,
+        initial=state.step,
+        unit="step",
+        desc="train",
+        dynamic_ncols=True,
+        disable=not ranks.is_main,
+    )
     with progress:
         while state.step < settings.total_steps and not state.stopped_early:
             started = time.perf_counter()
             is_last = state.step + 1 == settings.total_steps
             with watch(is_last) as memory:
-                metrics = _step(task, parameters, optimizer, settings, state, scaler)
+                metrics = _step(task, parameters, optimizer, settings, state, scaler, ranks)
             state.step += 1
             seconds = time.perf_counter() - started
             _log_step(outputs, settings, state, metrics, memory, seconds, unit, progress)
@@ -154,11 +175,14 @@ def train_loop(
                 _save(outputs, parameters, optimizer, settings, state, scaler)
                 raise _stopped(outputs, settings, state, stop) from None
             is_due = settings.save_steps and state.step % settings.save_steps == 0
-            is_overdue = settings.save_minutes and time.monotonic() - last_save > 60 * settings.save_minutes
-            if is_due or is_overdue or stop:
+            is_overdue = ranks.broadcast(
+                settings.save_minutes > 0 and time.monotonic() - last_save > 60 * settings.save_minutes
+            )
+            is_stopping = ranks.agree_to_stop(stop)
+            if is_due or is_overdue or is_stopping:
                 _save(outputs, parameters, optimizer, settings, state, scaler)
                 last_save, saved_step = time.monotonic(), state.step
-            if stop and state.step < settings.total_steps:
+            if is_stopping and state.step < settings.total_steps:
                 raise _stopped(outputs, settings, state, stop)
     if saved_step != state.step:
         _save(outputs, parameters, optimizer, settings, state, scaler)
@@ -195,6 +219,7 @@ def _step(
     settings: LoopSettings,
     state: LoopState,
     scaler: torch.amp.GradScaler | None,
+    ranks: Ranks,
 ) -> dict[str, float]:
     """One optimizer step; its metrics. The step is not applied when loss or gradient is not finite."""
     epoch, indices = step_items(settings.seed, state.step, task.item_count, settings.items_per_step)
@@ -210,7 +235,7 @@ def _step(
     if scaler:
         scaler.unscale_(optimizer)
     # without max_grad_norm the norm is still measured: infinity clips nothing
-    norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm or math.inf))
+    norm = ranks.broadcast(clip_gradients(list(parameters.values()), settings.max_grad_norm or math.inf))
     if scaler:
         # overflow is how the scaler finds its scale: it skips this step itself and halves the scale
         scaler.step(optimizer)
@@ -290,11 +315,15 @@ def _log_step(
 
 
 def _evaluate(
-    validate: Callable[[int], dict[str, float]], settings: LoopSettings, outputs: RunOutputs, state: LoopState
+    validate: Callable[[int], dict[str, float]],
+    settings: LoopSettings,
+    outputs: RunOutputs,
+    state: LoopState,
+    ranks: Ranks,
 ) -> None:
     """Validate, keep the best weights, and decide on an early stop."""
     started = time.perf_counter()
-    metrics = validate(state.step)
+    metrics = ranks.broadcast(validate(state.step))
     outputs.timing.append({"step": state.step, "evaluation_seconds": time.perf_counter() - started})
     if settings.best_metric:
         if settings.best_metric not in metrics:
@@ -348,6 +377,7 @@ def _save(
         optimizer,
         {"loop": vars(state), "metrics": outputs.metrics.seal()},
         settings.save_total_limit,
+        outputs.writes,
     )
 
 
@@ -361,9 +391,10 @@ def _resume(
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
+    ranks: Ranks,
 ) -> LoopState:
     """The state of the newest good checkpoint, or a fresh one when the run died before its first."""
-    newest = checkpoints.newest_checkpoint(outputs.checkpoints)
+    newest = checkpoints.newest_of_main(outputs.checkpoints, ranks)
     if newest is None:
         print(f"{outputs.folder}: no checkpoint yet; starting at step 0.")
         return _start(outputs)

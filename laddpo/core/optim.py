@@ -6,11 +6,13 @@ A schedule that is a function has no state to save, restore or advance twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from laddpo.core.ranks import is_sharded
 
 
 def build_optimizer(
@@ -30,6 +32,15 @@ def build_optimizer(
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
     return OPTIMIZERS[name](groups, lr=0.0, betas=betas, eps=eps)
+
+
+def clip_gradients(parameters: Sequence[Tensor], longest: float) -> float:
+    """Scale the gradients of all parameters together down to the norm `longest`; the norm they had.
+
+    Of sharded parameters every rank must call this: the norm is that of the whole gradient.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, longest)
+    return float(norm.full_tensor() if is_sharded(norm) else norm)
 
 
 def _adamw(groups, **settings) -> torch.optim.Optimizer:

@@ -53,7 +53,8 @@ class ReferenceStore:
         self.fields = dict(fields)
         self._values: dict[StoredPair, np.ndarray] = {}
         self._shards: dict[str, dict] = {}
-        self._read()
+        self._known: set[str] = set()  # shards whose values are here
+        self.refresh()
 
     @classmethod
     def open(cls, stores: Path, fields: Mapping[str, Any]) -> ReferenceStore:
@@ -109,7 +110,15 @@ class ReferenceStore:
             runs.write_bytes(self.folder / name, content)
             self._shards[name] = {"sha256": digest, "pairs": len(pairs), "first_draw": first_draw}
             self._write_manifest()
+        self._known.add(name)
         self._add(pairs, first_draw, values)
+
+    def refresh(self) -> None:
+        """Read what other processes have added since."""
+        self._read_manifest()
+        for name in self._shards:
+            if name not in self._known:
+                self._read_shard(name)
 
     def _add(self, pairs: list[StoredPair], first_draw: int, values: np.ndarray) -> None:
         end = first_draw + values.shape[2]
@@ -121,11 +130,6 @@ class ReferenceStore:
                     grown[:, : known.shape[1]] = known
                 self._values[pair] = known = grown
             known[:, first_draw:end] = row
-
-    def _read(self) -> None:
-        self._read_manifest()
-        for name in self._shards:
-            self._read_shard(name)
 
     def _read_manifest(self) -> None:
         path = self.folder / runs.MANIFEST
@@ -160,6 +164,7 @@ class ReferenceStore:
             for identifier, digest in zip(tensors["ids"], tensors["digests"], strict=True)
         ]
         self._add(pairs, int(tensors["first_draw"][0]), tensors["values"])
+        self._known.add(name)
 
     def _write_manifest(self) -> None:
         content = {

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser, ElboEstimator, differing_positions
-from laddpo.core.gradient import Item, accumulate_gradient, score_items
+from laddpo.core.gradient import Item, lockstep, score_items
 from laddpo.core.loop import step_items
 from laddpo.core.metrics import preference_metrics
 from laddpo.core.objectives import DpoObjective, SftObjective, loss_std_error
+from laddpo.core.ranks import ALONE, Ranks, share_out
 from laddpo.core.reference import SIDES, ReferenceStore, StoredPair, token_digest
-from laddpo.errors import Stopped
+from laddpo.core.sharing import accumulate_shared
+from laddpo.errors import RunFault, Stopped
 from laddpo.signals import StopFlag
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class DpoTask:
     objective: DpoObjective
     token_budget: int | TokenBudget
     backward: str = "stream"
+    ranks: Ranks = ALONE
 
     @property
     def item_count(self) -> int:
@@ -82,7 +85,7 @@ class DpoTask:
     def accumulate(self, indices: Sequence[int], epoch: int, loss_scale: float) -> dict[str, float]:
         """Gradient of the mean loss of these pairs, times `loss_scale`; metrics of the step."""
         items = self.items(indices, epoch)
-        values = accumulate_gradient(
+        values = accumulate_shared(
             self.denoiser,
             list(self.parameters.values()),
             items,
@@ -90,6 +93,7 @@ class DpoTask:
             loss_scale / len(items),
             self.token_budget,
             self.backward,
+            self.ranks,
         )
         metrics = preference_metrics(items, values.draws, values.losses, self.objective.beta, self.estimator.block)
         error = loss_std_error(self.objective, items, values.draws, self.estimator.block)
@@ -108,6 +112,7 @@ class SftTask:
     estimator: ElboEstimator
     token_budget: int | TokenBudget
     backward: str = "stream"
+    ranks: Ranks = ALONE
 
     @property
     def item_count(self) -> int:
@@ -129,7 +134,7 @@ class SftTask:
     def accumulate(self, indices: Sequence[int], epoch: int, loss_scale: float) -> dict[str, float]:
         """Gradient of the mean loss of these rows, times `loss_scale`; metrics of the step."""
         items = self.items(indices, epoch)
-        values = accumulate_gradient(
+        values = accumulate_shared(
             self.denoiser,
             list(self.parameters.values()),
             items,
@@ -137,6 +142,7 @@ class SftTask:
             loss_scale / len(items),
             self.token_budget,
             self.backward,
+            self.ranks,
         )
         tokens = sum(item.tokens for item in items)
         return {"loss": float(values.losses.mean()), "tokens": tokens, "items": len(items)}
@@ -168,25 +174,32 @@ def fill_reference(
     stop: StopFlag,
     pairs_per_shard: int,
     advance,
+    ranks: Ranks = ALONE,
 ) -> int:
     """Compute what the store lacks of each window (pairs, draws); the number of forward sequences that took.
 
     Appends a shard every `pairs_per_shard` pairs. `advance(pairs)` is told of every window done. Raises `Stopped` after
-    a signal, with everything computed so far in the store.
+    a signal, with everything computed so far in the store. Of several ranks each computes and stores its share of every
+    window, the one that it will have in training; what the others stored is seen after `store.refresh()`.
     """
     pending: list[tuple[StoredPair, int, np.ndarray]] = []
     sequences = 0
     for pairs, draws in windows:
         by_draws: dict[tuple[int, ...], list[EncodedPair]] = {}
-        for pair in pairs:
+        for pair in own_pairs(pairs, ranks):
             for run in _consecutive(store.missing(stored_pair(pair), draws)):
                 by_draws.setdefault(run, []).append(pair)
-        for run, group in by_draws.items():
-            items = [pair_item(pair, estimator, run) for pair in group]
-            values = score_items(denoiser, items, token_budget).cpu().numpy()
-            sequences += values.size
-            pending += [(stored_pair(pair), run[0], row) for pair, row in zip(group, values, strict=True)]
-        is_stopping = bool(stop)  # read once: a signal after this line lets the next window be computed
+        with lockstep(denoiser):
+            for run, group in by_draws.items():
+                items = [pair_item(pair, estimator, run) for pair in group]
+                values = score_items(denoiser, items, token_budget).cpu().numpy()
+                sequences += values.size
+                pending += [(stored_pair(pair), run[0], row) for pair, row in zip(group, values, strict=True)]
+        try:  # asked once: a signal after this line lets the next window be computed
+            is_stopping = ranks.agree_to_stop(stop)
+        except RunFault:  # another rank died: what this one has is kept
+            _append(store, pending)
+            raise
         if len(pending) >= pairs_per_shard or is_stopping:
             _append(store, pending)
             pending = []
@@ -198,6 +211,14 @@ def fill_reference(
             )
     _append(store, pending)
     return sequences
+
+
+def own_pairs(pairs: Sequence[EncodedPair], ranks: Ranks) -> Sequence[EncodedPair]:
+    """This rank's share of a window, as `core/sharing.py` will share out its items."""
+    if ranks.world == 1:
+        return pairs
+    sizes = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
+    return [pairs[i] for i in share_out(sizes, ranks.world)[ranks.rank]]
 
 
 def _consecutive(draws: Sequence[int]) -> list[tuple[int, ...]]:

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser, ElboEstimator
-from laddpo.core.gradient import Item, score_items
+from laddpo.core.gradient import Item
 from laddpo.core.metrics import accuracy, preference_metrics
 from laddpo.core.objectives import DpoObjective, mean_variance, pair_scores, reference_draws
+from laddpo.core.ranks import ALONE, Ranks
+from laddpo.core.sharing import score_shared
 
 WINDOW = 64  # pairs scored together; only rounding depends on it
 
@@ -67,11 +70,16 @@ class PreferenceScores:
 
 
 def score_preferences(
-    denoiser: Denoiser, items: Sequence[Item], objective: DpoObjective, block: int, token_budget: int
+    denoiser: Denoiser,
+    items: Sequence[Item],
+    objective: DpoObjective,
+    block: int,
+    token_budget: int | TokenBudget,
+    ranks: Ranks = ALONE,
 ) -> PreferenceScores:
-    """The policy's values on held-out pairs, whose items carry the reference's."""
+    """The policy's values on held-out pairs, whose items carry the reference's; several ranks share them out."""
     parts = [
-        score_items(denoiser, items[start : start + WINDOW], token_budget).cpu()
+        score_shared(denoiser, items[start : start + WINDOW], token_budget, ranks).cpu()
         for start in range(0, len(items), WINDOW)
     ]
     return PreferenceScores(items, torch.cat(parts), objective, block)

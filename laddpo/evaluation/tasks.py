@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from laddpo.core.ranks import ALONE, Ranks
 from laddpo.errors import UserError, choose
 from laddpo.evaluation.grading import FunctionGrader, math_grader, same_choice, text_grader
 from laddpo.evaluation.rows import is_choices, local_file, matches, task_rows
@@ -122,12 +123,16 @@ def run_task(
     labels: Mapping[str, str] | None = None,
     show_progress: bool | None = None,
     say: Callable[[str], None] = print,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """One record per item, in the order of `task.items`; those already in `items_path` are taken from there.
 
     `fields` are what a text depends on beside its prompt (weights, adapter, sampler settings). `labels` (for example
     {"model": "tuned"}) are written into each record and let several runs share one file: only records with the same
     task and labels are looked at, and of these the ones with another fingerprint are dropped, with a line saying so.
+
+    Several ranks take one batch each at a time; rank 0 grades and writes, in the order of one process, and all return
+    all records. `generate` is then called by every rank every time, without prompts where no batch is left.
 
     Batches are the same whatever was done before: one with a missing item is generated whole, so an interrupted run
     gives the texts of an uninterrupted one even where a text depends slightly on its batch. `show_progress` None shows
@@ -137,7 +142,7 @@ def run_task(
     prints = {item.id: fingerprint(_item_fields(item, fields)) for item in task.items}
     assert len(prints) == len(task.items), f"task {task.name}: {len(task.items) - len(prints)} items share an id"
     log = JsonLines(items_path)
-    done, stale = _take_finished(log, labels, prints, task.grader.name)
+    done, stale = _take_finished(log, labels, prints, task.grader.name) if ranks.is_main else ({}, 0)
     if stale:
         say(f"{items_path}: {stale} items of {labels} came from other settings or another model and are generated anew")
     try:
@@ -148,46 +153,65 @@ def run_task(
             log.append(record)
         if done:
             say(f"{task.name}: {len(done)} of {len(task.items)} items are already in {items_path}")
-        _run_batches(generate, task, batch_size, log, labels, prints, done, show_progress)
+        done, is_shown = ranks.broadcast(done), show_progress if ranks.is_main else False
+        _run_batches(generate, task, batch_size, log, labels, prints, done, is_shown, ranks)
     finally:
         task.grader.close()
     return [done[item.id] for item in task.items]
 
 
-def _run_batches(generate, task, batch_size, log, labels, prints, done, show_progress) -> None:
-    """Generate and grade every batch with a missing item; adds to `done` and to the log."""
+def _run_batches(generate, task, batch_size, log, labels, prints, done, show_progress, ranks) -> None:
+    """Generate and grade every batch with a missing item, one on each rank at a time; adds to `done` and to the log."""
+    batches = [task.items[start : start + batch_size] for start in range(0, len(task.items), batch_size)]
+    batches = [batch for batch in batches if any(item.id not in done for item in batch)]
     bar = tqdm(
         total=len(task.items), initial=len(done), desc=_title(labels), unit="item", disable=_hidden(show_progress)
     )
     with bar:
-        for start in range(0, len(task.items), batch_size):
-            batch = task.items[start : start + batch_size]
-            missing = [i for i, item in enumerate(batch) if item.id not in done]
-            if not missing:
-                continue
-            given = generate([item.prompt for item in batch])
-            assert len(given) == len(batch), f"generate gave {len(given)} texts for {len(batch)} prompts"
-            answers = [Answer(answer) if isinstance(answer, str) else answer for answer in given]
-            texts = [answer.text for answer in answers]
-            verdicts = task.grader.grade_all([texts[i] for i in missing], [batch[i].answer for i in missing])
-            for i, is_correct in zip(missing, verdicts, strict=True):
-                item = batch[i]
-                record = {
-                    **labels,
-                    "id": item.id,
-                    "prompt": item.prompt[-1].content,  # without the shots, which are the same for every item
-                    "answer": item.answer,
-                    "text": texts[i],
-                    "correct": is_correct,
-                    "grader": task.grader.name,
-                    "fingerprint": prints[item.id],
-                }
-                if answers[i].tokens is not None:
-                    record.update(tokens=answers[i].tokens, stopped=answers[i].stopped)
-                log.append(record)
-                done[item.id] = record
-            bar.update(len(missing))
+        for start in range(0, len(batches), ranks.world):
+            together = batches[start : start + ranks.world]
+            own = together[ranks.rank] if ranks.rank < len(together) else []
+            given = ranks.gather([asdict(as_answer(answer)) for answer in generate([item.prompt for item in own])])
+            records: list[dict[str, Any]] = []
+            if ranks.is_main:
+                for batch, answers in zip(together, given, strict=False):  # ranks without a batch gave nothing
+                    records += _graded(task, batch, [Answer(**a) for a in answers], labels, prints, done)
+                for record in records:
+                    log.append(record)
+            records = ranks.broadcast(records)
+            done.update((record["id"], record) for record in records)
+            bar.update(len(records))
             bar.set_postfix_str(f"right {sum(record['correct'] for record in done.values()) / len(done):.1%}")
+
+
+def as_answer(given: str | Answer) -> Answer:
+    """What a generate function gave, as an Answer."""
+    return Answer(given) if isinstance(given, str) else given
+
+
+def _graded(task, batch, answers, labels, prints, done) -> list[dict[str, Any]]:
+    """A record of every item of the batch that has none yet."""
+    assert len(answers) == len(batch), f"generate gave {len(answers)} texts for {len(batch)} prompts"
+    missing = [i for i, item in enumerate(batch) if item.id not in done]
+    verdicts = task.grader.grade_all([answers[i].text for i in missing], [batch[i].answer for i in missing])
+    return [
+        {
+            **labels,
+            "id": batch[i].id,
+            "prompt": batch[i].prompt[-1].content,  # without the shots, which are the same for every item
+            "answer": batch[i].answer,
+            "text": answers[i].text,
+            "correct": is_correct,
+            "grader": task.grader.name,
+            "fingerprint": prints[batch[i].id],
+            **_length(answers[i]),
+        }
+        for i, is_correct in zip(missing, verdicts, strict=True)
+    ]
+
+
+def _length(answer: Answer) -> dict[str, Any]:
+    return {} if answer.tokens is None else {"tokens": answer.tokens, "stopped": answer.stopped}
 
 
 def _take_finished(log: JsonLines, labels: Mapping, prints: Mapping, grader: str) -> tuple[dict[str, dict], int]:

@@ -1,0 +1,73 @@
+"""A stage in several processes, as torchrun, accelerate and SLURM start it: they are joined, one speaks, all end.
+
+Stages that divide their work are named in SHARED; of the others rank 0 runs everything and the rest have nothing to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+from laddpo.core.ranks import Ranks, connect, disconnect, here, is_lost_peer, launched, lost_peer
+from laddpo.errors import EXIT_DONE, UserError
+from laddpo.settings import RunConfig
+
+SHARED = ("train", "sft", "precompute", "evaluate")
+
+
+@contextlib.contextmanager
+def joined(stage: str, config: RunConfig) -> Iterator[Ranks | None]:
+    """Inside the block the processes of this launch are one run; None where this one has nothing to do.
+
+    Ranks above 0 print nothing to stdout and show no bars; warnings and errors go to stderr from wherever they are.
+    """
+    found = launched()
+    if found.world == 1:
+        yield here()
+        return
+    if stage not in SHARED:
+        yield here() if found.is_main else None
+        return
+    if not found.is_main:
+        os.environ["TQDM_DISABLE"] = "1"  # before anything that draws bars is imported
+    from laddpo.machine import find_device
+
+    ranks = connect(find_device(config.hardware).type)
+    with contextlib.ExitStack() as quiet:
+        if not ranks.is_main:
+            nowhere = quiet.enter_context(open(os.devnull, "a", encoding="utf-8"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+        try:
+            yield ranks
+        except RuntimeError as error:
+            if is_lost_peer(error):
+                raise lost_peer(error) from error
+            raise
+
+
+def refuse_sweep() -> None:
+    """A sweep starts processes of its own; started several times it would do everything as often."""
+    if launched().world > 1:
+        raise UserError(
+            f"a sweep was started in {launched().world} processes; expected one, which starts the jobs. Use python -m "
+            "without torchrun, and hydra/launcher=joblib or submitit for several jobs at once."
+        )
+
+
+def speaks() -> bool:
+    """Whether this process tells the user of a failure: before it is joined rank 0, then the first that fails."""
+    return here().speaks_first() if here().world > 1 else launched().is_main
+
+
+def leave(code: int) -> None:
+    """End this process. After a failure at once: the libraries' own goodbyes would wait for the others."""
+    if here().world == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code != EXIT_DONE:
+        os._exit(code)
+    disconnect()
+    sys.exit(code)
