@@ -330,6 +330,38 @@ class VarianceSettings:
 
 
 @dataclass
+class StudyArm:
+    """One arm of a study: a run of `stage` with these settings; `factor` is its section of the page."""
+
+    name: str = MISSING
+    factor: str = "Arms"
+    stage: str = "train"
+    overrides: list[str] = field(default_factory=list)
+    against: str = "default"
+
+
+@dataclass
+class StudyClaim:
+    """What is to be decided: `arm` better than `against`, or not worse by more than `margin` points."""
+
+    arm: str = MISSING
+    against: str = "default"
+    margin: float | None = None
+
+
+@dataclass
+class StudySettings:
+    """Only read by `python -m laddpo.study`."""
+
+    name: str = "none"
+    seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
+    settings: list[str] = field(default_factory=list)
+    arms: list[StudyArm] = field(default_factory=list)
+    claims: list[StudyClaim] = field(default_factory=list)
+    only: list[str] = field(default_factory=list)
+
+
+@dataclass
 class PathSettings:
     data_dir: str = "data"
     outputs_dir: str = "outputs"
@@ -359,6 +391,7 @@ class RunConfig:
     export: ExportSettings = field(default_factory=ExportSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     variance: VarianceSettings = field(default_factory=VarianceSettings)
+    study: StudySettings = field(default_factory=StudySettings)
     seed: int = 42
     output_dir: str | None = None
     resume: str = "false"

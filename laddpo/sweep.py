@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,8 +210,8 @@ def child_command(sweep: Sweep, overrides: Sequence[str], folder: Path) -> list[
     return [sys.executable, "-m", f"laddpo.{sweep.stage}", *flags, *overrides, *own]
 
 
-def run_child(command: list[str], folder: Path) -> int:
-    """The exit code of a job's process, whose number stands in the job's folder while it runs.
+def run_child(command: list[str], folder: Path, log: Path | None = None) -> int:
+    """The exit code of a job's process, whose number stands in the job's folder while it runs; `log` takes its output.
 
     It finds this package even where that is not installed. It has a session of its own, so that Ctrl-C reaches it
     exactly once, through `forward_signals`.
@@ -219,22 +219,30 @@ def run_child(command: list[str], folder: Path) -> int:
     root = str(Path(laddpo.__file__).resolve().parents[1])
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([*paths, root]))}
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
-    write_json(folder / PROCESS_FILE, {"pid": child.pid, "host": socket.gethostname()})
-    try:
-        return child.wait()
-    finally:
-        (folder / PROCESS_FILE).unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        streams = {}
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)  # added to as the job goes
+            stack.callback(os.close, output)
+            streams = {"stdout": output, "stderr": subprocess.STDOUT}
+        child = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+        write_json(folder / PROCESS_FILE, {"pid": child.pid, "host": socket.gethostname()})
+        try:
+            return child.wait()
+        finally:
+            (folder / PROCESS_FILE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def forward_signals(folder: Path) -> Iterator[None]:
-    """Within the block, signals to stop go to the running jobs, and no further job is started."""
+def forward_signals(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Within the block, signals to stop go to the running jobs, and no further job is started; what it gives
+    tells whether there was one."""
     _stop_requested.clear()
     for left_behind in folder.glob(f"*/{PROCESS_FILE}"):
         left_behind.unlink()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield _stop_requested.is_set
         return
 
     def forward(number: int, frame: Any) -> None:
@@ -243,7 +251,7 @@ def forward_signals(folder: Path) -> Iterator[None]:
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield _stop_requested.is_set
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

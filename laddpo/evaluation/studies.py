@@ -1,0 +1,305 @@
+"""A study read back: arms (one changed factor each, over several seeds) go in, a table, claims and a picture come out.
+
+What is compared is exact match on test problems, paired by problem and pooled over seeds, each problem resampled with
+all its seeds. Seeds are also shown one by one: an interval over problems does not know how much training itself varies.
+Choices belong to the validation column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laddpo import runs
+from laddpo.evaluation.figures import DARK, PALE, RULE, new_figure, save_png, tidy
+from laddpo.evaluation.stats import Difference, mean_with_error, paired_bootstrap
+from laddpo.evaluation.sweeps import number_text
+from laddpo.evaluation.tables import markdown
+
+BASE = "base"  # the model before training, as what an arm is compared with
+DRIFT = 0.1  # of the answers' length or of the share that ends, worth a sentence
+EXACT_MATCH = "validation/exact_match"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: right or wrong by test problem, before and after, and numbers about it (absent: not measured)."""
+
+    seed: int
+    base: Mapping[str, bool]
+    tuned: Mapping[str, bool]
+    facts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`against` names the arm that it is compared with; `outcomes` has the seeds that are finished."""
+
+    name: str
+    factor: str
+    stage: str
+    overrides: Sequence[str]
+    against: str
+    outcomes: Sequence[Outcome] = field(default_factory=list)
+
+    def mean(self, fact: str) -> float | None:
+        """Over the seeds that have it."""
+        values = [outcome.facts[fact] for outcome in self.outcomes if fact in outcome.facts]
+        return sum(values) / len(values) if values else None
+
+    @property
+    def exact_match(self) -> float:
+        return float(np.mean([right for outcome in self.outcomes for right in outcome.tuned.values()]))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the study is to decide: `arm` better than `against`, or (margin in points) not worse by more than that."""
+
+    arm: str
+    against: str
+    margin: float | None = None
+
+
+def read_outcome(folder: Path, seed: int) -> Outcome | None:
+    """A finished run of train (one round or several) or sft; None when it is not finished."""
+    if not (folder / runs.MANIFEST).exists():
+        return None
+    rounds = sorted(folder.glob("round_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+    first, last = (rounds[0], rounds[-1]) if rounds else (folder, folder)
+    base, tuned = _answers(first, "base"), _answers(last, "tuned")
+    return Outcome(seed, base, tuned, _facts(first, last)) if base.keys() == tuned.keys() and base else None
+
+
+def difference(arm: Arm, other: Arm | None) -> Difference | None:
+    """Mean of (arm - other) over problems and the seeds that both have; `other` None: the model before training."""
+    before, after, groups = [], [], []
+    theirs = {outcome.seed: outcome.tuned for outcome in (other.outcomes if other else ())}
+    for outcome in arm.outcomes:
+        reference = outcome.base if other is None else theirs.get(outcome.seed)
+        for problem in sorted(outcome.tuned.keys() & (reference or {}).keys()):
+            before.append(float(reference[problem]))
+            after.append(float(outcome.tuned[problem]))
+            groups.append(problem)
+    return paired_bootstrap(before, after, np.random.default_rng(0), groups=groups) if before else None
+
+
+def seed_differences(arm: Arm, other: Arm | None) -> list[float]:
+    """The difference in every seed by itself."""
+    single = [Arm(arm.name, arm.factor, arm.stage, arm.overrides, arm.against, [outcome]) for outcome in arm.outcomes]
+    found = [difference(one, other) for one in single]
+    return [each.difference for each in found if each is not None]
+
+
+def study_json(arms: Sequence[Arm], claims: Sequence[Claim]) -> dict[str, Any]:
+    """Everything the page says, as data."""
+    by_name = {arm.name: arm for arm in arms}
+    rows = []
+    for arm in arms:
+        if not arm.outcomes:
+            continue
+        facts = sorted({name for outcome in arm.outcomes for name in outcome.facts})
+        rows.append(
+            {
+                "arm": arm.name,
+                "factor": arm.factor,
+                "stage": arm.stage,
+                "overrides": list(arm.overrides),
+                "seeds": [outcome.seed for outcome in arm.outcomes],
+                "exact_match": arm.exact_match,
+                "exact_match_by_seed": [float(np.mean(list(o.tuned.values()))) for o in arm.outcomes],
+                "against_base": _compared(arm, None),
+                "against": arm.against,
+                "difference": _compared(arm, by_name.get(arm.against)) if arm.name != arm.against else None,
+                "facts": {name: arm.mean(name) for name in facts},
+            }
+        )
+    return {
+        "arms": rows,
+        "missing": [arm.name for arm in arms if not arm.outcomes],
+        "claims": [
+            {"arm": c.arm, "against": c.against, "margin": c.margin, "text": claim_text(c, by_name)}
+            for c in claims
+            if {c.arm, c.against} <= {BASE, *by_name}  # a part of the study decides a part of its claims
+        ],
+    }
+
+
+def claim_text(claim: Claim, by_name: Mapping[str, Arm]) -> str:
+    """The claim decided in one sentence, plainly where the interval leaves it open."""
+    arm, other = by_name[claim.arm], by_name.get(claim.against)
+    found = difference(arm, None if claim.against == BASE else other)
+    if found is None:
+        return f"{claim.arm} against {claim.against}: not measured yet."
+    seeds = seed_differences(arm, None if claim.against == BASE else other)
+    numbers = f"{_points(found)} points, seeds {', '.join(f'{100 * s:+.1f}' for s in seeds)}"
+    if claim.margin is None:
+        words = "better" if found.low > 0 else "worse" if found.high < 0 else "not decided: the interval includes 0"
+    else:
+        limit = f"{claim.margin:g} points"
+        words = (
+            f"not worse by {limit} or more" if 100 * found.low > -claim.margin else f"not shown to be within {limit}"
+        )
+    return f"{claim.arm} against {claim.against}: {numbers}: {words}."
+
+
+def study_markdown(content: Mapping[str, Any], title: str, command: str) -> str:
+    """The page."""
+    blocks = [f"# {title}", f"`{command}`", INTRODUCTION]
+    if content["missing"]:
+        blocks.append(f"Not finished: {', '.join(content['missing'])}.")
+    blocks += ["## What it decides", "\n".join(f"- {claim['text']}" for claim in content["claims"])]
+    by_factor: dict[str, list] = {}
+    for row in content["arms"]:
+        by_factor.setdefault(row["factor"], []).append(row)
+    default = next((row for row in content["arms"] if row["difference"] is None), None)
+    for factor, rows in by_factor.items():
+        shown = rows if default is None or default in rows else [default, *rows]
+        blocks += [f"## {factor}", markdown(HEADER, [_cells(row) for row in shown])]
+    drifted = [line for row in content["arms"] for line in _drift_lines(row)]
+    blocks += ["## Length and ends of answers", "\n".join(drifted) or f"No arm moved either by more than {DRIFT:.0%}."]
+    settings = [[row["arm"], row["stage"], " ".join(row["overrides"]) or "-"] for row in content["arms"]]
+    blocks += ["## Arms", markdown(["arm", "stage", "settings"], settings), "![differences](study.png)"]
+    return "\n\n".join(blocks) + "\n"
+
+
+def study_plot(content: Mapping[str, Any], path: Path, title: str) -> None:
+    """Exact match over the model before training, with its interval, and a point for every seed; by factor."""
+    rows = content["arms"]
+    figure = new_figure(8.0, max(2.6, 0.33 * len(rows) + 1.4), title)
+    axes = figure.subplots()
+    tidy(axes, "exact match over the model before training, points (95% interval over problems)")
+    for place, row in enumerate(rows):
+        found = row["against_base"]
+        axes.hlines(place, *(100 * bound for bound in found["interval"]), color=PALE, linewidth=6)
+        axes.plot([100 * value for value in found["by_seed"]], [place] * len(found["by_seed"]), "|", color=RULE)
+        axes.plot(100 * found["difference"], place, "o", color=DARK)
+    axes.axvline(0, color=RULE, linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize=8.5)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(True, axis="x", color="#e4e4e4", linewidth=0.7)
+    save_png(figure, path)
+
+
+def _compared(arm: Arm, other: Arm | None) -> dict[str, Any] | None:
+    found = difference(arm, other)
+    if found is None:
+        return None
+    return {
+        "difference": found.difference,
+        "interval": [found.low, found.high],
+        "items": found.items,
+        "by_seed": seed_differences(arm, other),
+    }
+
+
+def _answers(run: Path, model: str) -> dict[str, bool]:
+    records = runs.JsonLines(run / "evaluation" / "items.jsonl").read()
+    return {f"{r['task']}/{r['id']}": bool(r["correct"]) for r in records if r["model"] == model}
+
+
+def _facts(first: Path, last: Path) -> dict[str, float]:
+    """Numbers about a run; of several rounds lengths are those of the first's start and the last's end."""
+    rows = runs.JsonLines(last / "metrics.jsonl").read()
+    fields = runs.read_json(last / runs.MANIFEST)["fields"]
+    found: dict[str, float] = {"step_kept": fields.get("best_step") or 0, "steps": fields.get("step") or 0}
+    answered = [row for row in rows if EXACT_MATCH in row]
+    if answered:
+        found["validation_last"] = answered[-1][EXACT_MATCH]
+        found["validation_kept"] = max(row[EXACT_MATCH] for row in answered)
+    kept = next((row for row in rows if row["step"] == found["step_kept"] and "validation/chosen_fall" in row), None)
+    if kept is not None:
+        found["chosen_fall"] = kept["validation/chosen_fall"]
+    variances = [row["score/variance"] for row in rows if "score/variance" in row and row["step"] > 1]
+    if variances:
+        found["score_variance"] = sum(variances) / len(variances)
+    before, after = (_results(place) for place in (first, last))
+    for name in ("answer_tokens", "ended_rate"):
+        if name in before and name in after:
+            found[f"{name}_base"], found[f"{name}_tuned"] = before[name]["base"], after[name]["tuned"]
+    if "reward_accuracy" in after:
+        found["reward_accuracy"] = after["reward_accuracy"]["tuned"]
+    times = [row for place in {first, last} for row in runs.JsonLines(place / "timing.jsonl").read()]
+    found["minutes"] = sum(row.get("seconds", 0) + row.get("evaluation_seconds", 0) for row in times) / 60
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+
+
+def _results(run: Path) -> dict[str, Any]:
+    path = run / "evaluation" / "results.json"
+    return runs.read_json(path) if path.exists() else {}
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    facts, against = row["facts"], row["difference"]
+    spread = mean_with_error(row["exact_match_by_seed"]).std_error
+    own = f"{row['exact_match']:.1%}" + ("" if math.isnan(spread) else f" ± {100 * spread:.1f}")
+
+    def fact(name: str, percent: bool = False) -> str:
+        value = facts.get(name)
+        return "-" if value is None else f"{value:.1%}" if percent else number_text(value)
+
+    tokens = f"{fact('answer_tokens_base')} → {fact('answer_tokens_tuned')}"
+    return [
+        row["arm"],
+        own,
+        _points_of(row["against_base"]),
+        "-" if against is None else f"{_points_of(against)}" + (f" ({row['against']})" if row["against"] else ""),
+        _reading(against),
+        f"{fact('validation_kept', True)} / {fact('validation_last', True)}",
+        fact("reward_accuracy", True),
+        fact("score_variance"),
+        fact("chosen_fall", True),
+        tokens,
+        fact("ended_rate_tuned", True),
+    ]
+
+
+def _reading(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    low, high = found["interval"]
+    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+
+
+def _drift_lines(row: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, words in (("answer_tokens", "tokens of an answer"), ("ended_rate", "share of answers that end")):
+        before, after = (row["facts"].get(f"{name}_{side}") for side in ("base", "tuned"))
+        if before and after is not None and abs(after - before) > DRIFT * before:
+            lines.append(f"- {row['arm']}: {words} {before:.3g} → {after:.3g}")
+    return lines
+
+
+def _points(found: Difference) -> str:
+    return f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def _points_of(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{100 * found['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+INTRODUCTION = """\
+One factor at a time is changed around the default arm. Exact match is on test problems that neither training nor the
+choice of a checkpoint has seen; differences are paired by problem and pooled over seeds (95% interval over problems;
+± is the standard error over seeds). "kept / last" is validation exact match of the checkpoint that was kept and of the
+last step: a large gap means that training on destroys what it had won. An arm whose interval includes 0 is not said to
+help."""
+HEADER = (
+    "arm",
+    "exact match",
+    "over the base",
+    "difference",
+    "reading",
+    "validation kept / last",
+    "reward accuracy",
+    "score variance",
+    "chosen fall",
+    "tokens",
+    "ended",
+)

@@ -1,0 +1,117 @@
+"""A study's page from the folders of its runs: pairing over seeds, claims decided plainly, drift pointed out."""
+
+from __future__ import annotations
+
+import pytest
+
+from laddpo import runs
+from laddpo.evaluation.studies import (
+    Arm,
+    Claim,
+    Outcome,
+    difference,
+    read_outcome,
+    study_json,
+    study_markdown,
+    study_plot,
+)
+
+
+def arm(name: str, *right: float, seeds=(1, 2, 3), items=200, against="default", **facts) -> Arm:
+    """Each seed has so many of its problems right; before training half of them were."""
+    outcomes = [
+        Outcome(
+            seed,
+            {f"{seed}/{i}": i < items // 2 for i in range(items)},
+            {f"{seed}/{i}": i < share * items for i in range(items)},
+            {"validation_kept": share, "validation_last": share, **facts},
+        )
+        for seed, share in zip(seeds, right, strict=True)
+    ]
+    return Arm(name, "Arms", "train", [f"x={name}"], against, outcomes)
+
+
+def test_a_difference_is_paired_by_problem_and_pooled_over_seeds():
+    found = difference(arm("a", 0.7, 0.8, 0.9), arm("default", 0.7, 0.7, 0.7))
+    assert found.difference == pytest.approx(0.1) and found.items == 600
+    assert 0 < found.low < 0.1 < found.high
+    assert difference(arm("a", 0.7, 0.8, 0.9), None).difference == pytest.approx(0.3)
+
+
+def test_seeds_that_only_one_arm_has_are_left_out():
+    one = Arm("a", "Arms", "train", [], "default", arm("a", 0.7, 0.8, 0.9).outcomes[:1])
+    assert difference(one, arm("default", 0.6, 0.6, 0.6)).items == 200
+    assert difference(Arm("a", "Arms", "train", [], "default"), None) is None
+
+
+def test_claims_are_decided_in_words_and_left_open_where_the_interval_includes_0():
+    default = arm("default", 0.7, 0.7, 0.7)
+    arms = [default, arm("good", 0.8, 0.8, 0.8), arm("bad", 0.5, 0.5, 0.5), arm("same", 0.7, 0.7, 0.7)]
+    claims = [
+        Claim("good", "default"),
+        Claim("bad", "default"),
+        Claim("same", "default"),
+        Claim("same", "default", margin=2),
+        Claim("bad", "default", margin=2),
+        Claim("default", "base"),
+    ]
+    texts = [claim["text"] for claim in study_json(arms, claims)["claims"]]
+    ends = ["better.", "worse.", "includes 0.", "not worse by 2 points or more.", "not shown to be within 2 points."]
+    assert [text.endswith(end) for text, end in zip(texts, ends, strict=False)] == [True] * 5
+    assert texts[0].startswith("good against default: +10.0 [") and "seeds +10.0, +10.0, +10.0" in texts[0]
+    assert texts[5].endswith("better.")
+
+
+def test_claims_about_arms_that_were_not_asked_for_are_left_out():
+    assert (
+        study_json([arm("default", 0.7, 0.7, 0.7)], [Claim("x", "default"), Claim("default", "base")])["claims"][0][
+            "arm"
+        ]
+        == "default"
+    )
+
+
+def test_the_page_says_what_is_missing_and_what_drifted(tmp_path):
+    drifted = arm("longer", 0.7, 0.7, 0.7, answer_tokens_base=20.0, answer_tokens_tuned=30.0)
+    steady = arm("default", 0.6, 0.6, 0.6, answer_tokens_base=20.0, answer_tokens_tuned=20.5)
+    content = study_json([steady, drifted, Arm("late", "Arms", "sft", [], "default")], [])
+    page = study_markdown(content, "Study", "python -m laddpo.study")
+    assert "Not finished: late." in page
+    assert "- longer: tokens of an answer 20 → 30" in page and "- default:" not in page
+    study_plot(content, tmp_path / "study.png", "Study")
+    assert (tmp_path / "study.png").stat().st_size > 1000
+
+
+def record(model: str, problem: str, correct: bool) -> dict:
+    return {"task": "t", "id": problem, "model": model, "correct": correct}
+
+
+def write_run(folder, step_kept: int, tuned: list[bool], base: list[bool]) -> None:
+    log = runs.JsonLines(folder / "evaluation" / "items.jsonl")
+    for model, found in (("base", base), ("tuned", tuned)):
+        for i, correct in enumerate(found):
+            log.append(record(model, str(i), correct))
+    metrics = runs.JsonLines(folder / "metrics.jsonl")
+    metrics.append({"step": 0, "validation/exact_match": 0.5, "validation/chosen_fall": 0.0})
+    for step, variance in ((1, 0.0), (2, 0.2), (3, 0.4)):
+        metrics.append({"step": step, "score/variance": variance})
+    metrics.append({"step": 3, "validation/exact_match": 0.4, "validation/chosen_fall": 0.3})
+    runs.write_manifest(folder, "train", {"step": 3, "best_step": step_kept}, [])
+
+
+def test_a_run_is_read_with_the_checkpoint_that_was_kept(tmp_path):
+    write_run(tmp_path / "run", 0, [True, True], [True, False])
+    outcome = read_outcome(tmp_path / "run", 7)
+    assert outcome.tuned == {"t/0": True, "t/1": True} and outcome.base == {"t/0": True, "t/1": False}
+    assert outcome.facts["validation_kept"] == 0.5 and outcome.facts["validation_last"] == 0.4
+    assert outcome.facts["score_variance"] == pytest.approx(0.3)  # the first step is at margin 0 and has none
+    assert outcome.facts["chosen_fall"] == 0
+    assert read_outcome(tmp_path / "unfinished", 7) is None
+
+
+def test_rounds_are_read_from_the_first_base_to_the_last_model(tmp_path):
+    for number, (tuned, base) in enumerate([([True, False], [False, False]), ([True, True], [True, False])], 1):
+        write_run(tmp_path / "run" / f"round_{number}", 3, tuned, base)
+    runs.write_manifest(tmp_path / "run", "train", {"rounds": []}, [])
+    outcome = read_outcome(tmp_path / "run", 7)
+    assert list(outcome.base.values()) == [False, False] and list(outcome.tuned.values()) == [True, True]

@@ -1,0 +1,82 @@
+"""The study stage: ordinary runs in processes of their own, continued where some are missing, one page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from laddpo.app import cli
+from laddpo.compose import compose
+from laddpo.config import CONF_DIR
+from laddpo.errors import UserError
+from laddpo.study import shared_overrides, wanted_arms
+
+STUDIES = [path.stem for path in sorted((CONF_DIR / "study").glob("*.yaml")) if path.stem != "none"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_of_every_study_composes(name):
+    study = compose([f"study={name}"]).study
+    names = [arm.name for arm in study.arms]
+    assert len(names) == len(set(names)) and names[0] == "default"
+    assert {arm.stage for arm in study.arms} <= {"train", "sft"}
+    for arm in study.arms:
+        assert arm.against in names
+        compose([*study.settings, *arm.overrides])
+    for claim in study.claims:
+        assert claim.arm in names and claim.against in [*names, "base"]
+
+
+def test_a_study_without_arms_or_with_unknown_ones_is_refused():
+    with pytest.raises(UserError, match="name a study"):
+        wanted_arms(compose())
+    with pytest.raises(UserError, match="defualt; the arms are: default"):
+        wanted_arms(compose(["study=nano", "study.only=[defualt]"]))
+
+
+def test_what_the_command_line_says_beside_the_study_reaches_every_run(monkeypatch):
+    from laddpo.app import given_overrides
+
+    given_overrides.set(("study=nano", "study.seeds=[1]", "output_dir=x", "seed=3", "hardware.threads=1"))
+    config = compose(["study=nano"])
+    assert shared_overrides(config) == [*config.study.settings, "hardware.threads=1"]
+    given_overrides.set(())
+
+
+def test_a_study_runs_its_arms_and_goes_on_with_what_is_missing(tmp_path, capsys):
+    folder = tmp_path / "study"
+    command = [
+        "study=nano",
+        "study.only=[default,sft_control]",
+        "study.seeds=[42]",
+        f"output_dir={folder}",
+        f"paths.data_dir={tmp_path / 'data'}",
+        "hardware.device=cpu",
+        "hardware.threads=1",
+        "data.sampling.num_questions=24",
+        "optim.max_train_steps=1",
+        "optim.per_device_train_batch_size=2",
+        "evaluation.limit=6",
+        "evaluation.every_steps=1",
+    ]
+    assert cli("study", command) == 0
+    content = json.loads((folder / "study.json").read_text())
+    assert [row["arm"] for row in content["arms"]] == ["default", "sft_control"]
+    assert content["arms"][0]["facts"]["steps"] == 1
+    for name in ("study.md", "study.png", "default-42/log.txt", "sft_control-42/evaluation/results.json"):
+        assert (folder / name).is_file(), name
+    capsys.readouterr()
+    shutil.rmtree(folder / "sft_control-42")
+    assert cli("study", [*command, "resume=true"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 2: sft_control-42" in shown and "1 of 2" not in shown
+
+
+def test_failed_runs_are_named_with_their_log(tmp_path, capsys):
+    command = ["study=nano", "study.only=[default]", "study.seeds=[1]", f"output_dir={tmp_path / 's'}"]
+    assert cli("study", [*command, "model.model_name_or_path=nowhere", "hardware.device=cpu"]) == 1
+    shown = capsys.readouterr()
+    assert "1 of 1 runs failed: default-1" in shown.err
+    assert "nowhere" in (tmp_path / "s" / "default-1" / "log.txt").read_text()
