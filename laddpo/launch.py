@@ -14,7 +14,7 @@ from laddpo.core.ranks import Ranks, connect, disconnect, here, is_lost_peer, la
 from laddpo.errors import EXIT_DONE, UserError
 from laddpo.settings import RunConfig
 
-SHARED = ("train", "sft", "precompute", "evaluate")
+SHARED = ("prepare", "train", "sft", "precompute", "evaluate")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
-import os
 from pathlib import Path
 
 from laddpo import runs
@@ -39,6 +38,7 @@ def with_run(config: RunConfig) -> RunConfig:
 
 def sampled_file(config: RunConfig) -> Path:
     """samples.jsonl of these settings: found, or sampled now with auto=true."""
+    from laddpo.core.ranks import here
     from laddpo.evaluation import samples
     from laddpo.signals import stop_on_signal
 
@@ -52,10 +52,12 @@ def sampled_file(config: RunConfig) -> Path:
             f"{folder}: these answers are not sampled yet and auto is false. Run python -m laddpo.prepare with the "
             "same settings, or set auto=true."
         )
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = here()
     with stop_on_signal() as stop, _sampler(config) as sample:
         sampling, size = config.data.sampling, config.evaluation.batch_size
-        path = samples.collect_samples(sample, questions, sampling.samples, folder, fields, size, stop, rank, world)
+        path = samples.collect_samples(
+            sample, questions, sampling.samples, folder, fields, size, stop, ranks.rank, ranks.world
+        )
     del sample
     release_memory()
     return path

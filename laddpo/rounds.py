@@ -21,26 +21,39 @@ ROUNDS_FILE = "rounds.json"
 def train_rounds(config: RunConfig, folder: Path, stop) -> None:
     """Run the rounds that are not finished yet, then compare them."""
     from laddpo.compose import write_config
+    from laddpo.core.ranks import here
     from laddpo.inputs import ADAPTER
     from laddpo.onpolicy import release_memory
     from laddpo.train import train
 
-    write_config(config, folder)
+    ranks = here()
+    if ranks.is_main:
+        write_config(config, folder)
     start = config.adapter.path
-    records = []
     for number in range(1, config.data.rounds + 1):
         place = folder / f"round_{number}"
-        if (place / runs.MANIFEST).exists():
+        found = [(place / name).exists() for name in (runs.MANIFEST, "config.yaml")] if ranks.is_main else None
+        is_finished, is_resumed = ranks.broadcast(found)
+        if is_finished:
             print(f"round {number} of {config.data.rounds}: done before, {place}")
         else:
             print(f"\nround {number} of {config.data.rounds}, from {start or 'the base model'}: {place}")
-            train(config_of_round(config, number, start, place), place, (place / "config.yaml").exists(), stop)
+            train(config_of_round(config, number, start, place), place, is_resumed, stop)
             release_memory()
         start = str(place / ADAPTER)
-        records.append(_round_record(folder, place))
+    if ranks.is_main:
+        finish_rounds(folder, config.data.rounds, config.seed)
+
+
+def finish_rounds(folder: Path, count: int, seed: int) -> None:
+    """The last round's adapter as the run's own, the table of rounds, and the manifest that links them."""
+    from laddpo.inputs import ADAPTER
+
+    places = [folder / f"round_{number}" for number in range(1, count + 1)]
+    records = [_round_record(folder, place) for place in places]
     with runs.replaced_folder(folder / ADAPTER) as target:
-        shutil.copytree(start, target, dirs_exist_ok=True)
-    content = {"rounds": records, **compare_rounds(folder, len(records), config.seed)}
+        shutil.copytree(places[-1] / ADAPTER, target, dirs_exist_ok=True)
+    content = {"rounds": records, **compare_rounds(folder, count, seed)}
     runs.write_json(folder / ROUNDS_FILE, content)
     text = rounds_text(content)
     runs.write_text(folder / "rounds.md", text + "\n")
