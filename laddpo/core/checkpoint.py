@@ -58,16 +58,12 @@ def save_checkpoint(
     tensors, optimizer_tensors = whole(tensors, writes), whole(optimizer_tensors, writes)
     if not writes:
         return folder
-    with runs.explained(folder), temporary_beside(folder) as temporary:
-        temporary.mkdir(parents=True)
+    with runs.replaced_folder(folder) as temporary:
         save_tensors(temporary / MODEL, tensors)
         save_tensors(temporary / OPTIMIZER, optimizer_tensors)
         runs.write_json(temporary / STATE, {**state, "step": step, "optimizer": optimizer_numbers})
         runs.write_manifest(temporary, "checkpoint", {"step": step}, [MODEL, OPTIMIZER, STATE])
-        if folder.exists():  # left by an earlier run of the same step that turned out damaged
-            quarantine(folder)
-        os.replace(temporary, folder)
-        runs.sync_folder(checkpoints)
+    with runs.explained(folder):
         for old in step_folders(checkpoints)[keep:] if keep else []:
             remove_checkpoint(old)
     return folder

@@ -150,8 +150,8 @@ def train_loop(
         if validate and is_due and state.evaluated_step != state.step:
             _evaluate(validate, settings, outputs, state, ranks)
 
+    last_save, saved = time.monotonic(), (state.step, state.evaluated_step)
     evaluate_if_due()
-    last_save, saved_step = time.monotonic(), state.step
     progress = tqdm(
         total=settings.total_steps,
         initial=state.step,
@@ -181,10 +181,10 @@ def train_loop(
             is_stopping = ranks.agree_to_stop(stop)
             if is_due or is_overdue or is_stopping:
                 _save(outputs, parameters, optimizer, settings, state, scaler)
-                last_save, saved_step = time.monotonic(), state.step
+                last_save, saved = time.monotonic(), (state.step, state.evaluated_step)
             if is_stopping and state.step < settings.total_steps:
                 raise _stopped(outputs, settings, state, stop)
-    if saved_step != state.step:
+    if saved != (state.step, state.evaluated_step):  # a stop during the last evaluation saved the step without it
         _save(outputs, parameters, optimizer, settings, state, scaler)
     outputs.save_last(state.step)
     if state.best_value is None:  # nothing was validated, or never with a finite value

@@ -1,5 +1,6 @@
 """The training loop: stopped, killed and resumed runs write the bytes of one that was not; faults stop before harm."""
 
+import json
 import math
 import os
 import signal
@@ -116,6 +117,26 @@ def test_a_real_sigterm_ends_the_run_after_the_step_with_a_checkpoint(folder):
         run.train(before_step=lambda call: call == 2 and os.kill(os.getpid(), signal.SIGTERM), save_steps=0)
     assert [path.name for path in step_folders(folder / "checkpoints")] == ["step_0000003"]
     assert Stopped.exit_code == 75
+
+
+def test_a_stop_during_the_last_evaluation_leaves_the_checkpoint_of_a_run_that_was_not_stopped(folder, uninterrupted):
+    optimizer, whole = uninterrupted
+    first = Run(folder, optimizer)
+
+    def stopped_at_the_end(step: int) -> dict[str, float]:
+        if step == STEPS:
+            first.stop.name = "SIGTERM"
+            raise Stopped("in the middle of it")
+        return first.validate(step)
+
+    with pytest.raises(Stopped, match=f"after step {STEPS} of {STEPS}"):
+        first.train(validate=stopped_at_the_end)
+    second = Run(folder, optimizer)
+    assert second.train(resume=True).evaluated_step == STEPS
+    assert second.files() == whole
+    state = json.loads((folder / "checkpoints" / f"step_{STEPS:07d}" / "state.json").read_text())
+    assert state["loop"]["evaluated_step"] == STEPS
+    assert not list((folder / "checkpoints").glob(".corrupt-*")), "a good one is no damaged one"
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(folder, uninterrupted):

@@ -47,6 +47,35 @@ class Tally:
     note: str = ""
 
 
+def table(tallies: Sequence[Tally]) -> str:
+    """The table of everything done, as Markdown."""
+    rows = [("what", "stage", "runs", "faults", "differences", "silent", "seconds", "")]
+    for line in tallies:
+        wrong = [str(len(line.differences)), str(len(line.silent))]
+        rows.append((line.what, line.stage, str(line.runs), str(line.faults), *wrong, f"{line.seconds:.0f}", line.note))
+    totals = [sum(getattr(line, name) for line in tallies) for name in ("runs", "faults")]
+    wrongs = [sum(len(getattr(line, name)) for line in tallies) for name in ("differences", "silent")]
+    seconds = sum(line.seconds for line in tallies)
+    rows.append(("all", "", *(str(number) for number in [*totals, *wrongs]), f"{seconds:.0f}", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    numbers = range(2, 7)
+    shown = [
+        "| "
+        + " | ".join(
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in rows
+    ]
+    rule = (
+        "|"
+        + "|".join("-" * (width + 1) + (":" if column in numbers else "-") for column, width in enumerate(widths))
+        + "|"
+    )
+    return "\n".join([shown[0], rule, *shown[1:]])
+
+
 class Bench:
     """Folders in which stages run, and what they hold after an undisturbed run."""
 

@@ -6,24 +6,25 @@ import math
 
 
 def install(fault: dict) -> None:
-    """`fault`: {"kind": loss | gradient | weight | memory, "calls": which gradient calls of this process, from 0}."""
+    """`fault`: {"kind": loss | gradient | memory, "calls": which steps of this process, from 0}."""
     import torch
 
-    from laddpo.core import tasks
+    from laddpo.core.tasks import DpoTask
 
-    real, calls = tasks.accumulate_gradient, iter(range(10**6))
+    real, calls = DpoTask.accumulate, iter(range(10**6))
 
-    def accumulate_gradient(denoiser, parameters, *args, **kwargs):
+    def accumulate(task, *args, **kwargs):
         is_faulty = next(calls) in fault["calls"]
+        first, *_, last = task.parameters.values()
         if is_faulty and fault["kind"] == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        kept = parameters[0].detach().clone()
+        kept = first.detach().clone()
         if is_faulty and fault["kind"] == "loss":
-            parameters[0].data.fill_(math.nan)
-        values = real(denoiser, parameters, *args, **kwargs)
-        parameters[0].data.copy_(kept)
+            first.data.fill_(math.nan)
+        metrics = real(task, *args, **kwargs)
+        first.data.copy_(kept)
         if is_faulty and fault["kind"] == "gradient":
-            parameters[-1].grad[0, 0] = math.inf
-        return values
+            last.grad[0, 0] = math.inf
+        return metrics
 
-    tasks.accumulate_gradient = accumulate_gradient
+    DpoTask.accumulate = accumulate

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -148,6 +149,8 @@ class Parent:
             main = importlib.import_module(f"laddpo.{stage}").main
             if "numbers" in request:
                 numbers.install(request["numbers"])
+            for what, most in request.get("limits", []):
+                resource.setrlimit(what, (most, most))
             points = crash_points.install(Path(request["folder"]), request.get("plan"))
             code = app.cli(stage, self.arguments(stage, more), main)
             points.write_calls(calls)

@@ -79,7 +79,7 @@ def test_a_disk_that_is_full_at_any_call_is_said_and_costs_nothing(bench, tally,
 @pytest.mark.parametrize("stage", STAGES)
 def test_crashes_and_full_disks_at_some_calls_change_no_byte(bench, tally, stage):
     """The part of the two tests above that every test run does."""
-    line = tally("some of the points below" if stage else "", stage, "in the ordinary test run")
+    line = tally("some crashes and full disks", stage, "in the ordinary test run")
     chosen = [
         (call, when) for when in ("before", "half", "after", "power", "full") for call in points(bench, stage, when)
     ]
