@@ -63,16 +63,16 @@ def save_checkpoint(
         save_tensors(temporary / OPTIMIZER, optimizer_tensors)
         runs.write_json(temporary / STATE, {**state, "step": step, "optimizer": optimizer_numbers})
         runs.write_manifest(temporary, "checkpoint", {"step": step}, [MODEL, OPTIMIZER, STATE])
-    with runs.explained(folder):
-        for old in step_folders(checkpoints)[keep:] if keep else []:
-            remove_checkpoint(old)
+    remove_older(checkpoints, keep)
     return folder
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint under another name, so that a crash half-way leaves nothing that looks like one."""
-    with temporary_beside(folder) as doomed:
-        os.replace(folder, doomed)
+def remove_older(checkpoints: Path, keep: int) -> None:
+    """Delete all but the newest `keep` (0: none), each under another name: half of one must not look like one."""
+    with runs.explained(checkpoints):
+        for folder in step_folders(checkpoints)[keep:] if keep else []:
+            with temporary_beside(folder) as doomed:
+                os.replace(folder, doomed)
 
 
 def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:

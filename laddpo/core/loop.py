@@ -186,6 +186,8 @@ def train_loop(
                 raise _stopped(outputs, settings, state, stop)
     if saved != (state.step, state.evaluated_step):  # a stop during the last evaluation saved the step without it
         _save(outputs, parameters, optimizer, settings, state, scaler)
+    if outputs.writes:  # a crash may have come between the last save and this
+        checkpoints.remove_older(outputs.checkpoints, settings.save_total_limit)
     outputs.save_last(state.step)
     if state.best_value is None:  # nothing was validated, or never with a finite value
         state.best_step = state.step

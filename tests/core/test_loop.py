@@ -119,6 +119,14 @@ def test_a_real_sigterm_ends_the_run_after_the_step_with_a_checkpoint(folder):
     assert Stopped.exit_code == 75
 
 
+def test_an_older_checkpoint_that_a_crash_left_beyond_the_limit_goes(folder, uninterrupted):
+    optimizer, _ = uninterrupted
+    Run(folder, optimizer).train(save_total_limit=3)
+    assert len(step_folders(folder / "checkpoints")) == 3
+    Run(folder, optimizer).train(resume=True, save_total_limit=2)
+    assert [found.name for found in step_folders(folder / "checkpoints")] == ["step_0000007", "step_0000006"]
+
+
 def test_a_stop_during_the_last_evaluation_leaves_the_checkpoint_of_a_run_that_was_not_stopped(folder, uninterrupted):
     optimizer, whole = uninterrupted
     first = Run(folder, optimizer)
