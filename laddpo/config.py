@@ -15,7 +15,7 @@ from pathlib import Path
 from laddpo.datachecks import onpolicy_problems
 from laddpo.errors import UserError
 from laddpo.foreign_logs import quiet_bitsandbytes
-from laddpo.ranges import CHOICES, TASKS, single_problems, unknown_name
+from laddpo.ranges import CHOICES, EMBEDDED_TASKS, TASKS, single_problems, unknown_name
 from laddpo.settings import RunConfig
 
 
@@ -228,7 +228,7 @@ def _decoding(config: RunConfig) -> Iterator[str]:
     gen, block, steps = evaluation.gen_length, evaluation.block_length, evaluation.steps
     if evaluation.harness == "none":
         yield from (unknown_name("evaluation.tasks", name, TASKS) for name in evaluation.tasks if name not in TASKS)
-    of_rows = [name for name in evaluation.tasks if name != "arithmetic"]
+    of_rows = [name for name in evaluation.tasks if name not in EMBEDDED_TASKS]
     if evaluation.dataset_name is not None and len(of_rows) > 1:
         yield (
             f"evaluation.dataset_name is {evaluation.dataset_name!r} with the tasks {', '.join(of_rows)}; one file "

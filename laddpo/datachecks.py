@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from laddpo.ranges import EMBEDDED_TASKS
 from laddpo.settings import RunConfig
 
 
@@ -32,8 +33,8 @@ def onpolicy_problems(config: RunConfig) -> Iterator[str]:
             f"data.sampling.block_length is {sampling.block_length} and data.sampling.gen_length is "
             f"{sampling.gen_length}; an answer is made of whole blocks; change one of them."
         )
-    if data.dataset_name is not None and "arithmetic" in config.evaluation.tasks:
+    if data.dataset_name is not None and set(EMBEDDED_TASKS) & set(config.evaluation.tasks):
         yield (
-            f"data.questions is {data.dataset_name!r} and evaluation.tasks has arithmetic, the embedded problems; name "
+            f"data.questions is {data.dataset_name!r} and evaluation.tasks has embedded problems; name "
             "the task of these questions, as evaluation=gsm8k, or data.tasks=[]."
         )

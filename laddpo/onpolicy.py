@@ -66,7 +66,7 @@ def sampled_file(config: RunConfig) -> Path:
 def open_questions(config: RunConfig) -> list:
     """The questions asked: of the file or hub data set, else embedded training problems; never validation or test."""
     from laddpo.inputs import difficulty_of
-    from laddpo.preference import arithmetic
+    from laddpo.preference import arithmetic, word_problems
     from laddpo.preference.files import ReadLog
     from laddpo.preference.onpolicy import Question, read_questions
     from laddpo.preference.rows import RowRules
@@ -76,9 +76,11 @@ def open_questions(config: RunConfig) -> list:
     data, sampling = config.data, config.data.sampling
     first, count = sampling.first_question, sampling.num_questions
     if data.dataset_name is None:
-        problems = arithmetic.problems(
-            "train", first + (count or EMBEDDED_QUESTIONS), config.seed, difficulty_of(config)
-        )
+        last = first + (count or EMBEDDED_QUESTIONS)
+        if data.problems == "word_problems":
+            words = word_problems.word_problems("train", last, config.seed)
+            return [Question(one.question + word_problems.INSTRUCTION, one.answer) for one in words[first:]]
+        problems = arithmetic.problems("train", last, config.seed, difficulty_of(config))
         return [Question(problem.text, problem.answer) for problem in problems[first:]]
     log = ReadLog()
     asked = MixturePart("jsonl", data.dataset_name, data.dataset_split, data.revision, data.columns)
@@ -132,10 +134,13 @@ def sampling_config(config: RunConfig) -> RunConfig:
 
 def pair_grader(config: RunConfig):
     """Tells right answers from wrong ones: exact for the embedded problems, else the one that data.grader names."""
-    from laddpo.evaluation.grading import FunctionGrader, text_grader
+    from laddpo.evaluation.grading import FunctionGrader, same_final_number, text_grader
     from laddpo.preference import arithmetic
 
-    if config.data.dataset_name is None and config.data.grader == "auto":
+    is_embedded = config.data.dataset_name is None and config.data.grader == "auto"
+    if is_embedded and config.data.problems == "word_problems":
+        return FunctionGrader("equal final number", same_final_number)
+    if is_embedded:
         return FunctionGrader("exact final answer", arithmetic.grade)
     return text_grader(config.data.grader, [question.answer for question in open_questions(config)])
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from laddpo.app import run_stage
+from laddpo.ranges import EMBEDDED_TASKS
 from laddpo.settings import MixturePart, RunConfig
 
 
@@ -182,7 +183,7 @@ def evaluation_prompts(config: RunConfig) -> dict[str, Callable[[], set[str]]]:
 
         return keys
 
-    files = {task: config.evaluation.dataset_name for task in config.evaluation.tasks if task != "arithmetic"}
+    files = {task: config.evaluation.dataset_name for task in config.evaluation.tasks if task not in EMBEDDED_TASKS}
     return {
         f"the test problems of {task}" + (f" ({files[task]})" if files.get(task) else ""): keys_of(task)
         for task in config.evaluation.tasks

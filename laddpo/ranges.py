@@ -76,7 +76,8 @@ def _plain(number: float) -> str:
 
 
 # not among CHOICES: the harness knows thousands more, so laddpo/config.py looks at evaluation.harness first
-TASKS = ("arithmetic", "gsm8k", "math500", "arc_c", "file")
+EMBEDDED_TASKS = ("arithmetic", "word_problems")  # with problems of their own, made here
+TASKS = ("arithmetic", "word_problems", "gsm8k", "math500", "arc_c", "file")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "adapter.kind": ("lora", "full"),
@@ -94,6 +95,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "mixture",
     ),
     "data.format": ("auto", "explicit", "conversation", "implicit", "hh_rlhf", "json"),
+    "data.problems": ("arithmetic", "word_problems"),
     "data.habit": ("drop_carry", "smaller_from_larger"),
     "data.template": ("auto", "chat", "plain"),
     "data.truncation": ("error", "drop", "keep_start", "keep_end"),

@@ -166,6 +166,7 @@ class DataSettings:
     follow_symlinks: bool = False
     allow_empty_prompt: bool = False
     allow_nul: bool = False
+    problems: str = "arithmetic"
     num_pairs: int = 2048
     operand_max: int = 20
     tasks: list[str] = field(default_factory=list)

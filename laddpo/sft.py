@@ -117,11 +117,13 @@ def corpus_examples(config: RunConfig, loaded) -> list:
     """The encoded rows of the generated corpus."""
     from laddpo.inputs import difficulty_of, encoder_for
     from laddpo.preference.arithmetic import corpus
+    from laddpo.preference.word_problems import word_corpus
 
-    encoder = encoder_for(config, loaded.tokenizer)
-    rows = corpus(
-        config.sft.num_examples, config.sft.mistake_share, config.seed, difficulty_of(config), config.data.habit
-    )
+    encoder, count, share = encoder_for(config, loaded.tokenizer), config.sft.num_examples, config.sft.mistake_share
+    if config.data.problems == "word_problems":
+        rows = word_corpus(count, share, config.seed, config.data.habit)
+    else:
+        rows = corpus(count, share, config.seed, difficulty_of(config), config.data.habit)
     return [encoder.encode_example(row) for row in rows]
 
 

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from laddpo.core.ranks import ALONE, Ranks
 from laddpo.errors import UserError, choose
-from laddpo.evaluation.grading import FunctionGrader, math_grader, same_choice, text_grader
+from laddpo.evaluation.grading import FunctionGrader, math_grader, same_choice, same_final_number, text_grader
 from laddpo.evaluation.rows import is_choices, local_file, matches, task_rows
 from laddpo.preference import arithmetic
 from laddpo.preference.pairs import Message, prompt_rows, user_prompt
+from laddpo.preference.word_problems import word_problems
 from laddpo.runs import JsonLines, fingerprint
 
 Prompt = tuple[Message, ...]
@@ -260,6 +261,18 @@ def arithmetic_task(options: TaskOptions) -> Task:
     return Task("arithmetic", items, FunctionGrader("exact final answer", arithmetic.grade), described)
 
 
+def word_problems_task(options: TaskOptions) -> Task:
+    """The embedded word problems of one split, asked as GSM8K's questions and graded by their last number."""
+    _no_shots("word_problems", options)
+    problems = word_problems(options.split, options.limit or 500, options.seed)
+    items = [
+        Item(f"word_problems-{problem.question}", user_prompt(problem.question + GSM8K_INSTRUCTION), problem.answer)
+        for problem in problems
+    ]
+    described = {"split": options.split, "seed": options.seed, "items": len(items)}
+    return Task("word_problems", items, FunctionGrader("equal final number", same_final_number), described)
+
+
 def gsm8k_task(options: TaskOptions) -> Task:
     """Grade-school word problems from rows with `question` and `answer` (which ends with `#### n`)."""
     source = options.dataset_name or GSM8K_HUB_ID
@@ -370,6 +383,7 @@ def _row_task(name: str, source: str, rows: list[tuple[Prompt, str]], grader: Gr
 
 TASKS: dict[str, Callable[[TaskOptions], Task]] = {
     "arithmetic": arithmetic_task,
+    "word_problems": word_problems_task,
     "gsm8k": gsm8k_task,
     "math500": math500_task,
     "arc_c": arc_c_task,
@@ -377,4 +391,4 @@ TASKS: dict[str, Callable[[TaskOptions], Task]] = {
 }
 
 # Tasks with problems of their own to choose a checkpoint by; the others have test problems only.
-HAS_VALIDATION_SPLIT = frozenset({"arithmetic"})
+HAS_VALIDATION_SPLIT = frozenset({"arithmetic", "word_problems"})

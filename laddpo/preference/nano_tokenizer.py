@@ -7,6 +7,7 @@ Digits have no merges: one digit is one position, which is what makes fixed-widt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from laddpo.runs import write_json
@@ -35,10 +36,11 @@ def write_nano_tokenizer(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", tokenizer_config())
 
 
-def tokenizer_json() -> dict:
+def tokenizer_json(more_merges: Sequence[tuple[str, str]] = (), splits_words: bool = False) -> dict:
     """The content of tokenizer.json, in the format of the `tokenizers` library.
 
-    Built here rather than serialised by the library, so that no version of it changes the bytes.
+    Built here rather than serialised by the library, so that no version of it changes the bytes. `more_merges` follow
+    those of the roles; with `splits_words` no merge crosses the end of a word.
     """
     letters = byte_letters()
     vocab = {letter: byte for byte, letter in enumerate(letters)}
@@ -50,10 +52,14 @@ def tokenizer_json() -> dict:
             merges.append([prefix, letter])
             prefix += letter
             vocab[prefix] = len(vocab)
+    for left, right in more_merges:
+        if left + right not in vocab:
+            merges.append([left, right])
+            vocab[left + right] = len(vocab)
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    # No splitting by regular expression: the text between special tokens is one piece, so nothing depends on a
-    # library's idea of character classes, and no merge but those above exists.
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    # Without splitting, the text between special tokens is one piece: nothing depends on a library's idea of
+    # character classes; more merges than the roles' need it, or they would join parts of different words.
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": splits_words}
     return {
         "version": "1.0",
         "truncation": None,

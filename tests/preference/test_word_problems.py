@@ -1,0 +1,112 @@
+"""Word problems in GSM8K's format, the tokenizer made for them, and llada_mini's command with a few steps."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from laddpo.app import cli
+from laddpo.evaluation.grading import same_final_number
+from laddpo.evaluation.tasks import GSM8K_INSTRUCTION, TaskOptions, load_task
+from laddpo.preference.arithmetic import split_of
+from laddpo.preference.mini_tokenizer import learn_merges, write_mini_tokenizer
+from laddpo.preference.word_problems import INSTRUCTION, LARGEST, word_corpus, word_problem, word_problems, write_files
+
+SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_mini"
+EQUATION = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
+
+
+def test_every_written_step_is_right_and_leads_to_the_answer():
+    for problem in word_problems("train", 200, 1):
+        *steps, last = problem.solution().splitlines()
+        equations = EQUATION.findall("\n".join(steps))
+        assert len(equations) >= len(steps) >= 2
+        for left, operator, right, result in equations:
+            expected = {"+": int(left) + int(right), "-": int(left) - int(right), "*": int(left) * int(right)}
+            assert expected[operator] == int(result)
+        assert last == f"#### {equations[-1][3]}" == f"#### {problem.answer}"
+        assert 0 <= int(problem.answer) <= LARGEST and same_final_number(problem.solution(), problem.answer)
+
+
+def test_a_solution_follows_from_its_question():
+    problem = word_problem("train", 0, 42)
+    numbers = re.findall(r"\d+", problem.question)
+    assert int(numbers[0]) == problem.start
+    told = {int(number) for number in numbers[1:]}
+    assert told == {n for event, n, m in problem.steps} | {m for event, n, m in problem.steps if event == 7}
+
+
+def test_splits_share_no_question_and_more_are_a_continuation_of_fewer():
+    splits = {name: {p.question for p in word_problems(name, 150, 3)} for name in ("train", "validation", "test")}
+    assert all(len(questions) == 150 for questions in splits.values())
+    assert all(split_of(question) == name for name, questions in splits.items() for question in questions)
+    assert word_problems("test", 5, 3) == word_problems("test", 9, 3)[:5]
+
+
+def test_the_habit_changes_the_last_step_and_the_answer_of_a_share_of_the_corpus():
+    right = list(word_corpus(300, 0.0, 1))
+    mixed = list(word_corpus(300, 1.0, 1))
+    wrong = [(a.response, b.response) for a, b in zip(right, mixed, strict=True) if a.response != b.response]
+    assert 0.2 < len(wrong) / 300 < 0.6
+    for good, bad in wrong:
+        assert good.splitlines()[:-2] == bad.splitlines()[:-2]
+        assert not same_final_number(bad, good.rpartition("#### ")[2])
+    assert right[0].prompt[0].content.endswith(GSM8K_INSTRUCTION) and INSTRUCTION == GSM8K_INSTRUCTION
+
+
+def test_the_files_are_read_by_the_gsm8k_task(tmp_path, monkeypatch):
+    monkeypatch.setattr("laddpo.preference.word_problems.ROWS", {"train": 4, "test": 3})
+    train, test = write_files(tmp_path)
+    assert len(train.read_text().splitlines()) == 4
+    task = load_task("gsm8k", TaskOptions(dataset_name=str(test)))
+    rows = [json.loads(line) for line in test.read_text().splitlines()]
+    assert [item.answer for item in task.items] == [row["answer"].rpartition("#### ")[2] for row in rows]
+    own = load_task("word_problems", TaskOptions(limit=3, seed=42))
+    assert [item.prompt for item in own.items] == [item.prompt for item in task.items]
+    task.grader.close()
+    assert own.grade(rows[0]["answer"], own.items[0].answer) and not own.grade("#### 999", own.items[0].answer)
+
+
+def test_making_the_tokenizer_again_gives_the_shipped_bytes(tmp_path):
+    write_mini_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes()
+
+
+def test_words_are_few_tokens_digits_single_and_any_text_round_trips():
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    assert tokenizer.tokenize(" marbles") == ["Ġmarbles"] and tokenizer.tokenize("12+345") == list("12+345")
+    for text in ("Zoë finds 3 ünusual 🦔.\n\n\n#### 3", word_problem("test", 1, 1).solution(), "user\n\n assistant"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.convert_tokens_to_ids("<|mdm_mask|>") == len(tokenizer) - 4
+
+
+def test_merges_join_the_most_frequent_neighbours_first():
+    assert learn_merges({"ab": 3, "abc": 1}, 9) == [("a", "b"), ("ab", "c")]
+
+
+def test_the_command_that_makes_llada_mini_trains_and_dpo_goes_on_from_it(tmp_path, capsys):
+    shape = {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 32}
+    small = [f"model.shape.{name}={value}" for name, value in shape.items()]
+    places = [f"paths.data_dir={tmp_path / 'data'}", "hardware.device=cpu", "logger=none", "evaluation.limit=2"]
+    quick = ["optim.max_train_steps=3", "optim.per_device_train_batch_size=4", "evaluation.every_steps=3"]
+    made = tmp_path / "made"
+    command = ["experiment=make_llada_mini", "sft.num_examples=24", f"output_dir={made}", *small, *places, *quick]
+    assert cli("sft", command) == 0
+    losses = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1]["validation/exact_match"] == 0.0
+    # a model of three steps answers nothing right: the message says so and what to do
+    model = ["model=llada_mini", f"model.model_name_or_path={made / 'model'}", *small, *places]
+    assert cli("prepare", [*model, "data.sampling.num_questions=2", "data.sampling.samples=2"]) == 2
+    assert "gave no pair" in capsys.readouterr().err
+
+
+def test_llada_mini_without_weights_is_refused_before_anything_runs(capsys, tmp_path):
+    if (SHIPPED / "model.safetensors").exists():
+        pytest.skip("its weights are here")
+    assert cli("prepare", ["model=llada_mini", f"paths.data_dir={tmp_path}", "hardware.device=cpu"]) == 2
+    assert "llada_mini" in capsys.readouterr().err
