@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from laddpo.datachecks import onpolicy_problems
+from laddpo.devicechecks import device_problems
 from laddpo.errors import UserError
 from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.ranges import CHOICES, EMBEDDED_TASKS, TASKS, single_problems, unknown_name
@@ -49,7 +50,7 @@ def check(config: RunConfig) -> RunConfig:
 
 def _contradictions(config: RunConfig, wrong_keys: set[str]) -> Iterator[str]:
     """Problems between settings, leaving out those that speak of a key whose own value is already refused."""
-    for part in (_weights, _lengths, _objective, _data, _schedule, _device, _decoding):
+    for part in (_weights, _lengths, _objective, _data, _schedule, device_problems, _decoding):
         for problem in part(config):
             if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in wrong_keys):
                 yield problem
@@ -201,25 +202,6 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         yield (
             f"stopping.patience is {patience} and evaluation.every_steps is null; early stopping looks at evaluations "
             "during training; set evaluation.every_steps, or stopping.patience=null."
-        )
-
-
-def _device(config: RunConfig) -> Iterator[str]:
-    hardware = config.hardware
-    if hardware.device == "cpu" and config.optim.optimizer == "paged_adamw_8bit":
-        yield (
-            "optim.optimizer is 'paged_adamw_8bit' and hardware.device is 'cpu'; paging needs a CUDA device; "
-            "use optim.optimizer=adamw_8bit or adamw."
-        )
-    if hardware.device == "cpu" and hardware.precision == "fp16":
-        yield (
-            "hardware.precision is 'fp16' and hardware.device is 'cpu', where float16 arithmetic is missing or slow; "
-            "use hardware.precision=fp32 or bf16."
-        )
-    if hardware.embeddings_on_cpu and config.adapter.kind == "full":
-        yield (
-            "hardware.embeddings_on_cpu is true and adapter.kind is 'full'; the embedding is then trained and must be "
-            "where the other weights are; use adapter=lora, or hardware.embeddings_on_cpu=false."
         )
 
 

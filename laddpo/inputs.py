@@ -28,6 +28,7 @@ from laddpo.models.blocks import checkpoint_blocks, compile_blocks
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.offload import keep_embeddings_on_host
+from laddpo.models.sharding import ShardedDenoiser, shard_model
 from laddpo.planning import Lengths, prepared_lengths
 from laddpo.preference.arithmetic import Difficulty
 from laddpo.preference.encode import EncodedPair, TextEncoder
@@ -84,7 +85,7 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
         revision,
         dtype="fp32" if is_full else machine.precision,
         quantization=dataclasses.asdict(config.quantization),
-        device=machine.device,
+        device="cpu" if machine.is_sharded else machine.device,
         attention=machine.attention,
     )
     model.requires_grad_(False)
@@ -95,6 +96,12 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
         weights["adapter"] = runs.file_sha256(Path(config.adapter.path) / adapters.ADAPTER_FILES[1])
     if machine.embeddings_on_cpu:
         keep_embeddings_on_host(model)
+    if machine.is_sharded:
+        if is_full:
+            model.requires_grad_(True)
+        elif not config.adapter.path:  # an untrained adapter adds exactly 0: the reference is the same with it
+            attach_adapter(config, model)
+        shard_model(model, machine.ranks, machine.device)
     mask_token_id = loading.mask_token_id(model.config, tokenizer)
     return Loaded(model, tokenizer, _denoiser(model, mask_token_id, machine, is_full), machine, weights)
 
@@ -128,6 +135,8 @@ def _denoiser(model, mask_token_id: int, machine: Machine, is_full: bool) -> Tra
     if machine.compile:
         compile_blocks(model)
     autocast = machine.dtype if is_full and machine.precision != "fp32" else None
+    if machine.is_sharded:
+        return ShardedDenoiser(model, mask_token_id, autocast=autocast, ranks=machine.ranks)
     return TransformerDenoiser(model, mask_token_id, autocast=autocast, offload=machine.offload_activations)
 
 

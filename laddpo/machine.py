@@ -5,6 +5,7 @@ A hardware profile changes memory and speed, never the quantity being optimised.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from laddpo.core import ranks as processes
 from laddpo.core.budget import TokenBudget
 from laddpo.core.memory import GIB, explain, gib, predict_memory
+from laddpo.devicechecks import unshardable
+from laddpo.errors import UserError
 from laddpo.planning import CONTEXT_BYTES, Choice, Lengths, assumed_lengths, choose_plan, free_ram_bytes, usable
 from laddpo.settings import HardwareSettings, RunConfig
 
@@ -33,6 +36,7 @@ class Machine:
     compile: bool
     choice: Choice
     ranks: processes.Ranks = processes.ALONE
+    is_sharded: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,8 +44,8 @@ class Machine:
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        options = ("gradient_checkpointing", "offload_activations", "embeddings_on_cpu", "compile")
-        chosen = [option.replace("_", " ") for option in options if getattr(self, option)]
+        options = ("gradient_checkpointing", "offload_activations", "embeddings_on_cpu", "compile", "is_sharded")
+        chosen = [option.removeprefix("is_").replace("_", " ") for option in options if getattr(self, option)]
         tokens = f"{self.token_budget.tokens} tokens per micro-step"
         memory = f"predicted peak {gib(self.choice.memory.peak)} of {gib(self.choice.available)} available"
         together = [f"{self.ranks.world} processes, each on"] if self.ranks.world > 1 else []
@@ -62,10 +66,14 @@ def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     available = available_bytes(hardware, device)
-    choice = choose_plan(config, device.type, precision, available, lengths or assumed_lengths(config))
+    lengths = lengths or assumed_lengths(config)
+    config = settled_sharding(config, ranks, device, precision, lengths)
+    choice = choose_plan(config, device.type, precision, available, lengths)
     if not choice.fits:
         what = f"a micro-step of {choice.memory.load.tokens} tokens"
         print(f"warning: {explain(choice.memory, usable(available), what)}")
+
+    is_sharded = config.hardware.sharding == "fsdp"
 
     def too_long(tokens: int) -> str:
         memory = predict_memory(choice.setup, replace(choice.memory.load, tokens=tokens, rows=None))
@@ -75,7 +83,7 @@ def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:
     return Machine(
         device=device,
         precision=precision,
-        token_budget=TokenBudget(choice.token_budget, too_long),
+        token_budget=TokenBudget(choice.token_budget, too_long, may_retry=not is_sharded),
         attention=hardware.attention,
         gradient_checkpointing=choice.setup.checkpointing,
         offload_activations=hardware.offload_activations,
@@ -83,7 +91,30 @@ def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:
         compile=hardware.compile,
         choice=choice,
         ranks=ranks,
+        is_sharded=is_sharded,
     )
+
+
+def settled_sharding(
+    config: RunConfig, ranks: processes.Ranks, device: torch.device, precision: str, lengths: Lengths
+) -> RunConfig:
+    """`auto` decided: shards where several GPUs are used, and one of them, empty, would not hold the plan.
+
+    By the card's size and not by what is free, so that equal cards decide alike.
+    """
+    wanted = config.hardware.sharding
+    if wanted == "fsdp" and ranks.world == 1:
+        raise UserError(
+            "hardware.sharding is 'fsdp' and this is one process; expected several to divide the weights among. "
+            "Start it by torchrun --nproc_per_node=<GPUs> -m laddpo.train, or set hardware.sharding=none."
+        )
+    if wanted == "auto":
+        wanted = "none"
+        if ranks.world > 1 and device.type == "cuda" and not any(unshardable(config)):
+            size = torch.cuda.get_device_properties(device).total_memory - CONTEXT_BYTES
+            whole = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, sharding="none"))
+            wanted = "none" if choose_plan(whole, device.type, precision, size, lengths).fits else "fsdp"
+    return dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, sharding=wanted))
 
 
 def find_device(hardware: HardwareSettings) -> torch.device:

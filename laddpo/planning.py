@@ -100,6 +100,7 @@ def memory_setup(config: RunConfig, device: str, precision: str) -> Setup:
         embeddings_on_cpu=hardware.embeddings_on_cpu and device == "cuda",
         backward=hardware.backward if hardware.backward != "auto" else "stream",
         gradient_groups=gradient_groups(config),
+        shards=processes(config) if hardware.sharding == "fsdp" else 1,
     )
 
 
@@ -161,6 +162,8 @@ def choose_backward(config: RunConfig, lengths: Lengths, token_budget: int) -> t
     if config.hardware.backward != "auto":
         return config.hardware.backward, "as set in hardware.backward"
     pairs = f"the largest pair takes {lengths.longest_pair} tokens, a micro-step {token_budget}"
+    if config.hardware.sharding == "fsdp":
+        return "two_pass", "weights are sharded, so that every rank must know what a pair counts before it goes back"
     if lengths.longest_pair <= token_budget:
         return "stream", f"whole pairs fit a micro-step, so it needs no buffer: {pairs}"
     if config.adapter.kind == "full":

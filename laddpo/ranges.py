@@ -112,6 +112,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.precision": ("auto", "fp32", "bf16", "fp16"),
     "hardware.attention": ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"),
     "hardware.backward": ("auto", "stream", "two_pass", "joint"),
+    "hardware.sharding": ("auto", "none", "fsdp"),
     "evaluation.remasking": ("low_confidence", "certainty", "random"),
     "data.sampling.remasking": ("low_confidence", "certainty", "random"),
     "data.sampling.block_cache": ("none", "prefix", "dual"),

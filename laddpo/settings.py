@@ -227,6 +227,7 @@ class HardwareSettings:
     compile: bool = False
     threads: int | None = None
     processes: int | None = None
+    sharding: str = "auto"
 
 
 @dataclass

@@ -21,6 +21,7 @@ from laddpo.core.checkpoint import save_tensors, step_folders
 from laddpo.core.gradient import Item, lockstep
 from laddpo.core.loop import LoopSettings, RunOutputs, step_items
 from laddpo.core.objectives import reference_draws
+from laddpo.core.ranks import whole
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import NonFiniteStep, RunFault
@@ -92,14 +93,17 @@ def run_outputs(
     ranks = loaded.machine.ranks
 
     def save(name: str, step: int) -> None:
+        state = None
+        if loaded.machine.is_sharded:  # every rank gives its part
+            state = whole(loaded.model.state_dict() if is_full else adapters.adapter_state(loaded.model), ranks.is_main)
         if not ranks.is_main:
             return
         with runs.replaced_folder(folder / name) as target:
             if is_full:
-                files = loading.save_model(loaded.model, target)
+                files = loading.save_model(loaded.model, target, state=state)
                 files += loading.copy_tokenizer(inputs.model_path(config), config.model.revision, target)
             else:
-                files = adapters.save_adapter(loaded.model, target)
+                files = adapters.save_adapter(loaded.model, target, state)
             fields = {"step": step, "base": loaded.weights}
             runs.write_manifest(target, "weights", fields, files, **runs.provenance())
 

@@ -23,6 +23,7 @@ FLOORS = {
     "ranges": 0,
     "mistakes": 0,
     "config": 0,
+    "devicechecks": 0,
     "datachecks": 0,
     "compose": 0,
     "preference.pairs": 0,

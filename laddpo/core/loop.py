@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +21,9 @@ from tqdm.auto import tqdm
 from laddpo.core import checkpoint as checkpoints
 from laddpo.core.noise import epoch_order
 from laddpo.core.optim import clip_gradients, learning_rate
-from laddpo.core.outputs import SilentLines
+from laddpo.core.outputs import RunOutputs
 from laddpo.core.ranks import ALONE, Ranks
 from laddpo.errors import NonFiniteStep, Stopped, UserError
-from laddpo.runs import JsonLines
 from laddpo.signals import StopFlag
 
 MAX_OVERFLOWS = 25  # in a row; from 65,536 the loss scale has then fallen below 0.002
@@ -81,37 +79,6 @@ class LoopState:
     overflows: int = 0
     stopped_early: str = ""
     loss_scaler: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RunOutputs:
-    """Where a run writes. `save_best` and `save_last` write the weights; `track` copies scalars to the trackers.
-
-    Of several ranks all call everything, for sharded weights are gathered together; one with `writes` false keeps none.
-    """
-
-    folder: Path
-    save_best: Callable[[int], None]
-    save_last: Callable[[int], None]
-    track: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None
-    writes: bool = True
-
-    @property
-    def metrics(self) -> JsonLines:
-        """Only reproducible values: two equal runs write equal bytes."""
-        return self._lines("metrics.jsonl")
-
-    @property
-    def timing(self) -> JsonLines:
-        """Clocks, speed and memory."""
-        return self._lines("timing.jsonl")
-
-    def _lines(self, name: str) -> JsonLines:
-        return JsonLines(self.folder / name) if self.writes else SilentLines(self.folder / name)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
 
 
 def train_loop(

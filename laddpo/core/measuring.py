@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
 
+from laddpo.core.ranks import is_sharded
+
 ALLOCATION = "[memory]"  # the profiler's name for one allocation (bytes > 0) or release (bytes < 0)
 
 
@@ -48,7 +50,8 @@ def peak_bytes(device: torch.device | str) -> Iterator[PeakBytes]:
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind these tensors; a storage that several share counts once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    own = [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in own}
     return sum(storages.values())
 
 

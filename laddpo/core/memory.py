@@ -59,6 +59,7 @@ class Setup:
 
     `rank` None: all weights are trained. `quantization`: none, nf4, nf4_double, fp4, ... by name of STORED_BYTES.
     `gradient_groups`: buffers that a pair larger than a micro-step needs in `stream` (coefficient_groups of the loss).
+    `shards`: processes among which weights, gradients and optimizer are divided; the prediction is for one of them.
     """
 
     shape: Shape
@@ -73,6 +74,7 @@ class Setup:
     embeddings_on_cpu: bool = False
     backward: str = "stream"
     gradient_groups: int = 1
+    shards: int = 1
 
     @property
     def is_full(self) -> bool:
@@ -124,11 +126,12 @@ class MemoryPlan:
 def predict_memory(setup: Setup, load: Load) -> MemoryPlan:
     """Bytes by part when a training step is at its largest."""
     resident = {
-        "weights": _weights(setup),
-        "adapter": 0 if setup.is_full else 4 * setup.trained,
-        "optimizer": _optimizer(setup),
-        "gradient": 4 * setup.trained,
+        "weights": _weights(setup) // setup.shards,
+        "adapter": 0 if setup.is_full else 4 * setup.trained // setup.shards,
+        "optimizer": _optimizer(setup) // setup.shards,
+        "gradient": 4 * setup.trained // setup.shards,
         "gradient buffers": 4 * setup.trained * _buffers(setup, load),
+        "gathered weights": _gathered(setup),
     }
     saved = _saved_activations(setup, load)
     moments = [_in_head(setup, load), _in_last_norm(setup, load), _in_block(setup, load)]
@@ -183,6 +186,17 @@ def _weights(setup: Setup) -> int:
         stored += 4 * shape.n_layers * sum(shape.linear(name)[1] for name in BLOCK_LINEARS)
     outside = shape.parameters - blocks - (shape.vocab_size * shape.d_model if setup.embeddings_on_cpu else 0)
     return round(stored + outside * element)
+
+
+def _gathered(setup: Setup) -> int:
+    """Of sharded weights: what is outside the blocks, two blocks (one is fetched while one computes), and where all
+    weights are trained their gradients before they are divided."""
+    if setup.shards == 1:
+        return 0
+    shape = setup.shape
+    outside, block = 2 * shape.vocab_size * shape.d_model, shape.block_parameters
+    element = 4 if setup.is_full else ELEMENT_BYTES[setup.precision]
+    return element * (outside + 2 * block) + (4 * (outside + block) if setup.is_full else 0)
 
 
 def _optimizer(setup: Setup) -> int:
@@ -286,7 +300,7 @@ def _update_workspace(setup: Setup) -> int:
     if setup.optimizer != "adamw":
         return 0
     if setup.device == "cuda":
-        return 4 * setup.trained
+        return 4 * setup.trained // setup.shards
     linears = map(setup.shape.linear, BLOCK_LINEARS)
     largest = max(a * b for a, b in linears) if setup.is_full else setup.rank * max(map(max, linears))
     return 8 * max(largest, setup.shape.vocab_size * setup.shape.d_model if setup.is_full else 0)

@@ -1,15 +1,48 @@
-"""A log for the processes of a run that do not write: they compute what rank 0 computes, and rank 0 alone keeps it."""
+"""Where a training run writes: its two logs, its checkpoints, its weights. Of several processes rank 0 alone writes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from laddpo.runs import JsonLines
 
 
+@dataclass(frozen=True)
+class RunOutputs:
+    """Where a run writes. `save_best` and `save_last` write the weights; `track` copies scalars to the trackers.
+
+    Of several ranks all call everything, for sharded weights are gathered together; one with `writes` false keeps none.
+    """
+
+    folder: Path
+    save_best: Callable[[int], None]
+    save_last: Callable[[int], None]
+    track: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None
+    writes: bool = True
+
+    @property
+    def metrics(self) -> JsonLines:
+        """Only reproducible values: two equal runs write equal bytes."""
+        return self._lines("metrics.jsonl")
+
+    @property
+    def timing(self) -> JsonLines:
+        """Clocks, speed and memory."""
+        return self._lines("timing.jsonl")
+
+    def _lines(self, name: str) -> JsonLines:
+        return JsonLines(self.folder / name) if self.writes else SilentLines(self.folder / name)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
 class SilentLines(JsonLines):
-    """Looks like a log that is empty, and stays so."""
+    """The log of a process that does not write: it looks empty, and stays so."""
 
     def append(self, record: Mapping[str, Any]) -> None:
         pass

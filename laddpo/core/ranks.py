@@ -70,7 +70,14 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return any(self.gather(bool(flag)))
+        if self.world == 1:
+            return bool(flag)
+        import torch
+
+        found = torch.tensor([int(flag)], dtype=torch.int32)
+        with explained():
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.control)
+        return bool(found)
 
     def agree_to_stop(self, stop: StopFlag | None) -> bool:
         """Whether any rank was asked to stop; then all of them are, by the first one's signal."""

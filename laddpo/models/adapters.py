@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from laddpo import runs
+from laddpo.core.ranks import placed_like
 from laddpo.errors import UserError, nearest
 from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.models.families import find_family
@@ -79,14 +80,17 @@ def attach_lora(
     return matched
 
 
-def save_adapter(model, folder: Path) -> list[str]:
-    """Write the adapter as PEFT does (config and safetensors), atomically. Returns the names of the files."""
+def save_adapter(model, folder: Path, state: Mapping[str, Tensor] | None = None) -> list[str]:
+    """Write the adapter as PEFT does (config and safetensors), atomically. Returns the names of the files.
+
+    `state`: whole tensors under PEFT's names, of a model that holds only parts of them.
+    """
     from safetensors.torch import save
 
     config = model.peft_config[NAME].to_dict()
     config["inference_mode"] = True
     plain = {key: _plain(value) for key, value in config.items()}
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or adapter_state(model)).items()}
     runs.write_bytes(folder / ADAPTER_FILES[1], save(state, metadata={"format": "pt"}))
     runs.write_json(folder / ADAPTER_FILES[0], plain)
     return list(ADAPTER_FILES)
@@ -128,7 +132,7 @@ def load_adapter_state(model, state: dict[str, Tensor], where: str) -> None:
         raise UserError(*problems)
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            tensor.copy_(placed_like(tensor, state[name]))
 
 
 def has_adapter(model) -> bool:

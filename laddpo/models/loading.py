@@ -10,13 +10,14 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from laddpo import runs
+from laddpo.core.ranks import placed_like
 from laddpo.errors import UserError
 from laddpo.models.families import Family, find_family
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
@@ -125,12 +126,15 @@ def read_config(folder: Path):
     return family.config_class.from_dict(content), family
 
 
-def save_model(model, folder: Path, shard_bytes: int = 4 * 2**30) -> list[str]:
-    """Write config and weights in the hub's layout, key names unchanged. Returns the names of the files."""
+def save_model(model, folder: Path, shard_bytes: int = 4 * 2**30, state: Mapping | None = None) -> list[str]:
+    """Write config and weights in the hub's layout, key names unchanged. Returns the names of the files.
+
+    `state`: whole tensors by name, of a model that holds only parts of them.
+    """
     from safetensors.torch import save
     from transformers.pytorch_utils import id_tensor_storage
 
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().contiguous() for name, tensor in (state or model.state_dict()).items()}
     assert len({id_tensor_storage(t) for t in state.values()}) == len(state), "tied weights cannot be saved as they are"
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
@@ -176,7 +180,7 @@ def load_weights(model, folder: Path) -> None:
             for name, tensor in load_file(file).items():
                 if name not in own or own[name].shape != tensor.shape:
                     raise UserError(f"{file}: its tensor {name} does not fit the model. Use weights of the same model.")
-                own[name].copy_(tensor)
+                own[name].copy_(placed_like(own[name], tensor))
                 unseen.discard(name)
     if unseen:
         raise UserError(

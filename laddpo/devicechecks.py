@@ -1,0 +1,48 @@
+"""What settings of the hardware group contradict one another or the rest. No torch: the machine itself is not asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from laddpo.settings import RunConfig
+
+
+def device_problems(config: RunConfig) -> Iterator[str]:
+    hardware = config.hardware
+    if hardware.device == "cpu" and config.optim.optimizer == "paged_adamw_8bit":
+        yield (
+            "optim.optimizer is 'paged_adamw_8bit' and hardware.device is 'cpu'; paging needs a CUDA device; "
+            "use optim.optimizer=adamw_8bit or adamw."
+        )
+    if hardware.device == "cpu" and hardware.precision == "fp16":
+        yield (
+            "hardware.precision is 'fp16' and hardware.device is 'cpu', where float16 arithmetic is missing or slow; "
+            "use hardware.precision=fp32 or bf16."
+        )
+    if hardware.sharding == "fsdp":
+        yield from (f"hardware.sharding is 'fsdp' and {problem}" for problem in unshardable(config))
+    if hardware.embeddings_on_cpu and config.adapter.kind == "full":
+        yield (
+            "hardware.embeddings_on_cpu is true and adapter.kind is 'full'; the embedding is then trained and must be "
+            "where the other weights are; use adapter=lora, or hardware.embeddings_on_cpu=false."
+        )
+
+
+def unshardable(config: RunConfig) -> Iterator[str]:
+    """What cannot be done with weights that are divided among processes."""
+    hardware, quantization = config.hardware, config.quantization
+    if quantization.load_in_4bit or quantization.load_in_8bit:
+        yield "weights are quantized, which FSDP2 cannot divide; use quantization=none, or hardware.sharding=none."
+    if config.optim.optimizer != "adamw":
+        yield f"optim.optimizer is {config.optim.optimizer!r}, which holds no sharded state; use optim.optimizer=adamw."
+    if hardware.precision == "fp16":
+        yield "hardware.precision is 'fp16', whose loss scale ranks would not agree on; use bf16."
+    if hardware.backward not in ("auto", "two_pass"):
+        yield f"hardware.backward is {hardware.backward!r}; ranks differ in what fits whole; use auto or two_pass."
+    for name in ("embeddings_on_cpu", "offload_activations", "compile"):
+        if getattr(hardware, name):
+            yield f"hardware.{name} is true; no rank has the whole model to do that with; use hardware.{name}=false."
+    if config.evaluation.block_cache != "none":
+        yield "evaluation.block_cache reaches into single blocks; use evaluation.block_cache=none."
+    if config.data.source == "onpolicy":
+        yield "data=onpolicy samples with whole weights; sample first: python -m laddpo.prepare hardware.sharding=none."
