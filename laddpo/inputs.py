@@ -266,8 +266,10 @@ def complete_reference(
 ) -> None:
     """Compute what the store lacks for these windows of pairs, saying how much that is."""
     ranks = loaded.machine.ranks
-    lacking = sum(bool(store.missing(stored_pair(pair), draws)) for pairs, draws in windows for pair in pairs)
-    lacking = max(ranks.gather(lacking))  # another run may be adding to the store while the ranks look
+    absent = [
+        stored_pair(pair) for pairs, draws in windows for pair in pairs if store.missing(stored_pair(pair), draws)
+    ]
+    lacking = max(ranks.gather(len(absent)))  # another run may be adding to the store while the ranks look
     total = sum(len(pairs) for pairs, _ in windows)
     if not lacking:
         print(f"reference, {label}: all {total} pairs are in {store.folder}")
@@ -278,6 +280,7 @@ def complete_reference(
             "Run python -m laddpo.precompute with the same settings, or set auto=true."
         )
     print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}")
+    print(f"reference, {label}: {store.why_missing(absent)}")
     with tqdm(total=total, unit="pairs", desc="reference", dynamic_ncols=True, disable=not ranks.is_main) as progress:
         fill_reference(
             loaded.denoiser,

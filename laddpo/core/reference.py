@@ -8,7 +8,9 @@ whole; a killed precompute loses at most the shard it was filling.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +80,33 @@ class ReferenceStore:
                 "Run python -m laddpo.precompute with the same settings, or leave auto=true."
             )
         return self._values[pair][:, draws]
+
+    def why_missing(self, lacking: Iterable[StoredPair]) -> str:
+        """Why these pairs have to be computed: what of the settings, or of the pairs, is not as it was stored."""
+        if not self._values:
+            return self._differs_from_nearest()
+        ids = {pair.id for pair in self._values}
+        reasons = Counter(
+            "need more draws"
+            if pair in self._values
+            else "have other tokens than were stored (data.max_length)"
+            if pair.id in ids
+            else "are rows that were never stored"
+            for pair in lacking
+        )
+        return "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+
+    def _differs_from_nearest(self) -> str:
+        """The fields in which the most similar of the other stores differs."""
+        candidates = []
+        for manifest in sorted(self.folder.parent.glob(f"*/{runs.MANIFEST}")):
+            with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
+                fields = runs.unsealed(manifest)["fields"]
+                candidates.append((runs.differing_fields(fields, self.fields), manifest.parent.name))
+        if not candidates:
+            return "nothing is stored yet"
+        differences, name = min(candidates, key=lambda candidate: len(candidate[0]))
+        return f"a new store; the nearest, {name}, was made with other settings: {'; '.join(differences)}"
 
     def __len__(self) -> int:
         return len(self._values)

@@ -93,6 +93,30 @@ def test_token_digests_see_every_token_and_where_one_array_ends():
     assert base == "40db0a76839a96a8980734060825a83c"
 
 
+# Why values are computed
+
+
+def test_why_pairs_are_missing_is_said_by_what_changed(stores):
+    store = ReferenceStore.open(stores, FIELDS)
+    assert store.why_missing([stored("a")]) == "nothing is stored yet"
+    store.append([stored("a"), stored("b")], 0, values(2, 2))
+    shorter = StoredPair("b", token_digest(np.array([9])))
+    assert store.why_missing([stored("a"), shorter, stored("c"), stored("d")]) == (
+        "1 need more draws; 1 have other tokens than were stored (data.max_length); 2 are rows that were never stored"
+    )
+
+
+def test_why_a_store_is_new_is_said_by_the_fields_in_which_the_nearest_differs(stores):
+    near = {"weights": "sha256:abc", "estimator": {"estimator": "complement", "seed": 7}}
+    far = {"weights": "sha256:def", "estimator": {"estimator": "count", "seed": 7}}
+    for fields in (FIELDS, far):
+        ReferenceStore.open(stores, fields).append([stored("a")], 0, values(1, 1))
+    (stores / "damaged").mkdir()
+    (stores / "damaged" / "manifest.json").write_bytes(b"half")
+    text = ReferenceStore.open(stores, near).why_missing([stored("a")])
+    assert "estimator.seed: stored 42, now 7" in text and "weights" not in text
+
+
 # What is refused
 
 

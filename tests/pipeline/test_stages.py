@@ -74,39 +74,6 @@ def test_without_auto_a_missing_input_names_the_stage_that_makes_it(stages, caps
     assert "python -m laddpo.precompute" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "dpo.beta=3",
-        "dpo.loss=hinge",
-        "optim.learning_rate=1e-4",
-        "adapter.r=2",
-        "optim.per_device_train_batch_size=8",
-        "hardware.token_budget=2000",
-        "dpo.diffusion_samples=1",
-        "dpo.sft_weight=0.1",
-    ],
-)
-def test_what_does_not_change_reference_values_reuses_the_store(stages, capsys, change):
-    assert stages.run("precompute") == 0
-    capsys.readouterr()
-    steps = "optim.max_train_steps=4" if "batch" in change else "optim.max_train_steps=8"
-    assert stages.run("train", change, steps, "evaluation.at_end=false", "evaluation.tasks=[]") == 0
-    shown = capsys.readouterr().out
-    assert "reference, training pairs: all" in shown and "computing" not in shown
-
-
-@pytest.mark.parametrize(
-    "change",
-    ["seed=7", "dpo.estimator=count", "dpo.schedule=iid", "dpo.shared_counts=false", "hardware.precision=bf16"],
-)
-def test_what_changes_reference_values_is_computed_anew(stages, capsys, change):
-    assert stages.run("precompute") == 0
-    capsys.readouterr()
-    assert stages.run("precompute", change) == 0
-    assert "computing" in capsys.readouterr().out
-
-
 def test_more_draws_are_added_to_the_store_of_fewer(stages, capsys):
     assert stages.run("precompute") == 0
     store = capsys.readouterr().out.strip().splitlines()[-1]
