@@ -20,6 +20,8 @@ def single_problems(config: Any) -> Iterator[str]:
         numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, float)]
         if not all(map(math.isfinite, numbers)):
             yield f"{key} is {value}; expected a finite number; write one, or null where the key allows it."
+        elif value == "" and key in PATHS:
+            yield f"{key} is empty; expected a path; name one, or leave {key}= out."
         elif value is not None and key in CHOICES:
             for name in value if isinstance(value, list) else [value]:
                 if name not in CHOICES[key]:
@@ -79,6 +81,7 @@ def _plain(number: float) -> str:
 EMBEDDED_TASKS = ("arithmetic", "word_problems")  # with problems of their own, made here
 TASKS = ("arithmetic", "word_problems", "gsm8k", "math500", "arc_c", "file")
 
+PATHS = ("output_dir", "resume", "paths.data_dir", "paths.outputs_dir", "adapter.path", "model.model_name_or_path")
 CHOICES: dict[str, tuple[str, ...]] = {
     "adapter.kind": ("lora", "full"),
     "quantization.bnb_4bit_quant_type": ("nf4", "fp4"),

@@ -17,10 +17,11 @@ from laddpo.core.ranks import here
 from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 
-# What a resumed run may change: where it runs, how it reports, how often it saves, and how long it trains.
+# What a resumed run may change: where it runs, how it reports, how often it saves, and how long it trains. What is
+# recommended for a model is where other settings take their values from: those are compared.
 MAY_CHANGE = (
     "output_dir", "resume", "auto", "verify", "run", "runs", "dry_run", "logging_steps", "save_", "logger.", "paths.",
-    "hardware.", "evaluation.at_end", "optim.max_train_steps", "optim.num_train_epochs",
+    "model.recommended.", "hardware.", "evaluation.at_end", "optim.max_train_steps", "optim.num_train_epochs",
 )  # fmt: skip
 
 

@@ -135,6 +135,10 @@ MISTAKES = {
     "code to run in a value": (["data.columns={_target_: os.system}"], ["names code to run"]),
     "code for the launcher": (["hydra.launcher._target_=os.system"], ["names code to run"]),
     "a callback": (["+hydra.callbacks={a: {_target_: os.system}}"], ["names code to run"]),
+    "an empty folder": (
+        ["output_dir=", "paths.data_dir=''"],
+        ["output_dir is empty; expected a path", "paths.data_dir is"],
+    ),
     # C31
     "a swept folder": (["-m", "dpo.beta=1,2", "output_dir=a,b"], ["a sweep has one folder"]),
     "a swept contradiction": (["-m", "dpo.beta=1,-2"], ["dpo.beta is -2.0", "(job 1 of 2)"]),

@@ -68,6 +68,13 @@ def test_resume_into_a_run_of_other_settings_lists_them(stages, capsys):
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false", "resume=true", "dpo.beta=9") == 2
     shown = capsys.readouterr().err
     assert "dpo.beta: stored 2.0, now 9.0" in shown and "Traceback" not in shown
+    # a value that others take theirs from is no second difference
+    assert (
+        stages.run("train", f"output_dir={run}", "evaluation.at_end=false", "resume=true", "model.recommended.beta=9")
+        == 2
+    )
+    listed = [line for line in capsys.readouterr().err.splitlines() if ": stored " in line]
+    assert [line.strip() for line in listed] == ["dpo.beta: stored 2.0, now 9.0"]
 
 
 def test_resume_in_an_empty_folder_starts_and_says_so(stages, capsys):
