@@ -2,6 +2,7 @@
 
     python -m laddpo.plan model=llada_8b hardware=rtx4080
     python -m laddpo.plan model=llada_8b hardware=rtx4080 hardware.vram_gib=8       what would fit there
+    python -m laddpo.plan model=llada_8b hardware=h100 hardware.processes=8         eight of them
     python -m laddpo.plan                                                           the embedded model on this machine
 
 Needs no weights and no network. Lengths come from prepared data if there are any, else from data.length_quantiles.
@@ -170,8 +171,8 @@ def _budget_lines(config: RunConfig, choice, lengths) -> list[str]:
 
 
 def _hours_line(config: RunConfig, choice, lengths, pairs: int | None, device: str) -> str:
-    from laddpo.core.speed import duration, predicted_seconds
-    from laddpo.planning import device_speed, measured_cpu_speed, work_of
+    from laddpo.core.speed import duration, exchange_seconds, predicted_seconds
+    from laddpo.planning import device_speed, measured_cpu_speed, pairs_per_step, processes, work_of
 
     speed = device_speed(config) or (measured_cpu_speed(choice.setup.shape, lengths) if device == "cpu" else None)
     if speed is None:
@@ -180,11 +181,21 @@ def _hours_line(config: RunConfig, choice, lengths, pairs: int | None, device: s
     if work is None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, random_sample_size=10_000))
         work, unit = work_of(config, lengths, 10_000), "10,000 pairs of reference and training"
-    low, high = predicted_seconds(choice.setup, work, choice.token_budget, speed)
-    return (
+    count = processes(config)
+    share = dataclasses.replace(work, tokens=work.tokens / count, masked=work.masked / count)
+    steps = work.tokens / (2 * config.dpo.diffusion_samples * work.length * pairs_per_step(config))
+    exchange = exchange_seconds(choice.setup, work, choice.token_budget, count, steps)
+    low, high = (s + exchange for s in predicted_seconds(choice.setup, share, choice.token_budget, speed))
+    line = (
         f"time: {duration(low)} to {duration(high)} for {unit} ({work.tokens:,.0f} tokens under all draws; "
         f"{speed.tflops:.3g} TFLOPS, of which runs reach about half); evaluation comes on top"
     )
+    if count > 1:
+        line += (
+            f"\non {count} processes in steps of {pairs_per_step(config):,} pairs: {count * low / 3600:,.0f} to "
+            f"{count * high / 3600:,.0f} GPU hours, of which {exchange / low:.1%} or less for exchanges between them"
+        )
+    return line
 
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ class Choice:
 def memory_setup(config: RunConfig, device: str, precision: str) -> Setup:
     """The settings as the memory plan's plain numbers. `device`: cuda or cpu; `precision`: fp32, bf16 or fp16."""
     shape, hardware, quantization = config.model.shape, config.hardware, config.quantization
+    is_sharded = hardware.sharding == "fsdp"
+    backward = "two_pass" if is_sharded else "stream"
     stored = "none"
     if quantization.load_in_4bit:
         stored = "4bit_double" if quantization.bnb_4bit_use_double_quant else "4bit"
@@ -98,9 +100,9 @@ def memory_setup(config: RunConfig, device: str, precision: str) -> Setup:
         checkpointing=bool(hardware.gradient_checkpointing),
         offload=hardware.offload_activations and device == "cuda",
         embeddings_on_cpu=hardware.embeddings_on_cpu and device == "cuda",
-        backward=hardware.backward if hardware.backward != "auto" else "stream",
+        backward=hardware.backward if hardware.backward != "auto" else backward,
         gradient_groups=gradient_groups(config),
-        shards=processes(config) if hardware.sharding == "fsdp" else 1,
+        shards=processes(config) if is_sharded else 1,
     )
 
 

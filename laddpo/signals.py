@@ -50,4 +50,5 @@ def stop_on_signal() -> Iterator[StopFlag]:
         yield flag
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is handle:  # one set meanwhile stays: it knows more
+                signal.signal(number, handler)

@@ -253,3 +253,48 @@ def test_the_message_of_one_sequence_that_does_not_fit_is_the_plans():
     text = machine.token_budget.explain(900)
     assert text.startswith("out of memory: one sequence of 900 tokens does not fit: predicted ")
     assert "The largest part is activations" in text and "hardware.gradient_checkpointing=true (saves" in text
+
+
+# Several processes
+
+
+def test_a_steps_pairs_are_counted_per_process():
+    settings = ["optim.per_device_train_batch_size=2", "optim.gradient_accumulation_steps=3"]
+    assert planning.pairs_per_step(compose([*settings])) == 6
+    assert planning.pairs_per_step(compose([*settings, "hardware.processes=4"])) == 24
+
+
+def test_processes_are_those_launched_unless_the_settings_say_otherwise(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert planning.processes(compose([])) == 8
+    assert planning.processes(compose(["hardware.processes=2"])) == 2
+
+
+def test_eight_gpus_take_an_eighth_of_the_time_and_no_fewer_gpu_hours(capsys):
+    run = [*REAL, "data.random_sample_size=1000000"]
+    alone, eight = (plan.plan_text(compose([*run, *more])) for more in ([], ["hardware.processes=8"]))
+    assert "GPU hours" not in alone and "on 8 processes in steps of 512 pairs" in eight
+    hours = [float(text.split("time: ")[1].split()[0]) for text in (alone, eight)]
+    units = [text.split("time: ")[1].split()[1] for text in (alone, eight)]
+    factor = {"h": 1.0, "days": 24.0, "min": 1 / 60}
+    assert hours[0] * factor[units[0]] / (hours[1] * factor[units[1]]) == pytest.approx(8, rel=0.1)
+
+
+def test_sharding_divides_what_is_kept_and_adds_what_is_gathered():
+    setup = planning.memory_setup(compose([*REAL, "quantization=none", "adapter=full"]), "cuda", "bf16")
+    whole = predict_memory(setup, planning.Load(1024))
+    shards = predict_memory(dataclasses.replace(setup, shards=8, backward="two_pass"), planning.Load(1024))
+    for part in ("weights", "optimizer", "gradient"):
+        assert shards.parts[part] == whole.parts[part] // 8
+    assert whole.parts["gathered weights"] == 0 < shards.parts["gathered weights"] < whole.parts["weights"]
+    assert shards.peak < whole.peak / 3
+
+
+def test_what_cannot_be_sharded_is_refused_together():
+    from laddpo.errors import UserError
+
+    with pytest.raises(UserError) as refused:
+        compose([*REAL, "hardware.sharding=fsdp", "optim.optimizer=adamw_8bit", "hardware.backward=stream"])
+    said = str(refused.value)
+    assert said.count("hardware.sharding is 'fsdp' and") == 3
+    assert "quantization=none" in said and "optim.optimizer=adamw" in said and "two_pass" in said

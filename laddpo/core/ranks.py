@@ -12,6 +12,8 @@ import contextlib
 import datetime
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -266,7 +268,12 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def lost_peer(error: BaseException, ranks: Ranks | None = None) -> RunFault:
-    """What is told when another process of the run ended."""
+    """What is told when another process of the run ended.
+
+    The launcher sends SIGTERM to those that are left, at any moment now: they are ending already, and shall say why.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ranks = ranks or launched()
     reason = str(error).strip().partition("\n")[0]
     return RunFault(

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from laddpo.core.memory import Setup
+from laddpo.core.memory import ELEMENT_BYTES, Setup
 
 # Of the datasheet's dense matrix speed. Published 4-bit LoRA runs of an 8B reach 66% of an RTX 4090 (torchtune) and 47%
 # of an A100 (Unsloth) on full sequences of one length; packed short ones reach less.
 REACHED = (0.40, 0.55)
 LAUNCH_SECONDS = {"cuda": 1e-3, "cpu": 2e-4}  # per block and micro-step: some 150 kernels forward and backward
 GB_PER_S_PER_TFLOP = 7.0  # of a usual GPU, when the bandwidth is not given
+# What a GPU exchanges with others: up to 8 taken as one machine with NVLink, more as machines with 200 Gb/s a GPU.
+ONE_MACHINE, LINK_GB_PER_S = 8, (150.0, 25.0)
 UNPACKED_BYTES = 2.5  # moved per weight when 4-bit blocks are multiplied: half a byte read, two written
 
 
@@ -65,6 +67,22 @@ def predicted_seconds(setup: Setup, work: Work, token_budget: int, device: Devic
         unpacked = setup.shape.n_layers * setup.shape.block_parameters * UNPACKED_BYTES * passes
         fixed += micro_steps * unpacked / ((device.gb_per_s or GB_PER_S_PER_TFLOP * device.tflops) * 1e9)
     return multiply / REACHED[1] + fixed, multiply / REACHED[0] + fixed
+
+
+def exchange_seconds(setup: Setup, work: Work, token_budget: int, processes: int, steps: float) -> float:
+    """What several processes spend on exchanging: the adapter's gradient once per step; of sharded weights, every
+    micro-step's weights for each pass, and a gradient in return."""
+    if processes == 1:
+        return 0.0
+    if setup.shards == 1:
+        moved = 2 * 4 * setup.trained * steps
+    else:
+        element = 4 if setup.is_full else ELEMENT_BYTES[setup.precision]
+        micro_steps = max(1.0, work.tokens / processes / max(1, token_budget))
+        gathers = 3 + work.reference_share + setup.checkpointing  # score, forward, backward, reference
+        moved = micro_steps * (gathers * element * setup.shape.parameters + 4 * setup.trained)
+    speed = LINK_GB_PER_S[processes > ONE_MACHINE]
+    return moved * (processes - 1) / processes / (speed * 1e9)
 
 
 def duration(seconds: float) -> str:
