@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from laddpo.stagesettings import ExportSettings, ReportSettings, StudySettings, VarianceSettings
+
 
 @dataclass
 class ModelShape:
@@ -260,26 +262,6 @@ class EvaluationSettings:
 
 
 @dataclass
-class ExportSettings:
-    """Only read by `python -m laddpo.export`."""
-
-    adapter_only: bool = False
-    dtype: str | None = None
-    shard_gib: float = 4.0
-    license: str | None = None
-    push_to_hub: str | None = None
-    private: bool = True
-
-
-@dataclass
-class ReportSettings:
-    """Only read by `python -m laddpo.report`."""
-
-    metric: str | None = None
-    examples: int = 6
-
-
-@dataclass
 class LoggerSettings:
     tensorboard: bool = True
     wandb: bool = False
@@ -318,49 +300,6 @@ class BenchmarkSettings:
     sampler_items: int = 384
     sampler_batch: int = 32
     parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed", "sampler"])
-
-
-@dataclass
-class VarianceSettings:
-    """Only read by `python -m laddpo.variance`."""
-
-    settings: list[str] = field(default_factory=list)
-    draws: list[int] = field(default_factory=lambda: [1, 4, 8])
-    pairs: int = 128
-    gradient_pairs: int = 64
-    evaluations: int = 8
-
-
-@dataclass
-class StudyArm:
-    """One arm of a study: a run of `stage` with these settings; `factor` is its section of the page."""
-
-    name: str = MISSING
-    factor: str = "Arms"
-    stage: str = "train"
-    overrides: list[str] = field(default_factory=list)
-    against: str = "default"
-
-
-@dataclass
-class StudyClaim:
-    """What is to be decided: `arm` better than `against`, or not worse by more than `margin` points."""
-
-    arm: str = MISSING
-    against: str = "default"
-    margin: float | None = None
-
-
-@dataclass
-class StudySettings:
-    """Only read by `python -m laddpo.study`."""
-
-    name: str = "none"
-    seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
-    settings: list[str] = field(default_factory=list)
-    arms: list[StudyArm] = field(default_factory=list)
-    claims: list[StudyClaim] = field(default_factory=list)
-    only: list[str] = field(default_factory=list)
 
 
 @dataclass

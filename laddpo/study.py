@@ -14,7 +14,8 @@ from pathlib import Path
 
 from laddpo.app import run_stage
 from laddpo.errors import EXIT_DONE, EXIT_STOPPED, RunFault, Stopped, UserError
-from laddpo.settings import RunConfig, StudyArm
+from laddpo.settings import RunConfig
+from laddpo.stagesettings import StudyArm
 
 OWN = ("study", "output_dir", "resume", "seed", "experiment")
 

@@ -20,6 +20,7 @@ FLOORS = {
     "signals": 0,
     "temporaries": 0,
     "settings": 0,
+    "stagesettings": 0,
     "ranges": 0,
     "mistakes": 0,
     "config": 0,
@@ -45,7 +46,7 @@ FLOORS = {
     "": 5,
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}
-ONLY_STAGES_KNOW = {"settings", "config", "compose", "app", "mistakes", "ranges"}
+ONLY_STAGES_KNOW = {"settings", "stagesettings", "config", "compose", "app", "mistakes", "ranges"}
 
 
 def name_of(path: Path) -> str:

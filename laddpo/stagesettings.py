@@ -1,0 +1,70 @@
+"""The typed settings of stages that no other stage reads; part of laddpo/settings.py, as whose groups they appear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ExportSettings:
+    """Only read by `python -m laddpo.export`."""
+
+    adapter_only: bool = False
+    dtype: str | None = None
+    shard_gib: float = 4.0
+    license: str | None = None
+    push_to_hub: str | None = None
+    private: bool = True
+
+
+@dataclass
+class ReportSettings:
+    """Only read by `python -m laddpo.report`."""
+
+    metric: str | None = None
+    examples: int = 6
+
+
+@dataclass
+class VarianceSettings:
+    """Only read by `python -m laddpo.variance`."""
+
+    settings: list[str] = field(default_factory=list)
+    draws: list[int] = field(default_factory=lambda: [1, 4, 8])
+    pairs: int = 128
+    gradient_pairs: int = 64
+    evaluations: int = 8
+
+
+@dataclass
+class StudyArm:
+    """One arm of a study: a run of `stage` with these settings; `factor` is its section of the page."""
+
+    name: str = MISSING
+    factor: str = "Arms"
+    stage: str = "train"
+    overrides: list[str] = field(default_factory=list)
+    against: str = "default"
+
+
+@dataclass
+class StudyClaim:
+    """What is to be decided: `arm` better than `against`, or not worse by more than `margin` points."""
+
+    arm: str = MISSING
+    against: str = "default"
+    margin: float | None = None
+
+
+@dataclass
+class StudySettings:
+    """Only read by `python -m laddpo.study`."""
+
+    name: str = "none"
+    seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
+    settings: list[str] = field(default_factory=list)
+    arms: list[StudyArm] = field(default_factory=list)
+    claims: list[StudyClaim] = field(default_factory=list)
+    only: list[str] = field(default_factory=list)
