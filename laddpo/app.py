@@ -34,7 +34,7 @@ from omegaconf import OmegaConf
 import laddpo
 from laddpo.compose import compose_tree, open_hydra, to_run_config
 from laddpo.config import unlikely_settings
-from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError, nearest
+from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest
 from laddpo.launch import joined, leave, refuse_sweep, speaks
 from laddpo.mistakes import config_groups
 from laddpo.redaction import redact
@@ -71,8 +71,7 @@ def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
             print("interrupted.", file=sys.stderr)
         return EXIT_STOPPED
     except BrokenPipeError:  # the reader of our output (head, less) went away
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_into_nothing()
         return EXIT_FAULT
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
@@ -129,6 +128,12 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
 def _call(main: Main, config: RunConfig, folder: Path) -> int:
     try:
         main(config, folder)
+    except BrokenPipeError as error:
+        _print_into_nothing()
+        raise RunFault(
+            "what read this command's output went away, and the command stopped. Whatever it had finished is on disk: "
+            "the same command goes on from there (a training run with resume=true). Write the output to a file instead."
+        ) from error
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
             raise
@@ -136,6 +141,11 @@ def _call(main: Main, config: RunConfig, folder: Path) -> int:
 
         raise out_of_memory_fault(config, error) from error
     return EXIT_DONE
+
+
+def _print_into_nothing() -> None:
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_folder(stage: str, config: RunConfig) -> Path:

@@ -104,6 +104,8 @@ def explained(path: Path) -> Iterator[None]:
     """An `OSError` inside the block becomes a `UserError` that names `path`, the free space there and the cure."""
     try:
         yield
+    except BrokenPipeError:  # of something printed: no word about the disk
+        raise
     except OSError as error:
         raise UserError(disk_message(path, error)) from error
 
@@ -312,6 +314,8 @@ def read_manifest(folder: Path, kind: str, verify: bool = True) -> dict | None:
         raise UserError(f"{path}: is damaged ({error!r}). Remove the folder {folder} and run again.") from error
     if verify:
         for name, (size, digest) in sealed.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(f"{path}: names {name!r}, outside of its folder. It was not made by this program.")
             file = folder / name
             if not file.exists() or file.stat().st_size != size or file_sha256(file) != digest:
                 raise UserError(

@@ -227,6 +227,16 @@ def test_a_changed_file_is_named(sealed, content):
     assert runs.read_manifest(sealed, "prepared", verify=False)["fields"] == {"seed": 1}
 
 
+@pytest.mark.parametrize("name", ["../values", "/etc/hostname", "a/../../values"])
+def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(sealed, name):
+    manifest = json.loads((sealed / runs.MANIFEST).read_text())
+    manifest["files"] = {name: manifest["files"]["values"]}
+    del manifest[runs.SEAL]
+    runs.write_json(sealed / runs.MANIFEST, runs.with_seal(manifest))
+    with pytest.raises(UserError, match="outside of its folder"):
+        runs.read_manifest(sealed, "prepared")
+
+
 def test_a_manifest_of_another_kind_is_refused(sealed):
     with pytest.raises(UserError, match="is a manifest of 'prepared', expected 'train'"):
         runs.read_manifest(sealed, "train")

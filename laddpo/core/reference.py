@@ -180,6 +180,8 @@ class ReferenceStore:
         self._shards = shards
 
     def _read_shard(self, name: str) -> None:
+        if Path(name).name != name:
+            raise UserError(f"{self.folder / runs.MANIFEST}: names {name!r}, which is no shard of this folder.")
         path = self.folder / name
         content = path.read_bytes() if path.exists() else b""
         if hashlib.sha256(content).hexdigest() != self._shards[name]["sha256"]:

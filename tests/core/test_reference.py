@@ -154,6 +154,17 @@ def test_a_damaged_shard_is_named(stores, damage):
         ReferenceStore.open(stores, FIELDS)
 
 
+def test_a_shard_outside_the_folder_is_refused(stores):
+    store = ReferenceStore.open(stores, FIELDS)
+    store.append([stored("a")], 0, values(1, 1))
+    path = store.folder / runs.MANIFEST
+    manifest = runs.unsealed(path)
+    manifest["shards"] = {f"../{name}": entry for name, entry in manifest["shards"].items()}
+    runs.write_json(path, runs.with_seal(manifest))
+    with pytest.raises(UserError, match="is no shard of this folder"):
+        ReferenceStore.open(stores, FIELDS)
+
+
 def test_a_flipped_bit_of_the_manifest_is_an_explained_error_or_harmless(stores):
     store = ReferenceStore.open(stores, FIELDS)
     store.append([stored("a")], 0, values(1, 2))

@@ -139,6 +139,10 @@ class Parent:
             out = os.open(log, os.O_WRONLY | os.O_CREAT)
             for fd in (1, 2):
                 os.dup2(out, fd)
+            if request.get("reader_gone"):
+                reader, writer = os.pipe()
+                os.close(reader)
+                os.dup2(writer, 1)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.chdir(request["folder"])
             import importlib

@@ -1,8 +1,9 @@
-"""A file system that fills up, one that may not be written, and a limit on the size of files."""
+"""A file system that fills up or may not be written, a limit on the size of files, a reader that went away."""
 
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.bench import Bench, differences, snapshot
+from tests.faults.bench import STAGES, Bench, differences, snapshot
 
 SHARES = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the space that an undisturbed run takes
 
@@ -89,14 +90,29 @@ def test_a_limit_on_the_size_of_files_is_said_and_continued(bench, tally):
     bench.finish("train", folder, "after a limit on file sizes", line)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_said(bench, tally):
-    line = tally("a read-only folder", "train")
-    folder = bench.start("train")
-    folder.chmod(0o500)
-    outcome = bench.run("train", folder)
-    folder.chmod(0o700)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_disk_that_may_only_be_read_is_said(bench, tally, stage, small_disk):
+    line = tally("a read-only disk", stage)
+    disk = small_disk(64 * 1024)
+    shutil.copytree(bench.before[stage], disk, dirs_exist_ok=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    outcome = bench.run(stage, disk)
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     line.faults += 1
-    if outcome.status != 2 or "cannot be written" not in outcome.log or "Traceback" in outcome.log:
+    if outcome.status != 2 or "Traceback" in outcome.log or not re.search("cannot be written|Read-only", outcome.log):
         line.silent.append(f"exit code {outcome.status}: {outcome.log[-1500:]}")
-    bench.finish("train", folder, "after a read-only folder", line)
+    again = bench.run(stage, disk)
+    line.runs += 1
+    line.differences += differences(snapshot(disk), bench.after[stage]) if again.status == 0 else [again.log[-1500:]]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_reader_of_the_output_that_went_away_is_said_and_costs_nothing(bench, tally, stage):
+    """As in `python -m laddpo.train | head -1`."""
+    line = tally("the output's reader went away", stage)
+    folder = bench.start(stage)
+    outcome = bench.run(stage, folder, reader_gone=True)
+    line.faults += 1
+    if outcome.status != 1 or "output went away" not in outcome.log or "Traceback" in outcome.log:
+        line.silent.append(f"exit code {outcome.status}: {outcome.log[-1500:]}")
+    bench.finish(stage, folder, f"{stage} after its reader went away", line)
