@@ -42,7 +42,8 @@ def test_every_setting_of_the_data_reaches_the_source_or_the_rules():
         "data.num_pairs=7", "data.habit=smaller_from_larger", "data.pairs_per_question=9", "data.candidates_name=c",
         "data.validation_fraction=0.3", "data.random_sample_size=11", "data.on_bad_row=skip",
         "data.max_bad_fraction=0.5",
-        "data.duplicates=drop", "data.balance_lengths=false", "data.fail_on_leak=true", "data.columns.system=s", "data.columns.answer=gold",
+        "data.balance_lengths=false",
+        "data.duplicates=drop", "data.fail_on_leak=true", "data.columns.system=s", "data.columns.answer=gold",
         "data.terms=4", "data.width=3", "data.operand_max=100", "seed=5",
     ]  # fmt: skip
     *_, plain_parts, _, plain_rules = _arguments(compose(["data=jsonl", "data.dataset_name=b.jsonl"]))
