@@ -100,13 +100,15 @@ def forbidden(text: str) -> list[str]:
 
 
 def foreign_code(tree: DictConfig) -> list[str]:
-    """Hydra's own node may name only Hydra's plugins as code to run (launchers, sweepers); the rest nothing at all."""
+    """Hydra's own node may name as code to run only what its plugins bring: launchers, sweepers, Optuna's samplers. The
+    rest may name nothing at all."""
+    plugins = ("hydra._internal.", "hydra_plugins.", "optuna.samplers.")
 
     def walk(prefix: str, value: Any) -> Iterator[str]:
         if isinstance(value, dict):
             for key, item in value.items():
                 inside = f"{prefix}.{key}" if prefix else str(key)
-                is_plugin = inside.startswith("hydra.") and str(item).startswith(("hydra._internal.", "hydra_plugins."))
+                is_plugin = inside.startswith("hydra.") and str(item).startswith(plugins)
                 if (key == "()" or re.fullmatch(CODE_KEYS, str(key))) and not (key == "_target_" and is_plugin):
                     yield f"{inside} is {str(item)!r}: names code to run, which no setting may; remove it."
                 yield from walk(inside, item)

@@ -31,7 +31,7 @@ from omegaconf import DictConfig
 import laddpo
 from laddpo.compose import compose_tree, settings_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
-from laddpo.runs import read_json, write_json, write_text
+from laddpo.runs import JsonLines, read_json, write_json, write_text
 
 SWEEP_FILE = "sweep.json"
 JOB_FILE = "job.json"
@@ -267,19 +267,27 @@ def signal_jobs(folder: Path, number: int) -> None:
 
 
 def find_results(folder: Path) -> dict[str, Any]:
-    """results.json of a job: its own when it evaluated, that of its evaluation when it trained; {} if there is none."""
+    """results.json of a job: its own when it evaluated, that of its evaluation when it trained; else, of a job without
+    a final evaluation, its best validation values (base: at step 0); {} if there are none."""
     for path in (folder / "results.json", folder / "evaluation" / "results.json"):
         if path.exists():
             return read_json(path)
-    return {}
+    found = {}
+    for name in VALIDATION:
+        rows = [record for record in JsonLines(folder / "metrics.jsonl").read() if record.get(name) is not None]
+        if rows:
+            best = (min if name in LOWER_IS_BETTER else max)(record[name] for record in rows)
+            found[name] = {"tuned": best, **({"base": rows[0][name]} if rows[0]["step"] == 0 else {})}
+    return found
 
 
 def objective(results: dict[str, Any]) -> float:
-    """The one number that says how good a job was: tuned exact match, else tuned reward accuracy, else nan."""
-    for name in ("exact_match", "reward_accuracy"):
+    """The one number to maximise that says how good a job was: the first of RESULT_COLUMNS that it has, losses with
+    their sign changed; nan without any."""
+    for name in RESULT_COLUMNS:
         value = results.get(name)
         if isinstance(value, dict) and isinstance(value.get("tuned"), int | float):
-            return float(value["tuned"])
+            return float(-value["tuned"] if name in LOWER_IS_BETTER else value["tuned"])
     return math.nan
 
 
@@ -302,7 +310,7 @@ def write_sweep_file(sweep: Sweep, jobs: list[list[str]]) -> list[dict[str, Any]
 
 
 def picture_sweep(folder: Path, records: list[dict[str, Any]]) -> None:
-    """sweep.md and plots/sweep.png over the jobs' result: exact match where it was measured, else reward accuracy."""
+    """sweep.md and plots/sweep.png over the jobs' result: the first of RESULT_COLUMNS that any of them has."""
     metric = next((name for name in RESULT_COLUMNS if any(name in record["results"] for record in records)), None)
     if metric is None:
         return
@@ -314,19 +322,23 @@ def picture_sweep(folder: Path, records: list[dict[str, Any]]) -> None:
         entry = record["results"].get(metric) or {}
         overrides = dict(text.lstrip("+").split("=", 1) for text in record["overrides"] if "=" in text)
         jobs.append(SweepJob(overrides, entry.get("tuned"), entry.get("tuned_interval"), record["folder"]))
-    table = sweep_table(jobs, metric)
+    table = sweep_table(jobs, metric, is_higher_better=metric not in LOWER_IS_BETTER)
     write_text(folder / "sweep.md", sweep_markdown(table) + "\n")
-    sweep_plot(table, folder / "plots" / "sweep.png", title=f"{metric.replace('_', ' ')} after training")
+    title = f"best {metric.replace('_', ' ')} of a run" if metric in VALIDATION else metric.replace("_", " ")
+    sweep_plot(
+        table, folder / "plots" / "sweep.png", title=title if metric in VALIDATION else f"{title} after training"
+    )
 
 
 def jobs_table(records: list[dict[str, Any]]) -> str:
     """One line for each job: what was varied, how it ended, what came out."""
     common = set.intersection(*(set(record["overrides"]) for record in records)) if len(records) > 1 else set()
-    rows = [["job", "settings", "exit", *RESULT_COLUMNS]]
+    shown = [name for name in RESULT_COLUMNS if name not in VALIDATION or any(name in r["results"] for r in records)]
+    rows = [["job", "settings", "exit", *shown]]
     for record in records:
         varied = " ".join(text for text in record["overrides"] if text not in common) or "-"
         code = "not run" if record["exit_code"] is None else str(record["exit_code"])
-        numbers = [_shown(record["results"].get(name)) for name in RESULT_COLUMNS]
+        numbers = [_shown(record["results"].get(name)) for name in shown]
         rows.append([str(record["job"]), varied, code, *numbers])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
@@ -357,4 +369,6 @@ class _SweepStopped(BaseException):
 
 
 _stop_requested = threading.Event()
-RESULT_COLUMNS = ("exact_match", "reward_accuracy")
+VALIDATION = ("validation/exact_match", "validation/loss")
+RESULT_COLUMNS = ("exact_match", "reward_accuracy", *VALIDATION)
+LOWER_IS_BETTER = ("validation/loss",)

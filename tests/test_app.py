@@ -15,6 +15,7 @@ from laddpo import __version__
 from laddpo.app import cli, run_folder
 from laddpo.compose import compose, write_config
 from laddpo.errors import UserError
+from laddpo.runs import JsonLines
 
 STAGES = ["prepare", "precompute", "train", "evaluate", "sft", "generate", "plan", "doctor"]
 
@@ -165,13 +166,14 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
 
 
 CHILD = """
-import sys, time
+import os, resource, sys, time
 from laddpo.app import run_stage
 from laddpo.compose import write_config
 from laddpo.runs import JsonLines, write_json
 
 def main(config, folder):
-    JsonLines(folder.parent / "started.jsonl").append({"folder": folder.name})
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    JsonLines(folder.parent / "started.jsonl").append({"folder": folder.name, "pid": os.getpid(), "memory": memory})
     write_config(config, folder)
     if config.optim.weight_decay == 0.5:
         raise RuntimeError("this job is broken")
@@ -241,6 +243,56 @@ def test_a_sweep_goes_on_where_it_was_and_repeats_nothing(tiny_jobs, capfd):
 def test_the_sweep_experiment_needs_no_flag_and_its_jobs_do_not_sweep_again(tiny_jobs):
     assert cli("train", ["experiment=sweep_beta_samples", "dpo.beta=1", "output_dir=sweep"]) == 0
     assert [job["exit_code"] for job in sweep_json("sweep")] == [0, 0, 0]
+
+
+def test_a_sweep_of_three_by_three_that_was_interrupted_ends_with_nine_results_and_repeats_none(tiny_jobs):
+    command = ["-m", "dpo.beta=0.5,1,2", "optim.weight_decay=0.1,0.2,0.3", "output_dir=sweep"]
+    script = (
+        "import sys, laddpo.sweep as s; from laddpo.app import cli\n"
+        "original = s.child_command\n"
+        "s.child_command = lambda *a: [original(*a)[0], 'child.py', *original(*a)[3:]]\n"
+        f"sys.exit(cli('train', {command}))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], env=child_environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not Path("sweep/3/job.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    done = [job["job"] for job in sweep_json("sweep") if job["exit_code"] == 0]
+    assert 4 <= len(done) < 9
+    started = Path("sweep/started.jsonl")
+    before = len(JsonLines(started).read())
+    assert cli("train", [*command, "resume=true"]) == 0
+    records = JsonLines(started).read()
+    after = [record["folder"] for record in records[before:]]
+    assert len({record["pid"] for record in records}) == len(records)
+    first, last = (next(r["memory"] for r in records if r["folder"] == name) for name in ("0", "8"))
+    assert last == pytest.approx(first, rel=0.05)
+    jobs = sweep_json("sweep")
+    assert len(jobs) == 9 and all(job["exit_code"] == 0 for job in jobs)
+    assert sorted({job["results"]["exact_match"]["tuned"] for job in jobs}) == [0.55, 0.6, 0.7]
+    assert sorted(after, key=int) == [str(n) for n in range(9) if n not in done]
+
+
+def test_jobs_without_a_final_evaluation_are_compared_by_their_validation(tmp_path):
+    from laddpo.sweep import find_results, jobs_table, objective, picture_sweep
+
+    records = []
+    for job, losses in enumerate(([0.7, 0.4, 0.5], [0.7, 0.3], [])):
+        log = JsonLines(tmp_path / str(job) / "metrics.jsonl")
+        for step, loss in enumerate(losses):
+            log.append({"step": step, "loss": 1.0})
+            log.append({"step": step, "validation/loss": loss, "validation/exact_match": None})
+        found = find_results(tmp_path / str(job))
+        overrides = [f"dpo.beta={job + 1}"]
+        records.append({"job": job, "overrides": overrides, "exit_code": 0, "folder": str(job), "results": found})
+    assert records[0]["results"] == {"validation/loss": {"base": 0.7, "tuned": 0.4}}
+    assert objective(records[1]["results"]) == -0.3 and records[2]["results"] == {}
+    assert "0.700 -> 0.300" in jobs_table(records)
+    picture_sweep(tmp_path, records)
+    assert (tmp_path / "sweep.md").read_text(encoding="utf-8").splitlines()[2].startswith("| 2 | 0.3 ")
+    assert (tmp_path / "plots" / "sweep.png").is_file()
 
 
 def test_no_job_starts_when_one_of_them_is_wrong(tiny_jobs, capsys):

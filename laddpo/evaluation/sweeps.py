@@ -72,6 +72,20 @@ class SweepTable:
         ranked = self.sorted_cells()
         return ranked[0] if ranked and ranked[0].mean is not None else None
 
+    @property
+    def winners(self) -> tuple[SweepCell, ...]:
+        """The best cell and those that equal it to the last digit, in the order of the table."""
+        best = self.best
+        return tuple(cell for cell in self.cells if best is not None and cell.mean == best.mean)
+
+    @property
+    def tie_text(self) -> str:
+        """ "2 settings tie at 0.7: beta=1; beta=2" where more than one is best, else nothing."""
+        if len(self.winners) < 2:
+            return ""
+        names = "; ".join(cell.label(self.keys) for cell in self.winners)
+        return f"{len(self.winners)} settings tie at {number_text(self.winners[0].mean)}: {names}"
+
     def values_of(self, key: str) -> list[Value]:
         """The values of a key, ascending, without repetition."""
         column = self.keys.index(key)
@@ -170,7 +184,7 @@ def _draw_heat_map(figure: Figure, table: SweepTable) -> None:
         if cell.spread_text:
             text += f"\n{cell.spread_text}"
         is_dark = cell.mean is not None and image.norm(cell.mean) > 0.55
-        weight = "bold" if cell is table.best else "normal"
+        weight = "bold" if cell in table.winners else "normal"
         axes.text(
             column,
             row,
@@ -181,16 +195,17 @@ def _draw_heat_map(figure: Figure, table: SweepTable) -> None:
             color="white" if is_dark else "black",
             weight=weight,
         )
-    if table.best is not None:
+    for winner in table.winners:
         from matplotlib.patches import Rectangle
 
-        row, column = rows.index(table.best.values[0]), columns.index(table.best.values[1])
+        row, column = rows.index(winner.values[0]), columns.index(winner.values[1])
         axes.add_patch(Rectangle((column - 0.49, row - 0.49), 0.98, 0.98, fill=False, edgecolor=ACCENT, linewidth=2.5))
     axes.set_xticks(range(len(columns)), [str(number_text(value)) for value in columns], fontsize=9)
     axes.set_yticks(range(len(rows)), [str(number_text(value)) for value in rows], fontsize=9)
     axes.set_xlabel(column_key, fontsize=9)
     axes.set_ylabel(row_key, fontsize=9)
-    axes.set_title(f"{table.metric} (framed: best)", fontsize=10, loc="left")
+    framed = f"framed: best, {len(table.winners)} tie" if len(table.winners) > 1 else "framed: best"
+    axes.set_title(f"{table.metric} ({framed})", fontsize=10, loc="left")
     for side in axes.spines.values():
         side.set_visible(False)
 
@@ -215,7 +230,7 @@ def _draw_line(axes: Axes, table: SweepTable) -> None:
             axes.vlines(value, *cell.interval, color=PALE, linewidth=6)
     axes.plot(x, [cell.mean for cell in cells], color=DARK, marker="o", linewidth=1.4)
     for value, cell in zip(x, cells, strict=True):
-        weight = "bold" if cell is table.best else "normal"
+        weight = "bold" if cell in table.winners else "normal"
         top = cell.mean if cell.interval is None else cell.interval[1]
         text = number_text(cell.mean)
         axes.annotate(text, (value, top), (0, 5), textcoords="offset points", ha="center", fontsize=8.5, weight=weight)

@@ -41,8 +41,9 @@ def sweep_text(table: SweepTable) -> str:
 
 
 def sweep_markdown(table: SweepTable) -> str:
-    """A sweep as a Markdown table, best first."""
-    return markdown(*sweep_rows(table))
+    """A sweep as a Markdown table, best first; a tie of the best is said below it."""
+    rows = markdown(*sweep_rows(table))
+    return f"{rows}\n\n{table.tie_text}." if table.tie_text else rows
 
 
 def examples_text(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]], count: int = 8) -> str:

@@ -83,3 +83,19 @@ def test_failed_jobs_are_counted_in_the_table():
 )
 def test_numbers_are_short(value, text):
     assert number_text(value) == text
+
+
+def test_a_tie_of_the_best_is_said_and_all_of_them_are_framed(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    jobs = [SweepJob({"beta": b, "n": n}, 0.7 if b == 1 else 0.1 * n) for b in (1, 2) for n in (1, 2)]
+    table = sweep_table(jobs, "exact_match")
+    assert table.tie_text == "2 settings tie at 0.7: beta=1, n=1; beta=1, n=2"
+    assert sweep_markdown(table).splitlines()[-1] == table.tie_text + "."
+    titles, frames = [], []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, text, **kwargs: titles.append(text))
+    monkeypatch.setattr(Axes, "add_patch", lambda axes, patch: frames.append(patch.get_xy()))
+    sweep_plot(table, tmp_path / "p.png")
+    assert titles == ["exact_match (framed: best, 2 tie)"] and len(frames) == 2
+    alone = sweep_table(jobs[:1] + jobs[2:], "exact_match")
+    assert alone.tie_text == "" and "tie" not in sweep_markdown(alone)
