@@ -56,3 +56,13 @@ def test_outside_the_main_thread_the_flag_stays_false():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+@posix
+def test_outside_of_any_step_sigterm_ends_a_stage_as_ctrl_c_does():
+    code = (
+        "import os, signal, sys, time\nfrom laddpo.app import run_stage\nsys.argv = ['prepare']\n"
+        "run_stage('prepare', lambda config, folder: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(30)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 75 and "Traceback" not in done.stderr

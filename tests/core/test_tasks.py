@@ -47,6 +47,27 @@ def test_only_what_is_lacking_is_computed(denoiser, pairs, store):
     assert len(store) == 6
 
 
+@pytest.mark.parametrize("killed_after", range(1, 6))
+def test_a_killed_pass_loses_at_most_the_shard_that_it_was_filling(denoiser, pairs, store, killed_after):
+    windows = [([pair], range(2)) for pair in pairs]
+    done = iter(range(1, 100))
+
+    def die(count: int) -> None:
+        if next(done) == killed_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(denoiser, store, windows, pairs_per_shard=2, advance=die)
+    again = ReferenceStore(store.folder, store.fields)
+    kept = killed_after // 2 * 2
+    assert len(again) == kept
+    assert fill(denoiser, again, windows) == (6 - kept) * 2 * 2
+    whole = ReferenceStore.open(store.folder.parent / "whole", store.fields)
+    fill(denoiser, whole, windows)
+    for pair in pairs:
+        assert np.array_equal(again.values(stored_pair(pair), range(2)), whole.values(stored_pair(pair), range(2)))
+
+
 def test_gaps_between_draws_are_filled(denoiser, pairs, store):
     fill(denoiser, store, [(pairs[:1], range(2, 4))])
     assert fill(denoiser, store, [(pairs[:1], range(6))]) == 2 * (2 + 2)

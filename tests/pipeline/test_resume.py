@@ -60,6 +60,11 @@ def test_resume_of_a_finished_run_changes_nothing(stages, capsys):
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false", "resume=true") == 0
     assert "finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    # a completion marker that is torn says nothing
+    (run / "manifest.json").write_bytes(b"")
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false", "resume=true") == 2
+    shown = capsys.readouterr()
+    assert "manifest.json: cannot be read" in shown.err and "finished" not in shown.out
 
 
 def test_resume_into_a_run_of_other_settings_lists_them(stages, capsys):
