@@ -248,8 +248,8 @@ def _several_values(text: str) -> str:
 
 
 def config_groups(hydra: Hydra) -> set[str]:
-    """Names of our and the user's groups, without Hydra's own."""
-    return {group for group in hydra.config_loader.list_groups("") if group != "hydra"}
+    """Names of our and the user's groups, without Hydra's own and folders that hold no settings."""
+    return set(hydra.config_loader.list_groups("")) - {"hydra", *NOT_GROUPS}
 
 
 @functools.cache
@@ -279,6 +279,7 @@ def _first_line(error: Exception) -> str:
     return redact(str(error).splitlines()[0])
 
 
+NOT_GROUPS = ("accelerate",)  # files for accelerate's launcher, which lie in conf/ to be found
 CODE_KEYS = r"_(target|partial|args|recursive|convert)_"
 ALLOWED_RESOLVERS = {"oc.env", "oc.select"}  # a secret's name in oc.env is refused by laddpo/redaction.py
 TYPE_WORDS = {

@@ -166,13 +166,15 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
 
 
 CHILD = """
-import os, resource, sys, time
+import os, re, sys, time
+from pathlib import Path
 from laddpo.app import run_stage
 from laddpo.compose import write_config
 from laddpo.runs import JsonLines, write_json
 
 def main(config, folder):
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")
+    memory = int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1]) if status.exists() else 0
     JsonLines(folder.parent / "started.jsonl").append({"folder": folder.name, "pid": os.getpid(), "memory": memory})
     write_config(config, folder)
     if config.optim.weight_decay == 0.5:

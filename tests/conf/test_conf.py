@@ -9,9 +9,9 @@ import yaml
 from laddpo.compose import compose
 from laddpo.config import CONF_DIR, unlikely_settings
 from laddpo.errors import UserError
-from laddpo.mistakes import schema_types
+from laddpo.mistakes import NOT_GROUPS, schema_types
 
-FILES = sorted(CONF_DIR.glob("*/*.yaml"))
+FILES = sorted(path for path in CONF_DIR.glob("*/*.yaml") if path.parent.name not in NOT_GROUPS)
 OPTIONS = [f"{path.parent.name}={path.stem}" for path in FILES]
 NEEDS = {
     "data=jsonl": ["data.dataset_name=x.jsonl"],
