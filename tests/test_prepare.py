@@ -44,7 +44,7 @@ def test_every_setting_of_the_data_reaches_the_source_or_the_rules():
         "data.max_bad_fraction=0.5",
         "data.balance_lengths=false",
         "data.duplicates=drop", "data.fail_on_leak=true", "data.columns.system=s", "data.columns.answer=gold",
-        "data.terms=4", "data.width=3", "data.operand_max=100", "seed=5",
+        "data.balance_lengths=false", "data.terms=4", "data.width=3", "data.operand_max=100", "seed=5",
     ]  # fmt: skip
     *_, plain_parts, _, plain_rules = _arguments(compose(["data=jsonl", "data.dataset_name=b.jsonl"]))
     config = compose(["data=jsonl", *changed])
