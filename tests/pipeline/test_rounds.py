@@ -61,6 +61,17 @@ def test_rounds_ask_different_questions_of_the_model_as_it_is(two_rounds):
     assert len(weights) == 2 and "none" in weights
 
 
+def test_a_tuned_model_can_be_asked_instead_of_the_base(two_rounds, tmp_path, capsys):
+    run, _ = two_rounds
+    command = [*QUICK, f"paths.data_dir={tmp_path}", "data.sampling.temperature=1.5"]
+    assert cli("prepare", [*command, f"run={run / 'round_1'}"]) == 0
+    (manifest,) = tmp_path.glob("samples/*/manifest.json")
+    kept = read(run / "round_1" / "adapter" / "manifest.json")["files"]["adapter_model.safetensors"]["sha256"]
+    assert read(manifest)["fields"]["weights"]["adapter"] == kept
+    assert cli("prepare", [*command, f"run={tmp_path}"]) == 2
+    assert "config.yaml: not found" in capsys.readouterr().err
+
+
 def test_the_run_of_rounds_is_a_run_with_the_last_adapter_and_a_table(two_rounds):
     run, _ = two_rounds
     last = (run / "round_2" / "adapter" / "adapter_model.safetensors").read_bytes()
