@@ -77,7 +77,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     at_step = resume_step(folder) if is_resumed else None
     with (
         run_outputs(config, folder, loaded, at_step, validation) as outputs,
-        fault_reports(folder, parameters, config.seed),
+        fault_reports(folder, parameters, config.seed, ranks),
     ):
         state = train_loop(
             task,

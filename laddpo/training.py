@@ -21,7 +21,7 @@ from laddpo.core.checkpoint import save_tensors, step_folders
 from laddpo.core.gradient import Item, lockstep
 from laddpo.core.loop import LoopSettings, RunOutputs, step_items
 from laddpo.core.objectives import reference_draws
-from laddpo.core.ranks import whole
+from laddpo.core.ranks import Ranks, whole
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import NonFiniteStep, RunFault
@@ -140,24 +140,32 @@ def check_weights(config: RunConfig, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def fault_reports(folder: Path, parameters: Mapping[str, Tensor], seed: int) -> Iterator[None]:
+def fault_reports(folder: Path, parameters: Mapping[str, Tensor], seed: int, ranks: Ranks) -> Iterator[None]:
     """A step that is not finite leaves `fault/` in the run's folder: what, beside config.yaml, doing it again takes.
 
-    The noise of the step follows from seed, step and row ids; the weights are stored where they are not huge.
+    The noise of the step follows from seed, step and row ids; the weights are stored where they are not huge. Of
+    several ranks all come here, and the first one writes.
     """
     try:
         yield
     except NonFiniteStep as fault:
-        broken = sorted(name for name, tensor in parameters.items() if not bool(tensor.isfinite().all()))
-        with runs.replaced_folder(folder / "fault") as target:
-            runs.write_json(target / "fault.json", {**fault.facts, "seed": seed, "nonfinite_weights": broken})
-            files = ["fault.json"]
-            if sum(tensor.numel() * tensor.element_size() for tensor in parameters.values()) <= FAULT_BYTES:
-                save_tensors(target / "weights.safetensors", parameters)
-                files.append("weights.safetensors")
-            runs.write_manifest(target, "fault", {}, files, **runs.provenance())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in parameters.values())
+        weights = whole(parameters, ranks.is_main) if size <= FAULT_BYTES else {}
+        if ranks.is_main:
+            _write_fault(folder / "fault", {**fault.facts, "seed": seed}, weights)
         message = f"{fault} What a bug report needs is in {folder / 'fault'}, beside {folder / 'config.yaml'}."
         raise NonFiniteStep(message, fault.facts) from fault
+
+
+def _write_fault(folder: Path, facts: Mapping[str, object], weights: Mapping[str, Tensor]) -> None:
+    broken = sorted(name for name, tensor in weights.items() if not bool(tensor.isfinite().all()))
+    with runs.replaced_folder(folder) as target:
+        runs.write_json(target / "fault.json", {**facts, "nonfinite_weights": broken})
+        files = ["fault.json"]
+        if weights:
+            save_tensors(target / "weights.safetensors", weights)
+            files.append("weights.safetensors")
+        runs.write_manifest(target, "fault", {}, files, **runs.provenance())
 
 
 def resume_step(folder: Path) -> int:
