@@ -89,11 +89,10 @@ def difference(arm: Arm, other: Arm | None) -> Difference | None:
     return paired_bootstrap(before, after, np.random.default_rng(0), groups=groups) if before else None
 
 
-def seed_differences(arm: Arm, other: Arm | None) -> list[float]:
+def seed_differences(arm: Arm, other: Arm | None) -> list[Difference]:
     """The difference in every seed by itself."""
     single = [Arm(arm.name, arm.factor, arm.stage, arm.overrides, arm.against, [outcome]) for outcome in arm.outcomes]
-    found = [difference(one, other) for one in single]
-    return [each.difference for each in found if each is not None]
+    return [found for one in single if (found := difference(one, other)) is not None]
 
 
 def study_json(arms: Sequence[Arm], claims: Sequence[Claim]) -> dict[str, Any]:
@@ -137,7 +136,9 @@ def claim_text(claim: Claim, by_name: Mapping[str, Arm]) -> str:
     if found is None:
         return f"{claim.arm} against {claim.against}: not measured yet."
     seeds = seed_differences(arm, None if claim.against == BASE else other)
-    numbers = f"{_points(found)} points, seeds {', '.join(f'{100 * s:+.1f}' for s in seeds)}"
+    above = sum(seed.low > 0 for seed in seeds)
+    shown = ", ".join(f"{100 * seed.difference:+.1f}" for seed in seeds)
+    numbers = f"{_points(found)} points; seeds {shown}, above 0 by itself in {above} of {len(seeds)}"
     if claim.margin is None:
         words = "better" if found.low > 0 else "worse" if found.high < 0 else "not decided: the interval includes 0"
     else:
@@ -194,7 +195,7 @@ def _compared(arm: Arm, other: Arm | None) -> dict[str, Any] | None:
         "difference": found.difference,
         "interval": [found.low, found.high],
         "items": found.items,
-        "by_seed": seed_differences(arm, other),
+        "by_seed": [seed.difference for seed in seed_differences(arm, other)],
     }
 
 
@@ -288,8 +289,10 @@ INTRODUCTION = """\
 One factor at a time is changed around the default arm. Exact match is on test problems that neither training nor the
 choice of a checkpoint has seen; differences are paired by problem and pooled over seeds (95% interval over problems;
 ± is the standard error over seeds). "kept / last" is validation exact match of the checkpoint that was kept and of the
-last step: a large gap means that training on destroys what it had won. An arm whose interval includes 0 is not said to
-help."""
+last step: a large gap means that training on destroys what it had won. "chosen fall" is by how much of its start the
+log-likelihood of held-out chosen answers fell at the kept step; negative: it rose. "score variance" is the mean over the
+training steps. Of several rounds these three, and reward accuracy, are the last round's. An arm whose interval includes 0
+is not said to help."""
 HEADER = (
     "arm",
     "exact match",

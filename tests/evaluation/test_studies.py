@@ -58,7 +58,10 @@ def test_claims_are_decided_in_words_and_left_open_where_the_interval_includes_0
     texts = [claim["text"] for claim in study_json(arms, claims)["claims"]]
     ends = ["better.", "worse.", "includes 0.", "not worse by 2 points or more.", "not shown to be within 2 points."]
     assert [text.endswith(end) for text, end in zip(texts, ends, strict=False)] == [True] * 5
-    assert texts[0].startswith("good against default: +10.0 [") and "seeds +10.0, +10.0, +10.0" in texts[0]
+    assert (
+        texts[0].startswith("good against default: +10.0 [")
+        and "seeds +10.0, +10.0, +10.0, above 0 by itself in 3 of 3" in texts[0]
+    )
     assert texts[5].endswith("better.")
 
 
