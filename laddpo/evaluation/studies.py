@@ -290,9 +290,9 @@ One factor at a time is changed around the default arm. Exact match is on test p
 choice of a checkpoint has seen; differences are paired by problem and pooled over seeds (95% interval over problems;
 ± is the standard error over seeds). "kept / last" is validation exact match of the checkpoint that was kept and of the
 last step: a large gap means that training on destroys what it had won. "chosen fall" is by how much of its start the
-log-likelihood of held-out chosen answers fell at the kept step; negative: it rose. "score variance" is the mean over the
-training steps. Of several rounds these three, and reward accuracy, are the last round's. An arm whose interval includes 0
-is not said to help."""
+log-likelihood of held-out chosen answers fell at the kept step; negative: it rose. "score variance" is the mean over
+the training steps. Of several rounds these two, and reward accuracy, are the last round's. An arm whose interval
+includes 0 is not said to help."""
 HEADER = (
     "arm",
     "exact match",
