@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
+from laddpo.core.elbo import ElboEstimator
 from laddpo.core.ranks import ALONE, Ranks, launched, share_out
-from laddpo.errors import UserError
+from laddpo.core.reference import ReferenceStore, StoredPair
+from laddpo.core.tasks import fill_reference, own_pairs, stored_pair
+from laddpo.errors import RunFault, UserError
+from laddpo.signals import StopFlag
+from tests.core.helpers import LinearDenoiser, random_pair
 from tests.launching import REPOSITORY, launch
 
 KINDS = ("ddp lora", "fsdp full", "fsdp lora")
@@ -102,3 +108,32 @@ def test_the_launcher_says_who_a_process_is(monkeypatch):
     monkeypatch.setenv("RANK", "8")
     with pytest.raises(UserError, match="expected a rank below it"):
         launched()
+
+
+def test_a_rank_that_loses_another_keeps_the_reference_values_it_has(tmp_path):
+    class Left(Ranks):
+        """Of two ranks the first; the other one is gone when they would agree."""
+
+        def agree_to_stop(self, stop):
+            raise RunFault("another process ended")
+
+    rng = np.random.default_rng(0)
+    pairs = [random_pair(rng, f"pair-{i}") for i in range(6)]
+    estimator, denoiser = ElboEstimator(diffusion_samples=2), LinearDenoiser()
+    store = ReferenceStore.open(tmp_path, {"weights": "start"})
+    ranks = Left(rank=0, world=2)
+    own = own_pairs(pairs, ranks)
+    with pytest.raises(RunFault):
+        fill_reference(denoiser, store, [(pairs, range(2))], estimator, 25, StopFlag(), 100, len, ranks)
+    again = ReferenceStore.open(tmp_path, {"weights": "start"})
+    assert 0 < len(own) < len(pairs)
+    assert [p.id for p in pairs if not again.missing(stored_pair(p), range(2))] == [p.id for p in own]
+
+
+def test_a_store_sees_what_others_added_after_its_own_last_shard(tmp_path):
+    one, other = (ReferenceStore.open(tmp_path, {"weights": "start"}) for _ in range(2))
+    other.append([StoredPair("a", "00" * 16)], 0, -np.ones((1, 2, 2)))
+    one.append([StoredPair("b", "11" * 16)], 0, -np.ones((1, 2, 2)))
+    assert one.missing(StoredPair("a", "00" * 16), range(2)) == [0, 1]
+    one.refresh()
+    assert len(one) == 2 and one.missing(StoredPair("a", "00" * 16), range(2)) == []
