@@ -20,9 +20,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Answer every prompt with the base and, with `run`, with the tuned model."""
     from laddpo import inputs, runs
     from laddpo.answering import answerer
-    from laddpo.evaluate import base_model, config_of_run, tuned_weights, use_weights
     from laddpo.machine import find_machine
     from laddpo.preference.pairs import user_prompt
+    from laddpo.tuned import base_model, config_of_run, tuned_weights, use_weights
 
     texts = wanted_prompts(config)
     trained = Path(config.run) if config.run else None

@@ -33,7 +33,8 @@ from laddpo.planning import Lengths, prepared_lengths
 from laddpo.preference.arithmetic import Difficulty
 from laddpo.preference.encode import EncodedPair, TextEncoder
 from laddpo.preference.prepared import PreparedPairs
-from laddpo.settings import RunConfig
+from laddpo.preference.sources import Request
+from laddpo.settings import MixturePart, RunConfig
 from laddpo.signals import StopFlag
 
 ADAPTER, ADAPTER_LAST, MODEL, MODEL_LAST = "adapter", "adapter_last", "model", "model_last"
@@ -193,6 +194,32 @@ def encoder_for(config: RunConfig, tokenizer) -> TextEncoder:
 def difficulty_of(config: RunConfig) -> Difficulty:
     """How hard the generated problems are: one answer for training pairs, the corpus and the test."""
     return Difficulty(operand_max=config.data.operand_max, terms=config.data.terms, width=config.data.width)
+
+
+def request_of(config: RunConfig, part: MixturePart, grader=None) -> Request:
+    """What is asked of one source of rows; `grader` tells right from wrong where pairs are made of answers."""
+    data = config.data
+    return Request(
+        dataset_name=part.dataset_name,
+        dataset_split=part.dataset_split,
+        revision=part.revision,
+        columns=dataclasses.asdict(part.columns),
+        format=part.format,
+        preference_dir=Path(config.paths.data_dir) / "preference_data",
+        max_line_bytes=data.max_line_bytes,
+        follow_symlinks=data.follow_symlinks,
+        allow_empty_prompt=data.allow_empty_prompt,
+        allow_nul=data.allow_nul,
+        num_pairs=data.num_pairs,
+        difficulty=difficulty_of(config),
+        habit=data.habit,
+        seed=config.seed,
+        validation_fraction=data.validation_fraction,
+        candidates_name=data.candidates_name,
+        pairs_per_question=data.pairs_per_question,
+        grader=grader,
+        balance_lengths=data.balance_lengths,
+    )
 
 
 def training_estimator(config: RunConfig) -> ElboEstimator:

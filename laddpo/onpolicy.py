@@ -24,7 +24,7 @@ def with_run(config: RunConfig) -> RunConfig:
     if not config.run or config.data.source != "onpolicy" or config.adapter.path:
         return config
     from laddpo.compose import read_config
-    from laddpo.evaluate import tuned_weights
+    from laddpo.tuned import tuned_weights
 
     trained = read_config(Path(config.run))
     if trained.adapter.kind != "lora":
@@ -65,13 +65,12 @@ def sampled_file(config: RunConfig) -> Path:
 
 def open_questions(config: RunConfig) -> list:
     """The questions asked: of the file or hub data set, else embedded training problems; never validation or test."""
-    from laddpo.inputs import difficulty_of
+    from laddpo.inputs import difficulty_of, request_of
     from laddpo.preference import arithmetic, word_problems
     from laddpo.preference.files import ReadLog
     from laddpo.preference.onpolicy import Question, read_questions
     from laddpo.preference.rows import RowRules
     from laddpo.preference.sources import raw_rows
-    from laddpo.prepare import request_of
 
     data, sampling = config.data, config.data.sampling
     first, count = sampling.first_question, sampling.num_questions

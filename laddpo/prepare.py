@@ -10,7 +10,6 @@ Writes data/prepared/<name>-<key>/: pairs.jsonl, tokens.safetensors, report.json
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,7 +99,7 @@ def check_enough(config: RunConfig, prepared) -> None:
 
 def _arguments(config: RunConfig) -> tuple:
     """What the settings mean to laddpo/preference: folder, name, parts, encoder, rules."""
-    from laddpo.inputs import encoder_for, model_path
+    from laddpo.inputs import encoder_for, model_path, request_of
     from laddpo.models.loading import load_tokenizer
     from laddpo.preference.preparation import Part, Rules
 
@@ -114,7 +113,10 @@ def _arguments(config: RunConfig) -> tuple:
         duplicates=data.duplicates,
         fail_on_leak=data.fail_on_leak,
     )
-    parts = [Part(part.source, request_of(config, part), part.weight) for part in _mixture(config)]
+    parts = [
+        Part(part.source, request_of(config, part, _grader(config, part.source)), part.weight)
+        for part in _mixture(config)
+    ]
     encoder = encoder_for(config, load_tokenizer(model_path(config), config.model.revision))
     return Path(config.paths.data_dir) / "prepared", data.source, parts, encoder, rules
 
@@ -140,35 +142,6 @@ def _grader(config: RunConfig, source: str):
     from laddpo.evaluation.grading import math_grader
 
     return math_grader() if source == "graded_candidates" else None
-
-
-def request_of(config: RunConfig, part: MixturePart):
-    """What is asked of one source."""
-    from laddpo.inputs import difficulty_of
-    from laddpo.preference.sources import Request
-
-    data = config.data
-    return Request(
-        dataset_name=part.dataset_name,
-        dataset_split=part.dataset_split,
-        revision=part.revision,
-        columns=dataclasses.asdict(part.columns),
-        format=part.format,
-        preference_dir=Path(config.paths.data_dir) / "preference_data",
-        max_line_bytes=data.max_line_bytes,
-        follow_symlinks=data.follow_symlinks,
-        allow_empty_prompt=data.allow_empty_prompt,
-        allow_nul=data.allow_nul,
-        num_pairs=data.num_pairs,
-        difficulty=difficulty_of(config),
-        habit=data.habit,
-        seed=config.seed,
-        validation_fraction=data.validation_fraction,
-        candidates_name=data.candidates_name,
-        pairs_per_question=data.pairs_per_question,
-        grader=_grader(config, part.source),
-        balance_lengths=data.balance_lengths,
-    )
 
 
 def evaluation_prompts(config: RunConfig) -> dict[str, Callable[[], set[str]]]:

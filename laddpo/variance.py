@@ -21,11 +21,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Measure the run that `run` names."""
     from laddpo import inputs, runs
     from laddpo.compose import write_config
-    from laddpo.evaluate import config_of_run
     from laddpo.evaluation.variance import SETTINGS
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
     from laddpo.signals import stop_on_signal
+    from laddpo.tuned import config_of_run
 
     if config.run is None:
         raise UserError("run is not set; expected the folder of a finished run: run=outputs/train/<run>.")
@@ -52,10 +52,10 @@ def measure_run(config: RunConfig, folder: Path, prepared, loaded, parameters: l
     from tqdm.auto import tqdm
 
     from laddpo import runs
-    from laddpo.evaluate import base_model, tuned_weights, use_weights
     from laddpo.evaluation import techniques, variance_report
     from laddpo.evaluation.variance import SETTINGS, drift, measure, reference_values, summarise
     from laddpo.inputs import objective_of
+    from laddpo.tuned import base_model, tuned_weights, use_weights
 
     wanted, machine = config.variance, loaded.machine
     settings = {name: SETTINGS[name] for name in wanted.settings or SETTINGS}
