@@ -58,13 +58,14 @@ def leveldb_payloads(data: bytes):
             payload = b""
 
 
-def wandb_history(folder) -> list[dict]:
-    rows = []
-    for record in wandb_records(folder):
-        if record.HasField("history"):
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
+def wandb_history(folder, patience_s: float = 20.0) -> list[dict]:
+    """The scalars of each step; another process of wandb's may still be writing them when `finish` has returned."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        histories = [record.history.item for record in wandb_records(folder) if record.HasField("history")]
+        if histories or time.monotonic() > deadline:
+            return [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items} for items in histories]
+        time.sleep(0.2)
 
 
 def test_numbers_reach_tensorboard_and_wandb_and_other_values_do_not(tmp_path):
