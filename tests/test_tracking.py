@@ -30,17 +30,23 @@ def tensorboard_scalars(folder) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def wandb_records(folder) -> list:
-    """All records of the offline runs below a run folder."""
+def wandb_records(folder, patience_s: float = 20.0) -> list:
+    """All records of the offline runs below a run folder; wandb's writer may outlive `finish` for a moment."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+        runs = [[parsed(payload) for payload in leveldb_payloads(path.read_bytes())] for path in paths]
+        if all(any(record.HasField("exit") for record in run) for run in runs) or time.monotonic() > deadline:
+            return [record for run in runs for record in run]
+        time.sleep(0.2)
+
+
+def parsed(payload: bytes):
     from wandb.proto import wandb_internal_pb2
 
-    records = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for payload in leveldb_payloads(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(payload)
-            records.append(record)
-    return records
+    record = wandb_internal_pb2.Record()
+    record.ParseFromString(payload)
+    return record
 
 
 def leveldb_payloads(data: bytes):
@@ -58,14 +64,9 @@ def leveldb_payloads(data: bytes):
             payload = b""
 
 
-def wandb_history(folder, patience_s: float = 20.0) -> list[dict]:
-    """The scalars of each step; another process of wandb's may still be writing them when `finish` has returned."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        histories = [record.history.item for record in wandb_records(folder) if record.HasField("history")]
-        if histories or time.monotonic() > deadline:
-            return [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items} for items in histories]
-        time.sleep(0.2)
+def wandb_history(folder) -> list[dict]:
+    histories = [record.history.item for record in wandb_records(folder) if record.HasField("history")]
+    return [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items} for items in histories]
 
 
 def test_numbers_reach_tensorboard_and_wandb_and_other_values_do_not(tmp_path):
