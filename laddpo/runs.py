@@ -184,12 +184,17 @@ class JsonLines:
         records = [record for record in self.read() if keep(record)]
         write_text(self.path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
+    def sync(self) -> None:
+        """Make what was appended durable: a power cut takes no record that others rely on."""
+        if self.path.exists():
+            with explained(self.path):
+                sync_file(self.path)
+
     def seal(self) -> dict[str, Any]:
         """Size and sha256 of the log as it is now, and on disk."""
         if not self.path.exists():
             return {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
-        with explained(self.path):
-            sync_file(self.path)
+        self.sync()
         return {"bytes": self.path.stat().st_size, "sha256": file_sha256(self.path)}
 
     def cut(self, sealed: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from laddpo.app import run_stage
 from laddpo.settings import RunConfig
 
-SEALED = ("config.yaml", "metrics.jsonl", "evaluation/results.json")
+SEALED = ("config.yaml", "metrics.jsonl", "evaluation/results.json", "evaluation/items.jsonl")
 
 
 def main(config: RunConfig, run_folder: Path) -> None:

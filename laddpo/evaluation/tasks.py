@@ -156,6 +156,8 @@ def run_task(
             say(f"{task.name}: {len(done)} of {len(task.items)} items are already in {items_path}")
         done, is_shown = ranks.broadcast(done), show_progress if ranks.is_main else False
         _run_batches(generate, task, batch_size, log, labels, prints, done, is_shown, ranks)
+        if ranks.is_main:
+            log.sync()
     finally:
         task.grader.close()
     return [done[item.id] for item in task.items]

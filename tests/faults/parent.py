@@ -134,7 +134,8 @@ class Parent:
         """In the child: run the stage as its own process would; its exit code."""
         code = 1
         try:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the door of every stage does
+            for number in POLITE:  # as the door of every stage has them, also where this process ignores SIGINT
+                signal.signal(number, signal.default_int_handler)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, POLITE)
             out = os.open(log, os.O_WRONLY | os.O_CREAT)
             for fd in (1, 2):
