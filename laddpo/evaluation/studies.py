@@ -247,6 +247,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     tokens = f"{fact('answer_tokens_base')} → {fact('answer_tokens_tuned')}"
     return [
         row["arm"],
+        str(len(row["seeds"])),
         own,
         _points_of(row["against_base"]),
         "-" if against is None else f"{_points_of(against)}" + (f" ({row['against']})" if row["against"] else ""),
@@ -287,14 +288,15 @@ def _points_of(found: Mapping[str, Any]) -> str:
 
 INTRODUCTION = """\
 One factor at a time is changed around the default arm. Exact match is on test problems that neither training nor the
-choice of a checkpoint has seen; differences are paired by problem and pooled over seeds (95% interval over problems;
-± is the standard error over seeds). "kept / last" is validation exact match of the checkpoint that was kept and of the
-last step: a large gap means that training on destroys what it had won. "chosen fall" is by how much of its start the
-log-likelihood of held-out chosen answers fell at the kept step; negative: it rose. "score variance" is the mean over
-the training steps. Of several rounds these two, and reward accuracy, are the last round's. An arm whose interval
-includes 0 is not said to help."""
+choice of a checkpoint has seen; differences are paired by problem and pooled over the seeds that both arms have (95%
+interval over problems; ± is the standard error over seeds). "kept / last" is validation exact match of the checkpoint
+that was kept and of the last step: a large gap means that training on destroys what it had won. "chosen fall" is by how
+much of its start the log-likelihood of held-out chosen answers fell at the kept step; negative: it rose. "score
+variance" is the mean over the training steps. Of several rounds these two, and reward accuracy, are the last round's.
+An arm whose interval includes 0 is not said to help."""
 HEADER = (
     "arm",
+    "seeds",
     "exact match",
     "over the base",
     "difference",
