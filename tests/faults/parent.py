@@ -14,9 +14,12 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
+
+from tqdm import tqdm
 
 from tests.tiny import write_tiny_model
 
@@ -134,6 +137,7 @@ class Parent:
         """In the child: run the stage as its own process would; its exit code."""
         code = 1
         try:
+            tqdm.set_lock(threading.RLock())  # its own is shared with the children before: one killed in it blocks all
             for number in POLITE:  # as the door of every stage has them, also where this process ignores SIGINT
                 signal.signal(number, signal.default_int_handler)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, POLITE)
