@@ -67,9 +67,7 @@ def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_DONE if stop.code is None else EXIT_FAULT
     except KeyboardInterrupt:
-        if speaks():
-            print("interrupted.", file=sys.stderr)
-        return EXIT_STOPPED
+        return _interrupted()
     except BrokenPipeError:  # the reader of our output (head, less) went away
         _print_into_nothing()
         return EXIT_FAULT
@@ -79,9 +77,24 @@ def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
             return EXIT_FAULT
         _print_problems(UserError(disk_message(Path(error.filename or os.curdir), error)))
         return EXIT_USER
-    except Exception:
+    except Exception as error:
+        if _came_of_interrupt(error):
+            return _interrupted()
         _print_traceback()
         return EXIT_FAULT
+
+
+def _interrupted() -> int:
+    if speaks():
+        print("interrupted.", file=sys.stderr)
+    return EXIT_STOPPED
+
+
+def _came_of_interrupt(error: BaseException | None) -> bool:
+    """Whether a library, interrupted in the middle of something, made another error of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _run(stage: str, argv: list[str], main: Main | None) -> int:

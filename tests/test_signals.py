@@ -66,3 +66,16 @@ def test_outside_of_any_step_sigterm_ends_a_stage_as_ctrl_c_does():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60, capture_output=True, text=True)
     assert done.returncode == 75 and "Traceback" not in done.stderr
+
+
+def test_an_error_that_an_interrupt_became_inside_a_library_is_an_interrupt(capsys):
+    from laddpo.app import cli
+
+    def library(config, folder):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            None.flags()
+
+    assert cli("prepare", [], library) == 75
+    assert "Traceback" not in capsys.readouterr().err

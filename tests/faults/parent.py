@@ -118,7 +118,8 @@ class Parent:
         seconds = time.monotonic() - started
         reply = {"status": status, "seconds": seconds, "log": log.read_text(errors="replace"), "calls": []}
         if calls.exists():
-            reply["calls"] = json.loads(calls.read_text())
+            if isinstance(status, int) and status >= 0:  # a killed child may have left half of it
+                reply["calls"] = json.loads(calls.read_text())
             calls.unlink()
         log.unlink()
         return reply
