@@ -15,7 +15,6 @@ from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 from laddpo.tuned import base_model, config_of_run, tuned_weights, use_weights
 
-DRIFT = 0.1  # a change of the answers' length by this share is pointed out
 TRAINING_SAMPLE = 64  # training pairs on which reward accuracy is measured, too
 
 
@@ -180,6 +179,8 @@ def _compare_lengths(config: RunConfig, base: list[dict], tuned: list[dict], pre
     """Length of the answers and the share that ends by itself; says so where training moved either by a tenth."""
     if not all("tokens" in record for record in (*base, *tuned)):  # answered by an earlier version
         return {}
+    from laddpo.evaluation.stats import DRIFT
+
     found = {}
     for name, key in (("answer_tokens", "tokens"), ("ended_rate", "stopped")):
         before, after = ([float(record[key]) for record in records] for records in (base, tuned))

@@ -6,9 +6,7 @@ answers are those of the tuned model.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import hashlib
 from pathlib import Path
 
@@ -38,6 +36,7 @@ def with_run(config: RunConfig) -> RunConfig:
 
 def sampled_file(config: RunConfig) -> Path:
     """samples.jsonl of these settings: found, or sampled now with auto=true."""
+    from laddpo.core.budget import release_memory
     from laddpo.core.ranks import here
     from laddpo.evaluation import samples
     from laddpo.signals import stop_on_signal
@@ -53,12 +52,13 @@ def sampled_file(config: RunConfig) -> Path:
             "same settings, or set auto=true."
         )
     ranks = here()
-    with stop_on_signal() as stop, _sampler(config) as sample:
+    with stop_on_signal() as stop:
+        sample = _sampler(config)
         sampling, size = config.data.sampling, config.evaluation.batch_size
         path = samples.collect_samples(
             sample, questions, sampling.samples, folder, fields, size, stop, ranks.rank, ranks.world
         )
-    del sample
+    del sample  # and with it the model
     release_memory()
     return path
 
@@ -144,9 +144,8 @@ def pair_grader(config: RunConfig):
     return text_grader(config.data.grader, [question.answer for question in open_questions(config)])
 
 
-@contextlib.contextmanager
 def _sampler(config: RunConfig):
-    """A function from prompts and keys to texts, for as long as the model is in memory."""
+    """A function from prompts and keys to texts, which holds the model."""
     from laddpo import inputs
     from laddpo.answering import answer_ids
     from laddpo.machine import find_machine
@@ -160,13 +159,4 @@ def _sampler(config: RunConfig):
         encoded = {prompt: encoder.encode_prompt(prompt) for prompt in set(prompts)}
         return answer_ids(config, loaded, [encoded[prompt] for prompt in prompts], keys)
 
-    yield sample
-
-
-def release_memory() -> None:
-    """What a model that is no longer used leaves behind."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return sample

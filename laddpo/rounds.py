@@ -21,9 +21,9 @@ ROUNDS_FILE = "rounds.json"
 def train_rounds(config: RunConfig, folder: Path, stop) -> None:
     """Run the rounds that are not finished yet, then compare them."""
     from laddpo.compose import write_config
+    from laddpo.core.budget import release_memory
     from laddpo.core.ranks import here
     from laddpo.inputs import ADAPTER
-    from laddpo.onpolicy import release_memory
     from laddpo.train import train
 
     ranks = here()
@@ -91,9 +91,10 @@ def compare_rounds(folder: Path, count: int, seed: int) -> dict[str, Any]:
     import numpy as np
 
     from laddpo.evaluation.stats import compare
+    from laddpo.evaluation.studies import right_by_item
 
-    after = [answers(folder / f"round_{number}", "tuned") for number in range(1, count + 1)]
-    before = [answers(folder / "round_1", "base"), *after[:-1]]
+    after = [right_by_item(folder / f"round_{number}", "tuned") for number in range(1, count + 1)]
+    before = [right_by_item(folder / "round_1", "base"), *after[:-1]]
     if not before[0] or not all(after):
         return {}
 
@@ -108,15 +109,9 @@ def compare_rounds(folder: Path, count: int, seed: int) -> dict[str, Any]:
     }
 
 
-def answers(run: Path, model: str) -> dict[str, bool]:
-    """Which test problems a run's evaluation found right, by task and problem."""
-    records = runs.JsonLines(run / "evaluation" / "items.jsonl").read()
-    return {f"{r['task']}/{r['id']}": bool(r["correct"]) for r in records if r["model"] == model}
-
-
 def rounds_text(content: dict[str, Any]) -> str:
     """The table of rounds, and in words whether more than one was worth it."""
-    from laddpo.evaluation.tables import markdown
+    from laddpo.evaluation.tables import markdown, points_text
 
     if "against_base" not in content:
         return f"{len(content['rounds'])} rounds; nothing was answered to compare them by (evaluation.tasks)."
@@ -124,16 +119,13 @@ def rounds_text(content: dict[str, Any]) -> str:
     for number, (total, gain) in enumerate(
         zip(content["against_base"], content["against_round_before"], strict=True), 1
     ):
-        rows.append([str(number), f"{total['tuned']:.1%}", _points(total), _points(gain)])
+        gains = (points_text(entry["difference"], *entry["interval"]) for entry in (total, gain))
+        rows.append([str(number), f"{total['tuned']:.1%}", *gains])
     table = markdown(["round", "exact match", "over the base", "over the round before"], rows)
     last = content["last_against_first"]
     low, high = last["interval"]
     verdict = "more rounds helped" if low > 0 else "more rounds hurt" if high < 0 else "the interval includes 0"
     count = len(content["rounds"])
-    words = f"{count} rounds against 1: {_points(last)} points on {last['items']} problems: {verdict}."
+    gain = points_text(last["difference"], low, high)
+    words = f"{count} rounds against 1: {gain} points on {last['items']} problems: {verdict}."
     return f"{table}\n\n{words}"
-
-
-def _points(entry: dict[str, Any]) -> str:
-    low, high = entry["interval"]
-    return f"{100 * entry['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

@@ -39,6 +39,22 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
 
 
+def exit_code_of_stopped_sweep(command: list[str], until: Path, seconds: float) -> int:
+    """Start a sweep of `tiny_jobs` in a process, send SIGTERM when `until` is there, and wait that long for its end."""
+    script = (
+        "import sys, laddpo.sweep as s; from laddpo.app import cli\n"
+        "original = s.child_command\n"
+        "s.child_command = lambda *a: [original(*a)[0], 'child.py', *original(*a)[3:]]\n"
+        f"sys.exit(cli('train', {command}))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], env=child_environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not until.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    return process.wait(timeout=seconds)
+
+
 def test_a_stage_gets_the_typed_settings_and_a_folder_that_it_owns():
     seen = []
     assert cli("train", ["seed=7"], lambda config, folder: seen.append((config, folder))) == 0
@@ -249,18 +265,7 @@ def test_the_sweep_experiment_needs_no_flag_and_its_jobs_do_not_sweep_again(tiny
 
 def test_a_sweep_of_three_by_three_that_was_interrupted_ends_with_nine_results_and_repeats_none(tiny_jobs):
     command = ["-m", "dpo.beta=0.5,1,2", "optim.weight_decay=0.1,0.2,0.3", "output_dir=sweep"]
-    script = (
-        "import sys, laddpo.sweep as s; from laddpo.app import cli\n"
-        "original = s.child_command\n"
-        "s.child_command = lambda *a: [original(*a)[0], 'child.py', *original(*a)[3:]]\n"
-        f"sys.exit(cli('train', {command}))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], env=child_environment(), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not Path("sweep/3/job.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
+    assert exit_code_of_stopped_sweep(command, Path("sweep/3/job.json"), 60) == 75
     done = [job["job"] for job in sweep_json("sweep") if job["exit_code"] == 0]
     assert 4 <= len(done) < 9
     started = Path("sweep/started.jsonl")
@@ -307,18 +312,8 @@ def test_no_job_starts_when_one_of_them_is_wrong(tiny_jobs, capsys):
 
 
 def test_stopping_a_sweep_stops_its_job_and_starts_no_other(tiny_jobs):
-    script = (
-        "import sys, laddpo.sweep as s; from laddpo.app import cli\n"
-        "original = s.child_command\n"
-        "s.child_command = lambda *a: [original(*a)[0], 'child.py', *original(*a)[3:]]\n"
-        "sys.exit(cli('train', ['-m', 'optim.eps=60', 'dpo.beta=1,2', 'output_dir=sweep']))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], env=child_environment(), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not Path("sweep/0/config.yaml").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 75
+    command = ["-m", "optim.eps=60", "dpo.beta=1,2", "output_dir=sweep"]
+    assert exit_code_of_stopped_sweep(command, Path("sweep/0/config.yaml"), 30) == 75
     jobs = sweep_json("sweep")
     assert jobs[0]["exit_code"] not in (0, None)
     assert jobs[1]["exit_code"] is None

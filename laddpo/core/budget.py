@@ -65,9 +65,7 @@ class TokenBudget:
                 f"so that none can repeat it alone. Start with hardware.token_budget={self.tokens // 2}. ({reason})"
             )
         self.retries += 1
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         log.warning(
             "out of memory with %d tokens per micro-step; doing the work again with %d (%s)",
             self.tokens,
@@ -75,6 +73,13 @@ class TokenBudget:
             reason,
         )
         self.tokens //= 2
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more: cycles of objects, and the cache of CUDA's allocator."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -28,7 +28,7 @@ def score_shared(
     own = [items[i] for i in shares[ranks.rank]]
     with lockstep(denoiser):
         values = score_items(denoiser, own, token_budget) if own else torch.empty(0, dtype=torch.float64)
-    return _gathered(values, items, shares, denoiser.device, ranks)
+    return _gathered(values, _value_shape(items), shares, denoiser.device, ranks)
 
 
 def accumulate_shared(
@@ -54,12 +54,10 @@ def accumulate_shared(
     else:
         take_part(denoiser, mode)
         values = StepValues(torch.empty(0), torch.empty(0))
-    draws = _gathered(values.draws, items, shares, denoiser.device, ranks)
-    losses = torch.empty(len(items), dtype=torch.float64)
-    for share, part in zip(shares, ranks.gather_arrays(values.losses.cpu().numpy()), strict=True):
-        losses[share] = torch.tensor(part)
+    draws = _gathered(values.draws, _value_shape(items), shares, denoiser.device, ranks)
+    losses = _gathered(values.losses, (), shares, denoiser.device, ranks)
     ranks.sum_gradients(parameters)
-    return StepValues(draws, losses.to(denoiser.device))
+    return StepValues(draws, losses)
 
 
 def shares_of(items: Sequence[Item], ranks: Ranks) -> list[list[int]]:
@@ -67,12 +65,16 @@ def shares_of(items: Sequence[Item], ranks: Ranks) -> list[list[int]]:
     return share_out([item.full_tokens for item in items], ranks.world)
 
 
+def _value_shape(items: Sequence[Item]) -> tuple[int, int]:
+    """(sides, draws) of an item."""
+    return len(items[0].sides), len(items[0].sides[0])
+
+
 def _gathered(
-    values: Tensor, items: Sequence[Item], shares: Sequence[Sequence[int]], device: torch.device, ranks: Ranks
+    values: Tensor, shape: tuple[int, ...], shares: Sequence[Sequence[int]], device: torch.device, ranks: Ranks
 ) -> Tensor:
-    """Every rank's values, put back into the order of the items. # float64 [items, sides, draws]"""
-    sides, draws = len(items[0].sides), len(items[0].sides[0])
-    together = torch.empty(len(items), sides, draws, dtype=torch.float64)
+    """Every rank's values, `shape` for each item, put back into the order of the items. # float64 [items, *shape]"""
+    together = torch.empty(sum(map(len, shares)), *shape, dtype=torch.float64)
     for share, part in zip(shares, ranks.gather_arrays(values.cpu().numpy()), strict=True):
-        together[share] = torch.tensor(part).view(len(share), sides, draws)
+        together[share] = torch.tensor(part).view(len(share), *shape)
     return together.to(device)

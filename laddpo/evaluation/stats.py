@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+DRIFT = 0.1  # a change of the answers' length, or of the share that ends, by this much of it is pointed out
 RESAMPLED_VALUES_AT_ONCE = 1 << 22  # 32 MiB of float64 while resampling
 
 

@@ -17,12 +17,11 @@ import numpy as np
 
 from laddpo import runs
 from laddpo.evaluation.figures import DARK, PALE, RULE, new_figure, save_png, tidy
-from laddpo.evaluation.stats import Difference, mean_with_error, paired_bootstrap
+from laddpo.evaluation.stats import DRIFT, Difference, mean_with_error, paired_bootstrap
 from laddpo.evaluation.sweeps import number_text
-from laddpo.evaluation.tables import markdown
+from laddpo.evaluation.tables import markdown, points_text
 
 BASE = "base"  # the model before training, as what an arm is compared with
-DRIFT = 0.1  # of the answers' length or of the share that ends, worth a sentence
 EXACT_MATCH = "validation/exact_match"
 
 
@@ -72,8 +71,14 @@ def read_outcome(folder: Path, seed: int) -> Outcome | None:
         return None
     rounds = sorted(folder.glob("round_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     first, last = (rounds[0], rounds[-1]) if rounds else (folder, folder)
-    base, tuned = _answers(first, "base"), _answers(last, "tuned")
+    base, tuned = right_by_item(first, "base"), right_by_item(last, "tuned")
     return Outcome(seed, base, tuned, _facts(first, last)) if base.keys() == tuned.keys() and base else None
+
+
+def right_by_item(run: Path, model: str) -> dict[str, bool]:
+    """Which test problems a run's evaluation found right for `model` (base or tuned), by task and problem."""
+    records = runs.JsonLines(run / "evaluation" / "items.jsonl").read()
+    return {f"{r['task']}/{r['id']}": bool(r["correct"]) for r in records if r["model"] == model}
 
 
 def difference(arm: Arm, other: Arm | None) -> Difference | None:
@@ -138,7 +143,8 @@ def claim_text(claim: Claim, by_name: Mapping[str, Arm]) -> str:
     seeds = seed_differences(arm, None if claim.against == BASE else other)
     above = sum(seed.low > 0 for seed in seeds)
     shown = ", ".join(f"{100 * seed.difference:+.1f}" for seed in seeds)
-    numbers = f"{_points(found)} points; seeds {shown}, above 0 by itself in {above} of {len(seeds)}"
+    total = points_text(found.difference, found.low, found.high)
+    numbers = f"{total} points; seeds {shown}, above 0 by itself in {above} of {len(seeds)}"
     if claim.margin is None:
         words = "better" if found.low > 0 else "worse" if found.high < 0 else "not decided: the interval includes 0"
     else:
@@ -199,11 +205,6 @@ def _compared(arm: Arm, other: Arm | None) -> dict[str, Any] | None:
     }
 
 
-def _answers(run: Path, model: str) -> dict[str, bool]:
-    records = runs.JsonLines(run / "evaluation" / "items.jsonl").read()
-    return {f"{r['task']}/{r['id']}": bool(r["correct"]) for r in records if r["model"] == model}
-
-
 def _facts(first: Path, last: Path) -> dict[str, float]:
     """Numbers about a run; of several rounds lengths are those of the first's start and the last's end."""
     rows = runs.JsonLines(last / "metrics.jsonl").read()
@@ -236,7 +237,7 @@ def _results(run: Path) -> dict[str, Any]:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    facts, against = row["facts"], row["difference"]
+    facts, base, against = row["facts"], row["against_base"], row["difference"]
     spread = mean_with_error(row["exact_match_by_seed"]).std_error
     own = f"{row['exact_match']:.1%}" + ("" if math.isnan(spread) else f" ± {100 * spread:.1f}")
 
@@ -244,13 +245,17 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         value = facts.get(name)
         return "-" if value is None else f"{value:.1%}" if percent else number_text(value)
 
+    difference_text = "-"
+    if against is not None:
+        name = f" ({row['against']})" if row["against"] else ""
+        difference_text = points_text(against["difference"], *against["interval"]) + name
     tokens = f"{fact('answer_tokens_base')} → {fact('answer_tokens_tuned')}"
     return [
         row["arm"],
         str(len(row["seeds"])),
         own,
-        _points_of(row["against_base"]),
-        "-" if against is None else f"{_points_of(against)}" + (f" ({row['against']})" if row["against"] else ""),
+        points_text(base["difference"], *base["interval"]),
+        difference_text,
         _reading(against),
         f"{fact('validation_kept', True)} / {fact('validation_last', True)}",
         fact("reward_accuracy", True),
@@ -275,15 +280,6 @@ def _drift_lines(row: Mapping[str, Any]) -> list[str]:
         if before and after is not None and abs(after - before) > DRIFT * before:
             lines.append(f"- {row['arm']}: {words} {before:.3g} → {after:.3g}")
     return lines
-
-
-def _points(found: Difference) -> str:
-    return f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-
-
-def _points_of(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{100 * found['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 INTRODUCTION = """\

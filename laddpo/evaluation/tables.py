@@ -91,6 +91,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "|" + "|".join(marks) + "|", *[line(row) for row in rows]])
 
 
+def points_text(difference: float, low: float, high: float) -> str:
+    """A difference of shares with its interval, in points. Example: +1.7 [+0.3, +3.0]"""
+    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
 def _is_comparison(entry: Any) -> bool:
     return isinstance(entry, Mapping) and "base" in entry and "tuned" in entry
 
