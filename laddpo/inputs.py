@@ -123,8 +123,12 @@ def new_model(config: RunConfig, machine: Machine) -> Loaded:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = loading.new_model(model_config, config.seed).to(machine.device)
-    denoiser = TransformerDenoiser(model, model_config.mask_token_id)
+    model = loading.new_model(model_config, config.seed)
+    if machine.is_sharded:
+        shard_model(model, machine.ranks, machine.device)
+    else:
+        model.to(machine.device)
+    denoiser = _denoiser(model, model_config.mask_token_id, machine, config.adapter.kind == "full")
     weights = {"base": f"random weights of seed {config.seed}", "adapter": "none"}
     return Loaded(model, tokenizer, denoiser, machine, weights)
 

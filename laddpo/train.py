@@ -168,7 +168,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
 
 def finish(config, folder: Path, prepared, loaded, state, settings, stop) -> None:
     """Plot the run, say how it ended, evaluate base against tuned."""
-    from laddpo.core.loop import RunOutputs
+    from laddpo.core.outputs import RunOutputs
     from laddpo.evaluate import evaluate_run
     from laddpo.evaluation.plots import training_plot
 

@@ -19,8 +19,9 @@ from laddpo import inputs, runs
 from laddpo.answering import VALIDATION_LIMIT, answer_ids, answer_task, open_task
 from laddpo.core.checkpoint import save_tensors, step_folders
 from laddpo.core.gradient import Item, lockstep
-from laddpo.core.loop import LoopSettings, RunOutputs, step_items
+from laddpo.core.loop import LoopSettings, step_items
 from laddpo.core.objectives import reference_draws
+from laddpo.core.outputs import RunOutputs
 from laddpo.core.ranks import Ranks, whole
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
@@ -61,6 +62,7 @@ def loop_settings(config: RunConfig, item_count: int, best_metric: str | None) -
         save_total_limit=config.save_total_limit or 0,
         logging_steps=config.logging_steps,
         eval_steps=config.evaluation.every_steps or 0,
+        eval_at_start=not config.sft.from_scratch,  # random weights answer nothing, and at full length
         best_metric=best_metric,
         higher_is_better=best_metric != LOSS,
         patience=stopping.patience or 0,

@@ -58,6 +58,7 @@ class LoopSettings:
     save_total_limit: int = 2
     logging_steps: int = 1
     eval_steps: int = 0
+    eval_at_start: bool = True
     best_metric: str | None = None
     higher_is_better: bool = True
     patience: int = 0
@@ -111,9 +112,10 @@ def train_loop(
         )
 
     def evaluate_if_due() -> None:
-        is_due = state.step in (0, settings.total_steps) or (
-            settings.eval_steps and state.step % settings.eval_steps == 0
-        )
+        if state.step in (0, settings.total_steps):
+            is_due = state.step > 0 or settings.eval_at_start
+        else:
+            is_due = settings.eval_steps and state.step % settings.eval_steps == 0
         if validate and is_due and state.evaluated_step != state.step:
             _evaluate(validate, settings, outputs, state, ranks)
 
@@ -241,7 +243,7 @@ def _count_nonfinite(
             f"step {state.step + 1}: the loss is {loss} and the gradient norm {norm}, expected finite numbers. "
             f"The weights are as before this step. Rows: {shown}. Lower optim.learning_rate, use "
             f"hardware.precision=fp32, or skip up to k such steps with optim.skip_nonfinite=k.",
-            {"step": state.step + 1, "rows": names, "loss": str(loss), "grad_norm": str(norm)},
+            _fault_facts(names, norm, loss, state),
         )
 
 
@@ -257,8 +259,12 @@ def _count_overflows(
             f"and the loss scale fell to {scaler.get_scale():g}; expected that a lower scale helps. The weights are as "
             f"before these steps. Rows of the last: {', '.join(names[:8])}. Use hardware.precision=bf16 or fp32, or "
             "lower optim.learning_rate.",
-            {"step": state.step + 1, "rows": names, "loss": str(loss), "grad_norm": str(norm)},
+            _fault_facts(names, norm, loss, state),
         )
+
+
+def _fault_facts(names: list[str], norm: float, loss: float, state: LoopState) -> dict[str, Any]:
+    return {"step": state.step + 1, "rows": names, "loss": str(loss), "grad_norm": str(norm)}
 
 
 def _log_step(
@@ -367,6 +373,11 @@ def _resume(
     if newest is None:
         print(f"{outputs.folder}: no checkpoint yet; starting at step 0.")
         return _start(outputs)
+    if "metrics" not in newest.state:
+        raise UserError(
+            f"{newest.folder / checkpoints.STATE}: says nothing of metrics.jsonl, expected the seal of its lines; "
+            "an older version of laddpo wrote it. Finish the run with that version, or start a new one."
+        )
     checkpoints.restore(newest, parameters, optimizer)
     state = LoopState(**newest.state["loop"])
     outputs.metrics.cut(newest.state["metrics"])

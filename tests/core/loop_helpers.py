@@ -7,9 +7,10 @@ import torch
 
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import score_items
-from laddpo.core.loop import LoopSettings, RunOutputs, train_loop
+from laddpo.core.loop import LoopSettings, train_loop
 from laddpo.core.objectives import DpoObjective, pair_scores
 from laddpo.core.optim import build_optimizer
+from laddpo.core.outputs import RunOutputs
 from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import DpoTask, fill_reference, visited_windows
 from laddpo.runs import write_json

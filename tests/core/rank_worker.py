@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from laddpo.core.elbo import ElboEstimator
-from laddpo.core.loop import LoopSettings, RunOutputs, train_loop
+from laddpo.core.loop import LoopSettings, train_loop
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import build_optimizer, clip_gradients
+from laddpo.core.outputs import RunOutputs
 from laddpo.core.ranks import ALONE, Ranks, connect, disconnect, is_sharded, whole
 from laddpo.core.reference import ReferenceStore
 from laddpo.core.sharing import accumulate_shared, score_shared

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.core.checkpoint import step_folders
+from laddpo.core.checkpoint import MODEL, OPTIMIZER, STATE, step_folders, step_of
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import score_items
 from laddpo.core.loop import step_items
 from laddpo.core.tasks import SftTask, visited_windows
-from laddpo.errors import Stopped
+from laddpo.errors import Stopped, UserError
 from laddpo.preference.encode import EncodedExample
+from laddpo.runs import write_json, write_manifest
 from laddpo.signals import stop_on_signal
 from tests.core.helpers import random_ids
 from tests.core.loop_helpers import BUDGET, PAIRS, PER_STEP, STEPS, Crash, Run, crash_at
@@ -100,6 +101,21 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_changes_nothing(folder, uni
     second = Run(folder, optimizer)
     second.train(resume=True)
     assert second.files() == whole
+
+
+def test_a_checkpoint_that_says_nothing_of_the_log_is_refused_and_changes_nothing(folder):
+    """As versions wrote it that did not seal the log yet."""
+    with pytest.raises(Crash):
+        Run(folder, "adamw").train(before_step=crash_at(4))
+    logged = (folder / "metrics.jsonl").read_bytes()
+    for checkpoint in step_folders(folder / "checkpoints"):
+        state = json.loads((checkpoint / "state.json").read_text())
+        del state["metrics"]
+        write_json(checkpoint / "state.json", state)
+        write_manifest(checkpoint, "checkpoint", {"step": step_of(checkpoint)}, [MODEL, OPTIMIZER, STATE])
+    with pytest.raises(UserError, match=r"step_0000004.state\.json.*older version of laddpo"):
+        Run(folder, "adamw").train(resume=True)
+    assert (folder / "metrics.jsonl").read_bytes() == logged
 
 
 def test_a_new_run_in_an_old_folder_keeps_no_old_records(folder, uninterrupted):

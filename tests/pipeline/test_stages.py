@@ -125,6 +125,19 @@ def test_sft_lowers_its_loss_and_makes_a_model_that_dpo_can_start_from(stages):
     assert stages.run("train", f"model.model_name_or_path={sft / 'model'}", f"output_dir={dpo}") == 0
 
 
+def test_a_model_from_random_weights_obeys_the_hardware_settings_and_is_first_evaluated_when_due(stages):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        folder = stages.folder / precision
+        settings = ["adapter=full", "sft.from_scratch=true", "sft.num_examples=16", f"hardware.precision={precision}"]
+        assert stages.run("sft", *settings, "optim.max_train_steps=4", f"output_dir={folder}") == 0
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses[precision] = [record["loss"] for record in records if "loss" in record]
+        assert [record["step"] for record in records if "validation/exact_match" in record] == [4]
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
 def test_dpo_from_an_sft_adapter_has_that_adapter_in_its_reference(stages, capsys):
     sft, dpo = stages.folder / "sft", stages.folder / "dpo"
     assert stages.run("sft", "sft.examples=chosen", "evaluation.tasks=[]", f"output_dir={sft}") == 0
