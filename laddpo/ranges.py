@@ -184,6 +184,7 @@ RANGES: dict[str, Range] = {
     "optim.learning_rate": more_than(0, "5e-7 (full) to 1e-4 (LoRA) is usual", 1),
     "optim.weight_decay": at_least(0, "0.01 is usual"),
     "optim.eps": more_than(0, "1e-8 is usual"),
+    "optim.round_decay": more_than(0, "1 keeps the rate in every round", 1),
     "optim.max_grad_norm": more_than(0, "1.0 is usual, null turns clipping off"),
     "optim.num_warmup_steps": at_least(0, "0 starts at the full learning rate"),
     "optim.per_device_train_batch_size": at_least(1, "1 is usual; it does not change memory"),

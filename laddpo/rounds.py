@@ -63,14 +63,18 @@ def finish_rounds(folder: Path, count: int, seed: int) -> None:
 
 
 def config_of_round(config: RunConfig, number: int, start: str | None, folder: Path) -> RunConfig:
-    """A single round as a run of its own: it asks the next questions and starts from the adapter of the one before."""
+    """A single round as a run of its own: the next questions, from the adapter of the round before, at a lower rate."""
     from laddpo.onpolicy import questions_of_a_round
 
     sampling = config.data.sampling
     first = sampling.first_question + (number - 1) * questions_of_a_round(config)
     data = dataclasses.replace(config.data, rounds=1, sampling=dataclasses.replace(sampling, first_question=first))
     adapter = dataclasses.replace(config.adapter, path=start)
-    return dataclasses.replace(config, rounds=1, data=data, adapter=adapter, output_dir=str(folder), resume="false")
+    rate = config.optim.learning_rate * config.optim.round_decay ** (number - 1)
+    optim = dataclasses.replace(config.optim, learning_rate=rate)
+    return dataclasses.replace(
+        config, rounds=1, data=data, adapter=adapter, optim=optim, output_dir=str(folder), resume="false"
+    )
 
 
 def _round_record(folder: Path, place: Path) -> dict[str, Any]:

@@ -200,6 +200,7 @@ class DpoSettings:
 class OptimSettings:
     optimizer: str = "adamw"
     learning_rate: float = MISSING
+    round_decay: float = 0.25
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8

@@ -42,14 +42,20 @@ def read(path):
     return json.loads(path.read_text())
 
 
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_each_round_starts_from_the_model_of_the_one_before(two_rounds):
     run, _ = two_rounds
     first, second = (read(run / f"round_{n}" / "manifest.json")["fields"] for n in (1, 2))
     kept = read(run / "round_1" / "adapter" / "manifest.json")["files"]["adapter_model.safetensors"]["sha256"]
     assert first["start"]["adapter"] == "none" and second["start"]["adapter"] == kept
     assert first["data"] != second["data"]
-    metrics = [json.loads(line) for line in (run / "round_2" / "metrics.jsonl").read_text().splitlines()]
-    assert next(row["loss"] for row in metrics if "grad_norm" in row) == pytest.approx(0.693147, abs=1e-5)
+    steps = [[row for row in records(run / f"round_{n}") if "grad_norm" in row] for n in (1, 2)]
+    assert steps[1][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    rates = [row["learning_rate"] for row in steps[0]]
+    assert [row["learning_rate"] for row in steps[1]] == pytest.approx([rate / 4 for rate in rates])
 
 
 def test_rounds_ask_different_questions_of_the_model_as_it_is(two_rounds):
