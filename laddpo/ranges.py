@@ -230,5 +230,6 @@ RANGES: dict[str, Range] = {
     "variance.evaluations": at_least(2, "8 is VRPO's"),
     "sft.num_examples": at_least(1, "20000 is usual"),
     "sft.mistake_share": at_least(0, "0 makes every solution correct", 1),
+    "sft.pad_to": at_least(1, "evaluation.gen_length is usual, null pads nothing"),
     "sft.diffusion_samples": at_least(1, "1 is usual; more batches of other rows teach more than more masks of one"),
 }

@@ -280,6 +280,7 @@ class SftSettings:
     mistake_share: float = 0.6
     diffusion_samples: int | None = 1
     from_scratch: bool = False
+    pad_to: int | None = None
 
 
 @dataclass

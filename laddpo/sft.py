@@ -10,11 +10,17 @@ adapter.path=<run>/adapter, or model.model_name_or_path=<run>/model.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laddpo.app import run_stage
 from laddpo.settings import RunConfig
+
+if TYPE_CHECKING:
+    from laddpo.preference.encode import EncodedExample
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
@@ -65,6 +71,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         write_config(config, folder)
     prepared = open_prepared(config) if config.sft.examples == "chosen" else None
     examples = chosen_examples(prepared.train) if prepared else corpus_examples(config, loaded)
+    if config.sft.pad_to:
+        examples = padded(examples, config.sft.pad_to, loaded.tokenizer.eos_token_id, config.seed)
     parameters = inputs.make_trainable(config, loaded)
     # every epoch sees new masks: nothing is stored that would tie them
     estimator = ElboEstimator("count", "low_discrepancy", draws_of(config), config.seed, mask_rounds=sys.maxsize)
@@ -125,6 +133,25 @@ def corpus_examples(config: RunConfig, loaded) -> list:
     else:
         rows = corpus(count, share, config.seed, difficulty_of(config), config.data.habit)
     return [encoder.encode_example(row) for row in rows]
+
+
+def padded(examples: Sequence[EncodedExample], pad_to: int, eos_token_id: int, seed: int) -> list[EncodedExample]:
+    """Each response with 0 to `pad_to` - L eos tokens behind it, a function of (seed, id).
+
+    Source: Nie et al. 2025 (arXiv 2502.09992), section 2.3, which pads to the longest response of a batch.
+    """
+    import numpy as np
+
+    from laddpo.preference.arithmetic import keyed_integers
+
+    rows = []
+    for example in examples:
+        room = max(0, pad_to - len(example.response_ids))
+        (draw,) = keyed_integers(f"sft padding/{seed}/{example.id}", 1)
+        count = draw * (room + 1) >> 64
+        tail = np.full(count, eos_token_id, example.response_ids.dtype)
+        rows.append(dataclasses.replace(example, response_ids=np.concatenate([example.response_ids, tail])))
+    return rows
 
 
 if __name__ == "__main__":

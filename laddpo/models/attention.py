@@ -7,6 +7,7 @@ kernel, or one batched call for each set of neighbours of equal length. Neither 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -93,8 +94,12 @@ def attend(block, query: Tensor, key: Tensor, value: Tensor, mask, layout: Packe
 def _interface(block, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs) -> Tensor:
     call = ALL_ATTENTION_FUNCTIONS.get_interface(block.config._attn_implementation, eager_attention)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    out, _ = call(block, query, key, value, mask, dropout=0.0, scaling=block.scaling, is_causal=False, **kwargs)
-    return out  # [B, L, heads, head_dim]
+    dtype, is_widened = query.dtype, query.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", enabled=False) if is_widened else nullcontext():
+        if is_widened:  # torch's CPU kernel goes back through bfloat16 more slowly than through float32
+            query, key, value = (x.float() for x in (query, key, value))
+        out, _ = call(block, query, key, value, mask, dropout=0.0, scaling=block.scaling, is_causal=False, **kwargs)
+    return out.to(dtype)  # [B, L, heads, head_dim]
 
 
 def _varlen(block, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+
+from laddpo.preference.encode import EncodedExample
+from laddpo.sft import padded
 
 
 def test_train_alone_goes_from_rows_to_an_evaluated_adapter(stages, capsys):
@@ -136,6 +140,31 @@ def test_a_model_from_random_weights_obeys_the_hardware_settings_and_is_first_ev
         assert [record["step"] for record in records if "validation/exact_match" in record] == [4]
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+def test_padding_follows_each_response_by_any_number_of_eos_tokens_that_fits():
+    eos, response = 99, np.arange(1, 6, dtype=np.int32)
+    rows = [EncodedExample(f"row-{i}", np.arange(3, dtype=np.int32), response) for i in range(200)]
+    filled = padded(rows, 12, eos, seed=1)
+    lengths = [len(row.response_ids) for row in filled]
+    assert set(lengths) == set(range(5, 13))  # none, up to 12 in all
+    for row, given in zip(filled, rows, strict=True):
+        assert row.id == given.id and row.prompt_ids is given.prompt_ids and row.response_ids.dtype == np.int32
+        assert row.response_ids[:5].tolist() == response.tolist() and set(row.response_ids[5:].tolist()) <= {eos}
+    assert [len(row.response_ids) for row in padded(rows[::-1], 12, eos, seed=1)] == lengths[::-1]
+    assert [len(row.response_ids) for row in padded(rows, 12, eos, seed=2)] != lengths
+    assert all(len(row.response_ids) == 5 for row in padded(rows, 4, eos, seed=1))
+
+
+def test_sft_trains_on_the_padding_that_it_is_asked_for(stages):
+    tokens = {}
+    for pad_to in ("null", 64):
+        folder = stages.folder / f"pad-{pad_to}"
+        settings = ["sft.num_examples=16", f"sft.pad_to={pad_to}", "optim.max_train_steps=1", "evaluation.tasks=[]"]
+        assert stages.run("sft", *settings, f"output_dir={folder}") == 0
+        (timing,) = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
+        tokens[pad_to] = timing["speed/tokens_per_s"] * timing["seconds"]
+    assert tokens[64] > 1.2 * tokens["null"]
 
 
 def test_dpo_from_an_sft_adapter_has_that_adapter_in_its_reference(stages, capsys):
