@@ -32,8 +32,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
         jobs = [(arm, seed) for seed in config.study.seeds for arm in arms]
         print(f"study {config.study.name}: {len(arms)} arms x {len(config.study.seeds)} seeds in {folder}", flush=True)
         failed = run_jobs(config, folder, jobs)
-        content = write_page(config, folder, arms)
-    print("\n".join(claim["text"] for claim in content["claims"]))
+        content = write_page(config, folder)
+    asked = {arm.name for arm in arms}
+    print("\n".join(claim["text"] for claim in content["claims"] if claim["arm"] in asked))
     print(folder)
     if failed:
         raise RunFault(
@@ -81,7 +82,7 @@ def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) 
             if code != EXIT_DONE:
                 print(f"  failed with exit code {code}: {place / 'log.txt'}", flush=True)
                 failed.append(place.name)
-            write_page(config, folder, wanted_arms(config))
+            write_page(config, folder)
     return failed
 
 
@@ -93,14 +94,14 @@ def shared_overrides(config: RunConfig) -> list[str]:
     return [*config.study.settings, *given]
 
 
-def write_page(config: RunConfig, folder: Path, arms: list[StudyArm]) -> dict:
-    """study.json, study.md and study.png of what is finished."""
+def write_page(config: RunConfig, folder: Path) -> dict:
+    """study.json, study.md and study.png of what is finished, asked for this time or before."""
     from laddpo import runs
     from laddpo.evaluation import studies
 
     study = config.study
     read = []
-    for arm in arms:
+    for arm in study.arms:
         found = [studies.read_outcome(folder / f"{arm.name}-{seed}", seed) for seed in study.seeds]
         outcomes = [outcome for outcome in found if outcome is not None]
         read.append(studies.Arm(arm.name, arm.factor, arm.stage, arm.overrides, arm.against, outcomes))

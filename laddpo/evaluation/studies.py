@@ -107,6 +107,7 @@ def study_json(arms: Sequence[Arm], claims: Sequence[Claim]) -> dict[str, Any]:
     for arm in arms:
         if not arm.outcomes:
             continue
+        reference = by_name.get(arm.against) if arm.against != arm.name else None
         facts = sorted({name for outcome in arm.outcomes for name in outcome.facts})
         rows.append(
             {
@@ -119,7 +120,7 @@ def study_json(arms: Sequence[Arm], claims: Sequence[Claim]) -> dict[str, Any]:
                 "exact_match_by_seed": [float(np.mean(list(o.tuned.values()))) for o in arm.outcomes],
                 "against_base": _compared(arm, None),
                 "against": arm.against,
-                "difference": _compared(arm, by_name.get(arm.against)) if arm.name != arm.against else None,
+                "difference": _compared(arm, reference) if reference else None,
                 "facts": {name: arm.mean(name) for name in facts},
             }
         )
@@ -164,7 +165,7 @@ def study_markdown(content: Mapping[str, Any], title: str, command: str) -> str:
     by_factor: dict[str, list] = {}
     for row in content["arms"]:
         by_factor.setdefault(row["factor"], []).append(row)
-    default = next((row for row in content["arms"] if row["difference"] is None), None)
+    default = next((row for row in content["arms"] if row["arm"] == row["against"]), None)
     for factor, rows in by_factor.items():
         shown = rows if default is None or default in rows else [default, *rows]
         blocks += [f"## {factor}", markdown(HEADER, [_cells(row) for row in shown])]

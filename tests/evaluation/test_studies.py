@@ -85,6 +85,15 @@ def test_the_page_says_what_is_missing_and_what_drifted(tmp_path):
     assert (tmp_path / "study.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("others", [[], [Arm("default", "Arms", "train", [], "default")]], ids=["absent", "unfinished"])
+def test_an_arm_whose_reference_is_not_there_is_compared_with_nothing_else(others):
+    content = study_json([*others, arm("lone", 0.7, 0.7, 0.7)], [])
+    (row,) = content["arms"]
+    assert row["difference"] is None and row["against_base"]["difference"] == pytest.approx(0.2)
+    (line,) = [line for line in study_markdown(content, "Study", "x").splitlines() if line.startswith("| lone | 3")]
+    assert "| - | - |" in line and "(default)" not in line
+
+
 def record(model: str, problem: str, correct: bool) -> dict:
     return {"task": "t", "id": problem, "model": model, "correct": correct}
 
