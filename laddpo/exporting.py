@@ -58,8 +58,7 @@ def find_weights(config: RunConfig, trained: Path | None) -> Source:
             f"python -m laddpo.train resume={trained}, or check run=."
         )
     base = sealed["fields"]["base"]["base"]
-    found = loading.weights_fingerprint(model_path(config), config.model.revision)
-    if not is_full and found != base:
+    if not is_full and (found := loading.weights_fingerprint(model_path(config), config.model.revision)) != base:
         raise UserError(
             f"{folder}: was trained on base weights {base}, and {config.model.model_name_or_path} now holds {found}. "
             "An adapter belongs to its base: put the old one back, or name it with model.revision in the run's "
@@ -71,7 +70,11 @@ def find_weights(config: RunConfig, trained: Path | None) -> Source:
 def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list[str], CardFacts]:
     """Write a whole checkpoint. Returns its files and what the card says about the check."""
     path, revision = model_path(config), config.model.revision
-    dtype = config.export.dtype or stored_dtype(loading.checkpoint_folder(path, revision, ["*.json", loading.WEIGHTS]))
+    dtype = config.export.dtype
+    if dtype is None and config.sft.from_scratch:  # no base has weights
+        dtype = stored_dtype(source.folder)
+    elif dtype is None:
+        dtype = stored_dtype(loading.checkpoint_folder(path, revision, ["*.json", loading.WEIGHTS]))
     device = "cuda" if config.hardware.device == "cuda" else "cpu"
     print(f"loading {config.model.model_name_or_path} in {dtype} on {device}")
     tokenizer = loading.load_tokenizer(path, revision)
@@ -204,7 +207,9 @@ def model_card(config: RunConfig, trained: Path | None, source: Source, facts: C
     if trained is not None:
         place = trained / "evaluation" / "results.json"
         results = runs.read_json(place) if place.exists() else {}
-        sealed = runs.read_manifest(trained, "train") or runs.read_manifest(trained, "sft", verify=False)
+        if (trained / runs.MANIFEST).exists():
+            is_sft = runs.unsealed(trained / runs.MANIFEST).get("kind") == "sft"
+            sealed = runs.read_manifest(trained, "sft" if is_sft else "train")
     licence = config.export.license or base_licence(config)
     return card_text(config, facts, results, sealed, source.base, source.step, licence)
 

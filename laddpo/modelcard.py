@@ -37,10 +37,13 @@ def card_text(
     """The whole card in Markdown with the hub's front matter."""
     name = shown_path(config.model.model_name_or_path)
     what = "LoRA adapter for" if facts.is_adapter else "Fine-tuned"
+    is_sft = (sealed or {}).get("kind") == "sft"
+    title = "fine-tuned" if is_sft else "trained on preferences"
+    method = "supervised fine-tuning" if is_sft else "direct preference optimization"
     sections = [
-        _front_matter(config, facts, name, licence),
-        f"# {name.rsplit('/', 1)[-1]}, trained on preferences\n\n{what} {name}, a masked-diffusion "
-        "language model, trained by direct preference optimization with laddpo.",
+        _front_matter(config, facts, name, licence, is_sft),
+        f"# {name.rsplit('/', 1)[-1]}, {title}\n\n{what} {name}, a masked-diffusion language model, trained by "
+        f"{method} with laddpo.",
         _origin(config, facts, sealed, base, step, name, licence),
         _metrics(results),
         "## Use\n\n" + (ADAPTER_USE if facts.is_adapter else MERGED_USE).replace("BASE", name),
@@ -55,23 +58,28 @@ def shown_path(path: str) -> str:
     return place.name if place.is_absolute() or path.startswith(("~", "..")) else path
 
 
-def _front_matter(config: RunConfig, facts: CardFacts, name: str, licence: str | None) -> str:
+def _front_matter(config: RunConfig, facts: CardFacts, name: str, licence: str | None, is_sft: bool) -> str:
     lines = [f"license: {licence or 'other'}"]
     if "/" in name and not Path(config.model.model_name_or_path).expanduser().exists():
         lines += [f"base_model: {name}", f"base_model_relation: {'adapter' if facts.is_adapter else 'finetune'}"]
     if config.data.dataset_name and not config.data.dataset_name.endswith((".jsonl", ".json", ".gz", ".zst")):
         lines.append(f"datasets: [{shown_path(config.data.dataset_name)}]")
-    lines += [f"library_name: {'peft' if facts.is_adapter else 'transformers'}", "tags: [dpo, masked-diffusion, llada]"]
+    lines.append(f"library_name: {'peft' if facts.is_adapter else 'transformers'}")
+    lines.append(f"tags: [{'sft' if is_sft else 'dpo'}, masked-diffusion, llada]")
     return "---\n" + "\n".join(lines) + "\n---"
 
 
 def _origin(config, facts, sealed, base, step, name, licence) -> str:
     data = (sealed or {}).get("fields", {}).get("data", "not recorded by this run")
     rows = shown_path(config.data.dataset_name) if config.data.dataset_name else config.data.source
+    if (sealed or {}).get("kind") == "sft" and config.sft.examples == "corpus":
+        trained_on = f"{config.sft.num_examples:,} generated examples (sft.examples=corpus, seed {config.seed})"
+    else:
+        trained_on = f"{rows}, fingerprint of the prepared pairs `{data}`"
     lines = [
         f"base: {name}{f', revision {config.model.revision}' if config.model.revision else ''} (weights `{base}`)",
         f"licence: {licence or 'the base names none; its terms apply'}",
-        f"data: {rows}, fingerprint of the prepared pairs `{data}`",
+        f"data: {trained_on}",
     ]
     if step is not None:
         lines.append(f"weights: those kept at step {step}")
@@ -98,7 +106,7 @@ def _metrics(results: Mapping[str, Any]) -> str:
 
 
 def _settings(config: RunConfig) -> str:
-    names = ("seed", "adapter", "quantization", "data", "dpo", "optim", "evaluation")
+    names = ("seed", "adapter", "quantization", "data", "dpo", "sft", "optim", "evaluation")
     tree = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
     return OmegaConf.to_yaml(OmegaConf.create(_without_places(tree)))
 

@@ -112,7 +112,13 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         evaluate_run(config, folder, folder / "evaluation", prepared, loaded, stop)
     if not ranks.is_main:
         return
-    fields = {"step": state.step, "best_step": state.best_step, "best_value": state.best_value}
+    fields = {
+        "step": state.step,
+        "best_step": state.best_step,
+        "best_value": state.best_value,
+        "data": prepared.manifest["fingerprint"] if prepared else "corpus",
+        "start": loaded.weights,
+    }
     runs.write_manifest(folder, "sft", fields, ["config.yaml", "metrics.jsonl"], **runs.provenance())
 
 

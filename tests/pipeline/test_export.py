@@ -110,6 +110,23 @@ def test_full_fine_tuning_exports_its_own_weights(stages):
     assert export(stages, run, "none", "export.adapter_only=true")[0] == 2
 
 
+def test_sft_runs_export_too_even_from_random_weights_where_the_base_has_none(stages, tmp_path):
+    base = tmp_path / "tokenizer only"
+    base.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).write_bytes((stages.model / name).read_bytes())
+    run = stages.folder / "run"
+    settings = ["sft.from_scratch=true", "sft.num_examples=16", "optim.max_train_steps=2", "evaluation.tasks=[]"]
+    place = f"model.model_name_or_path={base}"
+    assert stages.run("sft", place, "adapter=full", *settings, f"output_dir={run}") == 0
+    for name, more, dtype in (("as stored", [], torch.float32), ("narrow", ["export.dtype=bf16"], torch.bfloat16)):
+        code, folder = export(stages, run, name, *more)
+        assert code == 0
+        assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {dtype}
+        card = (folder / "README.md").read_text()
+        assert "supervised fine-tuning" in card and "16 generated examples" in card and "tags: [sft," in card
+
+
 def test_a_base_that_changed_since_training_is_refused(stages, trained, capsys):
     model = loading.load_model(str(stages.model))
     with torch.no_grad():

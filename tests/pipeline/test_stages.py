@@ -170,6 +170,9 @@ def test_sft_trains_on_the_padding_that_it_is_asked_for(stages):
 def test_dpo_from_an_sft_adapter_has_that_adapter_in_its_reference(stages, capsys):
     sft, dpo = stages.folder / "sft", stages.folder / "dpo"
     assert stages.run("sft", "sft.examples=chosen", "evaluation.tasks=[]", f"output_dir={sft}") == 0
+    fields = json.loads((sft / "manifest.json").read_text())["fields"]
+    (prepared,) = (stages.folder / "data" / "prepared").iterdir()
+    assert fields["data"] == json.loads((prepared / "manifest.json").read_text())["fingerprint"]
     assert stages.run("train", f"adapter.path={sft / 'adapter'}", f"output_dir={dpo}") == 0
     shown = capsys.readouterr().out
     assert "|policy - reference| 0 nats" in shown
