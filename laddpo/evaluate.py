@@ -16,6 +16,7 @@ from laddpo.settings import RunConfig
 from laddpo.tuned import base_model, config_of_run, tuned_weights, use_weights
 
 TRAINING_SAMPLE = 64  # training pairs on which reward accuracy is measured, too
+SEALED = ("config.yaml", "results.json", "items.jsonl", "pairs.jsonl")
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
@@ -39,6 +40,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         require_harness(config)
     with held(run_folder), stop_on_signal() as stop:
         if here().is_main:
+            unseal(run_folder)
             write_config(config, run_folder)
         loaded = inputs.load(config, find_machine(config))
         if trained:
@@ -46,7 +48,25 @@ def main(config: RunConfig, run_folder: Path) -> None:
             evaluate_run(config, trained, run_folder, open_prepared(config), loaded, stop)
         else:
             evaluate_base(config, run_folder, loaded, stop)
+        if here().is_main:
+            seal(run_folder, config.run, loaded.weights)
     print(run_folder)
+
+
+def unseal(folder: Path) -> None:
+    """An evaluation in the folder of a finished one goes on with its answers; a folder of another kind is refused."""
+    from laddpo import runs
+
+    if runs.read_manifest(folder, "evaluation"):
+        (folder / runs.MANIFEST).unlink()
+
+
+def seal(folder: Path, run: str | None, weights: dict) -> None:
+    """The manifest of a finished evaluation: what was evaluated, and the checksums of what was found."""
+    from laddpo import runs
+
+    files = [name for name in SEALED if (folder / name).exists()]
+    runs.write_manifest(folder, "evaluation", {"run": run, "start": weights}, files, **runs.provenance())
 
 
 def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loaded, stop) -> dict:

@@ -52,6 +52,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.machine import find_machine
     from laddpo.preference.prepared import chosen_examples
     from laddpo.prepare import open_prepared
+    from laddpo.train import SEALED
     from laddpo.training import (
         Validation,
         fault_reports,
@@ -119,7 +120,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         "data": prepared.manifest["fingerprint"] if prepared else "corpus",
         "start": loaded.weights,
     }
-    runs.write_manifest(folder, "sft", fields, ["config.yaml", "metrics.jsonl"], **runs.provenance())
+    files = [name for name in SEALED if (folder / name).exists()]
+    runs.write_manifest(folder, "sft", fields, files, **runs.provenance())
 
 
 def draws_of(config: RunConfig) -> int:

@@ -112,6 +112,29 @@ def test_evaluate_of_a_run_repeats_what_train_measured_at_its_end(stages):
     assert (again / "results.json").read_text() == (run / "evaluation" / "results.json").read_text()
 
 
+def test_a_finished_evaluation_is_sealed_and_goes_on_only_from_the_answers_it_sealed(stages, capsys):
+    command = ["evaluation.tasks=[arithmetic]", f"output_dir={stages.folder / 'base'}"]
+    assert stages.run("evaluate", *command) == 0
+    manifest = json.loads((stages.folder / "base" / "manifest.json").read_text())
+    assert manifest["kind"] == "evaluation" and {"results.json", "items.jsonl"} <= manifest["files"].keys()
+    assert stages.run("evaluate", *command, "evaluation.limit=6", "resume=true") == 0
+    again = json.loads((stages.folder / "base" / "manifest.json").read_text())
+    assert again["files"] != manifest["files"]
+    results = stages.folder / "base" / "results.json"
+    results.write_text(results.read_text().replace("0.0", "1.0"))
+    assert stages.run("evaluate", *command, "resume=true") == 2
+    assert f"{results}: differs from what manifest.json sealed" in capsys.readouterr().err
+
+
+def test_an_evaluation_into_the_folder_of_a_finished_run_is_refused(stages, capsys):
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    before = (run / "manifest.json").read_bytes()
+    assert stages.run("evaluate", f"run={run}", f"output_dir={run}", "resume=true") == 2
+    assert "is a manifest of 'train', expected 'evaluation'" in capsys.readouterr().err
+    assert (run / "manifest.json").read_bytes() == before
+
+
 def test_generate_shows_base_beside_tuned(stages, capsys):
     run = stages.folder / "run"
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
