@@ -231,7 +231,9 @@ def _block_bytes(setup: Setup, load: Load) -> int:
     width, mlp = shape.d_model, shape.mlp_hidden_size
     wide = 4 if setup.device == "cpu" else _stream_bytes(setup)  # without a fused kernel a norm's input is kept wide
     norms = 2 * width * wide + 2 * 4 + (2 * width * wide if setup.is_full else 0)
-    attention = 2 * (width + shape.kv_width) * element + 4 * shape.n_heads
+    is_widened = setup.device == "cpu" and setup.is_full and setup.precision != "fp32"  # models/attention.py
+    kept = wide if is_widened else element
+    attention = 2 * (width + shape.kv_width) * kept + 4 * shape.n_heads
     if setup.device == "cpu" and load.mixed:  # outputs of runs of equal lengths are joined into a copy
         attention += width * element
     trained = BLOCK_LINEARS if setup.is_full else setup.targets
