@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
 from transformers import AutoTokenizer
 
 from laddpo.app import cli
@@ -105,8 +104,9 @@ def test_the_command_that_makes_llada_mini_trains_and_dpo_goes_on_from_it(tmp_pa
     assert "gave no pair" in capsys.readouterr().err
 
 
-def test_llada_mini_without_weights_is_refused_before_anything_runs(capsys, tmp_path):
-    if (SHIPPED / "model.safetensors").exists():
-        pytest.skip("its weights are here")
-    assert cli("prepare", ["model=llada_mini", f"paths.data_dir={tmp_path}", "hardware.device=cpu"]) == 2
-    assert "llada_mini" in capsys.readouterr().err
+def test_a_tokenizer_without_weights_is_refused_before_anything_runs(capsys, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((SHIPPED / name).read_bytes())
+    model = ["model=llada_mini", f"model.model_name_or_path={tmp_path}", "hardware.device=cpu"]
+    assert cli("prepare", [*model, f"paths.data_dir={tmp_path / 'data'}"]) == 2
+    assert f"{tmp_path}: holds no weights" in capsys.readouterr().err
