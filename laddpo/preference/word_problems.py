@@ -20,7 +20,7 @@ from laddpo.preference.pairs import Example, RowIds, example_of, user_prompt
 from laddpo.runs import canonical_json, write_text
 
 INSTRUCTION = "\n\nReason step by step and end with a line `#### ` and the number."  # GSM8K's, see evaluation/tasks.py
-LARGEST = 60  # results above are not used: so many sums a small model learns in two hours of CPU
+LARGEST = 60  # results above are not used: a small model has fewer sums to learn
 MAX_ATTEMPTS = 20_000
 ROWS = {"train": 4000, "test": 500}  # of the files
 
