@@ -73,7 +73,9 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     prepared = open_prepared(config) if config.sft.examples == "chosen" else None
     examples = chosen_examples(prepared.train) if prepared else corpus_examples(config, loaded)
     if config.sft.pad_to:
-        examples = padded(examples, config.sft.pad_to, loaded.tokenizer.eos_token_id, config.seed)
+        examples = padded(
+            examples, config.sft.pad_to, config.data.max_length, loaded.tokenizer.eos_token_id, config.seed
+        )
     parameters = inputs.make_trainable(config, loaded)
     # every epoch sees new masks: nothing is stored that would tie them
     estimator = ElboEstimator("count", "low_discrepancy", draws_of(config), config.seed, mask_rounds=sys.maxsize)
@@ -143,8 +145,11 @@ def corpus_examples(config: RunConfig, loaded) -> list:
     return [encoder.encode_example(row) for row in rows]
 
 
-def padded(examples: Sequence[EncodedExample], pad_to: int, eos_token_id: int, seed: int) -> list[EncodedExample]:
-    """Each response with 0 to `pad_to` - L eos tokens behind it, a function of (seed, id).
+def padded(
+    examples: Sequence[EncodedExample], pad_to: int, max_length: int, eos_token_id: int, seed: int
+) -> list[EncodedExample]:
+    """Each response with 0 to `pad_to` - L eos tokens behind it, a function of (seed, id); a row stays within
+    `max_length`.
 
     Source: Nie et al. 2025 (arXiv 2502.09992), section 2.3, which pads to the longest response of a batch.
     """
@@ -154,7 +159,8 @@ def padded(examples: Sequence[EncodedExample], pad_to: int, eos_token_id: int, s
 
     rows = []
     for example in examples:
-        room = max(0, pad_to - len(example.response_ids))
+        longest = min(pad_to, max_length - len(example.prompt_ids))
+        room = max(0, longest - len(example.response_ids))
         (draw,) = keyed_integers(f"sft padding/{seed}/{example.id}", 1)
         count = draw * (room + 1) >> 64
         tail = np.full(count, eos_token_id, example.response_ids.dtype)

@@ -168,15 +168,16 @@ def test_a_model_from_random_weights_obeys_the_hardware_settings_and_is_first_ev
 def test_padding_follows_each_response_by_any_number_of_eos_tokens_that_fits():
     eos, response = 99, np.arange(1, 6, dtype=np.int32)
     rows = [EncodedExample(f"row-{i}", np.arange(3, dtype=np.int32), response) for i in range(200)]
-    filled = padded(rows, 12, eos, seed=1)
+    filled = padded(rows, 12, 512, eos, seed=1)
     lengths = [len(row.response_ids) for row in filled]
     assert set(lengths) == set(range(5, 13))  # none, up to 12 in all
     for row, given in zip(filled, rows, strict=True):
         assert row.id == given.id and row.prompt_ids is given.prompt_ids and row.response_ids.dtype == np.int32
         assert row.response_ids[:5].tolist() == response.tolist() and set(row.response_ids[5:].tolist()) <= {eos}
-    assert [len(row.response_ids) for row in padded(rows[::-1], 12, eos, seed=1)] == lengths[::-1]
-    assert [len(row.response_ids) for row in padded(rows, 12, eos, seed=2)] != lengths
-    assert all(len(row.response_ids) == 5 for row in padded(rows, 4, eos, seed=1))
+    assert [len(row.response_ids) for row in padded(rows[::-1], 12, 512, eos, seed=1)] == lengths[::-1]
+    assert [len(row.response_ids) for row in padded(rows, 12, 512, eos, seed=2)] != lengths
+    assert all(len(row.response_ids) == 5 for row in padded(rows, 4, 512, eos, seed=1))
+    assert {len(row.response_ids) for row in padded(rows, 12, 10, eos, seed=1)} == {5, 6, 7}  # prompts of 3 tokens
 
 
 def test_sft_trains_on_the_padding_that_it_is_asked_for(stages):
