@@ -65,8 +65,8 @@ def seal(folder: Path, run: str | None, weights: dict) -> None:
     """The manifest of a finished evaluation: what was evaluated, and the checksums of what was found."""
     from laddpo import runs
 
-    files = [name for name in SEALED if (folder / name).exists()]
-    runs.write_manifest(folder, "evaluation", {"run": run, "start": weights}, files, **runs.provenance())
+    fields = {"run": run, "start": weights}
+    runs.write_manifest(folder, "evaluation", fields, runs.present(folder, SEALED), **runs.provenance())
 
 
 def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loaded, stop) -> dict:

@@ -207,9 +207,7 @@ def model_card(config: RunConfig, trained: Path | None, source: Source, facts: C
     if trained is not None:
         place = trained / "evaluation" / "results.json"
         results = runs.read_json(place) if place.exists() else {}
-        if (trained / runs.MANIFEST).exists():
-            is_sft = runs.unsealed(trained / runs.MANIFEST).get("kind") == "sft"
-            sealed = runs.read_manifest(trained, "sft" if is_sft else "train")
+        sealed = runs.read_manifest(trained, "train", "sft")
     licence = config.export.license or base_licence(config)
     return card_text(config, facts, results, sealed, source.base, source.step, licence)
 

@@ -98,11 +98,7 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
     if machine.embeddings_on_cpu:
         keep_embeddings_on_host(model)
     if machine.is_sharded:
-        if is_full:
-            model.requires_grad_(True)
-        elif not config.adapter.path:  # an untrained adapter adds exactly 0: the reference is the same with it
-            attach_adapter(config, model)
-        shard_model(model, machine.ranks, machine.device)
+        _shard(config, model, machine)
     mask_token_id = loading.mask_token_id(model.config, tokenizer)
     return Loaded(model, tokenizer, _denoiser(model, mask_token_id, machine, is_full), machine, weights)
 
@@ -125,12 +121,21 @@ def new_model(config: RunConfig, machine: Machine) -> Loaded:
     )
     model = loading.new_model(model_config, config.seed)
     if machine.is_sharded:
-        shard_model(model, machine.ranks, machine.device)
+        _shard(config, model, machine)
     else:
         model.to(machine.device)
     denoiser = _denoiser(model, model_config.mask_token_id, machine, config.adapter.kind == "full")
     weights = {"base": f"random weights of seed {config.seed}", "adapter": "none"}
     return Loaded(model, tokenizer, denoiser, machine, weights)
+
+
+def _shard(config: RunConfig, model, machine: Machine) -> None:
+    """Divide the weights among the ranks, with all that will be trained on the model already."""
+    if config.adapter.kind == "full":
+        model.requires_grad_(True)
+    elif not config.adapter.path:  # an untrained adapter adds exactly 0: the reference is the same with it
+        attach_adapter(config, model)
+    shard_model(model, machine.ranks, machine.device)
 
 
 def _denoiser(model, mask_token_id: int, machine: Machine, is_full: bool) -> TransformerDenoiser:

@@ -44,7 +44,7 @@ def card_text(
         _front_matter(config, facts, name, licence, is_sft),
         f"# {name.rsplit('/', 1)[-1]}, {title}\n\n{what} {name}, a masked-diffusion language model, trained by "
         f"{method} with laddpo.",
-        _origin(config, facts, sealed, base, step, name, licence),
+        _origin(config, facts, sealed, base, step, name, licence, is_sft),
         _metrics(results),
         "## Use\n\n" + (ADAPTER_USE if facts.is_adapter else MERGED_USE).replace("BASE", name),
         f"## Settings\n\n```yaml\n{_settings(config)}```",
@@ -69,10 +69,10 @@ def _front_matter(config: RunConfig, facts: CardFacts, name: str, licence: str |
     return "---\n" + "\n".join(lines) + "\n---"
 
 
-def _origin(config, facts, sealed, base, step, name, licence) -> str:
+def _origin(config, facts, sealed, base, step, name, licence, is_sft) -> str:
     data = (sealed or {}).get("fields", {}).get("data", "not recorded by this run")
     rows = shown_path(config.data.dataset_name) if config.data.dataset_name else config.data.source
-    if (sealed or {}).get("kind") == "sft" and config.sft.examples == "corpus":
+    if is_sft and config.sft.examples == "corpus":
         trained_on = f"{config.sft.num_examples:,} generated examples (sft.examples=corpus, seed {config.seed})"
     else:
         trained_on = f"{rows}, fingerprint of the prepared pairs `{data}`"

@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -300,8 +300,13 @@ def unsealed(path: Path) -> Any:
     return bare
 
 
-def read_manifest(folder: Path, kind: str, verify: bool = True) -> dict | None:
-    """The manifest of a finished folder, or None when the folder is absent or unfinished.
+def present(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of the names that are files of the folder."""
+    return [name for name in names if (folder / name).exists()]
+
+
+def read_manifest(folder: Path, *kinds: str, verify: bool = True) -> dict | None:
+    """The manifest of a finished folder of one of these kinds, or None when the folder is absent or unfinished.
 
     With `verify`, a file whose bytes differ from the sealed ones raises `UserError` naming it.
     """
@@ -309,9 +314,13 @@ def read_manifest(folder: Path, kind: str, verify: bool = True) -> dict | None:
     if not path.exists():
         return None
     manifest = unsealed(path)
-    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+    if not isinstance(manifest, dict) or manifest.get("kind") not in kinds:
         found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
-        raise UserError(f"{path}: is a manifest of {found!r}, expected {kind!r}. Point the setting at a {kind} folder.")
+        expected = " or ".join(map(repr, kinds))
+        raise UserError(
+            f"{path}: is a manifest of {found!r}, expected {expected}. "
+            f"Point the setting at a {' or '.join(kinds)} folder."
+        )
     try:
         sealed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         manifest["fields"].items()

@@ -52,8 +52,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.machine import find_machine
     from laddpo.preference.prepared import chosen_examples
     from laddpo.prepare import open_prepared
-    from laddpo.train import SEALED
     from laddpo.training import (
+        SEALED,
         Validation,
         fault_reports,
         gradient_scaler,
@@ -122,8 +122,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         "data": prepared.manifest["fingerprint"] if prepared else "corpus",
         "start": loaded.weights,
     }
-    files = [name for name in SEALED if (folder / name).exists()]
-    runs.write_manifest(folder, "sft", fields, files, **runs.provenance())
+    runs.write_manifest(folder, "sft", fields, runs.present(folder, SEALED), **runs.provenance())
 
 
 def draws_of(config: RunConfig) -> int:

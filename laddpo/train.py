@@ -16,8 +16,6 @@ from pathlib import Path
 from laddpo.app import run_stage
 from laddpo.settings import RunConfig
 
-SEALED = ("config.yaml", "metrics.jsonl", "evaluation/results.json", "evaluation/items.jsonl")
-
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one run in `run_folder`, or in the run that `resume` names."""
@@ -70,6 +68,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.planning import choose_backward, pairs_per_step
     from laddpo.prepare import check_enough, open_prepared
     from laddpo.training import (
+        SEALED,
         check_weights,
         dry_run_settings,
         fault_reports,
@@ -161,7 +160,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             "data": prepared.manifest["fingerprint"],
             "start": loaded.weights,
         },
-        [name for name in SEALED if (folder / name).exists()],
+        runs.present(folder, SEALED),
         **runs.provenance(),
     )
 

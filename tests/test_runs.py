@@ -240,6 +240,9 @@ def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(sealed, name
 def test_a_manifest_of_another_kind_is_refused(sealed):
     with pytest.raises(UserError, match="is a manifest of 'prepared', expected 'train'"):
         runs.read_manifest(sealed, "train")
+    with pytest.raises(UserError, match="is a manifest of 'prepared', expected 'train' or 'sft'"):
+        runs.read_manifest(sealed, "train", "sft")
+    assert runs.read_manifest(sealed, "train", "prepared")["kind"] == "prepared"
 
 
 def test_any_flipped_bit_of_a_manifest_is_noticed(sealed):

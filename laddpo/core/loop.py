@@ -112,10 +112,11 @@ def train_loop(
         )
 
     def evaluate_if_due() -> None:
-        if state.step in (0, settings.total_steps):
-            is_due = state.step > 0 or settings.eval_at_start
+        if state.step == 0:
+            is_due = settings.eval_at_start
         else:
-            is_due = settings.eval_steps and state.step % settings.eval_steps == 0
+            is_last = state.step == settings.total_steps
+            is_due = is_last or (settings.eval_steps and state.step % settings.eval_steps == 0)
         if validate and is_due and state.evaluated_step != state.step:
             _evaluate(validate, settings, outputs, state, ranks)
 

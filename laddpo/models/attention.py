@@ -94,7 +94,8 @@ def attend(block, query: Tensor, key: Tensor, value: Tensor, mask, layout: Packe
 def _interface(block, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs) -> Tensor:
     call = ALL_ATTENTION_FUNCTIONS.get_interface(block.config._attn_implementation, eager_attention)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    dtype, is_widened = query.dtype, query.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    dtype = query.dtype
+    is_widened = query.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     with torch.autocast("cpu", enabled=False) if is_widened else nullcontext():
         if is_widened:  # torch's CPU kernel goes back through bfloat16 more slowly than through float32
             query, key, value = (x.float() for x in (query, key, value))
