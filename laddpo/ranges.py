@@ -109,7 +109,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dpo.estimator": ("count", "complement", "balanced", "bernoulli"),
     "dpo.schedule": ("iid", "low_discrepancy", "stratified", "systematic", "single"),
     "dpo.correction": ("none", "second_order", "cross_fit"),
-    "optim.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
+    "optim.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit", "muon"),
     "optim.lr_scheduler_type": ("cosine", "linear", "constant"),
     "hardware.device": ("auto", "cpu", "cuda"),
     "hardware.precision": ("auto", "fp32", "bf16", "fp16"),
@@ -230,6 +230,7 @@ RANGES: dict[str, Range] = {
     "variance.evaluations": at_least(2, "8 is VRPO's"),
     "sft.num_examples": at_least(1, "20000 is usual"),
     "sft.mistake_share": at_least(0, "0 makes every solution correct", 1),
+    "sft.drill_share": at_least(0, "0 leaves drills out, 0.5 is what made llada_mini", 1),
     "sft.pad_to": at_least(1, "evaluation.gen_length is usual, null pads nothing"),
     "sft.diffusion_samples": at_least(1, "1 is usual; more batches of other rows teach more than more masks of one"),
 }

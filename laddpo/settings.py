@@ -278,6 +278,7 @@ class SftSettings:
     examples: str = "corpus"
     num_examples: int = 20000
     mistake_share: float = 0.6
+    drill_share: float = 0.0
     diffusion_samples: int | None = 1
     from_scratch: bool = False
     pad_to: int | None = None

@@ -138,7 +138,7 @@ def corpus_examples(config: RunConfig, loaded) -> list:
 
     encoder, count, share = encoder_for(config, loaded.tokenizer), config.sft.num_examples, config.sft.mistake_share
     if config.data.problems == "word_problems":
-        rows = word_corpus(count, share, config.seed, config.data.habit)
+        rows = word_corpus(count, share, config.seed, config.data.habit, config.sft.drill_share)
     else:
         rows = corpus(count, share, config.seed, difficulty_of(config), config.data.habit)
     return [encoder.encode_example(row) for row in rows]

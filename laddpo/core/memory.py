@@ -200,9 +200,12 @@ def _gathered(setup: Setup) -> int:
 
 
 def _optimizer(setup: Setup) -> int:
-    """Two moments. 8-bit ones keep small tensors, and one scale for 256 values, in float32."""
+    """Two moments, of Muon's matrices one. 8-bit ones keep small tensors, and one scale for 256 values, in float32."""
     if setup.optimizer == "adamw":
         return 8 * setup.trained
+    if setup.optimizer == "muon":
+        in_blocks = setup.shape.n_layers * setup.shape.block_parameters if setup.is_full else setup.trained
+        return 8 * setup.trained - 4 * in_blocks
     small = 0
     if not setup.is_full:
         sizes = [setup.rank * n for name in setup.targets for n in setup.shape.linear(name)]

@@ -1,7 +1,8 @@
 """The tokenizer of `llada_mini`: that of llada_nano with merges for the words of its stories.
 
 `python -m laddpo.preference.mini_tokenizer` writes data/llada_mini/tokenizer.json and tokenizer_config.json, byte for
-byte. Words become one or a few tokens, digits stay single, and any other text is still spelled in bytes.
+byte. Words become one or a few tokens, numbers of two digits become one, and any other text is still spelled in bytes.
+A sum is then a fixed number of tokens whatever its numbers, as llada_nano has by writing 7 as 07.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from laddpo.preference.word_problems import INSTRUCTION, word_problem
 from laddpo.runs import write_json
 
 SAMPLE, MERGES = 2000, 400
-WORD = re.compile(r" ?[A-Za-z]+")  # a subset of the pieces that byte-level BPE splits text into
+WORD = re.compile(r" ?[A-Za-z]+|#+")  # a subset of the pieces that byte-level BPE splits text into
+NUMBERS = [(tens, units) for tens in "123456789" for units in "0123456789"]
 
 
 def write_mini_tokenizer(folder: Path) -> None:
     """Write both files into `folder`; the same bytes every time."""
-    write_json(folder / "tokenizer.json", tokenizer_json(learn_merges(story_words(), MERGES), splits_words=True))
+    merges = NUMBERS + learn_merges(story_words(), MERGES)
+    write_json(folder / "tokenizer.json", tokenizer_json(merges, splits_words=True))
     write_json(folder / "tokenizer_config.json", tokenizer_config())
 
 

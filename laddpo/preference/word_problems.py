@@ -22,6 +22,7 @@ from laddpo.runs import canonical_json, write_text
 INSTRUCTION = "\n\nReason step by step and end with a line `#### ` and the number."  # GSM8K's, see evaluation/tasks.py
 LARGEST = 60  # results above are not used: a small model has fewer sums to learn
 MAX_ATTEMPTS = 20_000
+DRILL_SUMS = 10  # of a row that is a drill
 ROWS = {"train": 4000, "test": 500}  # of the files
 
 NAMES = (
@@ -99,16 +100,45 @@ def word_problems(split: str, count: int, seed: int) -> list[WordProblem]:
     raise AssertionError("unreachable")
 
 
-def word_corpus(num_examples: int, mistake_share: float, seed: int, habit: str = "drop_carry") -> Iterator[Example]:
-    """SFT examples; a share of the solutions is written by someone with the habit in the last step."""
+def word_corpus(
+    num_examples: int, mistake_share: float, seed: int, habit: str = "drop_carry", drill_share: float = 0.0
+) -> Iterator[Example]:
+    """SFT examples; a share of the solutions is written by someone with the habit in the last step, and a share of
+    the examples is a drill instead of a story."""
     choose(HABITS, habit, "data.habit", "laddpo/preference/arithmetic.py")
     ids = RowIds()
     for index in range(num_examples):
+        (draw,) = keyed_integers(f"words drill/{seed}/{index}", 1)
+        if draw < drill_share * 2**64:
+            asked, solved = drill(index, seed)
+            yield example_of(ids, user_prompt(asked), solved, f"word_problems/drill:{index}")
+            continue
         drawn = word_problem("train", index, seed)
         (draw,) = keyed_integers(f"words habit/{seed}/{index}", 1)
         wrong = drawn.solution(habit) if draw < mistake_share * 2**64 else None
         prompt = user_prompt(drawn.question + INSTRUCTION)
         yield example_of(ids, prompt, wrong or drawn.solution(), f"word_problems/train:{index}")
+
+
+def drill(index: int, seed: int) -> tuple[str, str]:
+    """Sums as the steps of stories have them, and the same worked out: `18+7`, `18+7=25.`, a line each.
+
+    In a story the next step writes a result again, so a masked one can mostly be copied; here it must be worked out.
+    """
+    draws = iter(keyed_integers(f"words sums/{seed}/{index}", 3 * DRILL_SUMS))
+
+    def below(bound: int) -> int:
+        return next(draws) * bound >> 64
+
+    asked, solved = [], []
+    for _ in range(DRILL_SUMS):
+        operator = "+-*"[below(3)]
+        n = 2 + below(3 if operator == "*" else 15)
+        most = LARGEST // n if operator == "*" else LARGEST - n
+        value = below(most + 1) + (n if operator == "-" else 0)
+        asked.append(f"{value}{operator}{n}")
+        solved.append(f"{asked[-1]}={_result(operator, value, n, 0, None)}.")
+    return "\n".join(asked), "\n".join(solved)
 
 
 def write_files(folder: Path, seed: int = 42) -> list[Path]:

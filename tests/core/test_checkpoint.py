@@ -19,8 +19,8 @@ from laddpo.core.checkpoint import (
 from laddpo.core.optim import build_optimizer
 from laddpo.errors import UserError
 
-OPTIMIZER_NAMES = ["adamw", "adamw_8bit"]
-SHAPES = {"z.weight": (64, 64), "a.weight": (3, 5), "a.bias": (5,), "m.weight": (2, 2)}
+OPTIMIZER_NAMES = ["adamw", "adamw_8bit", "muon"]
+SHAPES = {"blocks.0.z.weight": (64, 64), "a.weight": (3, 5), "a.bias": (5,), "m.weight": (2, 2)}
 
 
 class Run:
@@ -57,7 +57,7 @@ class Run:
 
 @pytest.fixture(params=OPTIMIZER_NAMES)
 def optimizer(request):
-    if request.param != "adamw":
+    if "8bit" in request.param:
         pytest.importorskip("bitsandbytes")
     return request.param
 

@@ -8,7 +8,7 @@ import torch
 from laddpo.core.checkpoint import optimizer_state_by_name
 from laddpo.core.optim import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate
 
-ON_CPU = ["adamw", "adamw_8bit"]  # paged memory is CUDA's
+ON_CPU = ["adamw", "adamw_8bit", "muon"]  # paged memory is CUDA's
 EIGHT_BIT_FROM = 4096  # elements; bitsandbytes keeps smaller tensors in 32 bits
 
 
@@ -19,7 +19,7 @@ def parameters(seed: int = 0) -> dict[str, torch.nn.Parameter]:
 
 
 def optimizer_of(name: str, named, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    if name != "adamw":
+    if "8bit" in name:
         pytest.importorskip("bitsandbytes")
     return build_optimizer(name, named, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
 
@@ -123,4 +123,47 @@ def test_all_state_is_listed_by_parameter_name(name):
 
 
 def test_every_optimizer_of_the_table_is_built_by_its_name():
-    assert set(OPTIMIZERS) == {"adamw", "adamw_8bit", "paged_adamw_8bit"}
+    assert set(OPTIMIZERS) == {"adamw", "adamw_8bit", "paged_adamw_8bit", "muon"}
+
+
+# Muon
+
+IN_BLOCKS = ("blocks.0.q_proj.weight", "blocks.0.up_proj.weight")
+
+
+def blocks_and_ends(seed: int = 0) -> dict[str, torch.nn.Parameter]:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = dict(zip(IN_BLOCKS, [(16, 16), (48, 16)], strict=True))
+    shapes |= {"wte.weight": (40, 16), "blocks.0.norm.weight": (16,), "ff_out.weight": (40, 16)}
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=draw)) for name, shape in shapes.items()}
+
+
+def test_muon_moves_matrices_of_blocks_in_all_directions_alike_and_as_far_as_adamw():
+    """The singular values of its update are nearly equal; its root mean square is 0.2 of the rate, as AdamW's usually
+    is (arXiv 2502.16982, equation 4)."""
+    named, start = blocks_and_ends(), blocks_and_ends()
+    step(optimizer_of("muon", named), named, rate=0.01)
+    for name in IN_BLOCKS:
+        update = (named[name] - start[name]).detach()
+        sizes = torch.linalg.svdvals(update)
+        of_gradient = torch.linalg.svdvals(named[name].grad)
+        assert sizes.max() / sizes.min() < 2.5 < of_gradient.max() / of_gradient.min()
+        assert float(update.square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.3)
+
+
+def test_muon_leaves_embedding_head_and_vectors_to_adamw():
+    by_muon, by_adamw = blocks_and_ends(), blocks_and_ends()
+    for named, name in ((by_muon, "muon"), (by_adamw, "adamw")):
+        optimizer = optimizer_of(name, named, weight_decay=0.1)
+        for seed in range(3):
+            step(optimizer, named, 0.01, seed)
+    for name, parameter in by_muon.items():
+        assert torch.equal(parameter, by_adamw[name]) == (name not in IN_BLOCKS)
+
+
+def test_muon_keeps_one_moment_of_a_matrix_in_a_block():
+    named = blocks_and_ends()
+    optimizer = optimizer_of("muon", named)
+    step(optimizer, named, 0.01)
+    assert set(optimizer.state[named["blocks.0.q_proj.weight"]]) == {"momentum_buffer"}
+    assert set(optimizer.state[named["wte.weight"]]) == {"step", "exp_avg", "exp_avg_sq"}

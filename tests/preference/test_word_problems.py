@@ -76,9 +76,11 @@ def test_making_the_tokenizer_again_gives_the_shipped_bytes(tmp_path):
         assert (tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes()
 
 
-def test_words_are_few_tokens_digits_single_and_any_text_round_trips():
+def test_words_are_few_tokens_numbers_to_99_one_and_any_text_round_trips():
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    assert tokenizer.tokenize(" marbles") == ["Ġmarbles"] and tokenizer.tokenize("12+345") == list("12+345")
+    assert tokenizer.tokenize(" marbles") == ["Ġmarbles"] and tokenizer.tokenize("####") == ["####"]
+    assert tokenizer.tokenize("12+7=19") == ["12", "+", "7", "=", "19"]
+    assert tokenizer.tokenize(" 345") == ["Ġ", "34", "5"]
     for text in ("Zoë finds 3 ünusual 🦔.\n\n\n#### 3", word_problem("test", 1, 1).solution(), "user\n\n assistant"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.convert_tokens_to_ids("<|mdm_mask|>") == len(tokenizer) - 4
@@ -86,6 +88,21 @@ def test_words_are_few_tokens_digits_single_and_any_text_round_trips():
 
 def test_merges_join_the_most_frequent_neighbours_first():
     assert learn_merges({"ab": 3, "abc": 1}, 9) == [("a", "b"), ("ab", "c")]
+
+
+def test_a_share_of_the_corpus_is_drills_in_the_steps_own_notation():
+    rows = list(word_corpus(200, 0.6, 1, drill_share=0.5))
+    drills = [row for row in rows if "drill:" in row.source]
+    assert 70 < len(drills) < 130 and not [r for r in word_corpus(50, 0.6, 1) if "drill:" in r.source]
+    operators = set()
+    for row in drills:
+        sums = EQUATION.findall(row.response)
+        assert len(sums) == 10 and row.prompt[0].content.split("\n") == [a + o + n for a, o, n, _ in sums]
+        for a, operator, n, result in sums:
+            operators.add(operator)
+            assert {"+": int(a) + int(n), "-": int(a) - int(n), "*": int(a) * int(n)}[operator] == int(result)
+            assert 0 <= int(result) <= LARGEST
+    assert operators == set("+-*")
 
 
 def test_the_command_that_makes_llada_mini_trains_and_dpo_goes_on_from_it(tmp_path, capsys):
