@@ -14,6 +14,7 @@ from laddpo.evaluation.tasks import GSM8K_INSTRUCTION, TaskOptions, load_task
 from laddpo.preference.arithmetic import split_of
 from laddpo.preference.mini_tokenizer import learn_merges, write_mini_tokenizer
 from laddpo.preference.word_problems import INSTRUCTION, LARGEST, word_corpus, word_problem, word_problems, write_files
+from laddpo.runs import file_sha256
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_mini"
 EQUATION = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
@@ -119,6 +120,17 @@ def test_the_command_that_makes_llada_mini_trains_and_dpo_goes_on_from_it(tmp_pa
     model = ["model=llada_mini", f"model.model_name_or_path={made / 'model'}", *small, *places]
     assert cli("prepare", [*model, "data.sampling.num_questions=2", "data.sampling.samples=2"]) == 2
     assert "gave no pair" in capsys.readouterr().err
+
+
+def test_the_shipped_model_is_whole_and_answers_more_than_half_of_its_problems(tmp_path):
+    sealed = json.loads((SHIPPED / "manifest.json").read_text())["files"]
+    for name, seal in sealed.items():
+        assert seal == {"bytes": (SHIPPED / name).stat().st_size, "sha256": file_sha256(SHIPPED / name)}
+    command = ["model=llada_mini", "evaluation.limit=24", "hardware.device=cpu", "logger=none", "hardware.threads=1"]
+    assert cli("evaluate", [*command, f"output_dir={tmp_path / 'out'}", f"paths.data_dir={tmp_path / 'data'}"]) == 0
+    rows = [json.loads(line) for line in next((tmp_path / "out").rglob("items.jsonl")).read_text().splitlines()]
+    assert len(rows) == 24 and sum(row["correct"] for row in rows) > 12
+    assert all(row["stopped"] and "\n#### " in row["text"] for row in rows)
 
 
 def test_a_tokenizer_without_weights_is_refused_before_anything_runs(capsys, tmp_path):
