@@ -9,7 +9,7 @@ word_problems_test.jsonl, rows of question and answer as openai/gsm8k has them, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count as count_up
 from pathlib import Path
@@ -125,11 +125,7 @@ def drill(index: int, seed: int) -> tuple[str, str]:
 
     In a story the next step writes a result again, so a masked one can mostly be copied; here it must be worked out.
     """
-    draws = iter(keyed_integers(f"words sums/{seed}/{index}", 3 * DRILL_SUMS))
-
-    def below(bound: int) -> int:
-        return next(draws) * bound >> 64
-
+    below = _bounded(iter(keyed_integers(f"words sums/{seed}/{index}", 3 * DRILL_SUMS)))
     asked, solved = [], []
     for _ in range(DRILL_SUMS):
         operator = "+-*"[below(3)]
@@ -151,10 +147,13 @@ def write_files(folder: Path, seed: int = 42) -> list[Path]:
     return paths
 
 
-def _draw(draws: Iterator[int]) -> WordProblem:
-    def below(bound: int) -> int:
-        return next(draws) * bound >> 64
+def _bounded(draws: Iterator[int]) -> Callable[[int], int]:
+    """The next draw of 64 bits as an integer from 0 to below a bound."""
+    return lambda bound: next(draws) * bound >> 64
 
+
+def _draw(draws: Iterator[int]) -> WordProblem:
+    below = _bounded(draws)
     first = below(len(NAMES))
     who, friend = NAMES[first], NAMES[(first + 1 + below(len(NAMES) - 1)) % len(NAMES)]
     items = ITEMS[below(len(ITEMS))]
