@@ -5,6 +5,7 @@ Stages that divide their work are named in SHARED; of the others rank 0 runs eve
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -62,12 +63,17 @@ def speaks() -> bool:
 
 
 def leave(code: int) -> None:
-    """End this process. After a failure at once: the libraries' own goodbyes would wait for the others."""
+    """End this process. Of several, each ends without taking the interpreter down.
+
+    Gloo's threads outlive `destroy_process_group` while anything refers to a group (sharded weights do). One that frees
+    the last exchange's tensors then needs the interpreter, and where that is being taken down it aborts: a run that
+    went well would be reported as failed. After a failure not even the exit functions run: they would wait for others.
+    """
     if here().world == 1:
         sys.exit(code)
+    if code == EXIT_DONE:
+        disconnect()
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code != EXIT_DONE:
-        os._exit(code)
-    disconnect()
-    sys.exit(code)
+    os._exit(code)

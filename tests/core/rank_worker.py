@@ -21,12 +21,13 @@ from laddpo.core.loop import LoopSettings, train_loop
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import build_optimizer, clip_gradients
 from laddpo.core.outputs import RunOutputs
-from laddpo.core.ranks import ALONE, Ranks, connect, disconnect, is_sharded, whole
+from laddpo.core.ranks import ALONE, Ranks, connect, is_sharded, whole
 from laddpo.core.reference import ReferenceStore
 from laddpo.core.sharing import accumulate_shared, score_shared
 from laddpo.core.tasks import DpoTask, fill_reference, stored_pair, visited_windows
-from laddpo.errors import RunFault, Stopped
+from laddpo.errors import EXIT_DONE, RunFault, Stopped
 from laddpo.evaluation.sampling import SamplerSettings, generate
+from laddpo.launch import leave
 from laddpo.models.adapters import attach_lora, trainable_parameters
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.sharding import ShardedDenoiser, shard_model
@@ -227,7 +228,7 @@ def main(folder: Path) -> None:
     everyone = ranks.gather(figures)
     if ranks.is_main:
         (folder / "figures.json").write_text(json.dumps(everyone))
-    disconnect()
+    leave(EXIT_DONE)
 
 
 if __name__ == "__main__":

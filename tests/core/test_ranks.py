@@ -81,6 +81,12 @@ def test_sharded_weights_score_and_answer_as_whole_ones_also_where_ranks_have_un
         assert of_rank["weights left together"] == 0  # they would go stale when others are loaded
 
 
+def test_a_run_that_went_well_ends_well_on_every_rank():
+    done = launch(3, str(REPOSITORY / "tests" / "core" / "leaving_worker.py"))
+    assert done.returncode == 0, done.stdout
+    assert all(f"rank {rank} ends" in done.stdout for rank in range(3))  # exit functions were called
+
+
 def test_items_are_shared_out_by_size():
     assert share_out([5, 3, 3, 1], 2) == [[0, 3], [1, 2]]
     assert share_out([4], 3) == [[0], [], []]
