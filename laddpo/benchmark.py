@@ -3,6 +3,8 @@
     python -m laddpo.benchmark                                            random weights, a few minutes on two cores
     python -m laddpo.benchmark benchmark.parts=[memory,flat]              peaks alone
     python -m laddpo.benchmark model=llada_8b hardware=h200 benchmark.weights=model
+    python -m laddpo.benchmark experiment=gpu_proof                       LLaDA-8B's shape on a GPU, as on smaller cards
+    python -m laddpo.benchmark experiment=gpu_proof_small                 the same in a small shape, without a GPU
 
 Writes benchmark.md and benchmark.json. Steps are gradients without the optimizer, which is the same for all.
 """
@@ -13,10 +15,10 @@ import dataclasses
 import time
 from pathlib import Path
 
+from laddpo import realsize
 from laddpo.app import run_stage
+from laddpo.realsize import random_policy
 from laddpo.settings import RunConfig
-
-PLAN_RANKS, PLAN_TOKENS = (8, 64), (256, 1024, 4096)
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
@@ -122,7 +124,7 @@ def plan_part(config: RunConfig, machine) -> tuple[str, dict]:
 
     rows = []
     shape = _shape(config)
-    for rank in PLAN_RANKS:
+    for rank in config.benchmark.plan_ranks:
         adapter = dataclasses.replace(config.adapter, r=rank)
         model = dataclasses.replace(config.model, shape=shape)
         changed = dataclasses.replace(config, adapter=adapter, model=model)
@@ -131,7 +133,7 @@ def plan_part(config: RunConfig, machine) -> tuple[str, dict]:
             checkpoint_blocks(bench.model, checkpointing)
             setup = memory_setup(changed, machine.device.type, machine.precision)
             setup = dataclasses.replace(setup, checkpointing=checkpointing)
-            for tokens in PLAN_TOKENS:
+            for tokens in config.benchmark.plan_tokens:
                 draws = max(1, tokens // 256)
                 pair = pair_of_tokens(tokens // (2 * draws), shape.vocab_size - 2, seed=tokens)
                 found = predicted_and_measured(bench.contenders["stream"], setup, pair, draws)
@@ -141,19 +143,26 @@ def plan_part(config: RunConfig, machine) -> tuple[str, dict]:
 
 
 def speed_part(config: RunConfig, machine) -> tuple[str, dict]:
-    """Pairs per second, interleaved."""
+    """Pairs per second, interleaved; and by what ours are faster, one thing after the other."""
     import numpy as np
 
     from laddpo.benchmarking.contenders import Ours
     from laddpo.benchmarking.measure import median_ratio, timed_rounds
-    from laddpo.benchmarking.report import speed_section
+    from laddpo.benchmarking.report import causes_section, speed_section
+    from laddpo.benchmarking.workload import longest_sequence
 
     wanted, bench = config.benchmark, _open(config, machine)
     batches = [_pairs(config, seed=1 + number) for number in range(wanted.rounds)]
+    longest = max(map(longest_sequence, batches))
+    denoiser, budget = bench.contenders["stream"].denoiser, wanted.token_budget
     contenders = [c for c in bench.contenders.values() if not (isinstance(c, Ours) and c.mode == "joint")]
+    contenders += [
+        Ours(bench.model, denoiser, "stream", longest, label=f"stream, {ONE_SEQUENCE}"),
+        Ours(bench.model, denoiser, "stream", budget, checkpointing=True, label="stream, checkpointing"),
+    ]
     seconds = timed_rounds(contenders, bench.model, batches, wanted.draws)
     rng = np.random.default_rng(config.seed)
-    names = [contender.name for contender in contenders]
+    names = [contender.name for contender in contenders if contender.name in seconds]
     walls, processor = (
         {
             name: median_ratio(seconds[name + suffix], seconds["stream" + suffix], rng)
@@ -165,13 +174,37 @@ def speed_part(config: RunConfig, machine) -> tuple[str, dict]:
     rates = {name: wanted.pairs * wanted.rounds / float(seconds[name].sum()) for name in names}
     text, record = speed_section(rates, walls, processor if machine.device.type == "cpu" else {}, "stream")
     later = median_ratio(seconds["stream"], seconds[FIRST_EPOCH], rng)
+    causes, record["causes"] = causes_section(seconds, rng)
+    failed = [contender for contender in contenders if contender.name not in seconds]
+    fewer, record["one_draw"] = _with_one_draw(config, bench, failed, batches, rng)
     record["second_epoch_over_first"] = dataclasses.asdict(later)
     record["seconds"] = {name: values.tolist() for name, values in seconds.items()}
     interval = f"[{later.low:.2f}, {later.high:.2f}]"
     return (
-        f"{text}\n\nA later epoch takes {later.median:.2f} {interval} of the first, which computes the reference.",
+        f"{text}{fewer}\n\n{causes}\n\n"
+        f"A later epoch takes {later.median:.2f} {interval} of the first, which computes the reference.",
         record,
     )
+
+
+def _with_one_draw(config: RunConfig, bench: Bench, failed: list, batches: list, rng) -> tuple[str, dict]:
+    """Those for whom the memory was too small, against ours with one draw, which is as little as there can be."""
+    from laddpo.benchmarking.measure import median_ratio, timed_rounds
+
+    if not failed:
+        return "", {}
+    seconds = timed_rounds([bench.contenders["stream"], *failed], bench.model, batches, 1)
+    lines, record = [], {}
+    for contender in failed:
+        said = f"{contender.name} ran out of memory with {config.benchmark.draws} draws"
+        if contender.name not in seconds:
+            lines.append(f"{said} and with one.")
+            continue
+        ratio = median_ratio(seconds[contender.name], seconds["stream"], rng)
+        record[contender.name] = dataclasses.asdict(ratio)
+        times = f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
+        lines.append(f"{said}; with one draw it takes {times} the time of ours with one.")
+    return "\n\n" + " ".join(lines), record
 
 
 def sampler_part(config: RunConfig, machine) -> tuple[str, dict]:
@@ -227,7 +260,8 @@ def _ungraded(config: RunConfig, machine) -> tuple:
     from laddpo.evaluation.sampling import generate
 
     shape = _shape(config)
-    model = random_model(dataclasses.asdict(shape), config.seed, machine.device, machine.dtype)
+    stored = dataclasses.asdict(config.quantization)
+    model = random_model(dataclasses.asdict(shape), config.seed, machine.device, machine.dtype, stored)
     prompts = [pair.prompt_ids for n in range(config.benchmark.sampler_items) for pair in _pairs(config, n)[:1]]
 
     def answer(picked, settings):
@@ -248,7 +282,6 @@ def _open(config: RunConfig, machine) -> Bench:
     """A fresh model with a fresh adapter: parts do not see one another's settings."""
     from laddpo import inputs
     from laddpo.benchmarking.contenders import build_contenders
-    from laddpo.benchmarking.workload import random_model
 
     wanted, shape = config.benchmark, _shape(config)
     if wanted.weights == "model":
@@ -256,9 +289,8 @@ def _open(config: RunConfig, machine) -> Bench:
         inputs.make_trainable(config, loaded)
         model, mask, pad = loaded.model, loaded.denoiser.mask_token_id, loaded.tokenizer.pad_token_id
     else:
-        model = random_model(dataclasses.asdict(shape), config.seed, machine.device, machine.dtype)
+        model = random_policy(config, machine, config.quantization)
         mask, pad = shape.vocab_size - 1, shape.vocab_size - 2
-        inputs.attach_adapter(config, model)
     return Bench(model, build_contenders(model, mask, pad, wanted.max_length, wanted.token_budget))
 
 
@@ -296,13 +328,21 @@ def _pairs(config: RunConfig, seed: int = 0) -> list:
 
 ONE_SEQUENCE, FIRST_EPOCH = "one sequence at a time", "stream with reference pass"
 TITLES = {
+    **realsize.TITLES,
     "memory": "Peak memory of one step",
     "flat": "Memory over the number of draws",
     "plan": "Predicted and measured memory",
     "speed": "Speed",
     "sampler": "Speed of answering",
 }
-PARTS = {"memory": memory_part, "flat": flat_part, "plan": plan_part, "speed": speed_part, "sampler": sampler_part}
+PARTS = {
+    **realsize.PARTS,
+    "memory": memory_part,
+    "flat": flat_part,
+    "plan": plan_part,
+    "speed": speed_part,
+    "sampler": sampler_part,
+}
 
 if __name__ == "__main__":
     run_stage("benchmark", main)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from laddpo.datachecks import onpolicy_problems
-from laddpo.devicechecks import device_problems
+from laddpo.devicechecks import device_problems, step_problems
 from laddpo.errors import UserError
 from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.ranges import CHOICES, EMBEDDED_TASKS, TASKS, single_problems, unknown_name
@@ -50,7 +50,7 @@ def check(config: RunConfig) -> RunConfig:
 
 def _contradictions(config: RunConfig, wrong_keys: set[str]) -> Iterator[str]:
     """Problems between settings, leaving out those that speak of a key whose own value is already refused."""
-    for part in (_weights, _lengths, _objective, _data, _schedule, device_problems, _decoding):
+    for part in (_weights, _lengths, _objective, _data, _schedule, device_problems, _decoding, step_problems):
         for problem in part(config):
             if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in wrong_keys):
                 yield problem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from laddpo.ranges import CHOICES, unknown_name
 from laddpo.settings import RunConfig
 
 
@@ -46,3 +47,26 @@ def unshardable(config: RunConfig) -> Iterator[str]:
         yield "evaluation.block_cache reaches into single blocks; use evaluation.block_cache=none."
     if config.data.source == "onpolicy":
         yield "data=onpolicy samples with whole weights; sample first: python -m laddpo.prepare hardware.sharding=none."
+
+
+def step_problems(config: RunConfig) -> Iterator[str]:
+    """What is wrong with the single steps that the benchmark is to measure."""
+    known = {**STEP_CHOICES, "optimizer": CHOICES["optim.optimizer"]}
+    for part in ("cards", "rates"):
+        for number, setting in enumerate(getattr(config.benchmark, part)):
+            key = f"benchmark.{part}[{number}]"
+            for field, names in known.items():
+                if getattr(setting, field) not in names:
+                    yield unknown_name(f"{key}.{field}", getattr(setting, field), names)
+            for field, usual in (("draws", "4 draws"), ("token_budget", "2048 tokens")):
+                if getattr(setting, field) < 1:
+                    yield f"{key}.{field} is {getattr(setting, field)}; expected 1 or more; {usual} are usual."
+            if setting.gib is not None and not setting.gib > 0:
+                yield f"{key}.gib is {setting.gib:g}; expected a card's memory in GiB, such as 15; null is no cap."
+
+
+STEP_CHOICES = {
+    "who": ("ours", "public_laddpo", "trl_like_full", "trl_like_chunked"),
+    "work": ("train", "reference"),
+    "quantization": ("none", "nf4", "int8"),
+}

@@ -126,7 +126,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "logger.wandb_mode": ("online", "offline", "disabled"),
     "sft.examples": ("corpus", "chosen"),
     "benchmark.weights": ("random", "model"),
-    "benchmark.parts": ("memory", "flat", "plan", "speed", "sampler"),
+    "benchmark.parts": ("memory", "flat", "plan", "speed", "sampler", "cards", "rates", "agreement", "nano"),
 }
 
 RANGES: dict[str, Range] = {
@@ -224,6 +224,9 @@ RANGES: dict[str, Range] = {
     "benchmark.draws": at_least(1, "4 is the default of training"),
     "benchmark.sampler_items": at_least(1, "384 give an interval of about +-5 points"),
     "benchmark.sampler_batch": at_least(1, "32 is usual"),
+    "benchmark.card_tokens": at_least(32, "1024 is usual for an 8B"),
+    "benchmark.agreement_pairs": at_least(1, "8 are usual"),
+    "benchmark.nano_steps": at_least(1, "200 show whether rounding grows"),
     "benchmark.flat_draws": at_least(1, "64 shows that memory does not grow"),
     "variance.pairs": at_least(2, "128 is VRPO's"),
     "variance.gradient_pairs": at_least(1, "64 is usual"),

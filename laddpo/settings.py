@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from laddpo.stagesettings import ExportSettings, ReportSettings, StudySettings, VarianceSettings
+from laddpo.stagesettings import (
+    CardSpeed,
+    ExportSettings,
+    ReportSettings,
+    StepSetting,
+    StudySettings,
+    VarianceSettings,
+)
 
 
 @dataclass
@@ -300,8 +307,16 @@ class BenchmarkSettings:
     draws: int = 4
     memory_draws: list[int] = field(default_factory=lambda: [1, 8])
     flat_draws: int = 64
+    plan_ranks: list[int] = field(default_factory=lambda: [8, 64])
+    plan_tokens: list[int] = field(default_factory=lambda: [256, 1024, 4096])
     sampler_items: int = 384
     sampler_batch: int = 32
+    cards: list[StepSetting] = field(default_factory=list)
+    card_tokens: int = 1024
+    rates: list[StepSetting] = field(default_factory=list)
+    predicted: list[CardSpeed] = field(default_factory=list)
+    agreement_pairs: int = 8
+    nano_steps: int = 200
     parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed", "sampler"])
 
 

@@ -68,3 +68,32 @@ class StudySettings:
     arms: list[StudyArm] = field(default_factory=list)
     claims: list[StudyClaim] = field(default_factory=list)
     only: list[str] = field(default_factory=list)
+
+
+@dataclass
+class StepSetting:
+    """One way to run a step, of those that `python -m laddpo.benchmark` measures; `gib` is the card it is to fit.
+
+    `who`: ours or a rival's name. `work`: train, or reference for the pass without gradients.
+    """
+
+    gib: float | None = None
+    who: str = "ours"
+    work: str = "train"
+    quantization: str = "nf4"
+    draws: int = 4
+    token_budget: int = 2048
+    gradient_checkpointing: bool = False
+    offload_activations: bool = False
+    embeddings_on_cpu: bool = False
+    compile: bool = False
+    optimizer: str = "adamw"
+
+
+@dataclass
+class CardSpeed:
+    """A card's datasheet, for predictions: dense matrix speed in the compute precision, and memory bandwidth."""
+
+    name: str = MISSING
+    tflops: float = MISSING
+    memory_gb_per_s: float = MISSING

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from laddpo.app import cli
 from laddpo.benchmarking.measure import median_ratio, timed_rounds
@@ -108,8 +109,8 @@ def test_a_part_can_run_alone_on_the_configured_model(tmp_path, capsys):
 def test_a_model_that_is_no_part_is_refused(capsys):
     assert cli("benchmark", ["benchmark.parts=[sped]"]) == 2
     assert (
-        "benchmark.parts is 'sped'; known: memory, flat, plan, speed, sampler; did you mean speed?"
-        in capsys.readouterr().err
+        "benchmark.parts is 'sped'; known: memory, flat, plan, speed, sampler, cards, rates, agreement, nano; "
+        "did you mean speed?" in capsys.readouterr().err
     )
 
 
@@ -157,7 +158,7 @@ def test_rounds_rotate_the_order_and_every_contender_sees_the_same_pairs():
             seen.append((self.name, pairs[0].id, draws))
 
     shape = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 16, "vocab_size": 20}
-    model = random_model({**shape, "max_sequence_length": 64}, 0, "cpu", None)
+    model = random_model({**shape, "max_sequence_length": 64}, 0, torch.device("cpu"), torch.float32)
     batches = [random_pairs(1, 10, 30, 60, 10, 64, seed) for seed in (1, 2, 3)]
     seconds = timed_rounds([Contender("a"), Contender("b")], model, batches, draws=4)
     assert [name for name, _, _ in seen] == ["a", "b", "a", "b", "b", "a", "a", "b"]  # one untimed step of each first

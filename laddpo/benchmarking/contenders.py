@@ -13,12 +13,14 @@ from typing import Protocol
 import torch
 
 from laddpo.benchmarking.rivals import PublicLaddpo, TrlLike
+from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import Item, accumulate_gradient, score_items
 from laddpo.core.measuring import stored_bytes
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import pair_item
 from laddpo.models.adapters import adapter_disabled, trainable_parameters
+from laddpo.models.blocks import checkpoint_blocks
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.preference.encode import EncodedPair
 
@@ -37,13 +39,15 @@ class Contender(Protocol):
 @dataclass
 class Ours:
     """`mode` of core/gradient.py at `token_budget` tokens. With `with_reference` the step computes the reference too,
-    otherwise it is taken as stored: those values are computed once per pair and number of draws, untimed."""
+    otherwise it is taken as stored: those values are computed once per pair and number of draws, untimed. With
+    `checkpointing` its blocks are recomputed, whatever the model does at other times."""
 
     model: torch.nn.Module
     denoiser: TransformerDenoiser
     mode: str
-    token_budget: int
+    token_budget: int | TokenBudget
     with_reference: bool = False
+    checkpointing: bool = False
     label: str = ""
     extra_bytes: int = 0
     stored: dict = field(default_factory=dict)
@@ -55,15 +59,21 @@ class Ours:
     def prepare(self, pairs: Sequence[EncodedPair], draws: int) -> None:
         """Fill the store."""
         if not self.with_reference:
-            self.stored[self._key(pairs, draws)] = self.reference(self.items(pairs, draws))
+            self.stored[self.key(pairs, draws)] = self.reference(self.items(pairs, draws))
 
     def step(self, pairs: Sequence[EncodedPair], draws: int) -> None:
         items = self.items(pairs, draws)
-        values = self.reference(items) if self.with_reference else self.stored[self._key(pairs, draws)]
+        values = self.reference(items) if self.with_reference else self.stored[self.key(pairs, draws)]
         items = [replace(item, reference=value) for item, value in zip(items, values, strict=True)]
         parameters = list(trainable_parameters(self.model).values())
-        objective = DpoObjective("sigmoid", BETA)
-        accumulate_gradient(self.denoiser, parameters, items, objective, 1 / len(items), self.token_budget, self.mode)
+        objective, scale = DpoObjective("sigmoid", BETA), 1 / len(items)
+        if self.checkpointing:
+            checkpoint_blocks(self.model)
+        try:
+            accumulate_gradient(self.denoiser, parameters, items, objective, scale, self.token_budget, self.mode)
+        finally:
+            if self.checkpointing:
+                checkpoint_blocks(self.model, False)
 
     def items(self, pairs: Sequence[EncodedPair], draws: int) -> list[Item]:
         """The pairs under `draws` draws each."""
@@ -76,7 +86,8 @@ class Ours:
             return score_items(self.denoiser, items, self.token_budget).cpu().numpy()
 
     @staticmethod
-    def _key(pairs: Sequence[EncodedPair], draws: int) -> tuple:
+    def key(pairs: Sequence[EncodedPair], draws: int) -> tuple:
+        """Under which `stored` holds these pairs' values."""
         return tuple(pair.id for pair in pairs), draws
 
 

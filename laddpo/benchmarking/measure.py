@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from laddpo.benchmarking.contenders import Contender, Ours
+from laddpo.benchmarking.steps import unless_out_of_memory, wait
 from laddpo.core.gradient import score_items
 from laddpo.core.measuring import peak_bytes, resident_bytes
 from laddpo.core.memory import Load, Setup, predict_memory
@@ -60,7 +60,7 @@ def step_peak(contender: Contender, model, pairs: Sequence[EncodedPair], draws: 
 def pass_peaks(ours: Ours, pairs: Sequence[EncodedPair], draws: int) -> dict[str, int]:
     """Peak bytes of our three passes: the policy's gradient, a margin without a graph, the reference."""
     items = ours.items(pairs, draws)
-    ours.stored[ours._key(pairs, draws)] = np.zeros((len(pairs), 2, draws))  # no byte depends on these values
+    ours.stored[ours.key(pairs, draws)] = np.zeros((len(pairs), 2, draws))  # no byte depends on these values
     work: dict[str, Callable[[], object]] = {
         "policy": lambda: ours.step(pairs, draws),
         "margin": lambda: score_items(ours.denoiser, items, ours.token_budget),
@@ -94,17 +94,24 @@ def timed_rounds(
 ) -> dict[str, np.ndarray]:
     """Seconds of every contender on every batch, and of the processor under `<name>/cpu`. # float64 [batches] each
 
-    One untimed step of each comes first.
+    One untimed step of each comes first. Who runs out of memory on any batch is left out.
     """
-    for contender in contenders:
-        _timed_step(contender, model, batches[0][:1], draws)
-    seconds = {contender.name: np.zeros((len(batches), 2)) for contender in contenders}
+
+    def step(contender: Contender, pairs: Sequence[EncodedPair]) -> tuple[float, float] | None:
+        return unless_out_of_memory(lambda: _timed_step(contender, model, pairs, draws), model)
+
+    racing = [contender for contender in contenders if step(contender, batches[0][:1])]
+    seconds = {contender.name: np.zeros((len(batches), 2)) for contender in racing}
     for number, batch in enumerate(batches):
-        start = number % len(contenders)
-        for contender in [*contenders[start:], *contenders[:start]]:
-            seconds[contender.name][number] = _timed_step(contender, model, batch, draws)
-    walls = {name: values[:, 0] for name, values in seconds.items()}
-    return {**walls, **{f"{name}/cpu": values[:, 1] for name, values in seconds.items()}}
+        start = number % max(1, len(racing))
+        for contender in [*racing[start:], *racing[:start]]:
+            found = step(contender, batch)
+            if found is None:
+                racing.remove(contender)
+            else:
+                seconds[contender.name][number] = found
+    walls = {contender.name: seconds[contender.name][:, 0] for contender in racing}
+    return {**walls, **{f"{contender.name}/cpu": seconds[contender.name][:, 1] for contender in racing}}
 
 
 def median_ratio(other: np.ndarray, ours: np.ndarray, rng: np.random.Generator) -> Ratio:
@@ -119,18 +126,14 @@ def _timed_step(contender: Contender, model, pairs: Sequence[EncodedPair], draws
     if isinstance(contender, Ours):
         contender.prepare(pairs, draws)
     _clear(model)
-    _wait(model)
+    device = model.get_output_embeddings().weight.device
+    wait(device)
     started, started_cpu = time.perf_counter(), time.process_time()
     contender.step(pairs, draws)
-    _wait(model)
+    wait(device)
     return time.perf_counter() - started, time.process_time() - started_cpu
 
 
 def _clear(model) -> None:
     for parameter in model.parameters():
         parameter.grad = None
-
-
-def _wait(model) -> None:
-    if model.get_output_embeddings().weight.is_cuda:
-        torch.cuda.synchronize()

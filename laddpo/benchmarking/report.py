@@ -94,6 +94,17 @@ def speed_section(
     return markdown(header, rows), record
 
 
+def causes_section(seconds: Mapping[str, np.ndarray], rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
+    """How much faster every step of the way from the public project to ours is, from rounds of the same pairs."""
+    lines, record = [], {}
+    for slower, faster, what in CAUSES:
+        if slower in seconds and faster in seconds:
+            ratio = median_ratio(seconds[slower], seconds[faster], rng)
+            record[what] = {"slower": slower, "faster": faster, **asdict(ratio)}
+            lines.append([what, slower, faster, _ratio(ratio)])
+    return markdown(["by what ours is faster", "from", "to", "times"], lines), record
+
+
 def sampler_section(
     found: Mapping[str, Decoded], plain: str, grade: Callable | None, rng: np.random.Generator
 ) -> tuple[str, dict[str, Any]]:
@@ -138,3 +149,13 @@ def _ratio(ratio: Ratio | None) -> str:
 
 def _mib(size: float) -> str:
     return f"{size / MIB:.1f}"
+
+
+CAUSES = (  # slower, faster, what the second does that the first does not
+    ("public_laddpo", "trl_like (full logits)", "rows in one batch, padded to the pair's longest alone"),
+    ("trl_like (full logits)", "trl_like (chunked logits)", "the head on scored rows alone"),
+    ("trl_like (chunked logits)", "stream with reference pass", "packing without padding, streamed"),
+    ("stream with reference pass", "stream", "the reference from the store"),
+    ("stream, checkpointing", "stream", "no recomputation"),
+    ("stream, one sequence at a time", "stream", "many sequences in a micro-step"),
+)

@@ -6,16 +6,21 @@ Token ids are random: time and memory depend on lengths alone.
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from laddpo.models.families import find_family
 from laddpo.models.llada_config import LLaDAConfig
-from laddpo.models.loading import new_model
+from laddpo.models.quantization import quantization_config, quantized_linear, settle_quantized
 from laddpo.preference.encode import EncodedPair
 
 Z99 = 2.3263478740408408  # the 99th percentile of the standard normal
 SHORTEST = 8  # tokens of prompt and of response
+ARCHITECTURE = {"architectures": ["LLaDAModelLM"]}
 RESPONSE_SPREAD = 0.4  # standard deviation of log(rejected / chosen length)
 
 
@@ -59,9 +64,31 @@ def pair_of_tokens(tokens: int, vocabulary: int, seed: int, prompt_share: float 
     return EncodedPair(f"pair-{tokens}-{seed}", *ids, group="0")
 
 
-def random_model(shape: dict, seed: int, device: torch.device, dtype: torch.dtype):
-    """A LLaDA of this shape with random weights; its last token id is the mask."""
-    return new_model(LLaDAConfig(**shape, mask_token_id=shape["vocab_size"] - 1), seed).to(device, dtype)
+def random_model(
+    shape: dict, seed: int, device: torch.device, dtype: torch.dtype, quantization: dict[str, Any] | None = None
+):
+    """A LLaDA of this shape with random weights, frozen if quantised; its last token id is the mask.
+
+    Layers are made, and quantised, on the device one after the other: no more is ever held than what stays.
+    `quantization`: the config group's fields, as for `load_model`.
+    """
+    config, family = LLaDAConfig(**shape, mask_token_id=shape["vocab_size"] - 1), find_family(ARCHITECTURE, "benchmark")
+    quantizer = quantization_config(quantization, family, dtype)
+    with torch.device("meta"):
+        model = family.model_class(config)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for name, module in list(model.named_modules()):
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, key, nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype)))
+            model._init_weights(module)
+            if quantizer is not None and isinstance(module, nn.Linear) and re.match(family.block, name):
+                parent, _, last = name.rpartition(".")
+                setattr(model.get_submodule(parent), last, quantized_linear(module, quantizer))
+    if quantizer is not None:
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantizer.load_in_4bit, quantizer.load_in_8bit  # for peft
+        settle_quantized(model, family)
+    return model.eval()
 
 
 def longest_sequence(pairs: list[EncodedPair]) -> int:

@@ -63,10 +63,24 @@ def predicted_seconds(setup: Setup, work: Work, token_budget: int, device: Devic
     multiply = forward_flops(setup, work) * passes / (device.tflops * 1e12)
     micro_steps = max(1.0, work.tokens / max(1, min(token_budget, work.tokens)))
     fixed = micro_steps * setup.shape.n_layers * LAUNCH_SECONDS[setup.device]
-    if setup.quantization != "none":
-        unpacked = setup.shape.n_layers * setup.shape.block_parameters * UNPACKED_BYTES * passes
-        fixed += micro_steps * unpacked / ((device.gb_per_s or GB_PER_S_PER_TFLOP * device.tflops) * 1e9)
+    fixed += micro_steps * _unpacking_seconds(setup, passes, device)
     return multiply / REACHED[1] + fixed, multiply / REACHED[0] + fixed
+
+
+def predicted_tokens_per_s(setup: Setup, flops_per_token: float, tokens: int, device: Device) -> float:
+    """Of training in micro-steps of `tokens`, whose forward pass takes `flops_per_token`: matrix products at the whole
+    of `device.tflops` (give what is reached), and unpacking."""
+    passes = training_passes(setup)
+    multiply = tokens * flops_per_token * passes / (device.tflops * 1e12)
+    return tokens / (multiply + _unpacking_seconds(setup, passes, device))
+
+
+def _unpacking_seconds(setup: Setup, passes: float, device: Device) -> float:
+    """Of one micro-step's quantised weights: each pass unpacks them anew."""
+    if setup.quantization == "none":
+        return 0.0
+    unpacked = setup.shape.n_layers * setup.shape.block_parameters * UNPACKED_BYTES * passes
+    return unpacked / ((device.gb_per_s or GB_PER_S_PER_TFLOP * device.tflops) * 1e9)
 
 
 def exchange_seconds(setup: Setup, work: Work, token_budget: int, processes: int, steps: float) -> float:

@@ -39,6 +39,45 @@ def quantization_config(quantization: dict[str, Any] | None, family: Family, dty
     return BitsAndBytesConfig(llm_int8_skip_modules=[family.head], **known)
 
 
+def quantized_linear(linear: nn.Linear, quantizer) -> nn.Module:
+    """The layer as transformers' loader would store it under this BitsAndBytesConfig, on the weight's device.
+
+    For weights that are made here and were never a checkpoint. What is returned shares nothing with `linear`.
+    """
+    from bitsandbytes import nn as quantized
+
+    inputs, outputs, weight = linear.in_features, linear.out_features, linear.weight.detach()
+    if quantizer.load_in_4bit:
+        settings = {
+            "compress_statistics": quantizer.bnb_4bit_use_double_quant,
+            "quant_type": quantizer.bnb_4bit_quant_type,
+        }
+        layer = quantized.Linear4bit(
+            inputs, outputs, False, compute_dtype=quantizer.bnb_4bit_compute_dtype, device="meta", **settings
+        )
+        layer.weight = quantized.Params4bit(weight, module=layer, **settings).to(weight.device)
+        return layer
+    threshold = quantizer.llm_int8_threshold
+    layer = quantized.Linear8bitLt(inputs, outputs, False, False, threshold=threshold, device="meta")
+    layer.weight = quantized.Int8Params(weight.cpu(), requires_grad=False).to(weight.device)
+    return layer
+
+
+def unpack_4bit(model: nn.Module) -> None:
+    """Replace every 4-bit layer by a plain one that holds what its stored numbers mean, in its compute dtype."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(module.compute_dtype)
+            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, plain)
+    model.is_loaded_in_4bit = False
+
+
 def settle_quantized(model: nn.Module, family: Family) -> None:
     """Freeze a quantised model, check which layers are, and hold their mode.
 

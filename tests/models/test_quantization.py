@@ -153,3 +153,40 @@ def test_int8_products_do_not_fill_the_log(quantized, random_ids, caplog):
     model = load_model(str(folder), dtype="bf16", quantization=settings)
     model(input_ids=random_ids(1, 4))
     assert not [r for r in caplog.records if "will be cast" in r.getMessage() or "kernels" in r.getMessage()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_quantised_as_they_are_made_are_those_that_a_checkpoint_would_give(kind, dtype, random_ids, tmp_path):
+    from laddpo.benchmarking.workload import random_model
+    from laddpo.models.loading import save_model
+
+    shape = {"d_model": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 128, "vocab_size": 60}
+    settings, _ = KINDS[kind]
+    arguments = ({**shape, "max_sequence_length": 64}, 3, torch.device("cpu"), dtype)
+    save_model(random_model(*arguments), tmp_path)
+    loaded = load_model(str(tmp_path), dtype=dtype, quantization=settings)
+    made, ids = random_model(*arguments, settings), random_ids(20)[None]
+    assert torch.equal(made(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    assert not any(p.requires_grad for p in made.parameters())
+    assert len(attach_lora(made, r=4)) == 14
+    made(input_ids=ids).logits.float().sum().backward()
+    assert all(p.grad is not None for p in trainable_parameters(made).values())
+
+
+def test_unpacked_weights_compute_what_the_packed_ones_do(random_ids):
+    from laddpo.benchmarking.workload import random_model
+    from laddpo.models.quantization import unpack_4bit
+
+    shape = {"d_model": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 128, "vocab_size": 60}
+    model = random_model({**shape, "max_sequence_length": 64}, 3, torch.device("cpu"), torch.float32, NF4)
+    ids = random_ids(20)[None]
+    packed = model(input_ids=ids).logits
+    unpack_4bit(model)
+    assert not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+    assert torch.allclose(model(input_ids=ids).logits, packed, atol=1e-5)
+    assert type(attach_and_first(model)).__name__ == "Linear"
+
+
+def attach_and_first(model):
+    return model.get_submodule(attach_lora(model, r=2)[0])

@@ -1,0 +1,196 @@
+"""The benchmark's parts for real sizes, in a small shape on a CPU: every part runs, counts and says what it must."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from laddpo.app import cli
+from laddpo.benchmarking.measure import timed_rounds
+from laddpo.benchmarking.rates import kernel_kind, work_of
+from laddpo.benchmarking.steps import Measured, fixed_budget, measure
+from laddpo.benchmarking.workload import random_model, random_pairs
+from laddpo.compose import compose
+from laddpo.core.elbo import ElboEstimator
+from laddpo.core.memory import GIB
+from laddpo.core.speed import Device, forward_flops, predicted_tokens_per_s
+from laddpo.core.tasks import pair_item
+from laddpo.errors import UserError
+from laddpo.realsize import predicted_peak, setup_of
+
+SHAPE = {"d_model": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 128, "vocab_size": 512}
+SMALL = [
+    "experiment=gpu_proof_small",
+    "hardware=cpu",
+    "benchmark.shape={d_model: 64, n_layers: 2, n_heads: 2, n_kv_heads: 2, mlp_hidden_size: 128, vocab_size: 512, "
+    "max_sequence_length: 256}",
+    "benchmark.card_tokens=64",
+    "benchmark.agreement_pairs=2",
+    "benchmark.nano_steps=2",
+    "benchmark.parts=[cards,rates,agreement,nano]",
+    "benchmark.predicted=[{name: RTX 4080, tflops: 97.5, memory_gb_per_s: 717}]",
+]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(benchmark.md, benchmark.json) of the parts of a real size"""
+    folder = tmp_path_factory.mktemp("realsize") / "run"
+    assert cli("benchmark", [*SMALL, f"output_dir={folder}"]) == 0
+    return (folder / "benchmark.md").read_text(encoding="utf-8"), json.loads((folder / "benchmark.json").read_text())
+
+
+def test_whole_steps_run_on_every_card_and_ours_do_not_grow_with_the_draws(written):
+    text, record = written
+    rows = record["cards"]["rows"]
+    assert len(rows) == 9 and all(row["allocated"] > 0 and row["seconds"] and not row["problem"] for row in rows)
+    (growth,) = record["cards"]["growth"]
+    assert (growth["fewest"], growth["most"], growth["kind"]) == (4, 16, "allocated")
+    assert growth["bytes_most"] / growth["bytes_fewest"] < 1.01
+    assert "a CPU, which knows no cap" in text and "| 15 GiB | ours, nf4, 256 tokens, checkpointing | 16 |" in text
+    ours = [row for row in rows if row["setting"]["who"] == "ours"]
+    assert all((row["predicted"] is None) == (row not in ours) for row in rows)
+
+
+def test_rates_count_what_had_to_be_done(written):
+    text, record = written
+    rows = record["rates"]["rows"]
+    plain, checkpointed, reference, packed, _ = rows
+    assert plain["useful_flops"] == checkpointed["useful_flops"] == 2 * reference["useful_flops"]
+    assert packed["useful_flops"] == plain["useful_flops"]  # unpacking is overhead
+    assert all(row["flops_per_s"] == row["useful_flops"] / np.median(row["seconds"]) for row in rows)
+    assert "512" in record["rates"]["matmul_flops_per_s"] and "Matrix products alone" in text
+    kinds = packed["kinds"]
+    assert kinds["unpacking 4 bits"] > 0 and "unpacking 4 bits" not in {k for k, v in plain["kinds"].items() if v > 0}
+    assert sum(kinds.values()) <= 1.05 * packed["seconds_profiled"]
+
+
+def test_predictions_name_their_arithmetic(written):
+    text, record = written
+    predicted = record["rates"]["predictions"]
+    assert [entry["card"] for entry in predicted] == ["RTX 4080"] and predicted[0]["tokens_per_s"] > 0
+    assert "predicted, not measured" in text and "97.5 TFLOP/s and 717 GB/s" in text
+
+
+def test_storing_in_four_bits_has_an_error_and_the_kernels_have_none_here(written):
+    _, record = written
+    stored, kernels = record["agreement"]["differences"].values()
+    assert stored["nats_per_token_rms"] > 1e-3 and 0 < stored["gradient_relative"] < 2
+    assert kernels["nats_per_token_largest"] < 1e-6 and kernels["gradient_relative"] < 1e-5
+    assert set(record["agreement"]["margin_at_start"].values()) == {0.0}
+
+
+def test_nano_is_trained_twice_and_ends_in_one_place(written):
+    _, record = written
+    nano = record["nano"]
+    assert nano["compared"] == ["CPU", "CPU, smaller micro-steps"] and nano["steps"] == 2
+    assert nano["largest_loss_difference"] < 1e-5 and nano["adapter_relative"] < 1e-4
+    assert all(np.ptp(losses) > 0 for losses in nano["losses"].values()), "it was trained"
+
+
+def test_operations_are_those_of_the_plan():
+    items = [pair_item(pair, ElboEstimator(diffusion_samples=4), range(4)) for pair in pairs_of(3)]
+    work = work_of(items)
+    lengths = [sequence.tokens for item in items for sequence in item.sequences if len(sequence.draw.masked)]
+    assert work.tokens == sum(lengths) and work.length == pytest.approx(np.average(lengths, weights=lengths))
+    config, machine = compose(SMALL), SimpleNamespace(device=torch.device("cpu"), precision="fp32")
+    setup = setup_of(config, machine, config.benchmark.rates[0])
+    blocks = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    adapter = 2 * 16 * (4 * 128 + 3 * 192)
+    attention = 4 * 2 * 64 * work.length
+    wanted = work.tokens * (2 * blocks + 2 * adapter + attention) + work.masked * 2 * 512 * 64
+    assert forward_flops(setup, work) == pytest.approx(wanted)
+
+
+def test_a_prediction_is_products_and_unpacking():
+    config, machine = compose(SMALL), SimpleNamespace(device=torch.device("cuda"), precision="bf16")
+    setting = config.benchmark.rates[3]
+    setup = setup_of(config, machine, setting)
+    assert setting.quantization == "nf4"
+    seconds = 100 * 5e6 * 2 / 1e12 + 2.5 * 2 * 2 * (4 * 64 * 64 + 3 * 64 * 128) / 1e9
+    assert predicted_tokens_per_s(setup, 5e6, 100, Device(1, 1)) == pytest.approx(100 / seconds)
+
+
+def test_the_real_shape_is_planned_for_its_cards():
+    config, machine = compose(["experiment=gpu_proof"]), SimpleNamespace(device=torch.device("cuda"), precision="bf16")
+    assert config.benchmark.shape == config.model.shape, "the shape written out is the model's"
+    pair = SimpleNamespace(prompt_ids=range(256), chosen_ids=range(768))
+    ours = [setting for setting in config.benchmark.cards if setting.who == "ours"]
+    by_draws = {s.draws: predicted_peak(config, machine, s, pair) for s in ours[:3]}
+    assert by_draws.keys() == {4, 16, 64} and len(set(by_draws.values())) == 1 and by_draws[4] < 9 * GIB
+    assert all(predicted_peak(config, machine, s, pair) < s.gib * GIB for s in ours)
+
+
+def test_what_runs_out_of_memory_is_reported_and_the_rest_goes_on():
+    model = random_model({**SHAPE, "max_sequence_length": 64}, 0, torch.device("cpu"), torch.float32)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    assert measure(fails, model, torch.device("cpu"), 1) == Measured(problem="out of memory")
+    assert measure(lambda: fixed_budget(64).run(fails, 8), model, torch.device("cpu"), 1).problem == "out of memory"
+    assert measure(lambda: fixed_budget(64).run(fails, 64), model, torch.device("cpu"), 1).problem == "out of memory"
+    with pytest.raises(RuntimeError, match="another thing"):
+        measure(lambda: (_ for _ in ()).throw(RuntimeError("another thing")), model, torch.device("cpu"), 1)
+    steps = {"works": lambda *_: None, "fails": fails}
+    racing = [SimpleNamespace(name=name, step=step) for name, step in steps.items()]
+    assert timed_rounds(racing, model, [pairs_of(1)] * 3, 1).keys() == {"works", "works/cpu"}
+
+
+def test_whoever_runs_out_of_memory_is_timed_with_one_draw(tmp_path, monkeypatch):
+    from laddpo.benchmarking.rivals import PublicLaddpo
+
+    plain = PublicLaddpo.step
+
+    def greedy(self, pair, draws, scale):
+        if draws > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(self, pair, draws, scale)
+
+    monkeypatch.setattr(PublicLaddpo, "step", greedy)
+    assert cli("benchmark", [*SMALL, "benchmark.parts=[speed]", f"output_dir={tmp_path / 'run'}"]) == 0
+    text = (tmp_path / "run" / "benchmark.md").read_text(encoding="utf-8")
+    record = json.loads((tmp_path / "run" / "benchmark.json").read_text())["speed"]
+    assert "public_laddpo ran out of memory with 4 draws; with one draw it takes" in text
+    assert record["one_draw"]["public_laddpo"]["rounds"] == 3 and "public_laddpo" not in record["pairs_per_s"]
+    causes = record["causes"]
+    assert causes["no recomputation"]["slower"] == "stream, checkpointing"
+    assert not any(entry["slower"] == "public_laddpo" for entry in causes.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNT", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu>", "matrix products"),
+        ("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float*, unsigned char*)", "unpacking 4 bits"),
+        ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 64, 64, 4>>", "attention"),
+        ("void at::native::vectorized_layer_norm_kernel<float>", "norms"),
+        ("Memcpy DtoD (Device -> Device)", "copies and casts"),
+        ("void at::native::(anonymous namespace)::indexSelectLargeIndex<float>", "lookups"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
+            "element-wise and sums",
+        ),
+        ("void at::native::reduce_kernel<512, 1>", "element-wise and sums"),
+        ("ncclDevKernel_AllReduce", "other"),
+    ],
+)
+def test_kernels_are_sorted_by_what_they_do(name, kind):
+    assert kernel_kind(name) == kind
+
+
+def test_mistaken_steps_are_refused_by_their_place():
+    wrong = "benchmark.cards=[{who: trl, quantization: nf5, draws: 0, gib: -1}]"
+    with pytest.raises(UserError) as refused:
+        compose([wrong])
+    said = str(refused.value)
+    assert "benchmark.cards[0].who is 'trl'; known: ours, public_laddpo" in said
+    assert "benchmark.cards[0].quantization is 'nf5'; known: none, nf4, int8; did you mean nf4?" in said
+    assert "benchmark.cards[0].draws is 0; expected 1 or more" in said and "benchmark.cards[0].gib is -1" in said
+
+
+def pairs_of(count):
+    return random_pairs(count, 510, 24, 60, 10, 64, seed=1)
