@@ -25,9 +25,17 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Run the parts that `benchmark.parts` names."""
     from laddpo import runs
     from laddpo.config import check_machine
+    from laddpo.errors import UserError
     from laddpo.machine import find_machine
 
-    check_machine(config)
+    try:
+        check_machine(config)
+    except UserError as error:
+        if config.hardware.device != "cuda" or not config.benchmark.cards:
+            raise
+        *others, last = error.problems
+        hint = "Without a GPU the same parts run in a small shape: experiment=gpu_proof_small."
+        raise UserError(*others, f"{last} {hint}") from error
     machine = find_machine(config)
     started = time.perf_counter()
     sections, record = [], {"settings": dataclasses.asdict(config.benchmark), "machine": str(machine)}

@@ -160,6 +160,13 @@ def test_whoever_runs_out_of_memory_is_timed_with_one_draw(tmp_path, monkeypatch
     assert not any(entry["slower"] == "public_laddpo" for entry in causes.values())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_small_shape_is_pointed_to(capsys):
+    assert cli("benchmark", ["experiment=gpu_proof"]) == 2
+    said = capsys.readouterr().err
+    assert "finds no CUDA device" in said and "experiment=gpu_proof_small" in said
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
