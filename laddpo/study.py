@@ -10,6 +10,7 @@ study.png; they can be read while it goes on.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from laddpo.app import run_stage
@@ -94,6 +95,15 @@ def shared_overrides(config: RunConfig) -> list[str]:
     return [*config.study.settings, *given]
 
 
+def asked_of(config: RunConfig) -> list[str]:
+    """The arguments that make this study again, wherever its folder is and whatever was already there."""
+    from laddpo.app import given_overrides
+
+    other = ("study", "study.only", "output_dir", "resume")
+    given = [text for text in given_overrides.get() if text.split("=")[0] not in other]
+    return [f"study={config.study.name}", *given]
+
+
 def write_page(config: RunConfig, folder: Path) -> dict:
     """study.json, study.md and study.png of what is finished, asked for this time or before."""
     from laddpo import runs
@@ -107,7 +117,7 @@ def write_page(config: RunConfig, folder: Path) -> dict:
         read.append(studies.Arm(arm.name, arm.factor, arm.stage, arm.overrides, arm.against, outcomes))
     content = studies.study_json(read, [studies.Claim(c.arm, c.against, c.margin) for c in study.claims])
     content["settings"] = shared_overrides(config)
-    title, command = f"Study {study.name}", f"python -m laddpo.study study={study.name}"
+    title, command = f"Study {study.name}", shlex.join(["python", "-m", "laddpo.study", *asked_of(config)])
     runs.write_json(folder / "study.json", content)
     runs.write_text(folder / "study.md", studies.study_markdown(content, title, command))
     if content["arms"]:

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.app import cli, given_overrides
 from laddpo.compose import compose
 from laddpo.config import CONF_DIR
 from laddpo.errors import UserError
-from laddpo.study import shared_overrides, wanted_arms
+from laddpo.study import asked_of, shared_overrides, wanted_arms
 
 STUDIES = [path.stem for path in sorted((CONF_DIR / "study").glob("*.yaml")) if path.stem != "none"]
 
@@ -35,13 +35,23 @@ def test_a_study_without_arms_or_with_unknown_ones_is_refused():
         wanted_arms(compose(["study=nano", "study.only=[defualt]"]))
 
 
-def test_what_the_command_line_says_beside_the_study_reaches_every_run(monkeypatch):
-    from laddpo.app import given_overrides
+@pytest.fixture
+def given():
+    """Says what the command line gave, until the test is over."""
+    before = given_overrides.get()
+    yield given_overrides.set
+    given_overrides.set(before)
 
-    given_overrides.set(("study=nano", "study.seeds=[1]", "output_dir=x", "seed=3", "hardware.threads=1"))
+
+def test_what_the_command_line_says_beside_the_study_reaches_every_run(given):
+    given(("study=nano", "study.seeds=[1]", "output_dir=x", "seed=3", "hardware.threads=1"))
     config = compose(["study=nano"])
     assert shared_overrides(config) == [*config.study.settings, "hardware.threads=1"]
-    given_overrides.set(())
+
+
+def test_the_page_says_which_command_makes_it(given):
+    given(("study=nano", "study.only=[a]", "resume=true", "output_dir=x", "hardware=cpu", "study.seeds=[1, 2]"))
+    assert asked_of(compose(["study=nano"])) == ["study=nano", "hardware=cpu", "study.seeds=[1, 2]"]
 
 
 def test_a_study_runs_its_arms_and_goes_on_with_what_is_missing(tmp_path, capsys):
