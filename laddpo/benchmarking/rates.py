@@ -48,7 +48,7 @@ def work_of(items: Sequence[Item]) -> Work:
 def where_time_goes(work: Callable[[], object], device: torch.device) -> tuple[float, dict[str, float]]:
     """Seconds of one time, and the seconds of its kernels (on the CPU: operators) by kind."""
     kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
-    with profile(activities=kinds) as record:
+    with profile(activities=kinds, acc_events=True) as record:
         seconds = timed(work, device)
     found: dict[str, float] = {}
     for event in record.key_averages():
