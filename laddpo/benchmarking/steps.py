@@ -52,11 +52,11 @@ def capped(device: torch.device, gib: float | None) -> Iterator[None]:
         return
     release_memory()
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total))
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def measure(work: Callable[[], object], model, device: torch.device, times: int, gib: float | None = None) -> Measured:

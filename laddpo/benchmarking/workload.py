@@ -79,9 +79,12 @@ def random_model(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for name, module in list(model.named_modules()):
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, key, nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype)))
+            own = dict(module.named_parameters(recurse=False))
+            for key, parameter in own.items():
+                setattr(module, key, nn.Parameter(torch.empty_like(parameter, device=device, dtype=torch.float32)))
             model._init_weights(module)
+            for key in own:  # drawn in float32, so that every dtype rounds the same numbers
+                setattr(module, key, nn.Parameter(getattr(module, key).detach().to(dtype)))
             if quantizer is not None and isinstance(module, nn.Linear) and re.match(family.block, name):
                 parent, _, last = name.rpartition(".")
                 setattr(model.get_submodule(parent), last, quantized_linear(module, quantizer))
