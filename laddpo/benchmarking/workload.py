@@ -88,6 +88,7 @@ def random_model(
             if quantizer is not None and isinstance(module, nn.Linear) and re.match(family.block, name):
                 parent, _, last = name.rpartition(".")
                 setattr(model.get_submodule(parent), last, quantized_linear(module, quantizer))
+                module.weight = None  # which the list of modules would hold until the end
     if quantizer is not None:
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantizer.load_in_4bit, quantizer.load_in_8bit  # for peft
         settle_quantized(model, family)

@@ -1,5 +1,7 @@
 """4-bit and 8-bit weights with LoRA, on a CPU too: what is quantised, and that gradients reach the adapter."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -172,6 +174,22 @@ def test_weights_quantised_as_they_are_made_are_those_that_a_checkpoint_would_gi
     assert len(attach_lora(made, r=4)) == 14
     made(input_ids=ids).logits.float().sum().backward()
     assert all(p.grad is not None for p in trainable_parameters(made).values())
+
+
+def test_a_layer_s_own_weight_is_gone_before_the_next_one_is_made(monkeypatch):
+    from laddpo.benchmarking import workload
+
+    plain, earlier = workload.quantized_linear, []
+
+    def watched(linear, quantizer):
+        assert all(reference() is None for reference in earlier)
+        earlier.append(weakref.ref(linear.weight))
+        return plain(linear, quantizer)
+
+    monkeypatch.setattr(workload, "quantized_linear", watched)
+    shape = {"d_model": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 128, "vocab_size": 60}
+    workload.random_model({**shape, "max_sequence_length": 64}, 3, torch.device("cpu"), torch.bfloat16, NF4)
+    assert len(earlier) == 14
 
 
 def test_unpacked_weights_compute_what_the_packed_ones_do(random_ids):
