@@ -25,6 +25,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Run the parts that `benchmark.parts` names."""
     from laddpo import runs
     from laddpo.config import check_machine
+    from laddpo.core.budget import release_memory
     from laddpo.errors import UserError
     from laddpo.machine import find_machine
 
@@ -38,18 +39,20 @@ def main(config: RunConfig, run_folder: Path) -> None:
         raise UserError(*others, f"{last} {hint}") from error
     machine = find_machine(config)
     started = time.perf_counter()
-    sections, record = [], {"settings": dataclasses.asdict(config.benchmark), "machine": str(machine)}
+    sections = [f"# Benchmark\n\n{about(config, machine)}\n"]
+    record = {"settings": dataclasses.asdict(config.benchmark), "machine": machine.name}
+    record["provenance"] = runs.provenance()
     for name in config.benchmark.parts:
         part_started = time.perf_counter()
+        release_memory()
         text, record[name] = PARTS[name](config, machine)
         record[name]["seconds_taken"] = time.perf_counter() - part_started
+        record["seconds"] = time.perf_counter() - started
         print(f"\n{text}", flush=True)
         sections.append(f"## {TITLES[name]}\n\n{text}\n")
-    record["seconds"] = time.perf_counter() - started
-    record["provenance"] = runs.provenance()
-    head = f"# Benchmark\n\n{about(config, machine)}\n"
-    runs.write_text(run_folder / "benchmark.md", "\n".join([head, *sections]))
-    runs.write_json(run_folder / "benchmark.json", record)
+        # after every part: what comes may fail, and took minutes to get to
+        runs.write_text(run_folder / "benchmark.md", "\n".join(sections))
+        runs.write_json(run_folder / "benchmark.json", record)
     runs.write_manifest(run_folder, "benchmark", {}, ["benchmark.md", "benchmark.json"], **runs.provenance())
     print(f"\n{record['seconds']:.0f} s; tables: {run_folder / 'benchmark.md'}")
     print(run_folder)
@@ -63,12 +66,14 @@ def about(config: RunConfig, machine) -> str:
     weights = "random weights" if wanted.weights == "random" else f"weights of {config.model.name}"
     return " ".join(
         [
-            f"{time.strftime('%Y-%m-%d')}, {machine}, torch {torch.__version__}.",
-            f"Model: {weights}, width {shape.d_model}, {shape.n_layers} blocks, MLP {shape.mlp_hidden_size},",
-            f"vocabulary {shape.vocab_size}; LoRA r={config.adapter.r} on {config.adapter.target_modules}.",
+            f"{time.strftime('%Y-%m-%d')}, {machine.name}, {machine.precision}, torch {torch.__version__}.",
+            f"Model: {weights}{_stored(config)}, width {shape.d_model}, {shape.n_layers} blocks,",
+            f"MLP {shape.mlp_hidden_size}, vocabulary {shape.vocab_size};",
+            f"LoRA r={config.adapter.r} on {config.adapter.target_modules}.",
             f"Pairs: random tokens; prompt + response log-normal with mean {wanted.mean:g} and 99th percentile",
             f"{wanted.p99:g}, prompt {wanted.prompt_mean:g}, at most {wanted.max_length}; {wanted.pairs} pairs a step.",
-            "A step is forward and backward without the optimizer. Peaks are counted on allocations.",
+            "A step is forward and backward, without the optimizer where nothing else is said. Peaks are counted on",
+            "allocations.",
             "public_laddpo and trl_like are written anew from their descriptions (laddpo/benchmarking/rivals.py).",
         ]
     )
@@ -234,6 +239,12 @@ def sampler_part(config: RunConfig, machine) -> tuple[str, dict]:
     found = decoding.decode(answer, wanted.sampler_items, ways, batch, stops)
     text, record = sampler_section(found, decoding.PLAIN, grade, np.random.default_rng(config.seed))
     return f"{about}, {wanted.sampler_items} of them in batches of {batch}.\n\n{text}", record
+
+
+def _stored(config: RunConfig) -> str:
+    stored = config.quantization
+    kind = f"{stored.bnb_4bit_quant_type} " * stored.load_in_4bit or "int8 " * stored.load_in_8bit
+    return f" stored in {kind.strip()} where nothing else is said" if kind else ""
 
 
 def _is_local(config: RunConfig) -> bool:

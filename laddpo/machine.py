@@ -42,14 +42,18 @@ class Machine:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
 
+    @property
+    def name(self) -> str:
+        """The GPU's name, or the number of CPU threads."""
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
     def __str__(self) -> str:
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         options = ("gradient_checkpointing", "offload_activations", "embeddings_on_cpu", "compile", "is_sharded")
         chosen = [option.removeprefix("is_").replace("_", " ") for option in options if getattr(self, option)]
         tokens = f"{self.token_budget.tokens} tokens per micro-step"
         memory = f"predicted peak {gib(self.choice.memory.peak)} of {gib(self.choice.available)} available"
         together = [f"{self.ranks.world} processes, each on"] if self.ranks.world > 1 else []
-        return " ".join([*together, ", ".join([name, self.precision, tokens, *chosen, memory])])
+        return " ".join([*together, ", ".join([self.name, self.precision, tokens, *chosen, memory])])
 
 
 def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:

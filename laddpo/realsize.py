@@ -6,11 +6,15 @@ Parts of `python -m laddpo.benchmark`; experiment=gpu_proof puts them together f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laddpo.settings import QuantizationSettings, RunConfig, StepSetting
+
+if TYPE_CHECKING:
+    from laddpo.benchmarking.steps import Measured
 
 STORAGE = {"none": {}, "nf4": {"load_in_4bit": True}, "int8": {"load_in_8bit": True}}
 TIMES = 3  # that a step is timed, after one to warm up
@@ -63,7 +67,6 @@ def cards_part(config: RunConfig, machine) -> tuple[str, dict]:
         model = shelf.get(config, machine, setting)
         step = whole_step(config, machine, model, setting, pair)
         found = measure(step, model, machine.device, TIMES if setting.draws < 16 else 1, setting.gib)
-        step = None  # a rival's copy of the model goes with it
         rows.append(
             {
                 "setting": dataclasses.asdict(setting),
@@ -72,6 +75,7 @@ def cards_part(config: RunConfig, machine) -> tuple[str, dict]:
                 "tokens": 2 * setting.draws * wanted.card_tokens,
             }
         )
+        step = model = None  # a rival's copy goes now, and the model before the next one is made
     text, record = cards_section(rows)
     about = (
         f"One pair a step: prompt and either response together {wanted.card_tokens} tokens, reference pass and "
@@ -131,7 +135,7 @@ def rates_part(config: RunConfig, machine) -> tuple[str, dict]:
     shape = setup_of(config, machine, StepSetting()).shape
     products = {tokens: matmul_rate(machine.device, machine.dtype, tokens, shape) for tokens in budgets}
     ceiling = max(products.values())
-    rows = [rate_of(config, machine, shelf.get(config, machine, setting), setting) for setting in wanted.rates]
+    rows = [rate_of(config, machine, shelf, setting) for setting in wanted.rates]
     text, record = rates_section(rows, products, ceiling)
     about = (
         f"Pairs of dialogue lengths, packed; {MICRO_STEPS} micro-steps or more, gradients without the optimizer. "
@@ -141,15 +145,16 @@ def rates_part(config: RunConfig, machine) -> tuple[str, dict]:
     return f"{about}\n\n{text}{predicted}", record
 
 
-def rate_of(config: RunConfig, machine, model, setting: StepSetting) -> dict:
+def rate_of(config: RunConfig, machine, shelf: Shelf, setting: StepSetting) -> dict:
     """One setting's time, operations per second, peak, and kernels by kind."""
     import numpy as np
 
-    from laddpo.benchmarking.rates import where_time_goes, work_of
+    from laddpo.benchmarking.rates import micro_steps, where_time_goes, work_of
     from laddpo.benchmarking.steps import measure
     from laddpo.core.speed import forward_flops
 
-    ours, is_training = contender_of(config, model, setting), setting.work == "train"
+    model, is_training = shelf.get(config, machine, setting), setting.work == "train"
+    ours = contender_of(config, model, setting)
     pairs = _pairs_of_tokens(config, MICRO_STEPS * setting.token_budget, setting.draws)
     items = ours.items(pairs, setting.draws)
     ours.stored[ours.key(pairs, setting.draws)] = np.zeros((len(pairs), 2, setting.draws))
@@ -161,10 +166,12 @@ def rate_of(config: RunConfig, machine, model, setting: StepSetting) -> dict:
         ours.step(pairs, setting.draws)
         model.zero_grad(set_to_none=True)
 
-    found, counted = measure(work, model, machine.device, TIMES, setting.gib), work_of(items)
+    counted = work_of(items)
+    found = _unless_uncompiled(lambda: measure(work, model, machine.device, TIMES, setting.gib), setting)
     flops = forward_flops(setup_of(config, machine, setting), counted) * (2 if is_training else 1)
     row = {"setting": dataclasses.asdict(setting), **dataclasses.asdict(found)}
     row |= {"tokens": counted.tokens, "useful_flops": flops}
+    row["micro_steps"] = micro_steps(items, setting.token_budget)
     if not found.problem:
         row["flops_per_s"] = flops / found.median
         row["seconds_profiled"], row["kinds"] = where_time_goes(work, machine.device)
@@ -197,7 +204,10 @@ def agreement_part(config: RunConfig, machine) -> tuple[str, dict]:
         },
         {name: observed["margin_at_start"] for name, observed in found.items()},
     )
-    about = f"{len(pairs)} pairs under {wanted.draws} draws, random weights: a trained model's error may differ."
+    about = (
+        f"{len(pairs)} pairs under {wanted.draws} draws, random weights: a trained model's error may differ. Which "
+        "kernels bitsandbytes takes depends on the card and on the tokens of a micro-step."
+    )
     return f"{about}\n\n{text}", record
 
 
@@ -209,11 +219,11 @@ def nano_part(config: RunConfig, machine) -> tuple[str, dict]:
     from laddpo.benchmarking.twins import train_nano, trained
 
     steps = config.benchmark.nano_steps
-    is_gpu = machine.device.type == "cuda"
-    ways = {"CPU": ["hardware.device=cpu"]}
-    ways["this GPU" if is_gpu else "CPU, smaller micro-steps"] = (
-        ["hardware.device=cuda"] if is_gpu else ["hardware.device=cpu", "hardware.token_budget=512"]
-    )
+    ways = {"CPU": ["hardware.device=cpu", "hardware.token_budget=4096"]}
+    if machine.device.type == "cuda":
+        ways["this GPU"] = ["hardware.device=cuda", "hardware.token_budget=4096"]
+    else:
+        ways["CPU, smaller micro-steps"] = ["hardware.device=cpu", "hardware.token_budget=512"]
     with tempfile.TemporaryDirectory(prefix="laddpo-") as scratch:
         folders = {name: Path(scratch) / str(number) for number, name in enumerate(ways)}
         for name, overrides in ways.items():
@@ -302,18 +312,39 @@ def _predictions(config: RunConfig, machine, rows: Sequence[dict], ceiling: floa
             setting = StepSetting(**row["setting"])
             if setting.quantization == "none":
                 continue
-            near = min(plain, key=lambda other: abs(other["setting"]["token_budget"] - setting.token_budget))
+            alike = [other for other in plain if other["setting"]["compile"] == setting.compile]
+            if not alike:
+                continue
+            near = min(alike, key=lambda other: _distance(other["setting"], row["setting"]))
             passes = training_passes(setup_of(config, machine, StepSetting(**near["setting"])))
             share = near["flops_per_s"] / ceiling * passes / 2  # of operations done, recomputed ones too
             setup = setup_of(config, machine, setting)
             speed = predicted_tokens_per_s(
                 setup,
                 row["useful_flops"] / 2 / row["tokens"],
-                setting.token_budget,
+                row["tokens"] / row["micro_steps"],
                 Device(card.tflops * share, card.memory_gb_per_s),
             )
             found.append({"card": card.name, "setting": row["setting"], "share": share, "tokens_per_s": speed})
     return predictions_section(found, [dataclasses.asdict(card) for card in config.benchmark.predicted]), found
+
+
+def _distance(other: dict, setting: dict) -> tuple[bool, int]:
+    """How unlike two settings are, for one to stand for the other."""
+    name = "gradient_checkpointing"
+    return other[name] != setting[name], abs(other["token_budget"] - setting["token_budget"])
+
+
+def _unless_uncompiled(work: Callable[[], Measured], setting: StepSetting) -> Measured:
+    """What the work gives; where the compiler fails (it needs a C compiler, say), its reason as the problem."""
+    from laddpo.benchmarking.steps import Measured
+
+    try:
+        return work()
+    except RuntimeError as error:
+        if not setting.compile:
+            raise
+        return Measured(problem=f"not compiled: {str(error).strip().partition(chr(10))[0]}")
 
 
 def _no_cap(machine) -> str:

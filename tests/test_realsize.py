@@ -1,6 +1,8 @@
 """The benchmark's parts for real sizes, in a small shape on a CPU: every part runs, counts and says what it must."""
 
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 
 from laddpo.app import cli
 from laddpo.benchmarking.measure import timed_rounds
-from laddpo.benchmarking.rates import kernel_kind, work_of
+from laddpo.benchmarking.rates import kernel_kind, micro_steps, work_of
 from laddpo.benchmarking.steps import Measured, fixed_budget, measure
 from laddpo.benchmarking.workload import random_model, random_pairs
 from laddpo.compose import compose
@@ -18,6 +20,7 @@ from laddpo.core.memory import GIB
 from laddpo.core.speed import Device, forward_flops, predicted_tokens_per_s
 from laddpo.core.tasks import pair_item
 from laddpo.errors import UserError
+from laddpo.models.adapters import attach_lora
 from laddpo.realsize import predicted_peak, setup_of
 
 SHAPE = {"d_model": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 128, "vocab_size": 512}
@@ -65,6 +68,68 @@ def test_rates_count_what_had_to_be_done(written):
     kinds = packed["kinds"]
     assert kinds["unpacking 4 bits"] > 0 and "unpacking 4 bits" not in {k for k, v in plain["kinds"].items() if v > 0}
     assert sum(kinds.values()) <= 1.05 * packed["seconds_profiled"]
+
+
+def test_micro_steps_are_the_forward_passes_that_are_made(monkeypatch):
+    from laddpo.benchmarking.contenders import build_contenders
+
+    model = random_model({**SHAPE, "max_sequence_length": 64}, 0, torch.device("cpu"), torch.float32)
+    attach_lora(model, r=2)
+    budget, pairs, calls = 200, pairs_of(12), []
+    ours = build_contenders(model, 511, 510, 64, budget)["stream"]
+    items, plain = ours.items(pairs, 4), ours.denoiser.token_logps
+    ours.prepare(pairs, 4)
+    monkeypatch.setattr(ours.denoiser, "token_logps", lambda packed: calls.append(packed) or plain(packed))
+    ours.step(pairs, 4)
+    assert {item.tokens > budget for item in items} == {False, True} and len(calls) < 2 * len(pairs)
+    assert len(calls) == micro_steps(items, budget)
+
+
+def test_only_one_model_is_there_at_a_time(monkeypatch, tmp_path):
+    from laddpo import realsize
+
+    plain, made = realsize.random_policy, []
+
+    def watched(*arguments, **named):
+        gc.collect()
+        assert all(reference() is None for reference in made)
+        made.append(weakref.ref(model := plain(*arguments, **named)))
+        return model
+
+    monkeypatch.setattr(realsize, "random_policy", watched)
+    parts = "benchmark.parts=[cards,rates,agreement]"
+    assert cli("benchmark", [*SMALL, parts, f"output_dir={tmp_path / 'run'}"]) == 0
+    assert len(made) == 3 + 2 + 3
+
+
+def test_a_compiler_that_fails_costs_its_own_row_alone(monkeypatch, tmp_path):
+    from laddpo.models import blocks
+
+    def broken(model):
+        def fail(*_):
+            raise RuntimeError("no C compiler was found\nlong story")
+
+        for block in blocks.model_blocks(model):
+            block.project = fail
+
+    monkeypatch.setattr(blocks, "compile_blocks", broken)
+    rates = "benchmark.rates=[{quantization: none, compile: true}, {quantization: none, token_budget: 256}]"
+    assert cli("benchmark", [*SMALL, "benchmark.parts=[rates]", rates, f"output_dir={tmp_path / 'run'}"]) == 0
+    rows = json.loads((tmp_path / "run" / "benchmark.json").read_text())["rates"]["rows"]
+    assert [row["problem"] for row in rows] == ["not compiled: no C compiler was found", ""]
+
+
+def test_what_was_measured_is_written_before_the_next_part(monkeypatch, tmp_path):
+    from laddpo import benchmark
+
+    def fails(config, machine):
+        raise UserError("nano failed")
+
+    monkeypatch.setitem(benchmark.PARTS, "nano", fails)
+    folder = tmp_path / "run"
+    assert cli("benchmark", [*SMALL, "benchmark.parts=[agreement,nano]", f"output_dir={folder}"]) == 2
+    assert "agreement" in json.loads((folder / "benchmark.json").read_text())
+    assert "## What 4-bit weights change" in (folder / "benchmark.md").read_text(encoding="utf-8")
 
 
 def test_predictions_name_their_arithmetic(written):
@@ -182,6 +247,9 @@ def test_without_a_gpu_the_small_shape_is_pointed_to(capsys):
             "element-wise and sums",
         ),
         ("void at::native::reduce_kernel<512, 1>", "element-wise and sums"),
+        ("void at::native::segment_reduce_forward_kernel<float>", "element-wise and sums"),
+        ("triton_poi_fused__to_copy_mul_silu_0", "fused by the compiler"),
+        ("void gemv2T_kernel_val<int, int, __nv_bfloat16>", "matrix products"),
         ("ncclDevKernel_AllReduce", "other"),
     ],
 )

@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 
 from laddpo.benchmarking.rivals import PublicLaddpo, TrlLike
+from laddpo.benchmarking.steps import fixed_budget
 from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import Item, accumulate_gradient, score_items
-from laddpo.core.measuring import stored_bytes
+from laddpo.core.measuring import resident_bytes
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import pair_item
 from laddpo.models.adapters import adapter_disabled, trainable_parameters
@@ -104,7 +105,7 @@ class Rival:
     @property
     def extra_bytes(self) -> int:
         copy = getattr(self.rival, "reference", None)
-        return stored_bytes([*copy.parameters(), *copy.buffers()]) if copy is not None else 0
+        return resident_bytes(copy) if copy is not None else 0
 
     def step(self, pairs: Sequence[EncodedPair], draws: int) -> None:
         for pair in pairs:
@@ -115,12 +116,12 @@ def build_contenders(
     model, mask_token_id: int, pad_token_id: int, max_length: int, token_budget: int
 ) -> dict[str, Contender]:
     """All of them around one model that carries an adapter, by name."""
-    denoiser = TransformerDenoiser(model, mask_token_id)
+    denoiser, budget = TransformerDenoiser(model, mask_token_id), fixed_budget(token_budget)
     ours = [
-        Ours(model, denoiser, "stream", token_budget),
-        Ours(model, denoiser, "stream", token_budget, with_reference=True),
-        Ours(model, denoiser, "two_pass", token_budget),
-        Ours(model, denoiser, "joint", token_budget),
+        Ours(model, denoiser, "stream", budget),
+        Ours(model, denoiser, "stream", budget, with_reference=True),
+        Ours(model, denoiser, "two_pass", budget),
+        Ours(model, denoiser, "joint", budget),
     ]
     rivals = [
         Rival(PublicLaddpo(model, mask_token_id, pad_token_id, max_length, BETA)),

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from laddpo.benchmarking.steps import timed, wait
-from laddpo.core.gradient import Item
+from laddpo.core.gradient import Item, pack_items, pack_sequence_runs
 from laddpo.core.memory import Shape
 from laddpo.core.speed import Work
 
@@ -24,7 +25,7 @@ PRODUCT_SECONDS = 0.5  # of repeated products, after a warm-up
 def matmul_rate(device: torch.device, dtype: torch.dtype, rows: int, shape: Shape) -> float:
     """FLOP/s of products of `rows` hidden states with an MLP's weight, on random numbers."""
     left = torch.randn(rows, shape.d_model, device=device, dtype=dtype)
-    right = torch.randn(shape.d_model, shape.mlp_hidden_size, device=device, dtype=dtype)
+    right = torch.randn(shape.mlp_hidden_size, shape.d_model, device=device, dtype=dtype).t()  # as weights are stored
     out = torch.empty(rows, shape.mlp_hidden_size, device=device, dtype=dtype)
     once = timed(lambda: torch.mm(left, right, out=out), device)
     once = min(once, timed(lambda: torch.mm(left, right, out=out), device))
@@ -45,13 +46,26 @@ def work_of(items: Sequence[Item]) -> Work:
     return Work(sum(lengths), masked, sum(n * n for n in lengths) / sum(lengths))
 
 
+def micro_steps(items: Sequence[Item], token_budget: int) -> int:
+    """How many forward passes `stream` makes of these items."""
+    passes = 0
+    for group in pack_items(items, token_budget):
+        largest = items[group[0]]
+        fits = largest.tokens <= token_budget
+        passes += 1 if fits else sum(len(pack_sequence_runs(side, token_budget)) for side in largest.sides)
+    return passes
+
+
 def where_time_goes(work: Callable[[], object], device: torch.device) -> tuple[float, dict[str, float]]:
     """Seconds of one time, and the seconds of its kernels (on the CPU: operators) by kind."""
     kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
     with profile(activities=kinds, acc_events=True) as record:
         seconds = timed(work, device)
     found: dict[str, float] = {}
+    own = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
     for event in record.key_averages():
+        if event.device_type != own:
+            continue
         spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         kind = kernel_kind(event.key)
         found[kind] = found.get(kind, 0.0) + spent / 1e6
@@ -65,11 +79,12 @@ def kernel_kind(name: str, kinds: Mapping[str, str] | None = None) -> str:
 
 OTHER = "other"
 KINDS = {  # the first that matches counts
+    "fused by the compiler": r"^triton_",
     "unpacking 4 bits": r"(?i)dequant|gemv_4bit|gemm_4bit",
     "attention": r"(?i)flash|fmha|attention|attn|softmax_warp",
-    "matrix products": r"(?i)gemm|cutlass|nvjet|xmma|cublas|::(mm|addmm|bmm|linear|matmul)\b|splitK",
+    "matrix products": r"(?i)gemm|cutlass|nvjet|xmma|cublas|gemv|dot_kernel|::(mm|addmm|bmm|linear|matmul)\b|splitK",
     "norms": r"(?i)norm",
     "copies and casts": r"(?i)memcpy|memset|copy|cat_|::cat\b|CatArray|::to\b|convert",
     "lookups": r"(?i)index|gather|scatter|embedding",
-    "element-wise and sums": r"(?i)elementwise|reduce_kernel|triton|foreach|::(add|mul|sub|div|exp|silu|neg|sum|amax)",
+    "element-wise and sums": r"(?i)elementwise|reduce_(kernel|forward|backward)|foreach|::(add|mul|sub|div|exp|silu)",
 }

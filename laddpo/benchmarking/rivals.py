@@ -35,6 +35,9 @@ class PublicLaddpo:
         self.model, self.mask_token_id, self.pad_token_id = model, mask_token_id, pad_token_id
         self.max_length, self.beta = max_length, beta
         self.reference = copy.deepcopy(model).requires_grad_(False)
+        for module in self.reference.modules():  # a copied 4-bit layer would hold the scales of its weight twice
+            if getattr(module, "quant_state", None) is not None:
+                module.quant_state = module.weight.quant_state
         self.generator = torch.Generator().manual_seed(0)
 
     def step(self, pair: EncodedPair, draws: int, scale: float) -> float:

@@ -71,7 +71,7 @@ def unless_out_of_memory(work: Callable[[], T], model) -> T | None:
     try:
         return work()
     except Exception as error:
-        if not (is_out_of_memory(error) or isinstance(error, RunFault)):
+        if not (is_out_of_memory(error) or (isinstance(error, RunFault) and OUT_OF_MEMORY in str(error))):
             raise
     # outside the handler, whose traceback holds the tensors
     model.zero_grad(set_to_none=True)

@@ -38,7 +38,7 @@ def cards_section(rows: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any
         cells.append(
             [_card(setting), describe(setting), str(setting["draws"]), *peaks, speed, "yes" if ran else row["problem"]]
         )
-    header = ["card", "step", "n", "allocated GiB", "reserved GiB", "predicted GiB", "tokens/s", "ran"]
+    header = ["tensors at most", "step", "n", "allocated GiB", "reserved GiB", "predicted GiB", "tokens/s", "ran"]
     growth = _growth(rows)
     lines = [
         f"- {name}: {most / least - 1:+.1%} from n = {fewest} to n = {largest} ({kind})"
@@ -59,12 +59,13 @@ def rates_section(
         setting = row["setting"]
         name = f"{describe(setting)}, {'reference pass' if setting['work'] == 'reference' else 'training'}"
         if row["problem"]:
-            cells.append([name, "", row["problem"], "", ""])
+            cells.append([name, "", "", row["problem"], "", ""])
             continue
         speed = row["flops_per_s"]
         cells.append(
             [
                 name,
+                f"{row['tokens'] / row['micro_steps']:,.0f}",
                 f"{row['tokens'] / _median(row):,.0f}",
                 f"{speed / TF:.3g}",
                 f"{speed / ceiling:.0%}",
@@ -72,7 +73,7 @@ def rates_section(
             ]
         )
         kinds[name] = row
-    header = ["", "tokens/s", "TFLOP/s", "of matrix products", "allocated GiB"]
+    header = ["", "tokens a micro-step", "tokens/s", "TFLOP/s", "of matrix products", "allocated GiB"]
     measured = ", ".join(f"{rate / TF:.3g} TFLOP/s at {rows} rows" for rows, rate in products.items())
     text = f"Matrix products alone: {measured}.\n\n{markdown(header, cells)}\n\n{_kinds_table(kinds)}"
     record = {"rows": list(rows), "matmul_flops_per_s": {str(n): rate for n, rate in products.items()}}

@@ -24,6 +24,8 @@ def checkpoint_blocks(model, enabled: bool = True) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    if hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()  # a hook that only reentrant checkpoints need
     assert all(block.gradient_checkpointing for block in model_blocks(model)), "checkpointing did not switch on"
 
 
