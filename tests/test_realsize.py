@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from laddpo import realsize
 from laddpo.app import cli
 from laddpo.benchmarking.measure import timed_rounds
 from laddpo.benchmarking.rates import kernel_kind, micro_steps, work_of
@@ -38,10 +39,26 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def models():
+    """For every model made while `written` was measured, whether those before it were gone."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, models):
     """(benchmark.md, benchmark.json) of the parts of a real size"""
     folder = tmp_path_factory.mktemp("realsize") / "run"
-    assert cli("benchmark", [*SMALL, f"output_dir={folder}"]) == 0
+    plain, made = realsize.random_policy, []
+
+    def watched(*arguments, **named):
+        gc.collect()
+        models.append(all(reference() is None for reference in made))
+        made.append(weakref.ref(model := plain(*arguments, **named)))
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(realsize, "random_policy", watched)
+        assert cli("benchmark", [*SMALL, f"output_dir={folder}"]) == 0
     return (folder / "benchmark.md").read_text(encoding="utf-8"), json.loads((folder / "benchmark.json").read_text())
 
 
@@ -85,21 +102,8 @@ def test_micro_steps_are_the_forward_passes_that_are_made(monkeypatch):
     assert len(calls) == micro_steps(items, budget)
 
 
-def test_only_one_model_is_there_at_a_time(monkeypatch, tmp_path):
-    from laddpo import realsize
-
-    plain, made = realsize.random_policy, []
-
-    def watched(*arguments, **named):
-        gc.collect()
-        assert all(reference() is None for reference in made)
-        made.append(weakref.ref(model := plain(*arguments, **named)))
-        return model
-
-    monkeypatch.setattr(realsize, "random_policy", watched)
-    parts = "benchmark.parts=[cards,rates,agreement]"
-    assert cli("benchmark", [*SMALL, parts, f"output_dir={tmp_path / 'run'}"]) == 0
-    assert len(made) == 3 + 2 + 3
+def test_only_one_model_is_there_at_a_time(written, models):
+    assert models == [True] * (3 + 2 + 3)
 
 
 def test_a_compiler_that_fails_costs_its_own_row_alone(monkeypatch, tmp_path):

@@ -19,6 +19,16 @@ def locate(dataset_name: str, preference_dir: Path | None, log: ReadLog, follow_
     A relative name is looked up from the working directory, then inside `preference_dir`.
     """
     refuse_strange(dataset_name)
+    try:
+        return _locate(dataset_name, preference_dir, log, follow_symlinks)
+    except OSError as error:  # of looking, not of reading: a folder without permission, a name too long for the disk
+        where = error.filename or dataset_name
+        raise file_error(
+            where, "DATA-43", f"could not be looked at: {error.strerror}", "Check data.dataset_name."
+        ) from error
+
+
+def _locate(dataset_name: str, preference_dir: Path | None, log: ReadLog, follow_symlinks: bool) -> list[Path]:
     candidates = [Path(dataset_name)]
     if preference_dir is not None and not Path(dataset_name).is_absolute():
         candidates.append(preference_dir / dataset_name)
@@ -44,6 +54,8 @@ def folder_files(folder: Path, log: ReadLog, follow_symlinks: bool) -> list[Path
     """The data files under a folder, sorted by name; links out of it are refused, other files are named once."""
     files, ignored = [], []
     root = folder.resolve()
+    if root == Path(root.anchor):
+        raise file_error(folder, "DATA-91", "is the root of the file system", "Give the folder that holds the rows.")
     for path in sorted(folder.rglob("*")):
         if path.is_dir() or path.name.startswith("."):
             continue

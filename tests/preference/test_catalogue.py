@@ -6,6 +6,7 @@ import lzma
 import os
 import random
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -365,6 +366,29 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
 def test_names_that_are_no_plain_path_are_refused(name):
     with pytest.raises(UserError, match="DATA-91"):
         read(name)
+
+
+@pytest.mark.parametrize("name", ["/", "//", "/.", "/tmp/.."])
+def test_the_whole_file_system_is_not_read(name, monkeypatch):
+    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("walked the file system"))
+    with pytest.raises(UserError, match=r"is the root of the file system \(DATA-91\)"):
+        read(name)
+
+
+def test_what_may_not_be_looked_at_is_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"a{300}: could not be looked at: File name too long \(DATA-43\)"):
+        read("a" * 300)
+    closed, plain = tmp_path / "closed.jsonl", Path.is_dir
+
+    def is_dir(self):
+        if self == closed:
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self)
+
+    closed.write_text(row() + "\n")
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    with pytest.raises(UserError, match=r"closed.jsonl: could not be looked at: Permission denied \(DATA-43\)"):
+        read(tmp_path)
 
 
 def test_a_link_out_of_a_folder_is_refused_unless_asked_for(tmp_path):
