@@ -22,6 +22,7 @@ SAME = (  # of both runs: the steps, and nothing that would be looked at on the 
     "data.max_length=128",
     "evaluation.at_end=false",
     "evaluation.every_steps=null",
+    "evaluation.num_pairs=1",
     "stopping.patience=null",
     "best_metric=none",
     "logger=none",
