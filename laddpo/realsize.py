@@ -227,7 +227,8 @@ def nano_part(config: RunConfig, machine) -> tuple[str, dict]:
     with tempfile.TemporaryDirectory(prefix="laddpo-") as scratch:
         folders = {name: Path(scratch) / str(number) for number, name in enumerate(ways)}
         for name, overrides in ways.items():
-            train_nano([*overrides, f"optim.max_train_steps={steps}"], folders[name], Path(scratch) / "data")
+            data = folders[name].with_suffix(".data")  # each computes its own reference
+            train_nano([*overrides, f"optim.max_train_steps={steps}"], folders[name], data)
         text, record = nano_section({name: trained(folder) for name, folder in folders.items()})
     return f"{steps} steps of llada_nano on the embedded pairs, float32, same seed.\n\n{text}", record
 
