@@ -17,7 +17,7 @@ from pathlib import Path
 
 from laddpo import realsize
 from laddpo.app import run_stage
-from laddpo.realsize import random_policy
+from laddpo.realsize import dialogue_pairs, random_policy
 from laddpo.settings import RunConfig
 
 
@@ -85,7 +85,6 @@ def memory_part(config: RunConfig, machine) -> tuple[str, dict]:
     from laddpo.benchmarking.measure import step_peak
     from laddpo.benchmarking.report import memory_section
     from laddpo.benchmarking.workload import longest_sequence
-    from laddpo.models.blocks import checkpoint_blocks
 
     drawn = [_pairs(config, seed)[0] for seed in range(4)]
     bench, pairs = _open(config, machine), [max(drawn, key=lambda pair: longest_sequence([pair]))]
@@ -97,9 +96,8 @@ def memory_part(config: RunConfig, machine) -> tuple[str, dict]:
         for contender in [lean, *bench.contenders.values()]
         for draws in config.benchmark.memory_draws
     ]
-    checkpoint_blocks(bench.model)
-    lean.label = f"{small}, checkpointing"
-    peaks += [step_peak(lean, bench.model, pairs, draws) for draws in config.benchmark.memory_draws]
+    leaner = dataclasses.replace(lean, checkpointing=True, label=f"{small}, checkpointing")
+    peaks += [step_peak(leaner, bench.model, pairs, draws) for draws in config.benchmark.memory_draws]
     text, record = memory_section(peaks, small)
     return f"One pair, {_lengths_text(pairs[0])}.\n\n{text}", record
 
@@ -337,12 +335,7 @@ def _lengths_text(pair) -> str:
 
 
 def _pairs(config: RunConfig, seed: int = 0) -> list:
-    from laddpo.benchmarking.workload import random_pairs
-
-    wanted, vocabulary = config.benchmark, _shape(config).vocab_size - 2
-    return random_pairs(
-        wanted.pairs, vocabulary, wanted.mean, wanted.p99, wanted.prompt_mean, wanted.max_length, config.seed + seed
-    )
+    return dialogue_pairs(config, config.benchmark.pairs, seed, _shape(config).vocab_size)
 
 
 ONE_SEQUENCE, FIRST_EPOCH = "one sequence at a time", "stream with reference pass"

@@ -188,7 +188,7 @@ def agreement_part(config: RunConfig, machine) -> tuple[str, dict]:
     from laddpo.models.quantization import unpack_4bit
 
     wanted, shape, found = config.benchmark, config.benchmark.shape, {}
-    pairs = _random_pairs(config, wanted.agreement_pairs, seed=5)
+    pairs = dialogue_pairs(config, wanted.agreement_pairs, 5, shape.vocab_size)
     for name in ("as made", "4-bit", "4-bit, unpacked"):
         settings = quantization_of("none" if name == "as made" else "nf4")
         prepare = unpack_4bit if "unpacked" in name else None
@@ -279,18 +279,19 @@ def predicted_peak(config: RunConfig, machine, setting: StepSetting, pair) -> in
     return predict_memory(setup_of(config, machine, setting), load).peak
 
 
-def _random_pairs(config: RunConfig, count: int, seed: int) -> list:
+def dialogue_pairs(config: RunConfig, count: int, seed: int, vocab_size: int) -> list:
+    """Pairs of random tokens, mask and padding not among them, as long as the benchmark's settings say."""
     from laddpo.benchmarking.workload import random_pairs
 
     wanted = config.benchmark
     lengths = (wanted.mean, wanted.p99, wanted.prompt_mean, wanted.max_length)
-    return random_pairs(count, wanted.shape.vocab_size - 2, *lengths, config.seed + seed)
+    return random_pairs(count, vocab_size - 2, *lengths, config.seed + seed)
 
 
 def _pairs_of_tokens(config: RunConfig, tokens: int, draws: int) -> list:
     """The first random pairs that have so many tokens under all draws, and no fewer than two."""
     pairs, total = [], 0
-    for pair in _random_pairs(config, max(2, 2 * tokens // 64), seed=7):
+    for pair in dialogue_pairs(config, max(2, 2 * tokens // 64), 7, config.benchmark.shape.vocab_size):
         pairs.append(pair)
         total += draws * (2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids))
         if total >= tokens and len(pairs) >= 2:
