@@ -220,7 +220,7 @@ def _buffers(setup: Setup, load: Load) -> int:
 def _saved_activations(setup: Setup, load: Load) -> int:
     """What autograd keeps until the backward pass, and the rotary angles, which all blocks share."""
     shape = setup.shape
-    rotation = 2 * 4 * shape.d_model // shape.n_heads + 3 * 8  # cos and sin; token ids, positions and their order
+    rotation = 4 * shape.d_model // shape.n_heads + 3 * 8  # cos and sin, half a head each; ids, positions, their order
     inputs = (shape.n_layers + 1) * shape.d_model * _stream_bytes(setup)
     per_token = inputs if setup.checkpointing else shape.n_layers * _block_bytes(setup, load)
     kept = 0 if setup.offload else per_token * load.tokens
@@ -242,7 +242,7 @@ def _block_bytes(setup: Setup, load: Load) -> int:
     trained = BLOCK_LINEARS if setup.is_full else setup.targets
     into_attention = width * element * bool({"q_proj", "k_proj", "v_proj"} & set(trained))
     into_mlp = width * element * bool({"ff_proj", "up_proj"} & set(trained))
-    gated = mlp * element * (4 if "ff_out" in trained else 3)
+    gated = mlp * element * (3 if "ff_out" in trained else 2)
     low_rank = 0 if setup.is_full else setup.rank * len(setup.targets) * element
     return norms + attention + into_attention + into_mlp + gated + low_rank
 

@@ -19,11 +19,12 @@ from laddpo import runs
 from laddpo.core.ranks import placed_like
 from laddpo.errors import UserError, nearest
 from laddpo.foreign_logs import quiet_bitsandbytes
+from laddpo.models import lora
 from laddpo.models.families import find_family
+from laddpo.models.lora import ADAPTER as NAME
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ALL_LINEAR = "all-linear"
-NAME = "default"
 PREFIX = "base_model.model."
 
 
@@ -74,7 +75,10 @@ def attach_lora(
         inject_adapter_in_model(config, model, adapter_name=NAME)
     model.peft_config = {NAME: config}
     matched = adapted_modules(model)
-    _keep_adapter_wide(model)
+    wide = torch.promote_types(model.dtype, torch.float32)
+    for layer in map(model.get_submodule, matched):
+        lora.widen(layer, wide)
+        lora.add_in_one_product(layer)
     if path is not None:
         load_adapter(model, path)
     return matched
@@ -161,7 +165,7 @@ def merge_adapter(model) -> None:
     from peft.tuners.lora import Linear
 
     layers = [(name, module) for name, module in model.named_modules() if _is_lora_layer(module)]
-    quantised = [name for name, module in layers if type(module) is not Linear]
+    quantised = [name for name, module in layers if not isinstance(module, Linear)]
     if quantised:
         raise UserError(
             f"{quantised[0]} is quantised; merging would round the adapter away. Load the base model in bf16 "
@@ -194,24 +198,6 @@ def block_linears(model) -> list[str]:
     """Names of the linear layers inside the blocks: what an adapter may stand on, what quantisation replaces."""
     block = find_family({"architectures": [type(model).__name__]}, "model").block
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.match(rf"{block}\.\w+$", n)]
-
-
-class WideLinear(nn.Linear):
-    """A float32 weight that works in its input's dtype: no wide copy of the activations, a wide gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-def _keep_adapter_wide(model) -> None:
-    """PEFT would keep the adapter in the base's dtype, or copy every activation to float32: neither is wanted."""
-    for layer in model.modules():
-        if not _is_lora_layer(layer):
-            continue
-        layer.cast_input_dtype_enabled = False
-        for part in (layer.lora_A[NAME], layer.lora_B[NAME]):
-            part.to(torch.promote_types(model.dtype, torch.float32))
-            part.__class__ = WideLinear
 
 
 def _anchored(model, target_modules: str | Sequence[str]) -> str | list[str]:

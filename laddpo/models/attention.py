@@ -107,16 +107,20 @@ def _varlen(block, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayo
     groups, longest = block.num_key_value_groups, max(layout.lengths)
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
-    out = varlen_attn(query[0], key[0], value[0], layout.offsets, layout.offsets, longest, longest)
+    query, key, value = (x.squeeze(0) for x in (query, key, value))  # [0] would go back through a tensor of zeros
+    out = varlen_attn(query, key, value, layout.offsets, layout.offsets, longest, longest)
     return out[None]
 
 
 def _by_runs(block, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
+    # split, not slices: each slice's gradient would be a whole tensor of zeros but for the slice
+    sizes = [count * length for _, count, length in layout.runs]
+    split = (x.squeeze(0).split(sizes) for x in (query, key, value))
     outputs = []
-    for start, count, length in layout.runs:
-        parts = (x[0, start : start + count * length].unflatten(0, (count, length)) for x in (query, key, value))
+    for (_, count, length), *parts in zip(layout.runs, *split, strict=True):
+        parts = (part.unflatten(0, (count, length)) for part in parts)
         outputs.append(_interface(block, *parts, None).flatten(0, 1))
-    return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
+    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).unsqueeze(0)
 
 
 def eager_attention(block, query, key, value, mask, scaling: float, dropout: float = 0.0, **_):

@@ -26,6 +26,7 @@ from laddpo.errors import UserError
 from laddpo.models.attention import PackedLayout, attend, length_order, token_order, varlen_problem
 from laddpo.models.head import token_logps
 from laddpo.models.llada_config import LLaDAConfig, refuse_dead_options
+from laddpo.models.tokenwise import gated, rotate
 
 
 @dataclass
@@ -150,14 +151,15 @@ class LLaDAModelLM(PreTrainedModel):
         return x, [*states, x]
 
     def _rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles, float32: a bfloat16 angle of 1,000 is off by up to 2. # [B, L, 1, head_dim]
+        """cos and sin of the rotary angles, float32: a bfloat16 angle of 1,000 is off by up to 2.
+
+        # [B, L, 1, head_dim / 2] each
 
         Computed here, not kept in a buffer, which `.to(dtype)` would round.
         """
         dim = self.config.d_model // self.config.n_heads
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
         angles = position_ids[..., None, None].float() * (1.0 / self.config.rope_theta**exponents)
-        angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 
     def _mask(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor):
@@ -268,7 +270,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         """Everything after attention, token by token. [B, L, D] -> [B, L, D]"""
         x = x + self.attn_out(attended)
         hidden = self.ff_norm(x)
-        return x + self.ff_out(nn.functional.silu(self.ff_proj(hidden)) * self.up_proj(hidden))
+        return x + self.ff_out(gated(self.ff_proj(hidden), self.up_proj(hidden)))
 
 
 class RMSNorm(nn.Module):
@@ -282,13 +284,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * nn.functional.rms_norm(x, self.weight.shape, None, self.eps)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, halves paired (not neighbours), in float32 or wider. # like x"""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 # What makes Auto classes and checkpoints find this class: a registered class wins over a checkpoint's own remote code.

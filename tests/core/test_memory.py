@@ -148,7 +148,7 @@ def test_the_parts_of_a_4_bit_8b_with_lora():
     assert plan.parts["adapter"] == plan.parts["gradient"] == plan.parts["gradient buffers"] == 4 * 41_943_040
     assert plan.parts["optimizer"] == 8 * 41_943_040
     # 33 block inputs of 4096 bf16 numbers for each token, and the rotary angles
-    assert plan.parts["activations"] == 1024 * (33 * 4096 * 2 + 2 * 128 * 4 + 24)
+    assert plan.parts["activations"] == 1024 * (33 * 4096 * 2 + 2 * 64 * 4 + 24)
     assert plan.parts["weights"] < plan.peak < 7.2 * GIB
     assert sum(plan.parts.values()) == plan.peak
 

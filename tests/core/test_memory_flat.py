@@ -26,7 +26,7 @@ from laddpo.signals import StopFlag
 from tests.core.helpers import referenced_items
 
 VOCABULARY, MASK, PAD = 4096, 4095, 4094
-TOKENS = 48  # of a sequence
+TOKENS = 64  # of a sequence
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def test_our_adapter_is_read_by_peft_with_the_same_logits(tiny_model, random_ids
     keys = load_file(tmp_path / "adapter_model.safetensors").keys()
     assert "base_model.model.model.transformer.blocks.0.ff_out.lora_A.weight" in keys
     theirs = PeftModel.from_pretrained(tiny_model(), str(tmp_path))
-    torch.testing.assert_close(logits(theirs, ids), tuned, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(theirs, ids), tuned, atol=2e-5, rtol=0)
 
 
 def test_an_adapter_made_by_peft_is_read_by_us(tiny_model, random_ids, tmp_path):
@@ -162,7 +162,7 @@ def test_an_adapter_made_by_peft_is_read_by_us(tiny_model, random_ids, tmp_path)
     theirs.save_pretrained(str(tmp_path))
     model = tiny_model()
     assert len(attach_lora(model, path=str(tmp_path))) == 4
-    torch.testing.assert_close(logits(model, ids), logits(theirs, ids), atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(model, ids), logits(theirs, ids), atol=2e-5, rtol=0)
 
 
 def test_adapter_files_are_the_same_bytes_for_the_same_weights(tiny_model, tmp_path):

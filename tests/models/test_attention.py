@@ -87,3 +87,17 @@ def test_attention_dropout_is_refused():
     x = torch.zeros(1, 1, 2, 4)
     with pytest.raises(UserError, match=r"dropout is 0\.1"):
         eager_attention(None, x, x, x, None, scaling=1.0, dropout=0.1)
+
+
+def test_going_back_through_many_runs_builds_no_tensor_of_zeros(tiny_model, packed_input):
+    """A slice's gradient would be one as large as all runs together, for every run."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model, lengths = tiny_model(), [2, 3, 4, 5]
+    ids, positions = packed_input(lengths)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        output = model(input_ids=ids[None], position_ids=positions[None], lengths=lengths)
+        output.logits.sum().backward()
+    names = {event.key for event in record.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu_backward" in names, "the packed route ran"
+    assert not names & {"aten::slice_backward", "aten::select_backward"}

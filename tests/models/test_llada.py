@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from laddpo.errors import UserError
-from laddpo.models.llada import LLaDAConfig, LLaDAModelLM, rotate
+from laddpo.models.llada import LLaDAConfig, LLaDAModelLM
+from laddpo.models.tokenwise import rotate
 
 LENGTHS = [5, 9, 5, 1, 9, 7]
 
@@ -185,7 +186,7 @@ def test_norm_epsilon_and_rope_base_are_those_of_the_config(tiny_model, random_i
 
 def test_rotation_by_hand():
     # head_dim 2: one pair (x0, x1), turned by angle a: (x0 cos a - x1 sin a, x1 cos a + x0 sin a)
-    a = torch.tensor([[0.0, math.pi / 2, math.pi]])[..., None, None].expand(1, 3, 1, 2)
+    a = torch.tensor([[0.0, math.pi / 2, math.pi]])[..., None, None].view(1, 3, 1, 1)
     turned = rotate(torch.tensor([[[[3.0, 1.0]]] * 3]).view(1, 3, 1, 2), a.cos(), a.sin())
     expected = torch.tensor([[3.0, 1.0], [-1.0, 3.0], [-3.0, -1.0]])
     torch.testing.assert_close(turned[0, :, 0], expected, atol=1e-6, rtol=0)
