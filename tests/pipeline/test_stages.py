@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 
 import numpy as np
 import pytest
@@ -163,6 +164,26 @@ def test_a_model_from_random_weights_obeys_the_hardware_settings_and_is_first_ev
         assert [record["step"] for record in records if "validation/exact_match" in record] == [4]
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+def test_validation_writes_nothing_that_a_kill_could_leave(stages, monkeypatch):
+    """Looked at whenever answers are made, in the run's folder and in the system's for temporary files."""
+    from laddpo import answering
+
+    run, system, found = stages.folder / "run", stages.folder / "system", []
+    system.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(system))
+    answer = answering.described_answers
+
+    def watched(*arguments):
+        found.append({path.relative_to(stages.folder).as_posix() for path in (*system.iterdir(), *run.iterdir())})
+        return answer(*arguments)
+
+    monkeypatch.setattr(answering, "described_answers", watched)
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    lasting = {"run/" + name for name in ("adapter", "checkpoints", "samples", "config.yaml", ".lock")}
+    lasting |= {"run/" + name for name in ("metrics.jsonl", "timing.jsonl")}
+    assert found and set.union(*found) <= lasting
 
 
 def test_padding_follows_each_response_by_any_number_of_eos_tokens_that_fits():
