@@ -131,14 +131,15 @@ def choose_plan(config: RunConfig, device: str, precision: str, available: int, 
     wanted = hardware.gradient_checkpointing
     most = CPU_TOKEN_BUDGET if device == "cpu" else MOST_TOKENS
     options = {on: dataclasses.replace(given, checkpointing=on) for on in (False, True)}
-    largest = {on: largest_token_budget(option, usable(available), Load(0), most) for on, option in options.items()}
+    own_pairs = pairs_per_process(config)
+    empty = Load(0, alone=own_pairs == 1)
+    largest = {on: largest_token_budget(option, usable(available), empty, most) for on, option in options.items()}
 
     def plan(option: Setup) -> tuple[MemoryPlan, int]:
         tokens = hardware.token_budget or max(BUDGET_STEP, steady(largest[option.checkpointing]))
         mode, _ = choose_backward(config, lengths, tokens)
-        own_pairs = math.ceil(pairs_per_step(config) / processes(config))
         micro_step = max(lengths.longest, min(tokens, own_pairs * lengths.longest_pair))
-        load = Load(micro_step, exceeds=lengths.longest_pair > tokens)
+        load = dataclasses.replace(empty, tokens=micro_step, exceeds=lengths.longest_pair > tokens)
         return predict_memory(dataclasses.replace(option, backward=mode), load), tokens
 
     def cost(option: Setup) -> tuple[bool, float]:
@@ -160,7 +161,7 @@ def steady(tokens: int) -> int:
 
 
 def choose_backward(config: RunConfig, lengths: Lengths, token_budget: int) -> tuple[str, str]:
-    """The backward mode and why. `auto`: stream, unless all weights are trained and pairs exceed a micro-step."""
+    """The backward mode and why. `auto`: stream, unless that takes a buffer of the model's size."""
     if config.hardware.backward != "auto":
         return config.hardware.backward, "as set in hardware.backward"
     pairs = f"the largest pair takes {lengths.longest_pair} tokens, a micro-step {token_budget}"
@@ -168,6 +169,8 @@ def choose_backward(config: RunConfig, lengths: Lengths, token_budget: int) -> t
         return "two_pass", "weights are sharded, so that every rank must know what a pair counts before it goes back"
     if lengths.longest_pair <= token_budget:
         return "stream", f"whole pairs fit a micro-step, so it needs no buffer: {pairs}"
+    if pairs_per_process(config) == gradient_groups(config) == 1:
+        return "stream", f"one pass, and a step of one pair needs no buffer: {pairs}"
     if config.adapter.kind == "full":
         return "two_pass", f"a gradient buffer would be as large as the model: {pairs}"
     return "stream", f"one pass, and a gradient buffer of the adapter's size is small: {pairs}"
@@ -191,6 +194,11 @@ def pairs_per_step(config: RunConfig) -> int:
     """Pairs of one optimizer step, over all processes."""
     optim = config.optim
     return optim.per_device_train_batch_size * optim.gradient_accumulation_steps * processes(config)
+
+
+def pairs_per_process(config: RunConfig) -> int:
+    """The most pairs of one optimizer step that one process has."""
+    return math.ceil(pairs_per_step(config) / processes(config))
 
 
 def processes(config: RunConfig) -> int:
