@@ -133,6 +133,14 @@ def test_lengths_come_from_the_rows():
     assert (found.longest, found.longest_pair, found.mean, found.response) == (23, 4 * 44, 19, 4)
 
 
+def test_of_sft_rows_the_one_response_is_counted_and_all_draws_share_a_buffer():
+    found = prepared_lengths(np.array([[200, 500], [400, 600]]), draws=4, source="here")
+    assert (found.longest, found.longest_pair, found.mean, found.response) == (1000, 4 * 1000, 850, 550)
+    settings = ["dpo.loss=ipo", "hardware.token_budget=1024"]
+    plans = [chosen(*settings, lengths=dataclasses.replace(found, sides=sides)).memory for sides in (1, 2)]
+    assert [plan.parts["gradient buffers"] / plan.parts["gradient"] for plan in plans] == [1, 2]
+
+
 def test_assumed_lengths_never_exceed_max_length():
     lengths = assumed_lengths(compose(["model=llada_8b", "data.length_quantiles.p99=646"]))
     assert lengths.longest == 1024 and "nothing is prepared" in lengths.source

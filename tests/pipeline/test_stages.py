@@ -212,6 +212,26 @@ def test_sft_trains_on_the_padding_that_it_is_asked_for(stages):
     assert tokens[64] > 1.2 * tokens["null"]
 
 
+def test_an_sft_run_is_planned_for_its_rows_padding_included(stages, monkeypatch):
+    from laddpo import machine
+    from laddpo.core.tasks import SftTask
+
+    find, accumulate, machines, tasks = machine.find_machine, SftTask.accumulate, [], []
+    monkeypatch.setattr(machine, "find_machine", lambda *given: machines.append(find(*given)) or machines[-1])
+    monkeypatch.setattr(SftTask, "accumulate", lambda self, *given: tasks.append(self) or accumulate(self, *given))
+    settings = ["adapter=full", "sft.num_examples=16", "sft.diffusion_samples=2", "optim.max_train_steps=1"]
+    settings += ["evaluation.tasks=[]", "data.max_length=96", "hardware.token_budget=96"]
+    for pad_to in ("null", 64):
+        folder = stages.folder / f"pad-{pad_to}"
+        assert stages.run("sft", *settings, f"sft.pad_to={pad_to}", f"output_dir={folder}") == 0
+    for task, planned in zip(tasks, machines, strict=True):
+        longest = max(len(row.prompt_ids) + len(row.response_ids) for row in task.examples)
+        assert planned.choice.memory.load.exceeds == (2 * longest > 96), longest
+        assert task.backward == planned.choice.setup.backward
+    # a row padded no longer fits a micro-step, and a buffer would be as large as the model
+    assert [task.backward for task in tasks] == ["stream", "two_pass"]
+
+
 def test_dpo_from_an_sft_adapter_has_that_adapter_in_its_reference(stages, capsys):
     sft, dpo = stages.folder / "sft", stages.folder / "dpo"
     assert stages.run("sft", "sft.examples=chosen", "evaluation.tasks=[]", f"output_dir={sft}") == 0
