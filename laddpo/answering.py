@@ -125,20 +125,24 @@ def answer_task(
     config: RunConfig,
     loaded: Loaded,
     task: Task,
-    items_path: Path,
+    items_path: Path | None,
     weights: Mapping[str, Any],
     label: str,
     stop: StopFlag | None = None,
 ) -> list[dict[str, Any]]:
-    """One graded record per item, appended to `items_path` as they come; records of the same weights are reused.
+    """One graded record per item, appended to `items_path` as they come; records of the same weights are reused. None:
+    nothing is written.
 
-    Raises `Stopped` between two batches after a signal; the same command then goes on with the next batch.
+    Raises `Stopped` between two batches after a signal; the same command then goes on with the next batch, or without
+    a file begins this task again.
     """
     answer, ranks = described_answerer(config, loaded), loaded.machine.ranks
 
     def answer_unless_stopped(prompts: list) -> list[Answer]:
         if ranks.agree_to_stop(stop):
-            raise Stopped(f"{items_path}: stopped by {stop.name}; the answers so far are kept. Give the command again.")
+            kept = f"{items_path}: stopped by {stop.name}; the answers so far are kept."
+            unkept = f"{label} of {task.name}: stopped by {stop.name}; its answers are not kept."
+            raise Stopped(f"{kept if items_path else unkept} Give the command again.")
         with lockstep(loaded.denoiser):
             return answer(prompts) if prompts else []
 

@@ -133,7 +133,7 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
             return EXIT_DONE
         folder = Path(ranks.broadcast(str(run_folder(stage, config)) if ranks.is_main else None))
         if ranks.is_main:
-            for note in unlikely_settings(config):
+            for note in unlikely_settings(config, stage):
                 print(f"note: {note}", file=sys.stderr)
         return _call(main or importlib.import_module(f"laddpo.{stage}").main, config, folder)
 

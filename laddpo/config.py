@@ -243,11 +243,12 @@ def _decoding(config: RunConfig) -> Iterator[str]:
         )
 
 
-def unlikely_settings(config: RunConfig) -> list[str]:
-    """What runs, but probably not as wished: one sentence for each setting, by name. Never an error."""
+def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
+    """What of a stage runs, but probably not as wished: one sentence for each setting, by name. Never an error."""
     recommended, dpo, optim, name = config.model.recommended, config.dpo, config.optim, config.model.name
     is_lora = config.adapter.kind == "lora"
     rate = recommended.learning_rate.lora if is_lora else recommended.learning_rate.full
+    is_from_scratch = stage == "sft" and config.sft.from_scratch  # what is recommended is for trained weights
     is_large = config.model.shape.n_layers >= 16
     is_arithmetic, kind = config.data.source == "arithmetic", "LoRA" if is_lora else "full fine-tuning"
     repeats_masks = optim.num_train_epochs > dpo.mask_rounds and optim.max_train_steps is None
@@ -258,7 +259,7 @@ def unlikely_settings(config: RunConfig) -> list[str]:
             "leave the reference, too large holds it still.",
         ),
         (
-            not rate / 9 <= optim.learning_rate <= rate * 9,
+            not is_from_scratch and not rate / 9 <= optim.learning_rate <= rate * 9,
             f"optim.learning_rate={optim.learning_rate:g} is far from what suits {name} with {kind} ({rate:g}).",
         ),
         (

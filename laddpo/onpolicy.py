@@ -34,14 +34,13 @@ def with_run(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, adapter=adapter)
 
 
-def sampled_file(config: RunConfig) -> Path:
-    """samples.jsonl of these settings: found, or sampled now with auto=true."""
+def sampled_file(config: RunConfig, questions: list) -> Path:
+    """samples.jsonl of these settings, which ask `questions`: found, or sampled now with auto=true."""
     from laddpo.core.budget import release_memory
     from laddpo.core.ranks import here
     from laddpo.evaluation import samples
     from laddpo.signals import stop_on_signal
 
-    questions = open_questions(config)
     fields = sample_fields(config, questions)
     folder = samples.samples_folder(Path(config.paths.data_dir), fields)
     if samples.is_finished(folder):
@@ -131,8 +130,9 @@ def sampling_config(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, cfg_scale=0.0, **chosen))
 
 
-def pair_grader(config: RunConfig):
-    """Tells right answers from wrong ones: exact for the embedded problems, else the one that data.grader names."""
+def pair_grader(config: RunConfig, questions: list):
+    """Tells right answers to `questions` from wrong ones: exact for the embedded problems, else the one that
+    data.grader names."""
     from laddpo.evaluation.grading import FunctionGrader, same_final_number, text_grader
     from laddpo.preference import arithmetic
 
@@ -141,7 +141,7 @@ def pair_grader(config: RunConfig):
         return FunctionGrader("equal final number", same_final_number)
     if is_embedded:
         return FunctionGrader("exact final answer", arithmetic.grade)
-    return text_grader(config.data.grader, [question.answer for question in open_questions(config)])
+    return text_grader(config.data.grader, [question.answer for question in questions])
 
 
 def _sampler(config: RunConfig):

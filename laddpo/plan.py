@@ -1,4 +1,4 @@
-"""What a run will need, before anything is loaded: memory by part, the largest micro-step that fits, hours.
+"""What a run of train will need, before anything is loaded: memory by part, the largest micro-step that fits, hours.
 
     python -m laddpo.plan model=llada_8b hardware=rtx4080
     python -m laddpo.plan model=llada_8b hardware=rtx4080 hardware.vram_gib=8       what would fit there

@@ -42,13 +42,15 @@ USUAL_GPU = Device(tflops=100.0)  # where only the comparison of two plans count
 @dataclass(frozen=True)
 class Lengths:
     """What a plan must know of the data, in tokens. `longest`: one sequence; `longest_pair`: both responses under all
-    draws; `mean` and `response`: a mean sequence, and the response in it. `source`: where that was read."""
+    draws, of SFT rows the one; `mean` and `response`: a mean sequence, and the response in it. `source`: where that was
+    read. `sides`: responses that a loss value depends on, two of a pair, one of an SFT row."""
 
     longest: int
     longest_pair: int
     mean: float
     response: float
     source: str
+    sides: int = 2
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ class Choice:
         return self.memory.peak <= usable(self.available)
 
 
-def memory_setup(config: RunConfig, device: str, precision: str) -> Setup:
-    """The settings as the memory plan's plain numbers. `device`: cuda or cpu; `precision`: fp32, bf16 or fp16."""
+def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2) -> Setup:
+    """The settings as the memory plan's plain numbers. `device`: cuda or cpu; `precision`: fp32, bf16 or fp16; `sides`
+    as in Lengths."""
     shape, hardware, quantization = config.model.shape, config.hardware, config.quantization
     is_sharded = hardware.sharding == "fsdp"
     backward = "two_pass" if is_sharded else "stream"
@@ -101,13 +104,16 @@ def memory_setup(config: RunConfig, device: str, precision: str) -> Setup:
         offload=hardware.offload_activations and device == "cuda",
         embeddings_on_cpu=hardware.embeddings_on_cpu and device == "cuda",
         backward=hardware.backward if hardware.backward != "auto" else backward,
-        gradient_groups=gradient_groups(config),
+        gradient_groups=gradient_groups(config, sides),
         shards=processes(config) if is_sharded else 1,
     )
 
 
-def gradient_groups(config: RunConfig) -> int:
-    """Buffers of a pair larger than a micro-step: one for each set of draws with a derivative of its own."""
+def gradient_groups(config: RunConfig, sides: int = 2) -> int:
+    """Buffers of a pair larger than a micro-step: one for each set of draws with a derivative of its own. An SFT row's
+    draws share theirs."""
+    if sides == 1:
+        return 1
     dpo = config.dpo
     block = 2 if dpo.estimator in ("complement", "balanced") else 1
     parts = {"none": 1, "cross_fit": 2, "second_order": max(1, dpo.diffusion_samples // block)}[dpo.correction]
@@ -127,18 +133,19 @@ def adapter_targets(config: RunConfig) -> tuple[str, ...]:
 
 def choose_plan(config: RunConfig, device: str, precision: str, available: int, lengths: Lengths) -> Choice:
     """The memory plan of these settings; of what they leave open, the choice with the shortest forecast that fits."""
-    hardware, given = config.hardware, memory_setup(config, device, precision)
+    hardware, given = config.hardware, memory_setup(config, device, precision, lengths.sides)
     wanted = hardware.gradient_checkpointing
     most = CPU_TOKEN_BUDGET if device == "cpu" else MOST_TOKENS
     options = {on: dataclasses.replace(given, checkpointing=on) for on in (False, True)}
-    largest = {on: largest_token_budget(option, usable(available), Load(0), most) for on, option in options.items()}
+    own_pairs = pairs_per_process(config)
+    empty = Load(0, alone=own_pairs == 1)
+    largest = {on: largest_token_budget(option, usable(available), empty, most) for on, option in options.items()}
 
     def plan(option: Setup) -> tuple[MemoryPlan, int]:
         tokens = hardware.token_budget or max(BUDGET_STEP, steady(largest[option.checkpointing]))
         mode, _ = choose_backward(config, lengths, tokens)
-        own_pairs = math.ceil(pairs_per_step(config) / processes(config))
         micro_step = max(lengths.longest, min(tokens, own_pairs * lengths.longest_pair))
-        load = Load(micro_step, exceeds=lengths.longest_pair > tokens)
+        load = dataclasses.replace(empty, tokens=micro_step, exceeds=lengths.longest_pair > tokens)
         return predict_memory(dataclasses.replace(option, backward=mode), load), tokens
 
     def cost(option: Setup) -> tuple[bool, float]:
@@ -160,7 +167,7 @@ def steady(tokens: int) -> int:
 
 
 def choose_backward(config: RunConfig, lengths: Lengths, token_budget: int) -> tuple[str, str]:
-    """The backward mode and why. `auto`: stream, unless all weights are trained and pairs exceed a micro-step."""
+    """The backward mode and why. `auto`: stream, unless that takes a buffer of the model's size."""
     if config.hardware.backward != "auto":
         return config.hardware.backward, "as set in hardware.backward"
     pairs = f"the largest pair takes {lengths.longest_pair} tokens, a micro-step {token_budget}"
@@ -168,6 +175,8 @@ def choose_backward(config: RunConfig, lengths: Lengths, token_budget: int) -> t
         return "two_pass", "weights are sharded, so that every rank must know what a pair counts before it goes back"
     if lengths.longest_pair <= token_budget:
         return "stream", f"whole pairs fit a micro-step, so it needs no buffer: {pairs}"
+    if pairs_per_process(config) == gradient_groups(config, lengths.sides) == 1:
+        return "stream", f"one pass, and a step of one pair needs no buffer: {pairs}"
     if config.adapter.kind == "full":
         return "two_pass", f"a gradient buffer would be as large as the model: {pairs}"
     return "stream", f"one pass, and a gradient buffer of the adapter's size is small: {pairs}"
@@ -193,6 +202,11 @@ def pairs_per_step(config: RunConfig) -> int:
     return optim.per_device_train_batch_size * optim.gradient_accumulation_steps * processes(config)
 
 
+def pairs_per_process(config: RunConfig) -> int:
+    """The most pairs of one optimizer step that one process has."""
+    return math.ceil(pairs_per_step(config) / processes(config))
+
+
 def processes(config: RunConfig) -> int:
     """The processes that a step's pairs are counted for: those launched, unless the settings say otherwise."""
     return config.hardware.processes or launched().world
@@ -210,11 +224,12 @@ def assumed_lengths(config: RunConfig) -> Lengths:
 
 
 def prepared_lengths(lengths: np.ndarray, draws: int, source: str) -> Lengths:
-    """From prepared rows. # lengths [pairs, 3]: prompt, chosen, rejected"""
+    """From prepared rows. # lengths [rows, 1 + sides]: prompt, then chosen and rejected, or an SFT row's response"""
     prompt, responses = lengths[:, :1], lengths[:, 1:]
     sequences = prompt + responses
     longest_pair = int(draws * sequences.sum(axis=1).max())
-    return Lengths(int(sequences.max()), longest_pair, float(sequences.mean()), float(responses.mean()), source)
+    means = float(sequences.mean()), float(responses.mean())
+    return Lengths(int(sequences.max()), longest_pair, *means, source, responses.shape[1])
 
 
 def measured_cpu_speed(shape: Shape, lengths: Lengths) -> Device:

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laddpo.app import run_stage
 from laddpo.ranges import EMBEDDED_TASKS
 from laddpo.settings import MixturePart, RunConfig
+
+if TYPE_CHECKING:
+    from laddpo.preference.candidates import Grader
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
@@ -114,31 +118,31 @@ def _arguments(config: RunConfig) -> tuple:
         fail_on_leak=data.fail_on_leak,
     )
     parts = [
-        Part(part.source, request_of(config, part, _grader(config, part.source)), part.weight)
-        for part in _mixture(config)
+        Part(part.source, request_of(config, part, grader), part.weight) for part, grader in _graded_mixture(config)
     ]
     encoder = encoder_for(config, load_tokenizer(model_path(config), config.model.revision))
     return Path(config.paths.data_dir) / "prepared", data.source, parts, encoder, rules
 
 
-def _mixture(config: RunConfig) -> list[MixturePart]:
-    """The parts of data.mixture, or the one source as a mixture of one."""
+def _graded_mixture(config: RunConfig) -> list[tuple[MixturePart, Grader | None]]:
+    """The parts of data.mixture, or the one source as a mixture of one; each with what grades its answers, if it has
+    any."""
+    from laddpo.onpolicy import open_questions, pair_grader, sampled_file
+
     data = config.data
-    if data.mixture:
-        return data.mixture
     if data.source == "onpolicy":
-        from laddpo.onpolicy import sampled_file
+        questions = open_questions(config)
+        return [(MixturePart(data.source, str(sampled_file(config, questions))), pair_grader(config, questions))]
+    one = MixturePart(data.source, data.dataset_name, data.dataset_split, data.revision, data.columns, data.format)
+    return [(part, _grader(config, part.source)) for part in data.mixture or [one]]
 
-        return [MixturePart(data.source, str(sampled_file(config)))]
-    return [MixturePart(data.source, data.dataset_name, data.dataset_split, data.revision, data.columns, data.format)]
 
-
-def _grader(config: RunConfig, source: str):
+def _grader(config: RunConfig, source: str) -> Grader | None:
     """What tells right from wrong where pairs are made of answers; None elsewhere."""
-    if source == "onpolicy":
-        from laddpo.onpolicy import pair_grader
+    if source == "onpolicy":  # samples that a mixture names
+        from laddpo.onpolicy import open_questions, pair_grader
 
-        return pair_grader(config)
+        return pair_grader(config, open_questions(config))
     from laddpo.evaluation.grading import math_grader
 
     return math_grader() if source == "graded_candidates" else None

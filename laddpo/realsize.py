@@ -275,7 +275,7 @@ def predicted_peak(config: RunConfig, machine, setting: StepSetting, pair) -> in
     longest = len(pair.prompt_ids) + len(pair.chosen_ids)
     everything = 2 * setting.draws * longest
     packed = max(longest, min(setting.token_budget // longest * longest, everything))
-    load = Load(packed, mixed=False, exceeds=everything > setting.token_budget)
+    load = Load(packed, mixed=False, exceeds=everything > setting.token_budget, alone=True)
     return predict_memory(setup_of(config, machine, setting), load).peak
 
 

@@ -86,9 +86,9 @@ def read_run(folder: Path) -> Run:
     evaluation = folder / "evaluation" if (folder / "evaluation").is_dir() else folder
     results, manifest = evaluation / "results.json", folder / runs.MANIFEST
     settings = folder / "config.yaml"
-    sealed = runs.unsealed(manifest) if manifest.exists() else {}
-    if "kind" in sealed:
-        runs.read_manifest(folder, sealed["kind"])
+    found = runs.unsealed(manifest) if manifest.exists() else None
+    is_ours = isinstance(found, dict) and isinstance(found.get("kind"), str)
+    sealed = runs.read_manifest(folder, found["kind"]) if is_ours else {}
     return Run(
         name=folder.name,
         folder=folder,
@@ -97,7 +97,7 @@ def read_run(folder: Path) -> Run:
         timing=runs.JsonLines(folder / "timing.jsonl").read(),
         results=runs.read_json(results) if results.exists() else {},
         evaluation=evaluation,
-        fields=sealed.get("fields", {}),
+        fields=sealed["fields"] if is_ours else {},
         is_finished=manifest.exists() or results.exists(),
     )
 

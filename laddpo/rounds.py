@@ -81,7 +81,8 @@ def _round_record(folder: Path, place: Path) -> dict[str, Any]:
     """What a round did: its manifest's fields, which link it to its pairs and its start, and what was sampled."""
     from laddpo.sweep import find_results
 
-    manifest = runs.read_json(place / runs.MANIFEST)
+    manifest = runs.read_manifest(place, "train", verify=False)
+    assert manifest is not None, f"{place}: a round that is not finished"
     return {
         "folder": place.relative_to(folder).as_posix(),
         "manifest": {"fingerprint": manifest["fingerprint"], **manifest["fields"]},

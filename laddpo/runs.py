@@ -300,6 +300,28 @@ def unsealed(path: Path) -> Any:
     return bare
 
 
+def require_keys(path: Path, content: Any, names: Iterable[str], cure: str) -> None:
+    """What we wrote into `path` must have these keys, nested ones named with dots; `cure` says what to do if not.
+
+    Raises `UserError` naming the keys that are absent: its checksums held, so another version left them out.
+    """
+    lacking = [name for name in names if not _has(content, name.split("."))]
+    if lacking:
+        keys = list(content) if isinstance(content, Mapping) else []
+        found = f"the keys {', '.join(map(repr, keys))}" if keys else "no keys"
+        raise UserError(
+            f"{path}: has {found}, expected also {', '.join(lacking)}; an older version of laddpo wrote it. {cure}"
+        )
+
+
+def _has(content: Any, keys: Iterable[str]) -> bool:
+    for key in keys:
+        if not isinstance(content, Mapping) or key not in content:
+            return False
+        content = content[key]
+    return True
+
+
 def present(folder: Path, names: Iterable[str]) -> list[str]:
     """Those of the names that are files of the folder."""
     return [name for name in names if (folder / name).exists()]
@@ -308,7 +330,8 @@ def present(folder: Path, names: Iterable[str]) -> list[str]:
 def read_manifest(folder: Path, *kinds: str, verify: bool = True) -> dict | None:
     """The manifest of a finished folder of one of these kinds, or None when the folder is absent or unfinished.
 
-    With `verify`, a file whose bytes differ from the sealed ones raises `UserError` naming it.
+    Its fields are at least those of FIELDS. With `verify`, a file whose bytes differ from the sealed ones raises
+    `UserError` naming it.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -323,9 +346,11 @@ def read_manifest(folder: Path, *kinds: str, verify: bool = True) -> dict | None
         )
     try:
         sealed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        manifest["fields"].items()
+        manifest["fields"].items(), manifest["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is damaged ({error!r}). Remove the folder {folder} and run again.") from error
+    cure = f"Use that version, or make {folder} anew."
+    require_keys(path, manifest["fields"], FIELDS.get(manifest["kind"], ()), cure)
     if verify:
         for name, (size, digest) in sealed.items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -374,3 +399,9 @@ def _versions() -> tuple[tuple[str, str], ...]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions.append((name, metadata.version(name)))
     return tuple(versions)
+
+
+FIELDS = {  # by kind of manifest: those that are read without asking whether they are there
+    "prepared": ("encoding",),
+    "weights": ("step", "base.base"),
+}

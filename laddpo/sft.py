@@ -20,6 +20,7 @@ from laddpo.app import run_stage
 from laddpo.settings import RunConfig
 
 if TYPE_CHECKING:
+    from laddpo.planning import Lengths
     from laddpo.preference.encode import EncodedExample
 
 
@@ -50,6 +51,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.evaluate import evaluate_run
     from laddpo.evaluation.plots import training_plot
     from laddpo.machine import find_machine
+    from laddpo.models.loading import load_tokenizer
     from laddpo.preference.prepared import chosen_examples
     from laddpo.prepare import open_prepared
     from laddpo.training import (
@@ -64,22 +66,22 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     )
 
     inputs.check_before_loading(config)
-    machine = find_machine(config)
+    tokenizer = load_tokenizer(inputs.model_path(config), config.model.revision)
+    prepared = open_prepared(config) if config.sft.examples == "chosen" else None
+    examples = chosen_examples(prepared.train) if prepared else corpus_examples(config, tokenizer)
+    if config.sft.pad_to:
+        examples = padded(examples, config.sft.pad_to, config.data.max_length, tokenizer.eos_token_id, config.seed)
+    machine = find_machine(config, example_lengths(config, examples))
     print(f"machine: {machine}")
     loaded = inputs.new_model(config, machine) if config.sft.from_scratch else inputs.load(config, machine)
     ranks = machine.ranks
     if ranks.is_main:
         write_config(config, folder)
-    prepared = open_prepared(config) if config.sft.examples == "chosen" else None
-    examples = chosen_examples(prepared.train) if prepared else corpus_examples(config, loaded)
-    if config.sft.pad_to:
-        examples = padded(
-            examples, config.sft.pad_to, config.data.max_length, loaded.tokenizer.eos_token_id, config.seed
-        )
     parameters = inputs.make_trainable(config, loaded)
     # every epoch sees new masks: nothing is stored that would tie them
     estimator = ElboEstimator("count", "low_discrepancy", draws_of(config), config.seed, mask_rounds=sys.maxsize)
-    task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget, ranks=ranks)
+    backward = machine.choice.setup.backward
+    task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget, backward, ranks)
     validation = Validation(config, loaded, [], 1, validation_tasks(config), stop=stop)
     settings = loop_settings(config, len(examples), validation.best_metric)
     rows = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} masks each"
@@ -130,13 +132,13 @@ def draws_of(config: RunConfig) -> int:
     return config.sft.diffusion_samples or 2 * config.dpo.diffusion_samples
 
 
-def corpus_examples(config: RunConfig, loaded) -> list:
+def corpus_examples(config: RunConfig, tokenizer) -> list:
     """The encoded rows of the generated corpus."""
     from laddpo.inputs import difficulty_of, encoder_for
     from laddpo.preference.arithmetic import corpus
     from laddpo.preference.word_problems import word_corpus
 
-    encoder, count, share = encoder_for(config, loaded.tokenizer), config.sft.num_examples, config.sft.mistake_share
+    encoder, count, share = encoder_for(config, tokenizer), config.sft.num_examples, config.sft.mistake_share
     if config.data.problems == "word_problems":
         rows = word_corpus(count, share, config.seed, config.data.habit, config.sft.drill_share)
     else:
@@ -165,6 +167,16 @@ def padded(
         tail = np.full(count, eos_token_id, example.response_ids.dtype)
         rows.append(dataclasses.replace(example, response_ids=np.concatenate([example.response_ids, tail])))
     return rows
+
+
+def example_lengths(config: RunConfig, examples: Sequence[EncodedExample]) -> Lengths:
+    """What the memory plan must know of these rows, padding included."""
+    import numpy as np
+
+    from laddpo.planning import prepared_lengths
+
+    lengths = np.array([(len(example.prompt_ids), len(example.response_ids)) for example in examples])
+    return prepared_lengths(lengths, draws_of(config), f"sft.examples={config.sft.examples}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,7 +209,10 @@ class Validation:
             ranks = self.loaded.machine.ranks
             scores = score_preferences(self.loaded.denoiser, self.items, objective, self.block, budget, ranks)
             metrics.update(scores.metrics())
-        records = [self._answers(task) for task in self.tasks]
+        # answers of a model on its way are in no file: they are made within one evaluation, or anew
+        records = [
+            answer_task(self.config, self.loaded, task, None, {}, "validation", self.stop) for task in self.tasks
+        ]
         if records:
             shares = [sum(record["correct"] for record in of_task) / len(of_task) for of_task in records]
             metrics[EXACT_MATCH] = sum(shares) / len(shares)
@@ -234,14 +235,6 @@ class Validation:
             texts = answer_ids(self.config, self.loaded, prompts, [str(i) for i in range(len(prompts))])
         asked = [self.loaded.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
         return "\n\n".join(f"prompt  {a}\nanswer  {text}" for a, text in zip(asked, texts, strict=True))
-
-    def _answers(self, task: Task) -> list[dict]:
-        scratch = Path(tempfile.mkdtemp(prefix="laddpo-"))
-        try:
-            records = answer_task(self.config, self.loaded, task, scratch / "items.jsonl", {}, "validation", self.stop)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        return records
 
 
 def open_validation(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, stop: StopFlag) -> Validation:

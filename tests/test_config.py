@@ -282,6 +282,18 @@ def test_each_unlikely_setting_has_its_note(overrides, needle):
     assert any(needle in note for note in unlikely_settings(compose(overrides)))
 
 
+@pytest.mark.parametrize("experiment", ["make_llada_mini", "make_llada_nano"])
+def test_random_weights_take_a_learning_rate_of_their_own(experiment, capsys):
+    def notes(stage: str, *more: str) -> str:
+        assert cli(stage, [f"experiment={experiment}", *more], lambda config, folder: None) == 0
+        return capsys.readouterr().err
+
+    note = "note: optim.learning_rate=0.002 is far from what suits"
+    assert note not in notes("sft")
+    assert note in notes("sft", "sft.from_scratch=false")
+    assert note in notes("train"), "DPO starts from trained weights, whatever sft says"
+
+
 def test_the_run_config_is_written_and_read_back_whole(tmp_path):
     config = compose(["dpo.beta=0.3", "evaluation.tasks=[gsm8k]", "resume=true"])
     write_config(config, tmp_path)

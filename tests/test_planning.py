@@ -89,6 +89,20 @@ def test_full_fine_tuning_takes_two_passes_only_where_pairs_exceed_a_micro_step(
     assert all("8192" in choose_backward(c, DIALOGUES, 2048)[1] for c in (full, compose([])))
 
 
+def test_a_step_of_one_pair_needs_no_buffer_of_its_own():
+    one = ["optim.per_device_train_batch_size=1", "optim.gradient_accumulation_steps=1"]
+    alone, several = chosen(*one), chosen()
+    assert several.memory.parts["gradient buffers"] == several.memory.parts["gradient"]
+    assert alone.memory.load.exceeds and alone.memory.parts["gradient buffers"] == 0
+    assert alone.largest[True] > several.largest[True]
+    assert chosen(*one, "dpo.loss=ipo").memory.parts["gradient buffers"] == alone.memory.parts["gradient"]
+    # and where all weights are trained, none as large as the model: no second forward pass is needed to avoid it
+    assert choose_backward(compose(["adapter=full", *one]), DIALOGUES, 2048)[0] == "stream"
+    assert choose_backward(compose(["adapter=full", *one, "dpo.loss=ipo"]), DIALOGUES, 2048)[0] == "two_pass"
+    two = [*one[:1], "optim.gradient_accumulation_steps=2"]
+    assert choose_backward(compose(["adapter=full", *two]), DIALOGUES, 2048)[0] == "two_pass"
+
+
 def test_buffers_are_those_of_the_loss():
     for loss, row in LOSSES.items():
         setup = planning.memory_setup(compose([f"dpo.loss={loss}"]), "cpu", "fp32")
@@ -117,6 +131,14 @@ def test_lengths_come_from_the_rows():
     found = prepared_lengths(rows, draws=4, source="here")
     # sequences: 15, 17, 23, 21
     assert (found.longest, found.longest_pair, found.mean, found.response) == (23, 4 * 44, 19, 4)
+
+
+def test_of_sft_rows_the_one_response_is_counted_and_all_draws_share_a_buffer():
+    found = prepared_lengths(np.array([[200, 500], [400, 600]]), draws=4, source="here")
+    assert (found.longest, found.longest_pair, found.mean, found.response) == (1000, 4 * 1000, 850, 550)
+    settings = ["dpo.loss=ipo", "hardware.token_budget=1024"]
+    plans = [chosen(*settings, lengths=dataclasses.replace(found, sides=sides)).memory for sides in (1, 2)]
+    assert [plan.parts["gradient buffers"] / plan.parts["gradient"] for plan in plans] == [1, 2]
 
 
 def test_assumed_lengths_never_exceed_max_length():

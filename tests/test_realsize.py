@@ -17,7 +17,7 @@ from laddpo.benchmarking.steps import Measured, fixed_budget, measure
 from laddpo.benchmarking.workload import random_model, random_pairs
 from laddpo.compose import compose
 from laddpo.core.elbo import ElboEstimator
-from laddpo.core.memory import GIB
+from laddpo.core.memory import GIB, Load, predict_memory
 from laddpo.core.speed import Device, forward_flops, predicted_tokens_per_s
 from laddpo.core.tasks import pair_item
 from laddpo.errors import UserError
@@ -190,6 +190,9 @@ def test_the_real_shape_is_planned_for_its_cards():
     by_draws = {s.draws: predicted_peak(config, machine, s, pair) for s in ours[:3]}
     assert by_draws.keys() == {4, 16, 64} and len(set(by_draws.values())) == 1 and by_draws[4] < 9 * GIB
     assert all(predicted_peak(config, machine, s, pair) < s.gib * GIB for s in ours)
+    # the pair is larger than a micro-step, and the step: its gradient needs no buffer
+    whole = Load(ours[0].token_budget, mixed=False, exceeds=False)
+    assert by_draws[4] == predict_memory(setup_of(config, machine, ours[0]), whole).peak
 
 
 def test_what_runs_out_of_memory_is_reported_and_the_rest_goes_on():

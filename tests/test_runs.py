@@ -201,17 +201,19 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pa
 
 # Manifests
 
+FIELDS = {"seed": 1, "encoding": {"template": "plain"}}
+
 
 @pytest.fixture
 def sealed(tmp_path) -> Path:
     (tmp_path / "values").write_bytes(b"1234")
-    runs.write_manifest(tmp_path, "prepared", {"seed": 1}, ["values"], made_by="a test")
+    runs.write_manifest(tmp_path, "prepared", FIELDS, ["values"], made_by="a test")
     return tmp_path
 
 
 def test_a_sealed_folder_gives_its_fields_back(sealed):
     manifest = runs.read_manifest(sealed, "prepared")
-    assert manifest["fields"] == {"seed": 1} and manifest["fingerprint"] == runs.fingerprint({"seed": 1})
+    assert manifest["fields"] == FIELDS and manifest["fingerprint"] == runs.fingerprint(FIELDS)
     assert manifest["files"]["values"]["bytes"] == 4 and manifest["provenance"] == {"made_by": "a test"}
 
 
@@ -224,7 +226,7 @@ def test_a_changed_file_is_named(sealed, content):
     (sealed / "values").unlink() if content is None else (sealed / "values").write_bytes(content)
     with pytest.raises(UserError, match=r"values: differs from what manifest\.json sealed"):
         runs.read_manifest(sealed, "prepared")
-    assert runs.read_manifest(sealed, "prepared", verify=False)["fields"] == {"seed": 1}
+    assert runs.read_manifest(sealed, "prepared", verify=False)["fields"] == FIELDS
 
 
 @pytest.mark.parametrize("name", ["../values", "/etc/hostname", "a/../../values"])
@@ -257,10 +259,33 @@ def test_any_flipped_bit_of_a_manifest_is_noticed(sealed):
                 runs.read_manifest(sealed, "prepared")
 
 
-@pytest.mark.parametrize("change", [lambda m: m.pop("files"), lambda m: m.pop("fields"), lambda m: m.update(files=[])])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("files"),
+        lambda m: m.pop("fields"),
+        lambda m: m.update(files=[]),
+        lambda m: (m.pop("fingerprint"), m.pop(runs.SEAL)),
+    ],
+)
 def test_a_manifest_that_lost_a_part_is_explained(sealed, change):
     manifest = json.loads((sealed / runs.MANIFEST).read_text())
     change(manifest)
     (sealed / runs.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
         runs.read_manifest(sealed, "prepared")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "lacking"),
+    [
+        ("weights", {"base": {"base": "a"}}, "step"),
+        ("weights", {"step": 3, "base": "a"}, r"base\.base"),
+        ("weights", {}, r"no keys, expected also step, base\.base"),
+        ("prepared", {"seed": 1}, "'seed', expected also encoding"),
+    ],
+)
+def test_a_manifest_of_an_older_version_is_refused_where_it_is_read(tmp_path, kind, fields, lacking):
+    runs.write_manifest(tmp_path, kind, fields, [])
+    with pytest.raises(UserError, match=rf"manifest\.json: has .*{lacking}; an older version of laddpo wrote it"):
+        runs.read_manifest(tmp_path, kind)

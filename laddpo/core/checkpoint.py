@@ -89,9 +89,7 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
             if manifest["fields"] != {"step": step_of(folder)} or set(manifest["files"]) != {MODEL, OPTIMIZER, STATE}:
                 raise UserError(f"{folder}: its {runs.MANIFEST} is that of another checkpoint.")
             state = runs.read_json(folder / STATE)
-            return Checkpoint(
-                folder, int(state["step"]), load_file(folder / MODEL), load_file(folder / OPTIMIZER), state
-            )
+            return Checkpoint(folder, step_of(folder), load_file(folder / MODEL), load_file(folder / OPTIMIZER), state)
         except UserError as error:
             damaged.append(quarantine(folder))
             log.warning("checkpoint %s is damaged and set aside as %s: %s", folder.name, damaged[-1].name, error)

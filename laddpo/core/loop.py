@@ -24,8 +24,10 @@ from laddpo.core.optim import clip_gradients, learning_rate
 from laddpo.core.outputs import RunOutputs
 from laddpo.core.ranks import ALONE, Ranks
 from laddpo.errors import NonFiniteStep, Stopped, UserError
+from laddpo.runs import require_keys
 from laddpo.signals import StopFlag
 
+RESUMED = ("optimizer", "loop.step", "metrics.bytes", "metrics.sha256")  # of a checkpoint's state
 MAX_OVERFLOWS = 25  # in a row; from 65,536 the loss scale has then fallen below 0.002
 
 
@@ -374,10 +376,12 @@ def _resume(
     if newest is None:
         print(f"{outputs.folder}: no checkpoint yet; starting at step 0.")
         return _start(outputs)
-    if "metrics" not in newest.state:
+    path, cure = newest.folder / checkpoints.STATE, "Finish the run with that version, or start a new one."
+    require_keys(path, newest.state, RESUMED, cure)
+    if unknown := newest.state["loop"].keys() - vars(LoopState()).keys():
         raise UserError(
-            f"{newest.folder / checkpoints.STATE}: says nothing of metrics.jsonl, expected the seal of its lines; "
-            "an older version of laddpo wrote it. Finish the run with that version, or start a new one."
+            f"{path}: has {', '.join(sorted(unknown))} in loop, expected what this version knows; a newer version of "
+            f"laddpo wrote it. {cure}"
         )
     checkpoints.restore(newest, parameters, optimizer)
     state = LoopState(**newest.state["loop"])

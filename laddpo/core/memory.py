@@ -92,13 +92,14 @@ class Setup:
 class Load:
     """One micro-step: `tokens`, of which `rows` are masked (None: half), in sequences of `mixed` lengths or of one.
 
-    `exceeds`: pairs larger than a micro-step occur, so that `stream` needs its buffers.
+    `exceeds`: pairs larger than a micro-step occur, so that `stream` needs its buffers. `alone`: a step is one pair.
     """
 
     tokens: int
     rows: int | None = None
     mixed: bool = True
     exceeds: bool = True
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,10 @@ def _optimizer(setup: Setup) -> int:
 
 
 def _buffers(setup: Setup, load: Load) -> int:
-    return setup.gradient_groups if setup.backward == "stream" and load.exceeds else 0
+    """Gradients beside the step's own. A step's first pair finds none there: one of its buffers becomes the step's."""
+    if setup.backward != "stream" or not load.exceeds:
+        return 0
+    return setup.gradient_groups - load.alone
 
 
 def _saved_activations(setup: Setup, load: Load) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,10 @@ class RunOutputs:
 
 
 class SilentLines(JsonLines):
-    """The log of a process that does not write: it looks empty, and stays so."""
+    """A log that is not written, because another process writes it or nobody is to: it looks empty, and stays so."""
+
+    def __init__(self, path: Path = Path(os.devnull)):
+        super().__init__(path)
 
     def append(self, record: Mapping[str, Any]) -> None:
         pass
@@ -51,6 +55,9 @@ class SilentLines(JsonLines):
         return []
 
     def rewind(self, keep) -> None:
+        pass
+
+    def sync(self) -> None:
         pass
 
     def seal(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from laddpo import runs
+from laddpo.errors import UserError
 from laddpo.evaluation.figures import DARK, PALE, RULE, new_figure, save_png, tidy
 from laddpo.evaluation.stats import DRIFT, Difference, mean_with_error, paired_bootstrap
 from laddpo.evaluation.sweeps import number_text
@@ -209,7 +210,10 @@ def _compared(arm: Arm, other: Arm | None) -> dict[str, Any] | None:
 def _facts(first: Path, last: Path) -> dict[str, float]:
     """Numbers about a run; of several rounds lengths are those of the first's start and the last's end."""
     rows = runs.JsonLines(last / "metrics.jsonl").read()
-    fields = runs.read_json(last / runs.MANIFEST)["fields"]
+    manifest = runs.read_manifest(last, "train", "sft", verify=False)
+    if manifest is None:
+        raise UserError(f"{last}: has no {runs.MANIFEST}, expected a finished round; go on with resume={last.parent}.")
+    fields = manifest["fields"]
     found: dict[str, float] = {"step_kept": fields.get("best_step") or 0, "steps": fields.get("step") or 0}
     answered = [row for row in rows if EXACT_MATCH in row]
     if answered:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from laddpo.core.outputs import SilentLines
 from laddpo.core.ranks import ALONE, Ranks
 from laddpo.errors import UserError, choose
 from laddpo.evaluation.grading import FunctionGrader, math_grader, same_choice, same_final_number, text_grader
@@ -119,14 +120,15 @@ def run_task(
     task: Task,
     *,
     batch_size: int,
-    items_path: Path,
+    items_path: Path | None,
     fields: Mapping[str, Any],
     labels: Mapping[str, str] | None = None,
     show_progress: bool | None = None,
     say: Callable[[str], None] = print,
     ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
-    """One record per item, in the order of `task.items`; those already in `items_path` are taken from there.
+    """One record per item, in the order of `task.items`; those already in `items_path` are taken from there. None:
+    nothing is written, and all are generated.
 
     `fields` are what a text depends on beside its prompt (weights, adapter, sampler settings). `labels` (for example
     {"model": "tuned"}) are written into each record and let several runs share one file: only records with the same
@@ -142,7 +144,7 @@ def run_task(
     labels = {"task": task.name, **(labels or {})}
     prints = {item.id: fingerprint(_item_fields(item, fields)) for item in task.items}
     assert len(prints) == len(task.items), f"task {task.name}: {len(task.items) - len(prints)} items share an id"
-    log = JsonLines(items_path)
+    log = JsonLines(items_path) if items_path else SilentLines()
     done, stale = _take_finished(log, labels, prints, task.grader.name) if ranks.is_main else ({}, 0)
     if stale:
         say(f"{items_path}: {stale} items of {labels} came from other settings or another model and are generated anew")

@@ -103,18 +103,31 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_changes_nothing(folder, uni
     assert second.files() == whole
 
 
-def test_a_checkpoint_that_says_nothing_of_the_log_is_refused_and_changes_nothing(folder):
-    """As versions wrote it that did not seal the log yet."""
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("metrics"), r"has the keys 'loop'.*also metrics\.bytes, metrics\.sha256; an older"),
+        (lambda state: state["metrics"].pop("sha256"), r"expected also metrics\.sha256; an older"),
+        (lambda state: state.pop("optimizer"), r"expected also optimizer; an older"),
+        (lambda state: state.update(loop=[]), r"expected also loop\.step; an older"),
+        (lambda state: state["loop"].update(mood=1), r"has mood in loop, expected what this version knows; a newer"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused_and_changes_nothing(folder, change, said):
+    """The first as versions wrote it that did not seal the log yet."""
     with pytest.raises(Crash):
         Run(folder, "adamw").train(before_step=crash_at(4))
     logged = (folder / "metrics.jsonl").read_bytes()
     for checkpoint in step_folders(folder / "checkpoints"):
         state = json.loads((checkpoint / "state.json").read_text())
-        del state["metrics"]
+        change(state)
         write_json(checkpoint / "state.json", state)
         write_manifest(checkpoint, "checkpoint", {"step": step_of(checkpoint)}, [MODEL, OPTIMIZER, STATE])
-    with pytest.raises(UserError, match=r"step_0000004.state\.json.*older version of laddpo"):
-        Run(folder, "adamw").train(resume=True)
+    second = Run(folder, "adamw")
+    weights = second.weights()
+    with pytest.raises(UserError, match=rf"step_0000004.state\.json: .*{said} version of laddpo wrote it\. Finish"):
+        second.train(resume=True)
+    assert second.weights() == weights and len(step_folders(folder / "checkpoints")) == 2
     assert (folder / "metrics.jsonl").read_bytes() == logged
 
 

@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from laddpo.core.elbo import draw_logps
+from laddpo.core.gradient import Item, accumulate_gradient
 from laddpo.core.measuring import peak_bytes, resident_bytes
 from laddpo.core.memory import (
     BLOCK_LINEARS,
@@ -22,6 +24,7 @@ from laddpo.core.memory import (
     largest_token_budget,
     predict_memory,
 )
+from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import OPTIMIZERS, build_optimizer
 from laddpo.models import head
 from laddpo.models.adapters import attach_lora, trainable_parameters
@@ -118,6 +121,33 @@ def test_other_setups_are_predicted_as_well(changes, checkpointing):
 def test_the_number_of_masked_rows_is_part_of_the_prediction(masked_share):
     setup = Setup(dataclasses.replace(SMALL, vocab_size=8192), "cpu", "fp32", checkpointing=True)
     assert abs(error(setup, [128] * 4, masked_share)) < 0.1
+
+
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_a_pair_larger_than_a_micro_step_has_buffers_and_alone_one_fewer(pairs, sft_weight):
+    """Of rank 128, so that a buffer is a sixth of the peak or more."""
+    setup = Setup(SMALL, "cpu", "fp32", rank=128, checkpointing=True, gradient_groups=2 if sft_weight else 1)
+    model = build(setup)
+    parameters, objective = trainable_parameters(model), DpoObjective("sigmoid", 0.1, sft_weight=sft_weight)
+    optimizer = build_optimizer(setup.optimizer, parameters, (0.9, 0.95), 1e-8, 0.0)
+    denoiser = TransformerDenoiser(model, SMALL.vocab_size - 1)
+    sides = masked_sequences([64, 64], SMALL.vocab_size - 1)
+    items = [Item(str(i), tuple((side,) for side in sides), np.zeros((2, 1))) for i in range(pairs)]
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        accumulate_gradient(denoiser, list(parameters.values()), items, objective, 1.0, token_budget=64)
+
+    step()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    before = resident_bytes(model, optimizer)
+    with peak_bytes("cpu") as peak:
+        step()
+    plan = predict_memory(setup, Load(64, mixed=False, alone=pairs == 1))
+    assert plan.peak == pytest.approx(before + peak.above, rel=0.08)
+    assert plan.parts["gradient buffers"] == 4 * setup.trained * (setup.gradient_groups - (pairs == 1))
 
 
 def test_constants_that_the_plan_repeats_are_those_of_the_model():

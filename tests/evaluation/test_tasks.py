@@ -76,6 +76,15 @@ def test_an_interrupted_run_continues_and_ends_as_an_uninterrupted_one(tmp_path)
     assert said == [f"sums: 8 of 10 items are already in {path}"]
 
 
+def test_without_a_file_the_records_are_the_same_and_nothing_is_written(tmp_path, monkeypatch):
+    kept, _ = run(Adder(), sums(), tmp_path / "items.jsonl")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    generate = Adder()
+    assert run(generate, sums(), None) == (kept, [])
+    assert sum(map(len, generate.batches)) == 10 and not list((tmp_path / "empty").iterdir())
+
+
 def test_a_torn_last_line_is_generated_again_within_its_old_batch(tmp_path):
     path = tmp_path / "items.jsonl"
     whole, _ = run(Adder(), sums(), path)

@@ -87,6 +87,18 @@ def test_questions_of_a_file_are_graded_by_the_grader_of_that_name(nano, tmp_pat
     assert sampling["questions"] == 18
 
 
+def test_a_file_of_questions_is_read_once(nano, tmp_path, monkeypatch):
+    from laddpo.preference import onpolicy
+
+    questions, read, times = tmp_path / "questions.jsonl", onpolicy.read_questions, []
+    rows = [{"question": f"{a}2+{a}9-03=", "answer": f"{2 * a + 1}8"} for a in range(1, 5)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(onpolicy, "read_questions", lambda *asked: times.append(asked) or read(*asked))
+    asked = [f"data.questions={questions}", "data.tasks=[]", "data.grader=contains", "data.sampling.temperature=1.5"]
+    assert nano("prepare", *asked, "data.sampling.num_questions=null") == 0
+    assert len(times) == 1
+
+
 def test_plan_samples_nothing(nano, tmp_path):
     assert nano("prepare") == 0
     assert nano("plan", "seed=5") == 0

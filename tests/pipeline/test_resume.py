@@ -125,6 +125,26 @@ def test_an_evaluation_asked_to_stop_keeps_its_answers_and_says_so(stages, capsy
     assert (evaluation / "results.json").exists()
 
 
+def test_a_checkpoint_of_an_older_version_ends_resume_in_one_message(stages, capsys):
+    import json
+
+    from laddpo import runs
+
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    (run / "manifest.json").unlink()
+    for checkpoint in (run / "checkpoints").iterdir():
+        manifest, state = (json.loads((checkpoint / name).read_text()) for name in (runs.MANIFEST, "state.json"))
+        del state["metrics"]
+        runs.write_json(checkpoint / "state.json", state)
+        runs.write_manifest(checkpoint, "checkpoint", manifest["fields"], list(manifest["files"]))
+    capsys.readouterr()
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false", "resume=true") == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "state.json: has the keys 'loop', 'optimizer', 'step', expected also metrics" in said[0]
+    assert "Finish the run with that version" in said[0]
+
+
 def test_resume_to_fewer_steps_than_done_is_refused(stages, capsys):
     run = stages.folder / "run"
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0

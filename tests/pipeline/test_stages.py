@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 
 import numpy as np
 import pytest
@@ -165,6 +166,26 @@ def test_a_model_from_random_weights_obeys_the_hardware_settings_and_is_first_ev
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
 
 
+def test_validation_writes_nothing_that_a_kill_could_leave(stages, monkeypatch):
+    """Looked at whenever answers are made, in the run's folder and in the system's for temporary files."""
+    from laddpo import answering
+
+    run, system, found = stages.folder / "run", stages.folder / "system", []
+    system.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(system))
+    answer = answering.described_answers
+
+    def watched(*arguments):
+        found.append({path.relative_to(stages.folder).as_posix() for path in (*system.iterdir(), *run.iterdir())})
+        return answer(*arguments)
+
+    monkeypatch.setattr(answering, "described_answers", watched)
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    lasting = {"run/" + name for name in ("adapter", "checkpoints", "samples", "config.yaml", ".lock")}
+    lasting |= {"run/" + name for name in ("metrics.jsonl", "timing.jsonl")}
+    assert found and set.union(*found) <= lasting
+
+
 def test_padding_follows_each_response_by_any_number_of_eos_tokens_that_fits():
     eos, response = 99, np.arange(1, 6, dtype=np.int32)
     rows = [EncodedExample(f"row-{i}", np.arange(3, dtype=np.int32), response) for i in range(200)]
@@ -189,6 +210,26 @@ def test_sft_trains_on_the_padding_that_it_is_asked_for(stages):
         (timing,) = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
         tokens[pad_to] = timing["speed/tokens_per_s"] * timing["seconds"]
     assert tokens[64] > 1.2 * tokens["null"]
+
+
+def test_an_sft_run_is_planned_for_its_rows_padding_included(stages, monkeypatch):
+    from laddpo import machine
+    from laddpo.core.tasks import SftTask
+
+    find, accumulate, machines, tasks = machine.find_machine, SftTask.accumulate, [], []
+    monkeypatch.setattr(machine, "find_machine", lambda *given: machines.append(find(*given)) or machines[-1])
+    monkeypatch.setattr(SftTask, "accumulate", lambda self, *given: tasks.append(self) or accumulate(self, *given))
+    settings = ["adapter=full", "sft.num_examples=16", "sft.diffusion_samples=2", "optim.max_train_steps=1"]
+    settings += ["evaluation.tasks=[]", "data.max_length=96", "hardware.token_budget=96"]
+    for pad_to in ("null", 64):
+        folder = stages.folder / f"pad-{pad_to}"
+        assert stages.run("sft", *settings, f"sft.pad_to={pad_to}", f"output_dir={folder}") == 0
+    for task, planned in zip(tasks, machines, strict=True):
+        longest = max(len(row.prompt_ids) + len(row.response_ids) for row in task.examples)
+        assert planned.choice.memory.load.exceeds == (2 * longest > 96), longest
+        assert task.backward == planned.choice.setup.backward
+    # a row padded no longer fits a micro-step, and a buffer would be as large as the model
+    assert [task.backward for task in tasks] == ["stream", "two_pass"]
 
 
 def test_dpo_from_an_sft_adapter_has_that_adapter_in_its_reference(stages, capsys):
