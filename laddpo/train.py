@@ -36,7 +36,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         if config.data.rounds > 1:
             from laddpo.rounds import train_rounds
 
-            train_rounds(config, place.folder, stop)
+            train_rounds(config, place.folder, train, stop)
         else:
             train(config, place.folder, place.is_resumed, stop)
     print(place.folder)
