@@ -189,8 +189,12 @@ def work_of(config: RunConfig, lengths: Lengths, pairs: int | None) -> Work | No
 
 def pairs_per_step(config: RunConfig) -> int:
     """Pairs of one optimizer step, over all processes."""
-    optim = config.optim
-    return optim.per_device_train_batch_size * optim.gradient_accumulation_steps * processes(config)
+    return pairs_per_process(config) * processes(config)
+
+
+def pairs_per_process(config: RunConfig) -> int:
+    """Pairs of one optimizer step, for each process that it is counted for."""
+    return config.optim.per_device_train_batch_size * config.optim.gradient_accumulation_steps
 
 
 def processes(config: RunConfig) -> int:
