@@ -72,8 +72,9 @@ class Choice:
         return self.memory.peak <= usable(self.available)
 
 
-def memory_setup(config: RunConfig, device: str, precision: str) -> Setup:
-    """The settings as the memory plan's plain numbers. `device`: cuda or cpu; `precision`: fp32, bf16 or fp16."""
+def memory_setup(config: RunConfig, device: str, precision: str, world: int | None = None) -> Setup:
+    """The settings as the memory plan's plain numbers. `device`: cuda or cpu; `precision`: fp32, bf16 or fp16; `world`:
+    processes that share the work, None for those that the settings count."""
     shape, hardware, quantization = config.model.shape, config.hardware, config.quantization
     is_sharded = hardware.sharding == "fsdp"
     backward = "two_pass" if is_sharded else "stream"
@@ -102,7 +103,7 @@ def memory_setup(config: RunConfig, device: str, precision: str) -> Setup:
         embeddings_on_cpu=hardware.embeddings_on_cpu and device == "cuda",
         backward=hardware.backward if hardware.backward != "auto" else backward,
         gradient_groups=gradient_groups(config),
-        shards=processes(config) if is_sharded else 1,
+        shards=(world or processes(config)) if is_sharded else 1,
     )
 
 
@@ -125,9 +126,15 @@ def adapter_targets(config: RunConfig) -> tuple[str, ...]:
     return tuple(matched) or BLOCK_LINEARS
 
 
-def choose_plan(config: RunConfig, device: str, precision: str, available: int, lengths: Lengths) -> Choice:
-    """The memory plan of these settings; of what they leave open, the choice with the shortest forecast that fits."""
-    hardware, given = config.hardware, memory_setup(config, device, precision)
+def choose_plan(
+    config: RunConfig, device: str, precision: str, available: int, lengths: Lengths, world: int | None = None
+) -> Choice:
+    """The memory plan of these settings; of what they leave open, the choice with the shortest forecast that fits.
+
+    `world`: the processes that there are; None for those that the settings count a step's pairs for.
+    """
+    world = world or processes(config)
+    hardware, given = config.hardware, memory_setup(config, device, precision, world)
     wanted = hardware.gradient_checkpointing
     most = CPU_TOKEN_BUDGET if device == "cpu" else MOST_TOKENS
     options = {on: dataclasses.replace(given, checkpointing=on) for on in (False, True)}
@@ -136,7 +143,7 @@ def choose_plan(config: RunConfig, device: str, precision: str, available: int, 
     def plan(option: Setup) -> tuple[MemoryPlan, int]:
         tokens = hardware.token_budget or max(BUDGET_STEP, steady(largest[option.checkpointing]))
         mode, _ = choose_backward(config, lengths, tokens)
-        own_pairs = math.ceil(pairs_per_step(config) / processes(config))
+        own_pairs = math.ceil(pairs_per_step(config) / world)
         micro_step = max(lengths.longest, min(tokens, own_pairs * lengths.longest_pair))
         load = Load(micro_step, exceeds=lengths.longest_pair > tokens)
         return predict_memory(dataclasses.replace(option, backward=mode), load), tokens
