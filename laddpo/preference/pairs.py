@@ -42,10 +42,6 @@ class PreferencePair:
     group: str
     answer: str | None = None
 
-    @property
-    def prompt_text(self) -> str:
-        return plain_prompt(self.prompt)
-
 
 @dataclass(frozen=True)
 class Example:
