@@ -20,11 +20,9 @@ from laddpo.errors import UserError, choose
 from laddpo.evaluation.grading import FunctionGrader, math_grader, same_choice, same_final_number, text_grader
 from laddpo.evaluation.rows import is_choices, local_file, matches, task_rows
 from laddpo.preference import arithmetic
-from laddpo.preference.pairs import Message, prompt_rows, user_prompt
+from laddpo.preference.pairs import Message, Prompt, prompt_rows, user_prompt
 from laddpo.preference.word_problems import word_problems
 from laddpo.runs import JsonLines, fingerprint
-
-Prompt = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
