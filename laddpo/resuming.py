@@ -91,11 +91,11 @@ def _find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:
         folder = Path(config.resume)
         if not (folder / "config.yaml").exists():
             raise UserError(f"resume is {config.resume!r}, which holds no run (no config.yaml); check the path.")
-        return _existing(config, folder, stage)
+        return _existing(config, folder)
     if config.output_dir is not None:
         folder = Path(config.output_dir)
         if (folder / "config.yaml").exists():
-            return _existing(config, folder, stage)
+            return _existing(config, folder)
         print(f"resume=true, but {folder} holds no run yet; starting a new one there.")
         return RunPlace(folder)
     earlier = Path(config.paths.outputs_dir) / stage
@@ -108,7 +108,7 @@ def _find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:
     return RunPlace(new_folder)
 
 
-def _existing(config: RunConfig, folder: Path, stage: str) -> RunPlace:
+def _existing(config: RunConfig, folder: Path) -> RunPlace:
     differences = changed_settings(_read_run(folder), config)
     if differences:
         raise UserError(
