@@ -164,6 +164,14 @@ def test_the_newest_run_is_found_by_its_pairs_per_step_and_not_by_their_factors(
     assert f"going on with {interrupted}" in capsys.readouterr().out
 
 
+def test_a_run_of_the_other_stage_is_not_gone_on_with(stages, interrupted, capsys):
+    before = (interrupted / "metrics.jsonl").read_bytes()
+    assert stages.run("sft", "evaluation.at_end=false", f"resume={interrupted}") == 2
+    shown = capsys.readouterr().err
+    assert "step_0000006: is of a run on pairs, expected one on rows" in shown and "Traceback" not in shown
+    assert (interrupted / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_run_folder_in_use_is_refused(stages, capsys):
     from laddpo.runs import locked
 
