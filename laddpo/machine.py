@@ -72,7 +72,7 @@ def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:
     available = available_bytes(hardware, device)
     lengths = lengths or assumed_lengths(config)
     config = settled_sharding(config, ranks, device, precision, lengths)
-    choice = choose_plan(config, device.type, precision, available, lengths)
+    choice = choose_plan(config, device.type, precision, available, lengths, ranks.world)
     if not choice.fits:
         what = f"a micro-step of {choice.memory.load.tokens} tokens"
         print(f"warning: {explain(choice.memory, usable(available), what)}")
@@ -117,7 +117,7 @@ def settled_sharding(
         if ranks.world > 1 and device.type == "cuda" and not any(unshardable(config)):
             size = torch.cuda.get_device_properties(device).total_memory - CONTEXT_BYTES
             whole = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, sharding="none"))
-            wanted = "none" if choose_plan(whole, device.type, precision, size, lengths).fits else "fsdp"
+            wanted = "none" if choose_plan(whole, device.type, precision, size, lengths, ranks.world).fits else "fsdp"
     return dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, sharding=wanted))
 
 

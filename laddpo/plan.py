@@ -26,7 +26,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
 def plan_text(config: RunConfig) -> str:
     """Everything that `plan` says."""
     from laddpo.core.memory import GIB, explain, gib
-    from laddpo.planning import CONTEXT_BYTES, choose_backward, choose_plan, usable
+    from laddpo.planning import CONTEXT_BYTES, choose_plan, usable
 
     lengths, pairs = find_lengths(config)
     device, precision, available, where = find_memory(config)
@@ -43,8 +43,7 @@ def plan_text(config: RunConfig) -> str:
     if device == "cuda":
         lines.append(f"  not counted: {gib(CONTEXT_BYTES)} that CUDA itself takes on the card")
     lines += ["", *_budget_lines(config, choice, lengths)]
-    mode, why = choose_backward(config, lengths, choice.token_budget)
-    lines.append(f"backward: {mode} ({why})")
+    lines.append(f"backward: {choice.setup.backward} ({choice.reason})")
     if choice.fits:
         lines.append(_hours_line(config, choice, lengths, pairs, device))
     else:

@@ -57,13 +57,15 @@ class Lengths:
 class Choice:
     """The plan of a run, with what the settings left open decided.
 
-    `largest`: tokens of the largest micro-step that fits, without and with checkpointing; `available` in bytes.
+    `largest`: tokens of the largest micro-step that fits, without and with checkpointing; `available` in bytes;
+    `reason`: why its backward mode.
     """
 
     memory: MemoryPlan
     token_budget: int
     available: int
     largest: dict[bool, int]
+    reason: str
 
     @property
     def setup(self) -> Setup:
@@ -74,9 +76,9 @@ class Choice:
         return self.memory.peak <= usable(self.available)
 
 
-def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2) -> Setup:
+def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2, world: int | None = None) -> Setup:
     """The settings as the memory plan's plain numbers. `device`: cuda or cpu; `precision`: fp32, bf16 or fp16; `sides`
-    as in Lengths."""
+    as in Lengths; `world`: processes that share the work, None for those that the settings count."""
     shape, hardware, quantization = config.model.shape, config.hardware, config.quantization
     is_sharded = hardware.sharding == "fsdp"
     backward = "two_pass" if is_sharded else "stream"
@@ -105,7 +107,7 @@ def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2)
         embeddings_on_cpu=hardware.embeddings_on_cpu and device == "cuda",
         backward=hardware.backward if hardware.backward != "auto" else backward,
         gradient_groups=gradient_groups(config, sides),
-        shards=processes(config) if is_sharded else 1,
+        shards=(world or processes(config)) if is_sharded else 1,
     )
 
 
@@ -131,33 +133,34 @@ def adapter_targets(config: RunConfig) -> tuple[str, ...]:
     return tuple(matched) or BLOCK_LINEARS
 
 
-def choose_plan(config: RunConfig, device: str, precision: str, available: int, lengths: Lengths) -> Choice:
-    """The memory plan of these settings; of what they leave open, the choice with the shortest forecast that fits."""
-    hardware, given = config.hardware, memory_setup(config, device, precision, lengths.sides)
+def choose_plan(
+    config: RunConfig, device: str, precision: str, available: int, lengths: Lengths, world: int | None = None
+) -> Choice:
+    """The memory plan of these settings; of what they leave open, the choice with the shortest forecast that fits.
+
+    `world`: the processes that there are; None for those that the settings count a step's pairs for.
+    """
+    hardware, given = config.hardware, memory_setup(config, device, precision, lengths.sides, world)
     wanted = hardware.gradient_checkpointing
     most = CPU_TOKEN_BUDGET if device == "cpu" else MOST_TOKENS
     options = {on: dataclasses.replace(given, checkpointing=on) for on in (False, True)}
-    own_pairs = pairs_per_process(config)
+    own_pairs = most_pairs(config, world)
     empty = Load(0, alone=own_pairs == 1)
     largest = {on: largest_token_budget(option, usable(available), empty, most) for on, option in options.items()}
 
-    def plan(option: Setup) -> tuple[MemoryPlan, int]:
+    def plan(option: Setup) -> Choice:
         tokens = hardware.token_budget or max(BUDGET_STEP, steady(largest[option.checkpointing]))
-        mode, _ = choose_backward(config, lengths, tokens)
+        mode, why = choose_backward(config, lengths, tokens, world)
         micro_step = max(lengths.longest, min(tokens, own_pairs * lengths.longest_pair))
         load = dataclasses.replace(empty, tokens=micro_step, exceeds=lengths.longest_pair > tokens)
-        return predict_memory(dataclasses.replace(option, backward=mode), load), tokens
+        memory = predict_memory(dataclasses.replace(option, backward=mode), load)
+        return Choice(memory, tokens, available, largest, why)
 
-    def cost(option: Setup) -> tuple[bool, float]:
-        memory, tokens = plan(option)
-        seconds = predicted_seconds(
-            memory.setup, Work(1e6, 3e5, lengths.mean), tokens, device_speed(config) or USUAL_GPU
-        )
-        return memory.peak > usable(available), seconds[1]
+    def cost(choice: Choice) -> tuple[bool, float]:
+        speed, some_work = device_speed(config) or USUAL_GPU, Work(1e6, 3e5, lengths.mean)
+        return not choice.fits, predicted_seconds(choice.setup, some_work, choice.token_budget, speed)[1]
 
-    best = min((options[on] for on in options if wanted in (None, on)), key=cost)
-    memory, tokens = plan(best)
-    return Choice(memory, tokens, available, largest)
+    return min((plan(options[on]) for on in options if wanted in (None, on)), key=cost)
 
 
 def steady(tokens: int) -> int:
@@ -166,8 +169,11 @@ def steady(tokens: int) -> int:
     return tokens // STEADY_STEP * STEADY_STEP if tokens >= 4 * STEADY_STEP else tokens
 
 
-def choose_backward(config: RunConfig, lengths: Lengths, token_budget: int) -> tuple[str, str]:
-    """The backward mode and why. `auto`: stream, unless that takes a buffer of the model's size."""
+def choose_backward(
+    config: RunConfig, lengths: Lengths, token_budget: int, world: int | None = None
+) -> tuple[str, str]:
+    """The backward mode and why. `auto`: stream, unless that takes a buffer of the model's size. `world` as in
+    choose_plan."""
     if config.hardware.backward != "auto":
         return config.hardware.backward, "as set in hardware.backward"
     pairs = f"the largest pair takes {lengths.longest_pair} tokens, a micro-step {token_budget}"
@@ -175,7 +181,7 @@ def choose_backward(config: RunConfig, lengths: Lengths, token_budget: int) -> t
         return "two_pass", "weights are sharded, so that every rank must know what a pair counts before it goes back"
     if lengths.longest_pair <= token_budget:
         return "stream", f"whole pairs fit a micro-step, so it needs no buffer: {pairs}"
-    if pairs_per_process(config) == gradient_groups(config, lengths.sides) == 1:
+    if most_pairs(config, world) == gradient_groups(config, lengths.sides) == 1:
         return "stream", f"one pass, and a step of one pair needs no buffer: {pairs}"
     if config.adapter.kind == "full":
         return "two_pass", f"a gradient buffer would be as large as the model: {pairs}"
@@ -198,13 +204,17 @@ def work_of(config: RunConfig, lengths: Lengths, pairs: int | None) -> Work | No
 
 def pairs_per_step(config: RunConfig) -> int:
     """Pairs of one optimizer step, over all processes."""
-    optim = config.optim
-    return optim.per_device_train_batch_size * optim.gradient_accumulation_steps * processes(config)
+    return pairs_per_process(config) * processes(config)
 
 
 def pairs_per_process(config: RunConfig) -> int:
-    """The most pairs of one optimizer step that one process has."""
-    return math.ceil(pairs_per_step(config) / processes(config))
+    """Pairs of one optimizer step, for each process that it is counted for."""
+    return config.optim.per_device_train_batch_size * config.optim.gradient_accumulation_steps
+
+
+def most_pairs(config: RunConfig, world: int | None = None) -> int:
+    """Of one optimizer step, that one process may have. `world` as in choose_plan."""
+    return math.ceil(pairs_per_step(config) / (world or processes(config)))
 
 
 def processes(config: RunConfig) -> int:

@@ -39,7 +39,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     estimator = inputs.reference_estimator(config)
     store = inputs.reference_store(config, prepared, loaded, estimator)
     if config.verify:
-        verify(config, loaded, store, estimator, prepared)
+        verify(loaded, store, estimator, prepared)
     else:
         pairs = prepared.train
         settings = loop_settings(config, len(pairs), best_metric=None)
@@ -59,7 +59,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     print(store.folder)
 
 
-def verify(config: RunConfig, loaded, store, estimator, prepared) -> None:
+def verify(loaded, store, estimator, prepared) -> None:
     """Recompute stored values of a sample of pairs on this machine and compare; `RunFault` when they differ."""
     import numpy as np
 

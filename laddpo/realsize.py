@@ -65,7 +65,7 @@ def cards_part(config: RunConfig, machine) -> tuple[str, dict]:
     shelf, rows = Shelf(), []
     for setting in wanted.cards:
         model = shelf.get(config, machine, setting)
-        step = whole_step(config, machine, model, setting, pair)
+        step = whole_step(config, model, setting, pair)
         found = measure(step, model, machine.device, TIMES if setting.draws < 16 else 1, setting.gib)
         rows.append(
             {
@@ -84,7 +84,7 @@ def cards_part(config: RunConfig, machine) -> tuple[str, dict]:
     return f"{about}{_no_cap(machine)}\n\n{text}", record
 
 
-def whole_step(config: RunConfig, machine, model, setting: StepSetting, pair):
+def whole_step(config: RunConfig, model, setting: StepSetting, pair):
     """A function that runs one optimizer step; what it needs is made at its first call, so that it counts."""
     import torch
 

@@ -17,8 +17,8 @@ from laddpo.evaluation.plots import evaluation_plot, margins_plot, panel_plots
 from laddpo.evaluation.sweeps import SweepJob, SweepTable, number_text, sweep_plot, sweep_table
 from laddpo.evaluation.tables import before_after_rows, example_pairs, is_share, sweep_rows
 from laddpo.settings import ReportSettings
+from laddpo.sweep import SWEEP_FILE
 
-SWEEP_FILE = "sweep.json"
 FIRST_METRICS = ("exact_match", "reward_accuracy")
 LOWER_IS_BETTER = ("loss", "std_error", "kl", "chosen_fall")
 HEAT_KEYS = ("dpo.beta", "dpo.diffusion_samples")

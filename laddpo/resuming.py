@@ -15,13 +15,16 @@ from laddpo import runs
 from laddpo.compose import read_config
 from laddpo.core.ranks import here
 from laddpo.errors import UserError
+from laddpo.planning import pairs_per_process, pairs_per_step
 from laddpo.settings import RunConfig
 
 # What a resumed run may change: where it runs, how it reports, how often it saves, and how long it trains. What is
-# recommended for a model is where other settings take their values from: those are compared.
+# recommended for a model is where other settings take their values from: those are compared. Of a step's pairs the
+# number is compared and not its factors, which change no value.
 MAY_CHANGE = (
     "output_dir", "resume", "auto", "verify", "run", "runs", "dry_run", "logging_steps", "save_", "logger.", "paths.",
     "model.recommended.", "hardware.", "evaluation.at_end", "optim.max_train_steps", "optim.num_train_epochs",
+    "optim.per_device_train_batch_size", "optim.gradient_accumulation_steps",
 )  # fmt: skip
 
 
@@ -46,11 +49,28 @@ def find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:
 
 
 def step_processes(config: RunConfig, place: RunPlace) -> RunConfig:
-    """The settings with the number of processes that a step's pairs are counted for: a resumed run's stays what it was,
-    so that each step has the pairs it would have had, in any number of processes."""
-    processes = config.hardware.processes or here().world
+    """The settings with the number of processes that a step's pairs are counted for: in a resumed run such that each
+    step has the pairs it would have had, in any number of processes."""
     if place.is_resumed:
-        processes = read_config(place.folder).hardware.processes or 1
+        return _counted_like(_read_run(place.folder), config)
+    return _counted_for(config, config.hardware.processes or here().world)
+
+
+def _counted_like(stored: RunConfig, wanted: RunConfig) -> RunConfig:
+    """`wanted` with the processes that its steps are counted for: as set; else those that the run began with, or, where
+    a process is given other pairs than it had, those launched."""
+    is_same_share = pairs_per_process(stored) == pairs_per_process(wanted)
+    began_with = stored.hardware.processes if is_same_share else here().world
+    return _counted_for(wanted, wanted.hardware.processes or began_with)
+
+
+def _read_run(folder: Path) -> RunConfig:
+    """The settings of the run in `folder`; where it says nothing of processes it began in one."""
+    stored = read_config(folder)
+    return _counted_for(stored, stored.hardware.processes or 1)
+
+
+def _counted_for(config: RunConfig, processes: int) -> RunConfig:
     return dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, processes=processes))
 
 
@@ -71,30 +91,31 @@ def _find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:
         folder = Path(config.resume)
         if not (folder / "config.yaml").exists():
             raise UserError(f"resume is {config.resume!r}, which holds no run (no config.yaml); check the path.")
-        return _existing(config, folder, stage)
+        return _existing(config, folder)
     if config.output_dir is not None:
         folder = Path(config.output_dir)
         if (folder / "config.yaml").exists():
-            return _existing(config, folder, stage)
+            return _existing(config, folder)
         print(f"resume=true, but {folder} holds no run yet; starting a new one there.")
         return RunPlace(folder)
     earlier = Path(config.paths.outputs_dir) / stage
     for config_file in sorted(earlier.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         folder = config_file.parent
-        if not (folder / runs.MANIFEST).exists() and not changed_settings(read_config(folder), config):
+        if not (folder / runs.MANIFEST).exists() and not changed_settings(_read_run(folder), config):
             print(f"resume=true: going on with {folder}")
             return RunPlace(folder, is_resumed=True)
     print(f"resume=true, but {earlier} has no unfinished run of these settings; starting a new one.")
     return RunPlace(new_folder)
 
 
-def _existing(config: RunConfig, folder: Path, stage: str) -> RunPlace:
-    differences = changed_settings(read_config(folder), config)
+def _existing(config: RunConfig, folder: Path) -> RunPlace:
+    differences = changed_settings(_read_run(folder), config)
     if differences:
         raise UserError(
             f"{folder}: is a run of other settings:\n  " + "\n  ".join(differences) + "\n"
             "Give the same settings, or start a new run with resume=false. A resumed run may change logger, "
-            "logging_steps, save_*, hardware (but its precision), evaluation.at_end and the number of steps."
+            "logging_steps, save_*, hardware (but its precision), evaluation.at_end, the number of steps, and how a "
+            "step's pairs are split up."
         )
     return RunPlace(folder, is_resumed=True, is_finished=(folder / runs.MANIFEST).exists())
 
@@ -102,4 +123,18 @@ def _existing(config: RunConfig, folder: Path, stage: str) -> RunPlace:
 def changed_settings(stored: RunConfig, wanted: RunConfig) -> list[str]:
     """`key: stored a, now b` for every setting that a resumed run may not change."""
     lines = runs.differing_fields(dataclasses.asdict(stored), dataclasses.asdict(wanted))
-    return [line for line in lines if not line.startswith(MAY_CHANGE) or line.startswith("hardware.precision")]
+    kept = [line for line in lines if not line.startswith(MAY_CHANGE) or line.startswith("hardware.precision")]
+    wanted = _counted_like(stored, wanted)
+    if pairs_per_step(stored) != pairs_per_step(wanted):
+        kept.append(
+            f"pairs per step: stored {_product(stored)}, now {_product(wanted)} (optim.per_device_train_batch_size x "
+            "optim.gradient_accumulation_steps x processes; with the first two as stored and without "
+            "hardware.processes, the number is kept in any number of processes)"
+        )
+    return kept
+
+
+def _product(config: RunConfig) -> str:
+    optim = config.optim
+    factors = (optim.per_device_train_batch_size, optim.gradient_accumulation_steps, config.hardware.processes)
+    return f"{pairs_per_step(config)} = {' x '.join(str(factor) for factor in factors)}"

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from laddpo import runs
 from laddpo.settings import RunConfig
+from laddpo.signals import StopFlag
 
 ROUNDS_FILE = "rounds.json"
 
+TrainRun = Callable[[RunConfig, Path, bool, StopFlag], None]  # settings, folder, is_resumed, stop
 
-def train_rounds(config: RunConfig, folder: Path, stop) -> None:
-    """Run the rounds that are not finished yet, then compare them."""
+
+def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFlag) -> None:
+    """Run the rounds that are not finished yet, each by `train`, then compare them."""
     from laddpo.compose import write_config
     from laddpo.core.budget import release_memory
     from laddpo.core.ranks import here
     from laddpo.inputs import ADAPTER
-    from laddpo.train import train
 
     ranks = here()
     if ranks.is_main:

@@ -36,7 +36,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         if config.data.rounds > 1:
             from laddpo.rounds import train_rounds
 
-            train_rounds(config, place.folder, stop)
+            train_rounds(config, place.folder, train, stop)
         else:
             train(config, place.folder, place.is_resumed, stop)
     print(place.folder)
@@ -65,7 +65,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.tasks import DpoTask, visited_windows
     from laddpo.footprint import StepMemory, dry_run_text, retries_text
     from laddpo.machine import find_machine
-    from laddpo.planning import choose_backward, pairs_per_step
+    from laddpo.planning import pairs_per_step
     from laddpo.prepare import check_enough, open_prepared
     from laddpo.training import (
         SEALED,
@@ -111,8 +111,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     optim = config.optim
     optimizer = build_optimizer(optim.optimizer, parameters, tuple(optim.betas), optim.eps, optim.weight_decay)
     objective = inputs.objective_of(config)
-    backward, why = choose_backward(config, lengths, machine.token_budget.tokens)
-    print(f"backward: {backward} ({why})")
+    backward = machine.choice.setup.backward
+    print(f"backward: {backward} ({machine.choice.reason})")
     task = DpoTask(
         loaded.denoiser, parameters, pairs, store, estimator, objective, machine.token_budget, backward, ranks
     )

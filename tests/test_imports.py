@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,14 @@ def test_imports_point_down(path):
     for imported in own_modules(path):
         same_folder = folder and imported.startswith(folder)
         assert same_folder or floor_of(imported) <= floor_of(name), f"{name} imports {imported}, which is above it"
+
+
+def test_no_modules_import_one_another_not_even_inside_functions():
+    graph = {name_of(path): own_modules(path) for path in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports in a circle: {' <- '.join(error.args[1])}; pass a function down, or move it lower")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -292,6 +292,19 @@ def test_processes_are_those_launched_unless_the_settings_say_otherwise(monkeypa
     assert planning.processes(compose(["hardware.processes=2"])) == 2
 
 
+def test_a_run_counted_for_eight_is_planned_for_the_processes_it_has():
+    from laddpo.machine import find_machine
+
+    short = Lengths(longest=40, longest_pair=320, mean=40, response=21, source="test")
+    one_pair = ["optim.per_device_train_batch_size=1", "optim.gradient_accumulation_steps=1", "hardware.processes=8"]
+    config = compose(["hardware=cpu", *one_pair])
+    assert choose_plan(config, "cpu", "fp32", 4 * GIB, short).memory.load.tokens == 320
+    assert find_machine(config, short).choice.memory.load.tokens == 8 * 320  # alone it does the pairs of all
+    sharded = compose([*REAL, *one_pair, "quantization=none", "adapter=full", "hardware.sharding=fsdp"])
+    assert planning.memory_setup(sharded, "cuda", "bf16").shards == 8
+    assert planning.memory_setup(sharded, "cuda", "bf16", world=4).shards == 4
+
+
 def test_eight_gpus_take_an_eighth_of_the_time_and_no_fewer_gpu_hours(capsys):
     run = [*REAL, "data.random_sample_size=1000000"]
     alone, eight = (plan.plan_text(compose([*run, *more])) for more in ([], ["hardware.processes=8"]))

@@ -73,6 +73,7 @@ class LoopState:
     """All of a run that is not a function of (seed, step)."""
 
     step: int = 0
+    unit: str = ""  # what the run is trained on: pairs or rows; "" where an older version saved it
     best_value: float | None = None
     best_loss: float | None = None
     best_step: int = 0
@@ -105,7 +106,8 @@ def train_loop(
     Raises `RunFault` before the optimizer step when the loss or gradient is not finite, and `Stopped` after a signal,
     with a checkpoint saved.
     """
-    state = _resume(outputs, parameters, optimizer, scaler, ranks) if resume else _start(outputs)
+    state = _resume(outputs, parameters, optimizer, scaler, ranks, unit) if resume else _start(outputs)
+    state.unit = unit
     outputs.timing.rewind(lambda record: record["step"] <= state.step if state.step else False)
     if state.step > settings.total_steps:
         raise UserError(
@@ -370,6 +372,7 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
     ranks: Ranks,
+    unit: str,
 ) -> LoopState:
     """The state of the newest good checkpoint, or a fresh one when the run died before its first."""
     newest = checkpoints.newest_of_main(outputs.checkpoints, ranks)
@@ -382,6 +385,11 @@ def _resume(
         raise UserError(
             f"{path}: has {', '.join(sorted(unknown))} in loop, expected what this version knows; a newer version of "
             f"laddpo wrote it. {cure}"
+        )
+    if (saved := newest.state["loop"].get("unit")) and saved != unit:
+        raise UserError(
+            f"{newest.folder}: is of a run on {saved}, expected one on {unit}. Continue it by the stage "
+            "that began it (train: pairs; sft: rows), or choose another folder."
         )
     checkpoints.restore(newest, parameters, optimizer)
     state = LoopState(**newest.state["loop"])

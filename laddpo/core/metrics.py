@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -49,8 +48,3 @@ def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
     """Bring scalar tensors to the host in one transfer."""
     values = torch.stack([value.double() for value in metrics.values()]).tolist()
     return dict(zip(metrics, values, strict=True))
-
-
-def standard_error(values: Tensor) -> float:
-    """Standard error of the mean of independent values; NaN for fewer than two."""
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan

@@ -18,14 +18,14 @@ from tqdm import tqdm
 from laddpo import runs
 from laddpo.errors import Stopped
 from laddpo.preference.onpolicy import Question
-from laddpo.preference.pairs import Message, user_prompt
+from laddpo.preference.pairs import Prompt, user_prompt
 from laddpo.signals import StopFlag
 
 KIND, SAMPLES, PARTS = "samples", "samples.jsonl", "parts"
 WAIT_S = 0.5
 
 # prompts and a key for the random draws of each, to texts
-Sample = Callable[[list[tuple[Message, ...]], list[str]], list[str]]
+Sample = Callable[[list[Prompt], list[str]], list[str]]
 
 
 def samples_folder(data_dir: Path, fields: Mapping[str, Any]) -> Path:

@@ -35,11 +35,6 @@ def is_share(name: str, entry: Mapping[str, Any]) -> bool:
     return is_inside and any(word in name for word in ("match", "accuracy", "accuracies", "rate", "share"))
 
 
-def sweep_text(table: SweepTable) -> str:
-    """A sweep for the terminal, best first."""
-    return aligned(*sweep_rows(table))
-
-
 def sweep_markdown(table: SweepTable) -> str:
     """A sweep as a Markdown table, best first; a tie of the best is said below it."""
     rows = markdown(*sweep_rows(table))

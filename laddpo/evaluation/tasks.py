@@ -21,11 +21,10 @@ from laddpo.errors import UserError, choose
 from laddpo.evaluation.grading import FunctionGrader, math_grader, same_choice, same_final_number, text_grader
 from laddpo.evaluation.rows import is_choices, local_file, matches, task_rows
 from laddpo.preference import arithmetic
-from laddpo.preference.pairs import Message, prompt_rows, user_prompt
+from laddpo.preference.pairs import Message, Prompt, prompt_rows, user_prompt
+from laddpo.preference.word_problems import INSTRUCTION as GSM8K_INSTRUCTION
 from laddpo.preference.word_problems import word_problems
 from laddpo.runs import JsonLines, fingerprint
-
-Prompt = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ GSM8K_FIELDS = (
     ("question", "text", matches(r"\S")),
     ("answer", "text that ends with `#### number`", matches(r"####\s*[-$]*[\d.,]*\d\s*$")),
 )
-GSM8K_INSTRUCTION = "\n\nReason step by step and end with a line `#### ` and the number."
 
 MATH500_HUB_ID = "HuggingFaceH4/MATH-500"
 MATH500_FIELDS = (("problem", "text", matches(r"\S")), ("answer", "a number or formula", matches(r"\S")))

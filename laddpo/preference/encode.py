@@ -15,12 +15,11 @@ import numpy as np
 
 from laddpo.errors import UserError, choose
 from laddpo.preference.badrows import RowError
-from laddpo.preference.pairs import Example, Message, PreferencePair, plain_prompt
+from laddpo.preference.pairs import Example, Message, PreferencePair, Prompt, plain_prompt
 from laddpo.preference.shorten import shorten_prompt
 from laddpo.preference.special_text import PlainTokenizer
 from laddpo.preference.templates import ChatTemplate
 
-Prompt = tuple[Message, ...]
 MIN_BYTE_LIMIT = 2**20  # a text below it is always tokenised; above it only if it might fit max_length
 MAX_BYTES_PER_TOKEN = 256
 

@@ -26,6 +26,9 @@ class Message:
     content: str
 
 
+Prompt = tuple[Message, ...]  # what stands before the response, oldest turn first
+
+
 @dataclass(frozen=True)
 class PreferencePair:
     """A prompt with a preferred and a dispreferred response.
@@ -35,16 +38,12 @@ class PreferencePair:
     """
 
     id: str
-    prompt: tuple[Message, ...]
+    prompt: Prompt
     chosen: str
     rejected: str
     source: str
     group: str
     answer: str | None = None
-
-    @property
-    def prompt_text(self) -> str:
-        return plain_prompt(self.prompt)
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,12 @@ class Example:
     """One row of an SFT corpus: a prompt and the response to learn."""
 
     id: str
-    prompt: tuple[Message, ...]
+    prompt: Prompt
     response: str
     source: str
 
 
-def plain_prompt(prompt: tuple[Message, ...]) -> str:
+def plain_prompt(prompt: Prompt) -> str:
     """The prompt as text for bases without a chat template.
 
     One user message is given as it stands. Several turns are labelled and end with an open assistant turn:
@@ -70,7 +69,7 @@ def plain_prompt(prompt: tuple[Message, ...]) -> str:
     return "\n\n".join([*turns, "assistant: "])
 
 
-def user_prompt(text: str) -> tuple[Message, ...]:
+def user_prompt(text: str) -> Prompt:
     """A prompt of one user message."""
     return (Message("user", text),)
 
@@ -116,13 +115,13 @@ class RowIds:
 
 
 def pair_of(
-    ids: RowIds, prompt: tuple[Message, ...], chosen: str, rejected: str, source: str, answer: str | None = None
+    ids: RowIds, prompt: Prompt, chosen: str, rejected: str, source: str, answer: str | None = None
 ) -> PreferencePair:
     """A PreferencePair with its id and group filled in."""
     row_id = ids.next_id(content_digest(prompt, chosen, rejected))
     return PreferencePair(row_id, prompt, chosen, rejected, source, prompt_group(prompt), answer)
 
 
-def example_of(ids: RowIds, prompt: tuple[Message, ...], response: str, source: str) -> Example:
+def example_of(ids: RowIds, prompt: Prompt, response: str, source: str) -> Example:
     """An Example with its id filled in."""
     return Example(ids.next_id(content_digest(prompt, response)), prompt, response, source)

@@ -221,22 +221,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         sync_folder(folder.parent)
 
 
-def write_prepared(
-    folder: Path,
-    rows: Iterable[tuple[Mapping[str, Any], Sequence[np.ndarray]]],
-    report: dict,
-    fields: Mapping[str, Any],
-    prepared: type[Prepared] = PreparedPairs,
-    figure: bytes = b"",
-) -> Prepared:
-    """Write rows that are already encoded, as (record, [prompt ids, response ids, …]), and load the folder."""
-    with whole_folder(folder) as building, PreparedWriter(building, prepared.rows_file) as writer:
-        for record, sequences in rows:
-            writer.add(record, sequences)
-        writer.finish(prepared.kind, fields, report, figure)
-    return prepared.load(folder)
-
-
 def write_tokens(out, ids_file, offsets: np.ndarray) -> None:
     """A safetensors file of "ids" and "offsets", the ids copied from a file: they never are in memory at once."""
     ids_bytes, offsets_bytes = int(offsets[-1]) * 4, len(offsets) * 8

@@ -14,9 +14,8 @@ from typing import Any
 
 from laddpo.errors import nearest
 from laddpo.preference.badrows import RowError
-from laddpo.preference.pairs import ROLES, Message, fold
+from laddpo.preference.pairs import ROLES, Message, Prompt, fold
 
-Prompt = tuple[Message, ...]
 Warn = Callable[[str], None]
 
 

@@ -7,10 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from laddpo.preference.badrows import RowError
-from laddpo.preference.pairs import Message
+from laddpo.preference.pairs import Message, Prompt
 from laddpo.preference.special_text import PlainTokenizer
-
-Prompt = tuple[Message, ...]
 
 
 def shorten_prompt(

@@ -18,7 +18,7 @@ from laddpo.preference.files import ReadLog, content_sha256, read_rows
 from laddpo.preference.hub import hub_rows
 from laddpo.preference.locate import locate
 from laddpo.preference.onpolicy import sampled_pairs
-from laddpo.preference.pairs import Example, Message, PreferencePair, content_digest, prompt_group
+from laddpo.preference.pairs import Example, PreferencePair, Prompt, content_digest, prompt_group
 from laddpo.preference.rows import SHAPES, RowRules, explicit_example
 
 
@@ -63,7 +63,7 @@ class Source:
 
     read: Callable[[Request, ReadLog], Iterator[PreferencePair | Example | BadRow]]
     identity: Callable[[Request], dict]
-    split_of: Callable[[tuple[Message, ...]], str] | None = None
+    split_of: Callable[[Prompt], str] | None = None
     is_graded: bool = False
 
 
@@ -258,7 +258,7 @@ def rows_in_shape(shape: str | None = None, **defaults) -> Source:
     )
 
 
-def arithmetic_split(prompt: tuple[Message, ...]) -> str:
+def arithmetic_split(prompt: Prompt) -> str:
     return arithmetic.split_of(prompt[0].content)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from laddpo.preference.pairs import Example, Message, PreferencePair, content_digest, prompt_group, prompt_rows
+from laddpo.preference.pairs import Example, Message, PreferencePair, Prompt, content_digest, prompt_group, prompt_rows
 
 DIGEST_BYTES = 12
 
@@ -22,7 +22,7 @@ class SpooledRow:
     """A row as it was read; `index` is its place in the order of content."""
 
     index: int
-    prompt: tuple[Message, ...]
+    prompt: Prompt
     responses: tuple[str, ...]
     place: str
     group: str

@@ -19,7 +19,7 @@ from laddpo.preference.arithmetic import HABITS, SPLIT_SHARES, keyed_integers, s
 from laddpo.preference.pairs import Example, RowIds, example_of, user_prompt
 from laddpo.runs import canonical_json, write_text
 
-INSTRUCTION = "\n\nReason step by step and end with a line `#### ` and the number."  # GSM8K's, see evaluation/tasks.py
+INSTRUCTION = "\n\nReason step by step and end with a line `#### ` and the number."  # GSM8K's questions end in it, too
 LARGEST = 60  # results above are not used: a small model has fewer sums to learn
 MAX_ATTEMPTS = 20_000
 DRILL_SUMS = 10  # of a row that is a drill

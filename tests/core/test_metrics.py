@@ -9,7 +9,7 @@ import torch
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import Item
 from laddpo.core.losses import LOSSES
-from laddpo.core.metrics import accuracy, preference_metrics, standard_error, to_floats
+from laddpo.core.metrics import accuracy, preference_metrics, to_floats
 from laddpo.core.objectives import (
     DpoObjective,
     SftObjective,
@@ -114,11 +114,6 @@ def test_the_variance_estimate_has_the_true_variance_as_its_mean():
 
 def test_floats_keep_their_names():
     assert to_floats({"b": torch.tensor(1.5), "a": torch.tensor(2, dtype=torch.int64)}) == {"b": 1.5, "a": 2.0}
-
-
-def test_standard_error_of_one_value_is_not_a_number():
-    assert standard_error(torch.tensor([1.0, 2.0, 3.0])) == pytest.approx(1 / math.sqrt(3))
-    assert math.isnan(standard_error(torch.tensor([1.0])))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+from tests.pipeline.conftest import Stages
 
 
 def start(stages, *more: str, **environment: str) -> subprocess.Popen:
@@ -95,6 +99,77 @@ def test_resume_true_finds_the_newest_unfinished_run_of_equal_settings(stages, c
     assert stages.run("train", "evaluation.at_end=false", "resume=true") == 0
     assert f"going on with {run}" in capsys.readouterr().out
     assert (run / "manifest.json").exists()
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, tiny_model) -> Stages:
+    """A run of steps of 4 x 1 x 2 pairs, as two processes have them, interrupted after its sixth step of eight."""
+    stages = Stages(tmp_path_factory.mktemp("begun"), tiny_model)
+    run = stages.folder / "outputs" / "train" / "run"
+    assert stages.run("train", "evaluation.at_end=false", f"output_dir={run}", "hardware.processes=2") == 0
+    (run / "manifest.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step_0000008")
+    return stages
+
+
+@pytest.fixture
+def interrupted(begun, stages) -> Path:
+    """The run's folder in a copy of its own."""
+    shutil.copytree(begun.folder, stages.folder, dirs_exist_ok=True)
+    return stages.folder / "outputs" / "train" / "run"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param([], id="left as they were"),
+        pytest.param(["optim.gradient_accumulation_steps=2"], id="one process in place of two"),
+        pytest.param(
+            ["optim.per_device_train_batch_size=2", "optim.gradient_accumulation_steps=2"], id="split otherwise"
+        ),
+        pytest.param(["optim.per_device_train_batch_size=1", "hardware.processes=8"], id="counted for eight"),
+    ],
+)
+def test_other_factors_of_the_same_pairs_per_step_go_on_to_the_same_bytes(stages, interrupted, changed):
+    names = ("metrics.jsonl", "adapter_last/adapter_model.safetensors")
+    before = [(interrupted / name).read_bytes() for name in names]
+    shutil.rmtree(interrupted / "adapter_last")
+    for _ in range(2):  # the second time it is finished, and the same command still names it
+        place = f"output_dir={interrupted}"
+        assert stages.run("train", "evaluation.at_end=false", place, "resume=true", *changed) == 0
+    assert [(interrupted / name).read_bytes() for name in names] == before
+    assert (interrupted / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["optim.gradient_accumulation_steps=3"], "stored 8 = 4 x 1 x 2, now 12 = 4 x 3 x 1 (optim.per_device"),
+        (["optim.per_device_train_batch_size=2"], "stored 8 = 4 x 1 x 2, now 2 = 2 x 1 x 1 (optim.per_device"),
+        (["hardware.processes=3"], "stored 8 = 4 x 1 x 2, now 12 = 4 x 1 x 3 (optim.per_device"),
+    ],
+)
+def test_another_number_of_pairs_per_step_is_another_run(stages, interrupted, changed, said, capsys):
+    before = (interrupted / "metrics.jsonl").read_bytes()
+    place = f"resume={interrupted}"
+    assert stages.run("train", "evaluation.at_end=false", place, *changed) == 2
+    shown = capsys.readouterr().err
+    assert f"pairs per step: {said}" in shown and shown.count(": stored ") == 1
+    assert (interrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_newest_run_is_found_by_its_pairs_per_step_and_not_by_their_factors(stages, interrupted, capsys):
+    split = ["evaluation.at_end=false", "resume=true", "optim.gradient_accumulation_steps=2"]
+    assert stages.run("train", *split) == 0
+    assert f"going on with {interrupted}" in capsys.readouterr().out
+
+
+def test_a_run_of_the_other_stage_is_not_gone_on_with(stages, interrupted, capsys):
+    before = (interrupted / "metrics.jsonl").read_bytes()
+    assert stages.run("sft", "evaluation.at_end=false", f"resume={interrupted}") == 2
+    shown = capsys.readouterr().err
+    assert "step_0000006: is of a run on pairs, expected one on rows" in shown and "Traceback" not in shown
+    assert (interrupted / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_run_folder_in_use_is_refused(stages, capsys):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from laddpo.errors import UserError
 from laddpo.preference.badrows import CODES, BadRow
 from laddpo.preference.files import ReadLog
-from laddpo.preference.pairs import PreferencePair
+from laddpo.preference.pairs import PreferencePair, plain_prompt
 from laddpo.preference.sources import Request, open_source
 
 LINE_LIMIT = 10_000
@@ -52,7 +52,8 @@ def read_all(source, path, **asked):
             assert row.code in CODES and str(path) in str(row)
         else:
             assert row.chosen != row.rejected and row.prompt
-            (row.chosen + row.rejected + row.prompt_text).encode("utf-8")  # no half of a surrogate pair came through
+            texts = row.chosen + row.rejected + plain_prompt(row.prompt)
+            texts.encode("utf-8")  # no half of a surrogate pair came through
     return rows
 
 

@@ -21,9 +21,8 @@ from laddpo.preference import preparation
 from laddpo.preference.encode import TextEncoder
 from laddpo.preference.pairs import prompt_group, user_prompt
 from laddpo.preference.preparation import Part, Rules, find_prepared, prepare_examples, prepare_pairs
-from laddpo.preference.prepared import PreparedPairs, chosen_examples, whole_folder, write_prepared
+from laddpo.preference.prepared import PreparedPairs, chosen_examples, whole_folder
 from laddpo.preference.sources import Request
-from laddpo.runs import read_json
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
 
@@ -374,18 +373,6 @@ def test_a_damaged_or_unfinished_folder_is_not_read(tmp_path, tokenizer):
         PreparedPairs.load(folder)
     with pytest.raises(UserError, match="is in the way"):
         prepare(tmp_path / "out", path, tokenizer)
-
-
-def test_encoded_rows_can_be_written_directly(tmp_path):
-    def rows():
-        for i in range(3):
-            record = {"id": f"{i}", "prompt": [], "chosen": "c", "rejected": "r", "split": "train", "group": "g"}
-            yield record, [np.arange(i), np.arange(2), np.arange(3)]
-
-    prepared = write_prepared(tmp_path / "made", rows(), {"rows": {}}, {"made": "by hand"})
-    assert [len(pair.prompt_ids) for pair in prepared.train] == [0, 1, 2]
-    assert prepared.manifest["fields"]["made"] == "by hand"
-    assert read_json(prepared.folder / "report.json") == {"rows": {}}
 
 
 def test_arithmetic_splits_are_those_of_the_problems(tmp_path, tokenizer):
