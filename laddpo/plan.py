@@ -149,15 +149,17 @@ def _budget_lines(config: RunConfig, choice, lengths) -> list[str]:
             return f"{tokens:,} tokens (less than the longest sequence)" if tokens else "none"
         return f"{tokens:,} tokens"
 
-    hardware = config.hardware
-    origin = "as set" if hardware.token_budget else "chosen"
+    hardware, on = config.hardware, "on" if choice.setup.checkpointing else "off"
+    fitting = choice.largest[choice.setup.checkpointing]
+    origin = "as set" if hardware.token_budget else "chosen" if fitting else "the smallest; none fits"
     lines = [
         f"largest micro-step that fits: {text(choice.largest[False])}; with gradient checkpointing "
         f"{text(choice.largest[True])}",
         f"token budget: {choice.token_budget:,} ({origin})",
     ]
-    if hardware.gradient_checkpointing is not None:
-        on = "on" if choice.setup.checkpointing else "off"
+    if max(choice.largest.values()) < lengths.longest:
+        lines.append(f"gradient checkpointing: {on}; the longest sequence fits neither with nor without")
+    elif hardware.gradient_checkpointing is not None:
         needed = "needed" if choice.largest[False] < max(choice.token_budget, lengths.longest) else "not needed"
         lines.append(f"gradient checkpointing: {on} (as set); {needed} for this budget")
     elif choice.setup.checkpointing:

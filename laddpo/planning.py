@@ -157,8 +157,10 @@ def choose_plan(
         return Choice(memory, tokens, available, largest, why)
 
     def cost(choice: Choice) -> tuple[bool, float]:
+        if not choice.fits:  # the one that lacks least
+            return True, choice.memory.peak
         speed, some_work = device_speed(config) or USUAL_GPU, Work(1e6, 3e5, lengths.mean)
-        return not choice.fits, predicted_seconds(choice.setup, some_work, choice.token_budget, speed)[1]
+        return False, predicted_seconds(choice.setup, some_work, choice.token_budget, speed)[1]
 
     return min((plan(options[on]) for on in options if wanted in (None, on)), key=cost)
 

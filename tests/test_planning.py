@@ -94,7 +94,7 @@ def test_a_step_of_one_pair_needs_no_buffer_of_its_own():
     alone, several = chosen(*one), chosen()
     assert several.memory.parts["gradient buffers"] == several.memory.parts["gradient"]
     assert alone.memory.load.exceeds and alone.memory.parts["gradient buffers"] == 0
-    assert alone.largest[True] > several.largest[True]
+    assert chosen(*one, available=10).largest[True] > chosen(available=10).largest[True]
     assert chosen(*one, "dpo.loss=ipo").memory.parts["gradient buffers"] == alone.memory.parts["gradient"]
     # and where all weights are trained, none as large as the model: no second forward pass is needed to avoid it
     assert choose_backward(compose(["adapter=full", *one]), DIALOGUES, 2048)[0] == "stream"
@@ -202,6 +202,12 @@ def test_plan_shows_every_part_and_the_parts_add_up(capsys):
 def test_plan_for_8_gb_shows_what_fits_there(capsys):
     text = plan_of(capsys, *REAL, "hardware.vram_gib=8")
     assert "gradient checkpointing: on (needed)" in text and "hardware.vram_gib=8" in text
+
+
+def test_where_nothing_fits_the_plan_is_the_one_that_lacks_least():
+    choice = chosen(available=4)
+    assert not choice.fits and choice.setup.checkpointing and max(choice.largest.values()) == 0
+    assert choice.memory.peak < chosen("hardware.gradient_checkpointing=false", available=4).memory.peak
 
 
 def test_plan_explains_what_does_not_fit(capsys):

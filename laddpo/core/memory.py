@@ -156,7 +156,8 @@ def largest_token_budget(setup: Setup, available: int, load: Load | None = None,
 
 
 def explain(plan: MemoryPlan, available: int, what: str) -> str:
-    """Why `what` does not fit: predicted, available, the largest part, and the two settings that save most."""
+    """Why `what` does not fit: predicted, available, the largest part, and the two settings that save most; or that
+    all of them together would not do."""
     part = plan.largest_part
     ranked = sorted(_remedies(plan.setup), key=lambda remedy: predict_memory(remedy[1], plan.load).peak)
     helpful = [
@@ -165,10 +166,18 @@ def explain(plan: MemoryPlan, available: int, what: str) -> str:
         if predict_memory(setup, plan.load).peak < plan.peak
     ][:2]
     helpful += ["data.max_length lower (with data.truncation=drop)", "a smaller adapter.r"][: 2 - len(helpful)]
-    return (
+    why = (
         f"{what} does not fit: predicted {gib(plan.peak)}, available {gib(available)}. The largest part is "
-        f"{part} ({gib(plan.parts[part])}). What helps most: {', or '.join(helpful)}."
+        f"{part} ({gib(plan.parts[part])}). "
     )
+    few = dataclasses.replace(plan.load, tokens=min(plan.load.tokens, BUDGET_STEP), rows=None)
+    least = predict_memory(_most_sparing(plan.setup), few).peak
+    if least > available:
+        return (
+            f"{why}With every setting that saves memory a micro-step of {few.tokens} tokens takes {gib(least)}: use a "
+            "smaller model or a larger device."
+        )
+    return f"{why}What helps most: {', or '.join(helpful)}."
 
 
 def gib(size: float) -> str:
@@ -320,6 +329,14 @@ def _remedies(setup: Setup) -> Iterator[tuple[str, Setup]]:
     for applies, text, changes in REMEDIES:
         if applies(setup):
             yield text, dataclasses.replace(setup, **changes)
+
+
+def _most_sparing(setup: Setup) -> Setup:
+    """With everything that _remedies knows, one after the other."""
+    for applies, _, changes in REMEDIES:
+        if applies(setup):
+            setup = dataclasses.replace(setup, **changes)
+    return setup
 
 
 STORED_BYTES = {  # per weight of a block

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LABEL_WIDTH = 36  # letters
 POOLED_KEYS = ("seed",)  # jobs that differ in these alone are repetitions of one cell
 
 Value = float | str
@@ -127,7 +128,8 @@ def sweep_plot(table: SweepTable, path: Path, *, title: str = "") -> None:
         figure = new_figure(5.6, 3.9, title)
         _draw_line(figure.subplots(), table)
     else:
-        figure = new_figure(7.0, max(2.6, 0.36 * len(table.cells) + 1.5), title)
+        lines = sum(_label_lines(table, cell).count("\n") + 1 for cell in table.cells)
+        figure = new_figure(7.0, max(2.6, 0.2 * lines + 0.2 * len(table.cells) + 1.5), title)
         _draw_dots(figure.subplots(), table)
     save_png(figure, path)
 
@@ -242,6 +244,19 @@ def _draw_line(axes: Axes, table: SweepTable) -> None:
     axes.margins(x=0.12, y=0.15)
 
 
+def _label_lines(table: SweepTable, cell: SweepCell) -> str:
+    """A cell's label on as many lines as leave the picture its half."""
+    label = cell.label(table.keys)
+    parts = [part if len(part) <= LABEL_WIDTH else f"{part[: LABEL_WIDTH - 1]}…" for part in label.split(", ")]
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) <= LABEL_WIDTH:
+            lines[-1] += f", {part}"
+        else:
+            lines += [part]
+    return "\n".join(lines)
+
+
 def _draw_dots(axes: Axes, table: SweepTable) -> None:
     """One row per cell, best first."""
     cells = [cell for cell in table.sorted_cells() if cell.mean is not None]
@@ -256,7 +271,7 @@ def _draw_dots(axes: Axes, table: SweepTable) -> None:
         axes.annotate(
             number_text(cell.mean), (cell.mean, row), (0, 6), textcoords="offset points", fontsize=8, ha="center"
         )
-    axes.set_yticks(range(len(cells)), [cell.label(table.keys) for cell in cells], fontsize=8.5)
+    axes.set_yticks(range(len(cells)), [_label_lines(table, cell) for cell in cells], fontsize=8.5)
     axes.set_ylim(len(cells) - 0.4, -0.75)
     axes.grid(True, axis="x", color="#e4e4e4", linewidth=0.7)
     axes.margins(x=0.1)

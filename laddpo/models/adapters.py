@@ -7,6 +7,7 @@ the hub's key names. The model stays the same object: no wrapper to unwrap.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -290,9 +291,15 @@ def _plain(value: Any) -> Any:
 
 
 def _is_lora_layer(module: nn.Module) -> bool:
+    return isinstance(module, _lora_layer_type())
+
+
+@functools.cache
+def _lora_layer_type() -> type:
+    quiet_bitsandbytes()  # which peft imports
     from peft.tuners.lora import LoraLayer
 
-    return isinstance(module, LoraLayer)
+    return LoraLayer
 
 
 def _devices(model) -> list[torch.device]:

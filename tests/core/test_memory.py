@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -246,7 +247,16 @@ def test_the_explanation_names_predicted_available_largest_part_and_the_two_best
     assert text.count("(saves ") == 2
 
 
+def test_where_nothing_would_do_the_explanation_says_so_and_recommends_no_setting():
+    setup = Setup(LLADA_8B, precision="bf16", rank=16)
+    text = explain(predict_memory(setup, Load(1024)), 4 * GIB, "it")
+    # 4-bit weights without the embedding alone: 3.353 GiB of blocks and a head of 0.965
+    assert re.search(r"a micro-step of 64 tokens takes 4\.\d\d GiB: use a smaller model or a larger device", text)
+    assert "What helps" not in text and "saves" not in text.replace("saves memory", "")
+
+
 def test_where_settings_are_used_up_the_explanation_points_to_the_data():
     setup = Setup(SMALL, "cpu", "fp32", "4bit_double", rank=8, optimizer="adamw_8bit", checkpointing=True)
-    text = explain(predict_memory(setup, Load(1024)), 1000, "it")
+    plan = predict_memory(setup, Load(1024))
+    text = explain(plan, plan.peak - 1, "it")
     assert "data.max_length lower (with data.truncation=drop), or a smaller adapter.r" in text

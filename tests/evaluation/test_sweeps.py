@@ -95,3 +95,12 @@ def test_a_tie_of_the_best_is_said_and_all_of_them_are_framed(tmp_path, monkeypa
     assert titles == ["exact_match (framed: best, 2 tie)"] and len(frames) == 2
     alone = sweep_table(jobs[:1] + jobs[2:], "exact_match")
     assert alone.tie_text == "" and "tie" not in sweep_markdown(alone)
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_that_differ_in_many_settings_leave_the_picture_its_room(tmp_path):
+    names = ["optim.per_device_train_batch_size", "optim.max_train_steps", "data.num_pairs", "evaluation.num_pairs"]
+    jobs = [SweepJob({**{name: i for name in names}, "data.dataset_name": f"{i}" * 200}, 0.1 * i) for i in range(3)]
+    sweep_plot(sweep_table(jobs, "exact_match"), tmp_path / "p.png")
+    width, height = size_inches(tmp_path / "p.png")
+    assert width == pytest.approx(7, abs=0.02) and height > 3.5, "three lines for each of three"

@@ -1,5 +1,8 @@
 """LoRA: on the blocks and nowhere else, in PEFT's files, random by seed."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -281,3 +284,10 @@ def test_merging_keeps_the_logits_and_leaves_a_plain_model(tiny_model, random_id
     torch.testing.assert_close(logits(model, ids), tuned, atol=1e-5, rtol=0)
     save_model(model, tmp_path)
     assert torch.equal(logits(load_model(str(tmp_path)), ids), logits(model, ids))
+
+
+def test_asking_for_an_adapter_says_nothing_on_the_terminal():
+    """The first import of peft brings a library along that speaks of an optional kernel."""
+    program = "import torch; from laddpo.models.adapters import has_adapter; print(has_adapter(torch.nn.Linear(1, 1)))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("False\n", "")
