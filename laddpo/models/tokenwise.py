@@ -52,7 +52,7 @@ class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
+        return silu(gate) * up  # in place, torch 2.11 compiles it to wrong gradients
 
     @staticmethod
     def backward(ctx, grad: Tensor):
