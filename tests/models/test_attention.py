@@ -95,7 +95,7 @@ def test_going_back_through_many_runs_builds_no_tensor_of_zeros(tiny_model, pack
 
     model, lengths = tiny_model(), [2, 3, 4, 5]
     ids, positions = packed_input(lengths)
-    with profile(activities=[ProfilerActivity.CPU]) as record:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as record:
         output = model(input_ids=ids[None], position_ids=positions[None], lengths=lengths)
         output.logits.sum().backward()
     names = {event.key for event in record.key_averages()}
