@@ -74,7 +74,11 @@ def diagnose(hydra: Hydra, config_name: str, overrides: list[str], mode: RunMode
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         return Composed(None, [*problems, yaml_mistake(error, hydra)])
     problems += foreign_code(tree)
-    problems += [problem for override in values if (problem := _apply(tree, override, groups))]
+    for override in values:
+        if problem := _apply(tree, override, groups):
+            problems.append(problem)
+        else:
+            tree.hydra.overrides.task.append(override.input_line)
     return Composed(tree, problems)
 
 

@@ -8,6 +8,7 @@ from laddpo import ranges
 from laddpo.app import cli
 from laddpo.compose import compose, read_config, write_config
 from laddpo.config import check_machine, find_problems, unlikely_settings
+from laddpo.datachecks import READ_BY
 from laddpo.errors import UserError
 from laddpo.ranges import CHOICES, RANGES, leaves
 from laddpo.settings import RunConfig
@@ -106,6 +107,26 @@ MISTAKES = {
     ),
     # data, losses, decoding
     "no data set": (["data=jsonl"], ["data.dataset_name is not set", "add data.dataset_name=path/to/pairs.jsonl"]),
+    "a file that no source reads": (
+        ["data.dataset_name=foo.jsonl", "data.format=implicit", "data.columns.prompt=q"],
+        [
+            "3 problems",
+            "data.dataset_name is 'foo.jsonl' and data.source is 'arithmetic', which does not read it",
+            "write data=jsonl",
+            "data.format is 'implicit'",
+            "data.columns.prompt is 'q'",
+        ],
+    ),
+    "a file that no source reads, beside a misspelt setting": (
+        ["data.dataset_name=foo.jsonl", "dpo.betta=1"],
+        ["data.dataset_name is 'foo.jsonl' and data.source is 'arithmetic'", "dpo.betta"],
+    ),
+    "questions for given pairs": (["data=hh_rlhf", "data.questions=q.jsonl"], ["write data=onpolicy"]),
+    "a number of generated pairs for a file": (
+        ["data=jsonl", "data.dataset_name=x.jsonl", "data.num_pairs=9"],
+        ["data.num_pairs is 9", "data.random_sample_size"],
+    ),
+    "a file beside a mixture": (["data=mixture", "data.dataset_name=x"], ["give it to the parts in data.mixture"]),
     "numbers too wide": (["data.operand_max=100"], ["set data.operand_max=99 or lower"]),
     "smoothing without a place": (["dpo.loss=hinge", "dpo.label_smoothing=0.1"], ["which has no such term"]),
     "half of the labels wrong": (["dpo.loss=robust", "dpo.label_smoothing=0.5"], ["expected less than 0.5"]),
@@ -352,6 +373,25 @@ def test_names_in_the_settings_are_those_of_the_tables():
     for key, table in tables.items():
         assert set(CHOICES[key]) == set(table), key
     assert set(ranges.TASKS) == set(TASKS)
+
+
+def test_what_a_yaml_sets_beside_its_source_is_no_mistake_of_the_user(tmp_path):
+    """Nor is a value that says what holds anyway, nor one that a part of a mixture reads."""
+    (tmp_path / "data").mkdir()
+    own = "defaults: [jsonl, _self_]\nsource: arithmetic\ndataset_name: x.jsonl\n"
+    (tmp_path / "data" / "mine.yaml").write_text(own, encoding="utf-8")
+    assert compose(["data=mine"], config_dir=str(tmp_path)).data.dataset_name == "x.jsonl"
+    compose(["data.dataset_name=null", "data.columns.prompt=prompt"])
+    compose(["experiment=laddpo_hh", "data=arithmetic"])
+    compose(["model=llada_8b", "data.dataset_name=x.jsonl", "data.columns.chosen=good"])
+    compose(["data=mixture", "data.mixture=[{source:arithmetic}]", "data.num_pairs=9"])
+
+
+def test_the_table_of_what_each_source_reads_names_settings_and_sources():
+    keys = {key for key, _ in leaves(compose())}
+    for name, (sources, _) in READ_BY.items():
+        assert any(f"{key}.".startswith(f"data.{name}.") for key in keys), name
+        assert set(sources) <= set(CHOICES["data.source"]), name
 
 
 def test_losses_that_take_label_smoothing_are_known():

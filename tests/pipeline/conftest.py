@@ -35,7 +35,7 @@ class Stages:
             f"paths.outputs_dir={self.folder / 'outputs'}",
             "hardware.device=cpu",
             "logger=none",
-            "data.num_pairs=32",
+            *([] if any(text.startswith("data=") for text in more) else ["data.num_pairs=32"]),
             "data.max_length=512",
             "data.validation_fraction=0.25",
             "dpo.diffusion_samples=2",
