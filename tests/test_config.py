@@ -367,7 +367,7 @@ def test_names_in_the_settings_are_those_of_the_tables():
         "optim.lr_scheduler_type": SCHEDULES,
         "data.source": [*SOURCES, "mixture"],
         "data.habit": HABITS,
-        "data.format": ["auto", "json", *SHAPES],
+        "data.format": ["json", *SHAPES],
         "hardware.backward": ["auto", *BACKWARD_MODES],
     }
     for key, table in tables.items():
