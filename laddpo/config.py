@@ -88,6 +88,11 @@ def _weights(config: RunConfig) -> Iterator[str]:
             f"adapter.lora_dropout is {adapter.lora_dropout:g}; expected 0: a pair's gradient is summed over several "
             "passes, which must see the same network; use more optim.weight_decay or fewer steps instead."
         )
+    if adapter.kind == "lora" and adapter.path is None and adapter.r > (width := model.shape.d_model):
+        yield (
+            f"adapter.r is {adapter.r} and {model.name} is {width} wide (model.shape.d_model); every linear layer has "
+            f"that on one side, so no higher rank means anything; set adapter.r={width} or lower, or adapter=full."
+        )
     if model.shape.d_model % model.shape.n_heads:
         yield (
             f"model.shape.d_model is {model.shape.d_model}; expected a multiple of "

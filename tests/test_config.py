@@ -54,8 +54,13 @@ MISTAKES = {
     "a reference to the wrong type": (["dpo.beta=${dpo.loss}"], ["'sigmoid'", "expected a number"]),
     "a resolver": (["output_dir=${now:%Y}"], ["now is not an allowed resolver"]),
     # C3, C4, C33 and other ranges
-    "a negative beta": (["dpo.beta=-0.1"], ["dpo.beta is -0.1; it must be > 0; 0.05 to 0.5 is usual"]),
+    "a negative beta": (["dpo.beta=-0.1"], ["dpo.beta is -0.1; it must be > 0 and at most 1000; 0.05 to 0.5 is usual"]),
     "beta zero": (["dpo.beta=0"], ["it must be > 0"]),
+    "a beta that saturates": (["dpo.beta=1e308"], ["it must be > 0 and at most 1000"]),
+    "a rank above the model's width": (
+        ["adapter.r=100000"],
+        ["adapter.r is 100000 and llada_nano is 128 wide", "set adapter.r=128 or lower"],
+    ),
     "beta not a number": (["dpo.beta=nan"], ["dpo.beta is nan; expected a finite number"]),
     "an infinite learning rate": (["optim.learning_rate=inf"], ["expected a finite number"]),
     "no draws": (["dpo.diffusion_samples=0"], ["it must be >= 1", "8 the paper's value"]),
