@@ -55,7 +55,7 @@ def _contradictions(config: RunConfig, wrong_keys: set[str], given: Collection[s
     """Problems between settings, leaving out those that speak of a key whose own value is already refused."""
     parts = (_weights, _lengths, _objective, _data, _schedule, device_problems, _decoding, step_problems)
     found = (problem for part in parts for problem in part(config))
-    for problem in (*found, *unread_settings(config, given)):
+    for problem in (*found, *_patience(config, given), *unread_settings(config, given)):
         if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in wrong_keys):
             yield problem
 
@@ -204,13 +204,18 @@ def _mixture_parts(config: RunConfig) -> Iterator[str]:
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:
-    optim, every, patience = config.optim, config.evaluation.every_steps, config.stopping.patience
+    optim = config.optim
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         yield f"optim.betas is {optim.betas}; expected two numbers from 0 to below 1; [0.9,0.95] is usual."
-    if patience is not None and every is None:
+
+
+def _patience(config: RunConfig, given: Collection[str]) -> Iterator[str]:
+    """Patience without evaluations is refused where the command line asks for it; one that a yaml brings just rests."""
+    patience = config.stopping.patience
+    if patience is not None and config.evaluation.every_steps is None and "stopping.patience" in given:
         yield (
             f"stopping.patience is {patience} and evaluation.every_steps is null; early stopping looks at evaluations "
-            "during training; set evaluation.every_steps, or stopping.patience=null."
+            "during training; set evaluation.every_steps, or leave stopping.patience out."
         )
 
 

@@ -392,6 +392,17 @@ def test_what_a_yaml_sets_beside_its_source_is_no_mistake_of_the_user(tmp_path):
     compose(["data=mixture", "data.mixture=[{source:arithmetic}]", "data.num_pairs=9"])
 
 
+def test_a_patience_that_a_yaml_brings_lets_a_run_go_without_evaluations():
+    config = compose(["evaluation.every_steps=null"])
+    assert config.stopping.patience == 3 and config.evaluation.every_steps is None
+
+
+def test_the_highest_rank_is_the_models_width():
+    assert compose(["adapter.r=128"]).adapter.r == 128
+    assert compose(["model=llada_8b", "adapter.r=4096"]).adapter.r == 4096
+    assert compose(["adapter=full", "adapter.r=129"]).adapter.kind == "full"
+
+
 def test_the_table_of_what_each_source_reads_names_settings_and_sources():
     keys = {key for key, _ in leaves(compose())}
     for name, (sources, _) in READ_BY.items():
