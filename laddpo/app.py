@@ -230,7 +230,8 @@ class _Parser(argparse.ArgumentParser):
                 if guess
                 else f"settings are written {flag.lstrip('-').replace('-', '_')}=<value>."
             )
-            raise UserError(f"{' '.join(words)}: no such option; {hint}")
+            flags = " ".join(word for word in words if word.startswith("-"))
+            raise UserError(f"{flags}: no such option; {hint}")
         raise UserError(f"{message}; python -m laddpo.train --help shows what can be written.")
 
 
@@ -241,7 +242,7 @@ def _parse(stage: str, argv: list[str]) -> argparse.Namespace:
         if action.dest not in ("version", "config_path", "experimental_rerun", "hydra_help"):
             parser._add_action(action)
     parser.add_argument("--version", action="store_true", help="print the version")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # flags may stand between settings
     args.config_name = (args.config_name or "config").removesuffix(".yaml")
     chosen = [flag for flag in ("cfg", "multirun", "run", "info", "shell_completion") if getattr(args, flag)]
     if len(chosen) > 1 and chosen != ["cfg", "multirun"]:

@@ -180,6 +180,7 @@ MISTAKES = {
     # C31
     "a swept folder": (["-m", "dpo.beta=1,2", "output_dir=a,b"], ["a sweep has one folder"]),
     "a swept contradiction": (["-m", "dpo.beta=1,-2"], ["dpo.beta is -2.0", "(job 1 of 2)"]),
+    "a swept contradiction behind another setting": (["seed=1", "-m", "dpo.beta=1,-2"], ["(job 1 of 2)"]),
     "a swept name": (["-m", "dpo.betta=1,2"], ["dpo.betta: no such setting"]),
     "a sweep that goes on nowhere": (["-m", "dpo.beta=1,2", "resume=true"], ["resume=true output_dir=<folder>"]),
 }
