@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from laddpo.errors import UserError
 from laddpo.ranges import leaves
@@ -31,9 +33,10 @@ def settings_of_run(stage: str, asked: RunConfig, overrides: Sequence[str]) -> R
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     if "evaluation" in keys or "decoding" in keys:
         merged.evaluation = asked.evaluation
-    if "hardware" in keys or stage == "export":  # which merges on this machine, whatever the run was trained on
-        precision = asked.hardware.precision if stage == "export" else stored.hardware.precision
-        merged.hardware = dataclasses.replace(asked.hardware, precision=precision)
+    if stage == "export":  # merges where there is room, whatever the run was trained on
+        merged.hardware = asked.hardware
+    elif "hardware" in keys:
+        merged.hardware = dataclasses.replace(asked.hardware, precision=stored.hardware.precision)
     for key in keys:
         if key.startswith(("evaluation.", "hardware.", "paths.")):
             group, name = re.split(r"[.\[]", key)[:2]
@@ -55,7 +58,7 @@ def refuse_decided(stage: str, asked: RunConfig, stored: RunConfig, overrides: S
             is_free = name.split(".")[0] in may_change or name.startswith("model.recommended.")
             if wanted[name] != found[name] and (not is_free or name == key):
                 given.append(override)
-                has.append(f"{name}={found[name]}")
+                has.append(f"{name}={_as_written(found[name])}")
                 break
     if given:
         raise UserError(
@@ -63,6 +66,10 @@ def refuse_decided(stage: str, asked: RunConfig, stored: RunConfig, overrides: S
             f"decides that. Leave it out, or train with it; beside run, {stage} takes "
             f"{', '.join(_patterns(may_change))}."
         )
+
+
+def _as_written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _patterns(names: Sequence[str]) -> list[str]:

@@ -133,7 +133,10 @@ def test_version_and_info(capsys):
     assert "llada_nano" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["dpo.betta=1"], ["--cfg", "job"], ["model=llada_9b", "dpo.beta=x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["dpo.betta=1"], ["data.dataset_name=x.jsonl"], ["--cfg", "job"], ["model=llada_9b", "dpo.beta=x"]],
+)
 def test_help_and_mistakes_answer_within_two_seconds_without_torch(arguments, tmp_path):
     fastest = 99.0
     for _ in range(5):  # a busy machine may delay one of them

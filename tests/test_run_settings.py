@@ -56,6 +56,8 @@ def test_measuring_machine_and_places_stay_the_command_lines(run):
 def test_a_setting_of_another_stage_is_refused_beside_a_run(run, capsys):
     assert asked("export", run, "evaluation.limit=3") == []
     assert "evaluation.limit=3: given beside run=r" in capsys.readouterr().err
+    assert asked("evaluate", run, "data.random_sample_size=9") == []
+    assert "which was made with data.random_sample_size=null;" in capsys.readouterr().err
     assert asked("evaluate", run, "experiment=laddpo_hh") == []
     assert "experiment=laddpo_hh: given beside run=r" in capsys.readouterr().err
 

@@ -264,8 +264,8 @@ def hint_for_texts(chosen: str) -> str:
     if chosen.startswith("\n\nHuman:"):
         return "These are dialogues of Anthropic/hh-rlhf: use data=hh_rlhf."
     return (
-        "Add the field, or set data.columns.prompt. Where chosen and rejected begin with the prompt, move it there: "
-        "text does not show where it ends."
+        "Give the prompt a field of its own, or name it by data.columns.prompt. Where chosen and rejected begin with "
+        "the prompt, move it there: text does not show where it ends."
     )
 
 
