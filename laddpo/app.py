@@ -29,10 +29,10 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.object_type import ObjectType
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import laddpo
-from laddpo.compose import compose_tree, open_hydra, to_run_config
+from laddpo.compose import compose_tree, open_hydra, settings_problems, to_run_config
 from laddpo.config import unlikely_settings
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest
 from laddpo.launch import joined, leave, refuse_sweep, speaks
@@ -40,6 +40,7 @@ from laddpo.mistakes import config_groups
 from laddpo.redaction import redact
 from laddpo.runs import disk_message
 from laddpo.settings import RunConfig
+from laddpo.tuned import MAY_CHANGE, settings_of_run
 
 # what this command line set, for stages that take the rest from an earlier run
 given_overrides: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("given_overrides", default=())
@@ -126,7 +127,7 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
 
             refuse_sweep()
             return run_sweep(hydra, stage, args.config_name, args.config_dir, args.overrides, tree)
-        config = to_run_config(tree)
+        config = settings_for(stage, tree, args.overrides)
         given_overrides.set(tuple(args.overrides))
     with joined(stage, config) as ranks:
         if ranks is None:
@@ -136,6 +137,16 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
             for note in unlikely_settings(config, stage):
                 print(f"note: {note}", file=sys.stderr)
         return _call(main or importlib.import_module(f"laddpo.{stage}").main, config, folder)
+
+
+def settings_for(stage: str, tree: DictConfig, overrides: list[str]) -> RunConfig:
+    """The checked settings of a stage; those of the run that it works on, where it works on one."""
+    config, problems = settings_problems(tree)
+    is_of_run = config.run is not None and stage in MAY_CHANGE
+    settled = settings_of_run(stage, config, overrides) if is_of_run else config
+    if problems:
+        raise UserError(*problems)
+    return settled
 
 
 def _call(main: Main, config: RunConfig, folder: Path) -> int:
@@ -219,7 +230,8 @@ class _Parser(argparse.ArgumentParser):
                 if guess
                 else f"settings are written {flag.lstrip('-').replace('-', '_')}=<value>."
             )
-            raise UserError(f"{' '.join(words)}: no such option; {hint}")
+            flags = " ".join(word for word in words if word.startswith("-"))
+            raise UserError(f"{flags}: no such option; {hint}")
         raise UserError(f"{message}; python -m laddpo.train --help shows what can be written.")
 
 
@@ -230,7 +242,7 @@ def _parse(stage: str, argv: list[str]) -> argparse.Namespace:
         if action.dest not in ("version", "config_path", "experimental_rerun", "hydra_help"):
             parser._add_action(action)
     parser.add_argument("--version", action="store_true", help="print the version")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # flags may stand between settings
     args.config_name = (args.config_name or "config").removesuffix(".yaml")
     chosen = [flag for flag in ("cfg", "multirun", "run", "info", "shell_completion") if getattr(args, flag)]
     if len(chosen) > 1 and chosen != ["cfg", "multirun"]:

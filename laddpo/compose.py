@@ -91,7 +91,10 @@ def to_run_config(tree: DictConfig) -> RunConfig:
 def settings_problems(tree: DictConfig) -> tuple[RunConfig, list[str]]:
     """(the typed configuration, all that is wrong with it). What has no value gets one for the sake of the checks."""
     tree = copy.deepcopy(tree)
+    given: set[str] = set()
     if "hydra" in tree:
+        overrides = OmegaConf.to_container(tree.hydra.overrides.task, resolve=False)
+        given = {key for key in (text.partition("=")[0] for text in overrides) if "." in key}  # not the groups chosen
         HydraConfig.instance().set_config(tree)
         OmegaConf.set_struct(tree, False)
         del tree["hydra"]
@@ -103,7 +106,7 @@ def settings_problems(tree: DictConfig) -> tuple[RunConfig, list[str]]:
     assert isinstance(config, RunConfig), "the root of conf/config.yaml is not the schema"
     if config.resume.lower() in ("true", "false"):  # a yaml bool arrives as "True"
         config.resume = config.resume.lower()
-    return config, [*problems, *broken.values(), *find_problems(config, ignore=set(broken))]
+    return config, [*problems, *broken.values(), *find_problems(config, set(broken), given)]
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from laddpo.datachecks import onpolicy_problems
+from laddpo.datachecks import onpolicy_problems, unread_settings
 from laddpo.devicechecks import device_problems, step_problems
 from laddpo.errors import UserError
 from laddpo.foreign_logs import quiet_bitsandbytes
@@ -30,14 +30,17 @@ def _find_conf_dir() -> Path:
 CONF_DIR = _find_conf_dir()
 
 
-def find_problems(config: RunConfig, ignore: set[str] = frozenset()) -> list[str]:
+def find_problems(
+    config: RunConfig, ignore: Collection[str] = frozenset(), given: Collection[str] = frozenset()
+) -> list[str]:
     """Everything wrong with the settings, one sentence or two each; an empty list when nothing is.
 
-    `ignore` names keys already known to be wrong: nothing more is said about them.
+    `ignore` names keys already known to be wrong: nothing more is said about them. `given` names those that the command
+    line set itself, which the others are not to be blamed for.
     """
     single = [problem for problem in single_problems(config) if problem.split(" ", 1)[0] not in ignore]
-    wrong_keys = {problem.split(" ", 1)[0] for problem in single} | ignore
-    return [*single, *_contradictions(config, wrong_keys)]
+    wrong_keys = {problem.split(" ", 1)[0] for problem in single} | set(ignore)
+    return [*single, *_contradictions(config, wrong_keys, given)]
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -48,12 +51,13 @@ def check(config: RunConfig) -> RunConfig:
     return config
 
 
-def _contradictions(config: RunConfig, wrong_keys: set[str]) -> Iterator[str]:
+def _contradictions(config: RunConfig, wrong_keys: set[str], given: Collection[str]) -> Iterator[str]:
     """Problems between settings, leaving out those that speak of a key whose own value is already refused."""
-    for part in (_weights, _lengths, _objective, _data, _schedule, device_problems, _decoding, step_problems):
-        for problem in part(config):
-            if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in wrong_keys):
-                yield problem
+    parts = (_weights, _lengths, _objective, _data, _schedule, device_problems, _decoding, step_problems)
+    found = (problem for part in parts for problem in part(config))
+    for problem in (*found, *_patience(config, given), *unread_settings(config, given)):
+        if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in wrong_keys):
+            yield problem
 
 
 def _weights(config: RunConfig) -> Iterator[str]:
@@ -83,6 +87,11 @@ def _weights(config: RunConfig) -> Iterator[str]:
         yield (
             f"adapter.lora_dropout is {adapter.lora_dropout:g}; expected 0: a pair's gradient is summed over several "
             "passes, which must see the same network; use more optim.weight_decay or fewer steps instead."
+        )
+    if adapter.kind == "lora" and adapter.path is None and adapter.r > (width := model.shape.d_model):
+        yield (
+            f"adapter.r is {adapter.r} and {model.name} is {width} wide (model.shape.d_model); every linear layer has "
+            f"that on one side, so no higher rank means anything; set adapter.r={width} or lower, or adapter=full."
         )
     if model.shape.d_model % model.shape.n_heads:
         yield (
@@ -195,13 +204,18 @@ def _mixture_parts(config: RunConfig) -> Iterator[str]:
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:
-    optim, every, patience = config.optim, config.evaluation.every_steps, config.stopping.patience
+    optim = config.optim
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         yield f"optim.betas is {optim.betas}; expected two numbers from 0 to below 1; [0.9,0.95] is usual."
-    if patience is not None and every is None:
+
+
+def _patience(config: RunConfig, given: Collection[str]) -> Iterator[str]:
+    """Patience without evaluations is refused where the command line asks for it; one that a yaml brings just rests."""
+    patience = config.stopping.patience
+    if patience is not None and config.evaluation.every_steps is None and "stopping.patience" in given:
         yield (
             f"stopping.patience is {patience} and evaluation.every_steps is null; early stopping looks at evaluations "
-            "during training; set evaluation.every_steps, or stopping.patience=null."
+            "during training; set evaluation.every_steps, or leave stopping.patience out."
         )
 
 

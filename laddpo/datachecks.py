@@ -1,11 +1,45 @@
-"""What settings of data=onpolicy contradict each other; part of the checks of laddpo/config.py, without torch."""
+"""Which settings of `data` its source reads, and what those of data=onpolicy contradict; part of the checks of
+laddpo/config.py, without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from laddpo.ranges import EMBEDDED_TASKS
-from laddpo.settings import RunConfig
+from laddpo.ranges import EMBEDDED_TASKS, leaves
+from laddpo.settings import DataSettings, RunConfig
+
+
+def unread_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
+    """A sentence for each setting that the user gave (`given`: its key or a group around it) and no source reads.
+
+    What a yaml file sets beside its source is no mistake of the command line, and a study's settings are for its arms.
+    """
+    if config.study.arms:
+        return
+    data = config.data
+    defaults = dict(leaves(DataSettings(), "data."))
+    for key, value in leaves(data, "data."):
+        name = reader_row(key)
+        is_given = any(f"{key}.".startswith(f"{group}.") for group in given)
+        if name is None or not is_given or value == defaults[key]:
+            continue
+        readers, advice = READ_BY[name]
+        sources = {data.source}
+        if data.source == "mixture":
+            sources = {part.source for part in data.mixture}
+            if name in OF_EACH_PART:
+                sources &= {"onpolicy"}  # whose questions `data` names
+                advice = "give it to the parts in data.mixture"
+        if not sources & set(readers):
+            yield (
+                f"{key} is {value!r} and data.source is {data.source!r}, which does not read it; {advice}, or leave "
+                f"{key} out."
+            )
+
+
+def reader_row(key: str) -> str | None:
+    """The row of READ_BY that a setting belongs to, if only some sources read it."""
+    return next((name for name in READ_BY if f"{key}.".startswith(f"data.{name}.")), None)
 
 
 def onpolicy_problems(config: RunConfig) -> Iterator[str]:
@@ -38,3 +72,33 @@ def onpolicy_problems(config: RunConfig) -> Iterator[str]:
             f"data.questions is {data.dataset_name!r} and evaluation.tasks has embedded problems; name "
             "the task of these questions, as evaluation=gsm8k, or data.tasks=[]."
         )
+
+
+# Those of files or of the hub.
+ROWS = ("jsonl", "hh_rlhf", "ultrafeedback", "orca_dpo_pairs", "laddpo_public", "graded_candidates", "onpolicy")
+OF_EACH_PART = ("dataset_name", "dataset_split", "revision", "columns", "format")
+OWN_ROWS = "write data=jsonl to read rows of your own"
+OWN_ANSWERS = "write data=onpolicy to make pairs of the model's own answers"
+CANDIDATES = "write data=gsm8k_candidates to make pairs of candidates"
+# By setting or group of settings, the most special first: the sources that read it, and what was probably wanted. What
+# is not here concerns every source, or is read elsewhere too: evaluation and sft pose problems of operand_max.
+READ_BY: dict[str, tuple[tuple[str, ...], str]] = {
+    "dataset_name": (ROWS, OWN_ROWS),
+    "dataset_split": (ROWS, OWN_ROWS),
+    "revision": (ROWS, OWN_ROWS),
+    "columns.candidates": (("graded_candidates",), CANDIDATES),
+    "columns.candidate": (("graded_candidates",), CANDIDATES),
+    "columns": (ROWS, OWN_ROWS),
+    "format": (tuple(name for name in ROWS if name not in ("laddpo_public", "onpolicy")), OWN_ROWS),
+    "max_line_bytes": (ROWS, OWN_ROWS),
+    "follow_symlinks": (ROWS, OWN_ROWS),
+    "allow_empty_prompt": (ROWS, OWN_ROWS),
+    "allow_nul": (ROWS, OWN_ROWS),
+    "candidates_name": (("graded_candidates",), CANDIDATES),
+    "pairs_per_question": (("graded_candidates", "onpolicy"), OWN_ANSWERS),
+    "questions": (("onpolicy",), OWN_ANSWERS),
+    "sampling": (("onpolicy",), OWN_ANSWERS),
+    "grader": (("onpolicy",), OWN_ANSWERS),
+    "balance_lengths": (("onpolicy",), OWN_ANSWERS),
+    "num_pairs": (("arithmetic",), "write data.random_sample_size to take so many rows"),
+}

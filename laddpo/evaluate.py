@@ -13,7 +13,7 @@ from pathlib import Path
 from laddpo.app import run_stage
 from laddpo.errors import UserError
 from laddpo.settings import RunConfig
-from laddpo.tuned import base_model, config_of_run, tuned_weights, use_weights
+from laddpo.tuned import base_model, tuned_weights, use_weights
 
 TRAINING_SAMPLE = 64  # training pairs on which reward accuracy is measured, too
 SEALED = ("config.yaml", "results.json", "items.jsonl", "pairs.jsonl")
@@ -29,10 +29,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.resuming import held
     from laddpo.signals import stop_on_signal
 
-    trained = None
-    if config.run:
-        trained = Path(config.run)
-        config = config_of_run(config, trained)
+    trained = Path(config.run) if config.run else None
     inputs.check_before_loading(config)
     if config.evaluation.harness != "none":
         from laddpo.harness import require_harness

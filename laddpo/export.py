@@ -10,7 +10,6 @@ again. Writes weights, tokenizer, README.md (the model card) and manifest.json.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from laddpo.app import run_stage
@@ -21,7 +20,6 @@ from laddpo.settings import RunConfig
 def main(config: RunConfig, run_folder: Path) -> None:
     """Export the run that `run` names, or the adapter at `adapter.path` on the configured model."""
     from laddpo import exporting, runs
-    from laddpo.compose import read_config
 
     if config.run is None and config.adapter.path is None:
         raise UserError(
@@ -31,9 +29,6 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if (run_folder / runs.MANIFEST).exists():
         raise UserError(f"output_dir is {str(run_folder)!r}, which holds an export; choose another folder.")
     trained = Path(config.run) if config.run else None
-    if trained:
-        kept = {name: getattr(config, name) for name in ("export", "hardware", "run")}
-        config = dataclasses.replace(read_config(trained), **kept)
     if config.export.push_to_hub:
         exporting.check_hub_access()
     with runs.locked(run_folder, wait=False):

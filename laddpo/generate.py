@@ -22,12 +22,10 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.answering import answerer
     from laddpo.machine import find_machine
     from laddpo.preference.pairs import user_prompt
-    from laddpo.tuned import base_model, config_of_run, tuned_weights, use_weights
+    from laddpo.tuned import base_model, tuned_weights, use_weights
 
     texts = wanted_prompts(config)
     trained = Path(config.run) if config.run else None
-    if trained:
-        config = config_of_run(config, trained)
     inputs.check_before_loading(config)
     loaded = inputs.load(config, find_machine(config))
     prompts = [user_prompt(text) for text in texts]

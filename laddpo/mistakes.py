@@ -61,7 +61,12 @@ def diagnose(hydra: Hydra, config_name: str, overrides: list[str], mode: RunMode
         elif name in groups:
             options = hydra.config_loader.get_group_options(name, ObjectType.CONFIG)
             chosen = override.value() if isinstance(override.value(), list) else [override.value()]
-            unknown = [str(x) for x in chosen if x is not None and str(x) not in options]
+            if None in chosen:
+                problems.append(
+                    f"{name} is null; known: {', '.join(sorted(options))}; choose one, or leave {name} out."
+                )
+                continue
+            unknown = [str(x) for x in chosen if str(x) not in options]
             problems += [_unknown_option(name, x, options) for x in unknown]
             if not unknown:
                 choices.append(text)
@@ -74,7 +79,11 @@ def diagnose(hydra: Hydra, config_name: str, overrides: list[str], mode: RunMode
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         return Composed(None, [*problems, yaml_mistake(error, hydra)])
     problems += foreign_code(tree)
-    problems += [problem for override in values if (problem := _apply(tree, override, groups))]
+    for override in values:
+        if problem := _apply(tree, override, groups):
+            problems.append(problem)
+        else:
+            tree.hydra.overrides.task.append(override.input_line)
     return Composed(tree, problems)
 
 
@@ -82,6 +91,8 @@ def forbidden(text: str) -> list[str]:
     """What no override may do, whatever its key: carry a secret, name code to run, add or remove a setting."""
     key, _, value = text.partition("=")
     bare = key.lstrip("+~")
+    if not bare:
+        return [f"{redact(text)!r}: no name stands before the value; expected key=value."]
     if problems := find_secrets({bare: value}):
         return problems
     if re.search(CODE_KEYS, text):
@@ -89,7 +100,13 @@ def forbidden(text: str) -> list[str]:
     if "@" in key:
         return [f"{text}: a group is chosen without @; write {bare.split('@')[0]}={value}."]
     if key.startswith("~"):
-        return [f"{text}: a setting cannot be removed; expected key=value; write {bare}=null to switch it off."]
+        if "." not in bare and bare not in schema_types():
+            return [f"{text}: a group cannot be removed; choose another of its options; --help lists them."]
+        if bare not in schema_types():
+            return [unknown_key(bare, set())]
+        is_optional = "None" in schema_types()[bare]
+        instead = f"write {bare}=null to switch it off" if is_optional else "leave it out to take its default"
+        return [f"{text}: a setting cannot be removed; expected key=value; {instead}."]
     if key.startswith("+") and not bare.startswith("hydra"):
         known = bare in schema_types()
         return [
@@ -239,12 +256,15 @@ def _grammar_mistake(text: str) -> str:
 
 def _several_values(text: str) -> str:
     key, _, value = text.partition("=")
-    is_decimal = re.fullmatch(r"\d+,\d+", value)
-    decimal = f"{key}={value.replace(',', '.')} if a decimal point was meant, " if is_decimal else ""
-    return (
-        f"{key} is {value!r}, several values; expected one; write {decimal}{key}=[{value}] for a list, "
-        "or add -m to run a job for each."
-    )
+    written = []
+    if re.fullmatch(r"\d+,\d+", value):
+        written.append(f"{key}={value.replace(',', '.')} if a decimal point was meant")
+    if schema_types().get(key, "").startswith("list"):
+        written.append(f"{key}=[{value}] for a list")
+    if key in KEY_WORDS:
+        written.append(f"'{key}={value.replace(',', '|')}' for several names")
+    write = f"write {' or '.join(written)}, or " if written else ""
+    return f"{key} is {value!r}, several values; expected one; {write}add -m to run a job for each."
 
 
 def config_groups(hydra: Hydra) -> set[str]:
@@ -270,6 +290,8 @@ def schema_types() -> dict[str, str]:
 
 def type_words(key: str) -> str:
     """`float | None` as a person says it."""
+    if key in KEY_WORDS:
+        return KEY_WORDS[key]
     kind = schema_types().get(key, "")
     words = next((words for name, words in TYPE_WORDS.items() if kind.startswith(name)), "a group of settings")
     return words + (" or null" if "None" in kind else "")
@@ -290,6 +312,9 @@ TYPE_WORDS = {
     "list[str]": "a list like [a,b]",
     "list[float]": "a list of numbers like [0.9,0.95]",
     "list[MixturePart]": "a list like [{source:hh_rlhf,weight:2},{dataset_name:my_pairs.jsonl,weight:1}]",
+}
+KEY_WORDS = {
+    "adapter.target_modules": "all-linear, or a regular expression over names of layers like 'q_proj|v_proj'",
 }
 NEVER = {
     "data.streaming": "rows are sampled, split and ordered by their content, which a stream never holds as a whole, "

@@ -174,7 +174,8 @@ RANGES: dict[str, Range] = {
     "data.operand_max": at_least(1, "20 is what llada_nano was trained on"),
     "data.terms": at_least(2, "3 is what llada_nano was trained on", 16),
     "data.width": at_least(1, "2 is what llada_nano was trained on", 9),
-    "dpo.beta": more_than(0, "0.05 to 0.5 is usual for long answers, near 1 for short ones"),
+    # above 1000 a margin of a hundredth of a nat saturates the loss: its gradient is all or nothing
+    "dpo.beta": more_than(0, "0.05 to 0.5 is usual for long answers, near 1 for short ones", 1000),
     "dpo.diffusion_samples": at_least(1, "4 is the default, 8 the paper's value"),
     "dpo.difference_focus": at_least(0, "0.5 is the default, 0 treats all tokens alike", 0.95),
     "dpo.count_tilt": at_least(0, "0 makes all counts equally likely, 0.5 suits answers of hundreds of tokens", 1),

@@ -14,6 +14,7 @@ import shlex
 from pathlib import Path
 
 from laddpo.app import run_stage
+from laddpo.datachecks import reader_row
 from laddpo.errors import EXIT_DONE, EXIT_STOPPED, RunFault, Stopped, UserError
 from laddpo.settings import RunConfig
 from laddpo.stagesettings import StudyArm
@@ -76,7 +77,7 @@ def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) 
                 continue
             print(f"{number} of {len(jobs)}: {place.name}", flush=True)
             sweep = Sweep(arm.stage, "config", None, [], folder, is_resumed=True)
-            overrides = [*shared_overrides(config), *arm.overrides, f"seed={seed}"]
+            overrides = [*shared_overrides(config, arm), *arm.overrides, f"seed={seed}"]
             code = run_child(child_command(sweep, overrides, place), place, log=place / "log.txt")
             if code == EXIT_STOPPED or is_stopping():
                 raise Stopped(f"{folder}: stopped; run the same command with resume=true output_dir={folder}.")
@@ -87,12 +88,17 @@ def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) 
     return failed
 
 
-def shared_overrides(config: RunConfig) -> list[str]:
-    """What every run gets: the study's settings, then what this command line says beside the study."""
+def shared_overrides(config: RunConfig, arm: StudyArm | None = None) -> list[str]:
+    """What every run gets: the study's settings, then what this command line says beside the study.
+
+    An arm that names data of its own goes without what only the study's source would read.
+    """
     from laddpo.app import given_overrides
 
     given = [text for text in given_overrides.get() if text.lstrip("+~").split("=")[0].split(".")[0] not in OWN]
-    return [*config.study.settings, *given]
+    shared = [*config.study.settings, *given]
+    has_own_data = arm is not None and any(text.startswith("data=") for text in arm.overrides)
+    return [text for text in shared if not (has_own_data and reader_row(text.partition("=")[0]))]
 
 
 def asked_of(config: RunConfig) -> list[str]:

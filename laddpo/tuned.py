@@ -4,34 +4,77 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from laddpo.errors import UserError
+from laddpo.ranges import leaves
 from laddpo.settings import RunConfig
 
 
-def config_of_run(config: RunConfig, trained: Path) -> RunConfig:
-    """The settings of a run; what this command line says of measuring, machine and places takes their place.
+def settings_of_run(stage: str, asked: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """What a stage of MAY_CHANGE works with: the settings of the run that `asked.run` names, and of the command line
+    what the stage may change. UserError with everything else that the command line sets to something else.
 
     The arithmetic (hardware.precision) stays the run's unless it is named itself.
     """
-    from laddpo.app import given_overrides
     from laddpo.compose import read_config
 
-    merged = copy.deepcopy(read_config(trained))
-    merged.run, merged.auto = config.run, config.auto
-    keys = [override.lstrip("+~").partition("=")[0] for override in given_overrides.get()]
+    stored = read_config(Path(asked.run))
+    refuse_decided(stage, asked, stored, overrides)
+    merged = copy.deepcopy(stored)
+    for name in (*MAY_CHANGE[stage], *OF_EVERY_STAGE):
+        if name not in IN_PIECES:
+            setattr(merged, name, getattr(asked, name))
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     if "evaluation" in keys or "decoding" in keys:
-        merged.evaluation = config.evaluation
-    if "hardware" in keys:
-        merged.hardware = dataclasses.replace(config.hardware, precision=merged.hardware.precision)
+        merged.evaluation = asked.evaluation
+    if stage == "export":  # merges where there is room, whatever the run was trained on
+        merged.hardware = asked.hardware
+    elif "hardware" in keys:
+        merged.hardware = dataclasses.replace(asked.hardware, precision=stored.hardware.precision)
     for key in keys:
         if key.startswith(("evaluation.", "hardware.", "paths.")):
-            group, _, name = key.partition(".")
-            setattr(getattr(merged, group), name, getattr(getattr(config, group), name))
+            group, name = re.split(r"[.\[]", key)[:2]
+            setattr(getattr(merged, group), name, getattr(getattr(asked, group), name))
     return merged
+
+
+def refuse_decided(stage: str, asked: RunConfig, stored: RunConfig, overrides: Sequence[str]) -> None:
+    """Name the overrides that a stored run decides otherwise: they would have no effect."""
+    may_change = (*MAY_CHANGE[stage], *OF_EVERY_STAGE)
+    wanted, found = dict(leaves(asked)), dict(leaves(stored))
+    given, has = [], []
+    for override in overrides:
+        key = re.split(r"[=\[]", override.lstrip("+~"))[0]
+        if re.split("[./]", key)[0] in may_change:
+            continue
+        concerned = [name for name in wanted if f"{name}.".startswith(f"{key}.")]
+        for name in concerned or wanted:  # an experiment may set anything
+            is_free = name.split(".")[0] in may_change or name.startswith("model.recommended.")
+            if wanted[name] != found[name] and (not is_free or name == key):
+                given.append(override)
+                has.append(f"{name}={_as_written(found[name])}")
+                break
+    if given:
+        raise UserError(
+            f"{', '.join(given)}: given beside run={asked.run}, which was made with {', '.join(has)}; a finished run "
+            f"decides that. Leave it out, or train with it; beside run, {stage} takes "
+            f"{', '.join(_patterns(may_change))}."
+        )
+
+
+def _as_written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _patterns(names: Sequence[str]) -> list[str]:
+    groups = {item.name for item in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(item.default_factory)}
+    return [f"{name}.*" if name in groups else name for name in names if name != "hydra"]
 
 
 def tuned_weights(config: RunConfig, trained: Path) -> Path:
@@ -77,3 +120,14 @@ def base_model(config: RunConfig, loaded) -> Iterator[None]:
     else:
         with adapters.adapter_disabled(loaded.model):
             yield
+
+
+# By stage that works on a finished run: the settings that stay the command line's.
+MAY_CHANGE = {
+    "evaluate": ("evaluation", "decoding"),
+    "generate": ("evaluation", "decoding", "prompt", "prompts"),
+    "variance": ("variance", "evaluation", "decoding"),
+    "export": ("export",),
+}
+OF_EVERY_STAGE = ("hardware", "paths", "logger", "output_dir", "resume", "auto", "run", "hydra")
+IN_PIECES = ("evaluation", "decoding", "hardware", "paths", "hydra")  # of these only what the command line names

@@ -25,7 +25,6 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
     from laddpo.signals import stop_on_signal
-    from laddpo.tuned import config_of_run
 
     if config.run is None:
         raise UserError("run is not set; expected the folder of a finished run: run=outputs/train/<run>.")
@@ -35,7 +34,6 @@ def main(config: RunConfig, run_folder: Path) -> None:
             f"variance.settings is {config.variance.settings} and variance.draws is {config.variance.draws}; expected "
             f"numbers of draws from 1 and rows out of: {', '.join(SETTINGS)}. [] takes all rows."
         )
-    config = dataclasses.replace(config_of_run(config, Path(config.run)), variance=config.variance)
     inputs.check_before_loading(config)
     with runs.locked(run_folder, wait=False), stop_on_signal() as stop:
         write_config(config, run_folder)

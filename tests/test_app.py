@@ -117,6 +117,15 @@ def test_cfg_prints_the_settings_and_the_mistakes_in_them(capsys):
     assert cli("train", ["--cfg", "job", "--package", "dpoo"]) == 2
 
 
+def test_flags_may_stand_between_settings(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("defaults: [arithmetic, _self_]\nnum_pairs: 9\n", encoding="utf-8")
+    seen = []
+    command = ["optim.max_train_steps=2", "--config-dir", str(tmp_path), "data=mine"]
+    assert cli("train", command, lambda config, folder: seen.append(config)) == 0
+    assert (seen[0].optim.max_train_steps, seen[0].data.num_pairs) == (2, 9)
+
+
 def test_version_and_info(capsys):
     assert cli("train", ["--version"]) == 0
     assert capsys.readouterr().out == f"laddpo {__version__}\n"
@@ -124,7 +133,10 @@ def test_version_and_info(capsys):
     assert "llada_nano" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["dpo.betta=1"], ["--cfg", "job"], ["model=llada_9b", "dpo.beta=x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["dpo.betta=1"], ["data.dataset_name=x.jsonl"], ["--cfg", "job"], ["model=llada_9b", "dpo.beta=x"]],
+)
 def test_help_and_mistakes_answer_within_two_seconds_without_torch(arguments, tmp_path):
     fastest = 99.0
     for _ in range(5):  # a busy machine may delay one of them

@@ -8,6 +8,7 @@ from laddpo import ranges
 from laddpo.app import cli
 from laddpo.compose import compose, read_config, write_config
 from laddpo.config import check_machine, find_problems, unlikely_settings
+from laddpo.datachecks import READ_BY
 from laddpo.errors import UserError
 from laddpo.ranges import CHOICES, RANGES, leaves
 from laddpo.settings import RunConfig
@@ -24,7 +25,19 @@ MISTAKES = {
     "a setting in the wrong group": (["optim.beta=1"], ["did you mean"]),
     "an appended setting": (["+dpo.betta=0.1"], ["settings cannot be added", "did you mean dpo.beta?"]),
     "an appended setting that exists": (["++dpo.beta=0.1"], ["settings cannot be added; write dpo.beta=0.1."]),
-    "a removed setting": (["~dpo.beta"], ["cannot be removed"]),
+    "a removed setting": (["~dpo.beta"], ["a setting cannot be removed", "leave it out to take its default"]),
+    "a removed setting that may be null": (["~adapter.path"], ["write adapter.path=null to switch it off"]),
+    "a removed group": (["~optim"], ["a group cannot be removed; choose another of its options"]),
+    "a removed setting that is not there": (["~dpo.betta"], ["did you mean dpo.beta?"]),
+    "a group that is null": (["optim=null"], ["optim is null; known: adamw_8bit,", "or leave optim out"]),
+    "a value without a name": (["=3"], ["'=3': no name stands before the value; expected key=value"]),
+    "a list of target modules": (["adapter.target_modules=[q_proj,foo]"], ["like 'q_proj|v_proj'"]),
+    "several target modules": (
+        ["adapter.target_modules=q_proj,v_proj"],
+        ["write 'adapter.target_modules=q_proj|v_proj' for several names"],
+    ),
+    "several values for text": (["dpo.loss=ipo,hinge"], ["several values; expected one; add -m"]),
+    "an unknown flag between settings": (["seed=1", "--foo", "dpo.beta=1"], ["--foo: no such option"]),
     "an unknown group": (["modle=llada_8b"], ["modle: no such setting; did you mean model?"]),
     "an unknown option": (["model=llada_9b"], ["model is 'llada_9b'; known:", "did you mean model=llada_8b?"]),
     "an unknown option far from all": (["dpo=xyz"], ["dpo is 'xyz'; known: default,", "--config-dir"]),
@@ -53,8 +66,13 @@ MISTAKES = {
     "a reference to the wrong type": (["dpo.beta=${dpo.loss}"], ["'sigmoid'", "expected a number"]),
     "a resolver": (["output_dir=${now:%Y}"], ["now is not an allowed resolver"]),
     # C3, C4, C33 and other ranges
-    "a negative beta": (["dpo.beta=-0.1"], ["dpo.beta is -0.1; it must be > 0; 0.05 to 0.5 is usual"]),
+    "a negative beta": (["dpo.beta=-0.1"], ["dpo.beta is -0.1; it must be > 0 and at most 1000; 0.05 to 0.5 is usual"]),
     "beta zero": (["dpo.beta=0"], ["it must be > 0"]),
+    "a beta that saturates": (["dpo.beta=1e308"], ["it must be > 0 and at most 1000"]),
+    "a rank above the model's width": (
+        ["adapter.r=100000"],
+        ["adapter.r is 100000 and llada_nano is 128 wide", "set adapter.r=128 or lower"],
+    ),
     "beta not a number": (["dpo.beta=nan"], ["dpo.beta is nan; expected a finite number"]),
     "an infinite learning rate": (["optim.learning_rate=inf"], ["expected a finite number"]),
     "no draws": (["dpo.diffusion_samples=0"], ["it must be >= 1", "8 the paper's value"]),
@@ -106,6 +124,26 @@ MISTAKES = {
     ),
     # data, losses, decoding
     "no data set": (["data=jsonl"], ["data.dataset_name is not set", "add data.dataset_name=path/to/pairs.jsonl"]),
+    "a file that no source reads": (
+        ["data.dataset_name=foo.jsonl", "data.format=implicit", "data.columns.prompt=q"],
+        [
+            "3 problems",
+            "data.dataset_name is 'foo.jsonl' and data.source is 'arithmetic', which does not read it",
+            "write data=jsonl",
+            "data.format is 'implicit'",
+            "data.columns.prompt is 'q'",
+        ],
+    ),
+    "a file that no source reads, beside a misspelt setting": (
+        ["data.dataset_name=foo.jsonl", "dpo.betta=1"],
+        ["data.dataset_name is 'foo.jsonl' and data.source is 'arithmetic'", "dpo.betta"],
+    ),
+    "questions for given pairs": (["data=hh_rlhf", "data.questions=q.jsonl"], ["write data=onpolicy"]),
+    "a number of generated pairs for a file": (
+        ["data=jsonl", "data.dataset_name=x.jsonl", "data.num_pairs=9"],
+        ["data.num_pairs is 9", "data.random_sample_size"],
+    ),
+    "a file beside a mixture": (["data=mixture", "data.dataset_name=x"], ["give it to the parts in data.mixture"]),
     "numbers too wide": (["data.operand_max=100"], ["set data.operand_max=99 or lower"]),
     "smoothing without a place": (["dpo.loss=hinge", "dpo.label_smoothing=0.1"], ["which has no such term"]),
     "half of the labels wrong": (["dpo.loss=robust", "dpo.label_smoothing=0.5"], ["expected less than 0.5"]),
@@ -142,6 +180,7 @@ MISTAKES = {
     # C31
     "a swept folder": (["-m", "dpo.beta=1,2", "output_dir=a,b"], ["a sweep has one folder"]),
     "a swept contradiction": (["-m", "dpo.beta=1,-2"], ["dpo.beta is -2.0", "(job 1 of 2)"]),
+    "a swept contradiction behind another setting": (["seed=1", "-m", "dpo.beta=1,-2"], ["(job 1 of 2)"]),
     "a swept name": (["-m", "dpo.betta=1,2"], ["dpo.betta: no such setting"]),
     "a sweep that goes on nowhere": (["-m", "dpo.beta=1,2", "resume=true"], ["resume=true output_dir=<folder>"]),
 }
@@ -346,12 +385,42 @@ def test_names_in_the_settings_are_those_of_the_tables():
         "optim.lr_scheduler_type": SCHEDULES,
         "data.source": [*SOURCES, "mixture"],
         "data.habit": HABITS,
-        "data.format": ["auto", "json", *SHAPES],
+        "data.format": ["json", *SHAPES],
         "hardware.backward": ["auto", *BACKWARD_MODES],
     }
     for key, table in tables.items():
         assert set(CHOICES[key]) == set(table), key
     assert set(ranges.TASKS) == set(TASKS)
+
+
+def test_what_a_yaml_sets_beside_its_source_is_no_mistake_of_the_user(tmp_path):
+    """Nor is a value that says what holds anyway, nor one that a part of a mixture reads."""
+    (tmp_path / "data").mkdir()
+    own = "defaults: [jsonl, _self_]\nsource: arithmetic\ndataset_name: x.jsonl\n"
+    (tmp_path / "data" / "mine.yaml").write_text(own, encoding="utf-8")
+    assert compose(["data=mine"], config_dir=str(tmp_path)).data.dataset_name == "x.jsonl"
+    compose(["data.dataset_name=null", "data.columns.prompt=prompt"])
+    compose(["experiment=laddpo_hh", "data=arithmetic"])
+    compose(["model=llada_8b", "data.dataset_name=x.jsonl", "data.columns.chosen=good"])
+    compose(["data=mixture", "data.mixture=[{source:arithmetic}]", "data.num_pairs=9"])
+
+
+def test_a_patience_that_a_yaml_brings_lets_a_run_go_without_evaluations():
+    config = compose(["evaluation.every_steps=null"])
+    assert config.stopping.patience == 3 and config.evaluation.every_steps is None
+
+
+def test_the_highest_rank_is_the_models_width():
+    assert compose(["adapter.r=128"]).adapter.r == 128
+    assert compose(["model=llada_8b", "adapter.r=4096"]).adapter.r == 4096
+    assert compose(["adapter=full", "adapter.r=129"]).adapter.kind == "full"
+
+
+def test_the_table_of_what_each_source_reads_names_settings_and_sources():
+    keys = {key for key, _ in leaves(compose())}
+    for name, (sources, _) in READ_BY.items():
+        assert any(f"{key}.".startswith(f"data.{name}.") for key in keys), name
+        assert set(sources) <= set(CHOICES["data.source"]), name
 
 
 def test_losses_that_take_label_smoothing_are_known():

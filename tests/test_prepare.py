@@ -1,5 +1,6 @@
 """`python -m laddpo.prepare` as a user meets it: settings, mixtures, graded candidates, leaks, refusals."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -39,15 +40,15 @@ def test_every_setting_of_the_data_reaches_the_source_or_the_rules():
     changed = [
         "data.dataset_name=a.jsonl", "data.dataset_split=s", "data.revision=v", "data.format=implicit",
         "data.max_line_bytes=5000", "data.follow_symlinks=true", "data.allow_empty_prompt=true", "data.allow_nul=true",
-        "data.num_pairs=7", "data.habit=smaller_from_larger", "data.pairs_per_question=9", "data.candidates_name=c",
-        "data.validation_fraction=0.3", "data.random_sample_size=11", "data.on_bad_row=skip",
-        "data.max_bad_fraction=0.5",
-        "data.balance_lengths=false",
+        "data.habit=smaller_from_larger", "data.validation_fraction=0.3", "data.random_sample_size=11",
+        "data.on_bad_row=skip", "data.max_bad_fraction=0.5",
         "data.duplicates=drop", "data.fail_on_leak=true", "data.columns.system=s", "data.columns.answer=gold",
-        "data.balance_lengths=false", "data.terms=4", "data.width=3", "data.operand_max=100", "seed=5",
+        "data.terms=4", "data.width=3", "data.operand_max=100", "seed=5",
     ]  # fmt: skip
     *_, plain_parts, _, plain_rules = _arguments(compose(["data=jsonl", "data.dataset_name=b.jsonl"]))
+    of_other_sources = {"num_pairs": 7, "pairs_per_question": 9, "candidates_name": "c", "balance_lengths": False}
     config = compose(["data=jsonl", *changed])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **of_other_sources))
     _, name, parts, _, rules = _arguments(config)
     assert name == "jsonl" and parts[0].request.columns["system"] == "s"
     assert parts[0].request.columns["answer"] == "gold"

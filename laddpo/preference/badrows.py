@@ -1,7 +1,7 @@
 """Bad rows: how one is described, the stable codes, and the rule for when they stop the run.
 
-`on_bad_row=error` reads to the end, then stops with the first twenty and the count; `skip` counts them with reason and
-example, and stops only when they are more than `max_bad_fraction` of all rows.
+`on_bad_row=error` reads to the end, then stops with the first twenty and the count, rows with the same problem in one
+line; `skip` counts them with reason and example, and stops only when they are more than `max_bad_fraction` of all rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import IO
 
 from laddpo.errors import UserError
 
-LISTED = 20  # bad rows shown in an error message
+LISTED = 20  # problems shown in an error message
+PROBLEMS_KEPT = 10_000  # to choose them from; rows with yet other problems are only counted
 EXAMPLES = 3  # bad rows kept per code for the report
 
 
@@ -51,7 +52,7 @@ def file_error(path: Path | str, code: str, problem: str, advice: str) -> UserEr
 
 @dataclass
 class BadRows:
-    """Collects the bad rows of one run: counts per code, a few examples of each, the first twenty in full.
+    """Collects the bad rows of one run: counts per code, a few examples of each, and of every problem its first row.
 
     Every one is written to `log` as a JSON line, without the text of the row.
     """
@@ -59,7 +60,8 @@ class BadRows:
     log: IO[str] | None = None
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    first: list[str] = field(default_factory=list)
+    first: dict[tuple[str, ...], BadRow] = field(default_factory=dict)
+    rows_by_problem: Counter[tuple[str, ...]] = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
@@ -72,28 +74,49 @@ class BadRows:
         shown = self.examples.setdefault(row.code, [])
         if len(shown) < EXAMPLES:
             shown.append(str(row))
-        if len(self.first) < LISTED:
-            self.first.append(str(row))
+        problem = (row.code, row.field, row.problem, row.advice)
+        if problem in self.first or len(self.first) < PROBLEMS_KEPT:
+            self.rows_by_problem[problem] += 1
+            known = self.first.setdefault(problem, row)
+            if place_order(row) < place_order(known):  # encoding goes in another order than the file
+                self.first[problem] = row
+
+    def lines(self) -> list[str]:
+        """The first twenty problems in the order of file and line, each with its rows counted; then how many rows have
+        others."""
+        shown = sorted(self.first, key=lambda problem: place_order(self.first[problem]))[:LISTED]
+        counts = [self.rows_by_problem[problem] for problem in shown]
+        lines = [
+            f"{count:,} rows, first at {self.first[problem]}" if count > 1 else str(self.first[problem])
+            for problem, count in zip(shown, counts, strict=True)
+        ]
+        rest = self.total - sum(counts)
+        return [*lines, f"… and {rest:,} more."] if rest else lines
 
     def stop_if_too_many(self, on_bad_row: str, max_bad_fraction: float, rows_read: int) -> None:
         """Raise UserError when the rule says that these bad rows stop the run."""
-        more = f"… and {self.total - len(self.first):,} more. " if self.total > len(self.first) else ""
         if self.total and on_bad_row == "error":
             self._stop(
                 f"{self.total:,} of {rows_read:,} rows cannot be used:",
-                f"{more}Fix the rows, or set data.on_bad_row=skip to leave them out and have them counted.",
+                "Fix the rows, or set data.on_bad_row=skip to leave them out and have them counted.",
             )
         if rows_read and self.total == rows_read:
-            self._stop(f"None of the {rows_read:,} rows can be used (DATA-40):", f"{more}Fix the rows.")
+            self._stop(f"None of the {rows_read:,} rows can be used (DATA-40):", "Fix the rows.")
         if rows_read and self.total / rows_read > max_bad_fraction:
             self._stop(
                 f"{self.total:,} of {rows_read:,} rows ({self.total / rows_read:.1%}) cannot be used, more than "
                 f"data.max_bad_fraction={max_bad_fraction}:",
-                f"{more}Fix the rows or raise data.max_bad_fraction.",
+                "Fix the rows or raise data.max_bad_fraction.",
             )
 
     def _stop(self, head: str, advice: str) -> None:
-        raise UserError("\n".join([head, *(f"  {line}" for line in self.first), advice]))
+        raise UserError("\n".join([head, *(f"  {line}" for line in self.lines()), advice]))
+
+
+def place_order(row: BadRow) -> tuple[str, int]:
+    """By file, then by line: places are written `file:line`."""
+    name, _, number = row.place.rpartition(":")
+    return (name, int(number)) if number.isdecimal() else (row.place, 0)
 
 
 CODES: dict[str, str] = {

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from laddpo.errors import UserError
-from laddpo.preference.badrows import BadRow, RowError
+from laddpo.preference.badrows import BadRow, BadRows, RowError
 from laddpo.preference.candidates import Grader, Raw, read_text, short_answer
 from laddpo.preference.files import ReadLog
 from laddpo.preference.pairs import PreferencePair, content_digest, prompt_group, user_prompt
@@ -29,25 +29,24 @@ class Question:
 
 
 def read_questions(rows: Iterable[Raw], rules: RowRules, instruction: str, log: ReadLog) -> list[Question]:
-    """The questions of rows with a question and a gold answer; a UserError lists the first rows that have none.
+    """The questions of rows with a question and a gold answer; a UserError lists the rows that have none.
 
     `instruction` is put behind every question, as the evaluation of the task does. Equal questions are asked once.
     """
     found: dict[str, Question] = {}
-    bad: list[BadRow] = []
+    bad = BadRows()
     for row in rows:
         if isinstance(row, BadRow):
-            bad.append(row)
+            bad.add(row)
             continue
         try:
             text, answer = (read_text(row[1], name, rules, log) for name in ("prompt", "answer"))
         except RowError as error:
-            bad.append(error.at(row[0]))
+            bad.add(error.at(row[0]))
             continue
         found.setdefault(text, Question(text + instruction, short_answer(answer)))
-    if bad:
-        more = [f"and {len(bad) - 20:,} more rows"] if len(bad) > 20 else []
-        raise UserError(*map(str, bad[:20]), *more)
+    if bad.total:
+        raise UserError("\n".join([f"{bad.total:,} questions cannot be used:", *(f"  {line}" for line in bad.lines())]))
     return list(found.values())
 
 

@@ -50,6 +50,17 @@ def explicit_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, 
     return joined_pair(row, prompt, responses, rules, warn)
 
 
+def auto_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, str]:
+    """As explicit_pair; without a prompt column, two conversations that begin with the same turn hold it themselves."""
+    sides = [row.get(rules.column(name)) for name in ("chosen", "rejected")]
+    has_prompt = rules.column("prompt") != "prompt" or "prompt" in row
+    if not has_prompt and all(isinstance(side, list) and side for side in sides) and sides[0][0] == sides[1][0]:
+        first = sides[0][0]
+        if isinstance(first, dict) and first.get("role") != "assistant":
+            return implicit_pair(row, rules, warn)
+    return explicit_pair(row, rules, warn)
+
+
 def conversation_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, str]:
     """As explicit_pair, but a prompt given as text may go with conversations that begin with it (UltraFeedback)."""
     prompt, responses = (
@@ -66,7 +77,7 @@ def implicit_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, 
         value = get_field(row, name, rules)
         if isinstance(value, str):
             problem = "is text; without a prompt column a list of messages is expected"
-            raise RowError("DATA-67", name, problem, "Add a prompt column, or use data=hh_rlhf for its dialogues.")
+            raise RowError("DATA-67", name, problem, hint_for_texts(value))
         sides[name] = read_messages(value, name, rules, warn)
     return split_at_last_turn(sides["chosen"], sides["rejected"], warn)
 
@@ -231,8 +242,11 @@ def get_field(row: dict, name: str, rules: RowRules) -> Any:
     if column not in row:
         guess = next((key for key in row if str(key).lower() in OTHER_NAMES.get(name, ())), None)
         hint = f"Set data.columns.{name}={guess}." if guess else f"Add the field, or set data.columns.{name}."
-        if name == "prompt" and str(row.get("chosen", "")).startswith("\n\nHuman:"):
-            hint = "These are dialogues of Anthropic/hh-rlhf: use data=hh_rlhf."
+        chosen = row.get(rules.column("chosen"))
+        if name == "prompt" and guess is None and isinstance(chosen, str):
+            hint = hint_for_texts(chosen)
+        elif name == "prompt" and guess is None and isinstance(chosen, list):
+            hint = "Add the field, or set data.format=implicit where chosen and rejected hold the prompt as messages."
         found = ", ".join(str(key) for key in list(row)[:20])
         raise RowError("DATA-01", column, f"field missing; found the fields [{found[:200]}]", hint)
     value = row[column]
@@ -243,6 +257,16 @@ def get_field(row: dict, name: str, rules: RowRules) -> Any:
     if not isinstance(value, (str, list)):
         raise RowError("DATA-12", column, f"is {kind_of(value)}, want text or a list of messages", FIX)
     return value
+
+
+def hint_for_texts(chosen: str) -> str:
+    """What to do about texts without a prompt: only marked turns show where it ends."""
+    if chosen.startswith("\n\nHuman:"):
+        return "These are dialogues of Anthropic/hh-rlhf: use data=hh_rlhf."
+    return (
+        "Give the prompt a field of its own, or name it by data.columns.prompt. Where chosen and rejected begin with "
+        "the prompt, move it there: text does not show where it ends."
+    )
 
 
 def check_text(text: str, name: str, rules: RowRules, warn: Warn) -> None:
@@ -321,6 +345,7 @@ DOUBTFUL = {
 }
 _DOUBTFUL = re.compile("|".join(pattern.pattern for pattern in DOUBTFUL.values()))
 SHAPES: dict[str, Callable[[dict, RowRules, Warn], tuple[Prompt, str, str]]] = {
+    "auto": auto_pair,
     "explicit": explicit_pair,
     "conversation": conversation_pair,
     "implicit": implicit_pair,

@@ -187,7 +187,7 @@ def same_kind(kind: bool | None, fields: dict, rules: RowRules) -> bool:
 
 def shape_name(format: str) -> str:
     """The shape of rows that a data.format asks for."""
-    known = {**{name: name for name in SHAPES}, "auto": "explicit", "json": "explicit"}
+    known = {**{name: name for name in SHAPES}, "json": "auto"}
     return choose(known, format, "data.format", "laddpo/preference/rows.py")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from laddpo.app import cli
+from laddpo.tuned import MAY_CHANGE
 from tests.tiny import write_tiny_model
 
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 64}
@@ -35,7 +36,7 @@ class Stages:
             f"paths.outputs_dir={self.folder / 'outputs'}",
             "hardware.device=cpu",
             "logger=none",
-            "data.num_pairs=32",
+            *([] if any(text.startswith("data=") for text in more) else ["data.num_pairs=32"]),
             "data.max_length=512",
             "data.validation_fraction=0.25",
             "dpo.diffusion_samples=2",
@@ -56,8 +57,11 @@ class Stages:
         ]
 
     def run(self, stage: str, *more: str) -> int:
-        """The exit code of `python -m laddpo.<stage>` with these overrides."""
-        return cli(stage, self.overrides(*more))
+        """The exit code of `python -m laddpo.<stage>` with these overrides; a finished run has its own."""
+        settings = self.overrides(*more)
+        if stage in MAY_CHANGE and any(text.startswith("run=") for text in more):
+            settings = [text for text in self.overrides() if text.startswith(("paths.", "hardware."))] + [*more]
+        return cli(stage, settings)
 
 
 @pytest.fixture

@@ -49,6 +49,16 @@ def test_what_the_command_line_says_beside_the_study_reaches_every_run(given):
     assert shared_overrides(config) == [*config.study.settings, "hardware.threads=1"]
 
 
+def test_an_arm_with_data_of_its_own_goes_without_what_only_the_studys_source_reads(given):
+    given(("study=nano", "data.sampling.num_questions=30", "data.max_length=99"))
+    config = compose(["study=nano", "data.sampling.num_questions=30", "data.max_length=99"])
+    synthetic = next(arm for arm in config.study.arms if arm.name == "synthetic")
+    shared = shared_overrides(config, synthetic)
+    assert "data.max_length=99" in shared and "data.sampling.num_questions=30" not in shared
+    compose([*shared, *synthetic.overrides])
+    assert "data.sampling.num_questions=30" in shared_overrides(config, config.study.arms[0])
+
+
 def test_the_page_says_which_command_makes_it(given):
     given(("study=nano", "study.only=[a]", "resume=true", "output_dir=x", "hardware=cpu", "study.seeds=[1, 2]"))
     assert asked_of(compose(["study=nano"])) == ["study=nano", "hardware=cpu", "study.seeds=[1, 2]"]

@@ -2,6 +2,8 @@
 
 import json
 
+from laddpo.compose import compose, write_config
+
 
 def test_a_run_is_measured_into_page_numbers_and_picture(stages, capsys):
     run, folder = stages.folder / "run", stages.folder / "variance"
@@ -25,6 +27,7 @@ def test_a_run_is_measured_into_page_numbers_and_picture(stages, capsys):
 def test_what_cannot_be_measured_is_named(stages, capsys):
     assert stages.run("variance") == 2
     assert "run is not set" in capsys.readouterr().err
+    write_config(compose(), stages.folder)
     assert stages.run("variance", f"run={stages.folder}", "variance.settings=[vrpo]") == 2
     message = capsys.readouterr().err
     assert "vrpo_paper" in message and "balanced, low discrepancy" in message

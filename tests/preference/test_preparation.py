@@ -191,16 +191,30 @@ def test_length_quantiles_are_those_of_the_tokens(tmp_path, tokenizer):
     assert sum(report["histograms"]["chosen"]["counts"]) == 100
 
 
-def test_bad_rows_stop_the_run_with_the_first_twenty_and_the_count(tmp_path, tokenizer):
+def test_bad_rows_stop_the_run_with_equal_problems_in_one_line(tmp_path, tokenizer):
     rows = make_rows(60)
     for row in rows[10:40]:
         row["chosen"] = ""
+    rows[5]["rejected"] = ""
+    path = write_rows(tmp_path / "a.jsonl", rows)
     with pytest.raises(UserError) as caught:
-        prepare(tmp_path / "out", write_rows(tmp_path / "a.jsonl", rows), tokenizer)
-    message = str(caught.value)
-    assert "30 of 60 rows cannot be used" in message and "and 10 more" in message and "data.on_bad_row=skip" in message
-    assert message.count("DATA-07") == 20
+        prepare(tmp_path / "out", path, tokenizer)
+    head, *lines, advice = str(caught.value).splitlines()
+    assert head == "31 of 60 rows cannot be used:" and "data.on_bad_row=skip" in advice
+    assert lines[0].startswith(f"  {path}:6: rejected: is empty (DATA-07)")
+    assert lines[1].startswith(f"  30 rows, first at {path}:11: chosen: is empty (DATA-07)") and len(lines) == 2
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_problems_are_listed_by_file_and_line_the_first_twenty_of_them(tmp_path, tokenizer):
+    """Found while encoding, in an order of its own; the lengths, and so the problems, all differ."""
+    rows = [{"prompt": "p" * (100 + i), "chosen": "c", "rejected": "r"} for i in range(30)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path / "out", path, tokenizer, max_length=64)
+    _, *lines, more, _ = str(caught.value).splitlines()
+    assert [int(line.split(f"{path}:")[1].split(":")[0]) for line in lines] == list(range(1, 21))
+    assert more == "  … and 10 more."
 
 
 def test_more_bad_rows_than_allowed_stop_the_run_even_when_skipping(tmp_path, tokenizer):

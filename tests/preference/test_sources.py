@@ -160,8 +160,36 @@ def test_an_implicit_prompt_is_what_both_conversations_share_up_to_the_last_turn
     found = read("jsonl", tmp_path / "a.jsonl", rows, format="implicit")
     assert (found[0].prompt, found[0].chosen) == ((Message("user", "p"),), "yes, a")
     assert [bad.code for bad in found[1:]] == ["DATA-66", "DATA-65", "DATA-67"]
-    (bad, *_) = read("jsonl", tmp_path / "a.jsonl", rows)
-    assert bad.code == "DATA-01"  # never guessed: it must be asked for
+    assert [getattr(row, "code", row) for row in read("jsonl", tmp_path / "a.jsonl", rows)] == [
+        found[0],
+        "DATA-01",  # no turn in common
+        "DATA-65",
+        "DATA-01",
+    ]
+
+
+def test_a_prompt_is_looked_for_in_the_messages_only_where_none_is_named(tmp_path):
+    row = {"chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]}
+    late = {
+        "chosen": [user("p"), assistant("a"), user("q"), assistant("c")],
+        "rejected": [user("p"), assistant("b"), user("q"), assistant("r")],
+    }
+    answers = {"chosen": [assistant("c")], "rejected": [assistant("c")]}
+    pair, *bad = read("jsonl", tmp_path / "a.jsonl", [row, late, answers])
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((Message("user", "p"),), "c", "r")
+    assert [one.code for one in bad] == ["DATA-66", "DATA-01"]
+    (named,) = read("jsonl", tmp_path / "a.jsonl", [row], columns={"prompt": "question"})
+    (explicit,) = read("jsonl", tmp_path / "a.jsonl", [row], format="explicit")
+    assert named.code == explicit.code == "DATA-01" and "set data.format=implicit" in explicit.advice
+
+
+def test_texts_without_a_prompt_are_told_to_name_it_and_only_dialogues_to_use_hh_rlhf(tmp_path):
+    texts = {"chosen": "Is it? Yes.", "rejected": "Is it? No."}
+    turns = {name: f"\n\nHuman: Is it?\n\nAssistant: {name}" for name in texts}
+    for format in ("auto", "implicit"):
+        plain, dialogue = read("jsonl", tmp_path / "a.jsonl", [texts, turns], format=format)
+        assert "move it there: text does not show where it ends" in plain.advice and "hh_rlhf" not in plain.advice
+        assert dialogue.advice == "These are dialogues of Anthropic/hh-rlhf: use data=hh_rlhf."
 
 
 def test_columns_by_other_names_are_mapped(tmp_path):
