@@ -22,7 +22,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of which only `gate` and `up` are kept. SwiGLU, arXiv 2002.05202. # like gate"""
-    return _GatedProduct.apply(gate, up)
+    return _GatedProduct.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up)
 
 
 class _Rotation(torch.autograd.Function):

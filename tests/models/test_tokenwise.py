@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from laddpo.models.tokenwise import gated, rotate
+from tests.models.operators import Operators
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -62,6 +63,14 @@ def test_the_gated_product_and_its_gradients_are_the_plain_ones_to_the_bit(dtype
     inputs = [3 * drawn(5, 16, dtype=dtype, seed=seed) for seed in (1, 2)]
     ours, plain = (values_and_gradients(f, inputs) for f in (gated, plain_gated))
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_without_gradients_the_gated_product_takes_one_new_tensor():
+    gate, up = (3 * drawn(5, 16, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+    with torch.no_grad(), Operators() as operators:
+        out = gated(gate, up)
+    assert torch.equal(out, plain_gated(gate, up))
+    assert operators.writing(out.numel()) == ["silu", "mul_"]
 
 
 def test_the_gated_product_keeps_its_two_inputs_and_the_plain_one_a_third_tensor():
