@@ -29,10 +29,12 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo import runs
     from laddpo.resuming import find_run, held, step_processes
     from laddpo.signals import stop_on_signal
+    from laddpo.tuned import tuned_weights
 
     place = find_run(config, run_folder, "sft")
     if place.is_finished:
         runs.read_manifest(place.folder, "sft")
+        tuned_weights(config, place.folder)
         print(f"{place.folder}: this run is finished; nothing was changed.")
     else:
         with held(place.folder), stop_on_signal() as stop:

@@ -21,11 +21,13 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Train one run in `run_folder`, or in the run that `resume` names."""
     from laddpo import runs
     from laddpo.resuming import find_run, held, step_processes
+    from laddpo.tuned import tuned_weights
 
     place = find_run(config, run_folder, "train")
     if place.is_finished:
         runs.read_manifest(place.folder, "train")
         refuse_longer_training(config, place.folder)
+        tuned_weights(config, place.folder)
         print(f"{place.folder}: this run is finished; nothing was changed.")
         print(place.folder)
         return

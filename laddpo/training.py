@@ -34,6 +34,7 @@ from laddpo.preference.prepared import PreparedPairs
 from laddpo.settings import RunConfig
 from laddpo.signals import StopFlag
 from laddpo.tracking import Trackers
+from laddpo.tuned import what_is_left
 
 SEALED = ("config.yaml", "metrics.jsonl", "evaluation/results.json", "evaluation/items.jsonl")  # of a finished run
 EXACT_MATCH, LOSS = "validation/exact_match", "validation/loss"
@@ -137,7 +138,10 @@ def check_weights(config: RunConfig, folder: Path) -> None:
     )
     for name in names:
         if runs.read_manifest(folder / name, "weights") is None:
-            raise RunFault(f"{folder / name}: is gone; expected the weights that the run kept. Start a new run.")
+            raise RunFault(
+                f"{folder / name}: is gone; expected the weights that the run kept. "
+                f"{what_is_left(folder, folder / names[0])}"
+            )
 
 
 @contextlib.contextmanager

@@ -241,3 +241,57 @@ def test_resume_does_not_change_the_arithmetic(stages, capsys):
     (run / "manifest.json").unlink()
     assert stages.run("train", f"output_dir={run}", "resume=true", "hardware.precision=bf16") == 2
     assert "hardware.precision" in capsys.readouterr().err
+
+
+@pytest.fixture
+def finished(stages, capsys) -> Path:
+    """A run of its own that is finished and not evaluated."""
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    capsys.readouterr()
+    return run
+
+
+@pytest.mark.parametrize("how", ["adapter file", "adapter folder"])
+def test_lost_weights_of_a_finished_run_are_told_by_every_command_and_what_is_said_helps(stages, finished, how, capsys):
+    lost = finished / "adapter"
+    (shutil.rmtree if how == "adapter folder" else lambda folder: (folder / "adapter_model.safetensors").unlink())(lost)
+    commands = [
+        ("train", "evaluation.at_end=false", f"resume={finished}"),
+        ("evaluate", f"run={finished}", f"output_dir={stages.folder / 'e'}"),
+        ("export", f"run={finished}", f"output_dir={stages.folder / 'x'}"),
+    ]
+    for stage, *more in commands:
+        assert stages.run(stage, *more) == 2, stage
+        shown = capsys.readouterr()
+        assert "Still there: adapter_last, checkpoints/step_0000008, checkpoints/step_0000006." in shown.err
+        assert "made anew" not in shown.err and "nothing was changed" not in shown.out
+    _, advised = shown.err.strip().split("in their place: ")
+    subprocess.run(advised, shell=True, check=True)
+    for stage, *more in commands:
+        assert stages.run(stage, *more) == 0, stage
+
+
+def test_a_run_that_has_nothing_but_checkpoints_can_be_finished_again(stages, finished, capsys):
+    shutil.rmtree(finished / "adapter")
+    shutil.move(finished / "adapter_last", stages.folder / "before")
+    command = ("train", "evaluation.at_end=false", f"resume={finished}")
+    assert stages.run(*command) == 2
+    shown = capsys.readouterr().err
+    assert f"Remove {finished / 'manifest.json'} and give the command of the run again with resume={finished}" in shown
+    (finished / "manifest.json").unlink()
+    assert stages.run(*command) == 1  # the best weights are not those of the last step
+    advised = capsys.readouterr().err.strip().split("in their place: ")[1]
+    subprocess.run(advised, shell=True, check=True)
+    assert stages.run(*command) == 0
+    for folder in (finished / "adapter", finished / "adapter_last"):
+        name = "adapter_model.safetensors"
+        assert (folder / name).read_bytes() == (stages.folder / "before" / name).read_bytes()
+
+
+def test_a_changed_log_of_a_finished_run_is_no_reason_to_remove_the_run(stages, finished, capsys):
+    (finished / "metrics.jsonl").write_text("")
+    assert stages.run("train", "evaluation.at_end=false", f"resume={finished}") == 2
+    shown = capsys.readouterr().err
+    assert "metrics.jsonl: differs from what manifest.json sealed" in shown and "Restore it from a copy" in shown
+    assert "Remove the folder" not in shown
