@@ -16,6 +16,7 @@ from laddpo.datachecks import onpolicy_problems
 from laddpo.devicechecks import device_problems, step_problems
 from laddpo.errors import UserError
 from laddpo.foreign_logs import quiet_bitsandbytes
+from laddpo.linears import linear_names, match_linears, unknown_target
 from laddpo.ranges import CHOICES, EMBEDDED_TASKS, TASKS, single_problems, unknown_name
 from laddpo.settings import RunConfig
 
@@ -84,6 +85,10 @@ def _weights(config: RunConfig) -> Iterator[str]:
             f"adapter.lora_dropout is {adapter.lora_dropout:g}; expected 0: a pair's gradient is summed over several "
             "passes, which must see the same network; use more optim.weight_decay or fewer steps instead."
         )
+    linears = linear_names(max(1, model.shape.n_layers))
+    is_new = adapter.kind == "lora" and adapter.path is None  # one from elsewhere brings its own layers
+    if is_new and not match_linears(adapter.target_modules, linears):
+        yield unknown_target(adapter.target_modules)
     if model.shape.d_model % model.shape.n_heads:
         yield (
             f"model.shape.d_model is {model.shape.d_model}; expected a multiple of "
