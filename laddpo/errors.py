@@ -56,9 +56,16 @@ class NonFiniteStep(RunFault):
 
 
 class Stopped(UserError):
-    """A signal asked the stage to stop, and everything needed to go on is saved. Exit code 75."""
+    """A signal asked the stage to stop, and everything needed to go on is saved. Exit code 75.
+
+    `found` says what was stopped and what of it is kept, without the way to go on.
+    """
 
     exit_code = EXIT_STOPPED
+
+    def __init__(self, found: str, cure: str):
+        self.found = found
+        super().__init__(f"{found} {cure}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

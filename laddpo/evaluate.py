@@ -26,7 +26,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.core.ranks import here
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
-    from laddpo.resuming import held
+    from laddpo.resuming import held, told_to_resume
     from laddpo.signals import stop_on_signal
 
     trained = None
@@ -39,7 +39,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
         from laddpo.harness import require_harness
 
         require_harness(config)
-    with held(run_folder), stop_on_signal() as stop:
+    way = f"output_dir={run_folder} resume=true"
+    with held(run_folder), told_to_resume(run_folder, way), stop_on_signal() as stop:
         if here().is_main:
             unseal(run_folder)
             write_config(config, run_folder)

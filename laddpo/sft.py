@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one SFT run in `run_folder`, or in the run that `resume` names."""
     from laddpo import runs
-    from laddpo.resuming import find_run, held, step_processes
+    from laddpo.resuming import find_run, held, step_processes, told_to_resume
     from laddpo.signals import stop_on_signal
     from laddpo.tuned import tuned_weights
 
@@ -37,7 +37,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         tuned_weights(config, place.folder)
         print(f"{place.folder}: this run is finished; nothing was changed.")
     else:
-        with held(place.folder), stop_on_signal() as stop:
+        with held(place.folder), told_to_resume(place.folder), stop_on_signal() as stop:
             train(step_processes(config, place), place.folder, place.is_resumed, stop)
     print(place.folder)
 
@@ -64,6 +64,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         loop_settings,
         resume_step,
         run_outputs,
+        stop_if_asked,
         validation_tasks,
     )
 
@@ -79,6 +80,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     ranks = machine.ranks
     if ranks.is_main:
         write_config(config, folder)
+    stop_if_asked(folder, stop, ranks)
     parameters = inputs.make_trainable(config, loaded)
     # every epoch sees new masks: nothing is stored that would tie them
     estimator = ElboEstimator("count", "low_discrepancy", draws_of(config), config.seed, mask_rounds=sys.maxsize)

@@ -20,7 +20,7 @@ from laddpo.settings import RunConfig
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one run in `run_folder`, or in the run that `resume` names."""
     from laddpo import runs
-    from laddpo.resuming import find_run, held, step_processes
+    from laddpo.resuming import find_run, held, step_processes, told_to_resume
     from laddpo.tuned import tuned_weights
 
     place = find_run(config, run_folder, "train")
@@ -33,7 +33,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         return
     from laddpo.signals import stop_on_signal
 
-    with held(place.folder), stop_on_signal() as stop:
+    with held(place.folder), told_to_resume(place.folder), stop_on_signal() as stop:
         config = step_processes(config, place)
         if config.data.rounds > 1:
             from laddpo.rounds import train_rounds
@@ -81,6 +81,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         resume_step,
         run_outputs,
         step_zero_check,
+        stop_if_asked,
     )
 
     inputs.check_before_loading(config)
@@ -93,6 +94,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     ranks = machine.ranks
     if ranks.is_main:
         write_config(config, folder)
+    stop_if_asked(folder, stop, ranks)
 
     pairs = prepared.train
     if config.dry_run:
@@ -121,6 +123,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     settings = loop_settings(config, len(pairs), validation.best_metric)
     steps = f"{settings.total_steps} steps of {min(settings.items_per_step, len(pairs))} pairs from {len(pairs)}"
     print(f"DPO: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}")
+    stop_if_asked(folder, stop, ranks)
     if not is_resumed:
         step_zero_check(config, task, settings, machine.precision)
     step_tokens = settings.items_per_step * lengths.longest_pair

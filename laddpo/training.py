@@ -23,7 +23,7 @@ from laddpo.core.outputs import RunOutputs
 from laddpo.core.ranks import Ranks, whole
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
-from laddpo.errors import NonFiniteStep, RunFault
+from laddpo.errors import NonFiniteStep, RunFault, Stopped
 from laddpo.evaluation.margins import score_preferences
 from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
 from laddpo.inputs import Loaded
@@ -258,6 +258,13 @@ def validation_tasks(config: RunConfig) -> list[Task]:
     names = [name for name in own if name in HAS_VALIDATION_SPLIT]
     limit = min(VALIDATION_LIMIT, config.evaluation.limit or VALIDATION_LIMIT)
     return [open_task(config, name, "validation", limit) for name in names]
+
+
+def stop_if_asked(folder: Path, stop: StopFlag, ranks: Ranks) -> None:
+    """Between two parts of a run that cannot be stopped inside: a signal that came in the first keeps the second from
+    starting."""
+    if ranks.agree_to_stop(stop):
+        raise Stopped(f"{folder}: stopped by {stop.name}; no step was under way.", "Give the command again.")
 
 
 def gradient_scaler(machine: Machine) -> torch.amp.GradScaler | None:

@@ -295,3 +295,76 @@ def test_a_changed_log_of_a_finished_run_is_no_reason_to_remove_the_run(stages, 
     shown = capsys.readouterr().err
     assert "metrics.jsonl: differs from what manifest.json sealed" in shown and "Restore it from a copy" in shown
     assert "Remove the folder" not in shown
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """`stop_at(owner, name)`: the signal arrives as that function is called."""
+    import contextlib
+
+    from laddpo import signals
+
+    def arrange(owner, name: str) -> None:
+        flag, whole = signals.StopFlag(), getattr(owner, name)
+
+        def asked(*args, **kwargs):
+            flag.name = "SIGINT"
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, asked)
+        monkeypatch.setattr(signals, "stop_on_signal", lambda: contextlib.nullcontext(flag))
+
+    return arrange
+
+
+def moment(name: str):
+    from laddpo import evaluate, inputs, training
+
+    return {
+        "loading": (inputs, "load"),
+        "first validation": (training.Validation, "measure"),
+        "last evaluation": (evaluate, "use_weights"),
+    }[name]
+
+
+AT_ZERO = "It has no checkpoint yet and starts at step 0 again."
+
+
+@pytest.mark.parametrize(
+    ("when", "said", "is_at_zero"),
+    [
+        ("loading", "stopped by SIGINT; no step was under way.", True),
+        ("first validation", "validation of arithmetic: stopped by SIGINT; its answers are not kept.", True),
+        ("last evaluation", "items.jsonl: stopped by SIGINT; the answers so far are kept.", False),
+    ],
+)
+def test_a_run_that_is_stopped_says_how_it_goes_on_and_does(
+    stages, stop_at, monkeypatch, capsys, when, said, is_at_zero
+):
+    run = stages.folder / "run"
+    stop_at(*moment(when))
+    assert stages.run("train", f"output_dir={run}") == 75
+    shown = capsys.readouterr()
+    (told,) = [line for line in shown.err.splitlines() if line.startswith("error:")]
+    assert said in told and f"Continue with the same command and resume={run}." in told
+    assert (AT_ZERO in told) == is_at_zero and "Give the command again" not in told
+    if when == "loading":
+        assert "reference, training pairs" not in shown.out
+    monkeypatch.undo()
+    assert stages.run("train", f"resume={run}") == 0
+    assert (run / "evaluation" / "results.json").exists() and (run / "manifest.json").exists()
+
+
+def test_sft_that_is_stopped_while_loading_trains_no_step(stages, stop_at, capsys):
+    run = stages.folder / "run"
+    stop_at(*moment("loading"))
+    assert stages.run("sft", "sft.examples=chosen", f"output_dir={run}") == 75
+    assert f"Continue with the same command and resume={run}. {AT_ZERO}" in capsys.readouterr().err
+    assert not (run / "metrics.jsonl").exists()
+
+
+def test_a_stopped_evaluation_names_the_folder_that_keeps_its_answers(stages, finished, stop_at, capsys):
+    stop_at(*moment("loading"))
+    assert stages.run("evaluate", f"run={finished}") == 75
+    (folder,) = (stages.folder / "outputs" / "evaluate").iterdir()
+    assert f"Continue with the same command and output_dir={folder} resume=true." in capsys.readouterr().err
