@@ -89,7 +89,7 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
     seen = training_sample(config, prepared)
     with base_model(config, loaded):
         items, block = inputs.measured_items(config, prepared, loaded, held_out, stop, "held-out pairs")
-        seen_items, _ = inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs, measured")
+        seen_items, _ = inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs of the evaluation")
         tasks = [open_task(config, name, "test", config.evaluation.limit) for name in own_tasks(config)]
         harness = _harness(config, loaded, folder, "base")
         base_records = {

@@ -88,7 +88,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget, backward, ranks)
     validation = Validation(config, loaded, [], 1, validation_tasks(config), stop=stop)
     settings = loop_settings(config, len(examples), validation.best_metric)
-    rows = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} masks each"
+    masks = "mask" if draws_of(config) == 1 else "masks"
+    rows = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} {masks} each"
     print(f"SFT: {settings.total_steps} steps of {rows}")
     optim = config.optim
     at_step = resume_step(folder) if is_resumed else None

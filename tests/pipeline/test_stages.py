@@ -296,3 +296,10 @@ def test_a_starting_adapter_is_looked_at_before_any_pair_is_made(stages, adapter
     assert stages.run("train", f"adapter.path={adapter_of_a_wider_model}") == 2
     assert "is no whole safetensors file" in capsys.readouterr().err
     assert not (stages.folder / "data").exists()
+
+
+@pytest.mark.parametrize(("draws", "said"), [(1, "1 mask each"), (2, "2 masks each")])
+def test_sft_counts_its_masks_in_words(stages, capsys, draws, said):
+    quick = ["sft.examples=chosen", "evaluation.tasks=[]", "evaluation.at_end=false", "optim.max_train_steps=1"]
+    assert stages.run("sft", *quick, f"sft.diffusion_samples={draws}") == 0
+    assert f"rows from 24, {said}" in capsys.readouterr().out
