@@ -201,6 +201,11 @@ def _mixture_parts(config: RunConfig) -> Iterator[str]:
 
 def _schedule(config: RunConfig) -> Iterator[str]:
     optim, every, patience = config.optim, config.evaluation.every_steps, config.stopping.patience
+    if config.dry_run and config.resume != "false":
+        yield (
+            f"dry_run is true and resume is {config.resume!r}; a dry run goes on with nothing and is not gone on with; "
+            "leave one of them out."
+        )
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         yield f"optim.betas is {optim.betas}; expected two numbers from 0 to below 1; [0.9,0.95] is usual."
     if patience is not None and every is None:

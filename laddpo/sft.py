@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from laddpo.app import run_stage
+from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.signals import stop_on_signal
     from laddpo.tuned import tuned_weights
 
+    if config.dry_run:
+        raise UserError(
+            "dry_run is true, which only python -m laddpo.train knows; expected false. Leave it out, or set "
+            "optim.max_train_steps=2 for a run of two steps."
+        )
     place = find_run(config, run_folder, "sft")
     if place.is_finished:
         runs.read_manifest(place.folder, "sft")

@@ -33,6 +33,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
         return
     from laddpo.signals import stop_on_signal
 
+    if config.dry_run:
+        dry_run(step_processes(config, place), place.folder)
+        return
     with held(place.folder), told_to_resume(place.folder), stop_on_signal() as stop:
         config = step_processes(config, place)
         if config.data.rounds > 1:
@@ -42,6 +45,35 @@ def main(config: RunConfig, run_folder: Path) -> None:
         else:
             train(config, place.folder, place.is_resumed, stop)
     print(place.folder)
+
+
+def dry_run(config: RunConfig, folder: Path) -> None:
+    """Two steps on the longest batch, in a folder below `folder` that is taken for no run and goes when they are done.
+
+    Of several rounds it is the first. What a step that is not finite left for a report stays.
+    """
+    import contextlib
+    import shutil
+
+    from laddpo.core.ranks import here
+    from laddpo.errors import Stopped
+    from laddpo.resuming import held
+    from laddpo.rounds import config_of_round
+    from laddpo.signals import stop_on_signal
+
+    place = folder / "dry_run"
+    try:
+        with held(place), stop_on_signal() as stop:
+            train(config_of_round(config, 1, config.adapter.path, place), place, False, stop)
+    except Stopped:
+        raise Stopped(
+            "the dry run was stopped by a signal; nothing of it is kept.", "Give the command again."
+        ) from None
+    finally:
+        if here().is_main and not (place / "fault").exists():
+            shutil.rmtree(place, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the user's own folder, with something in it
+                folder.rmdir()
 
 
 def refuse_longer_training(config: RunConfig, folder: Path) -> None:
@@ -92,7 +124,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     print(f"machine: {machine}")
     loaded = inputs.load(config, machine)
     ranks = machine.ranks
-    if ranks.is_main:
+    if ranks.is_main and not config.dry_run:
         write_config(config, folder)
     stop_if_asked(folder, stop, ranks)
 
@@ -148,9 +180,11 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         )
     if machine.token_budget.retries:
         print(retries_text(machine))
-    if config.dry_run and ranks.is_main:
-        speed = outputs.timing.read()[-1]["speed/tokens_per_s"]
-        print(dry_run_text(config, lengths, len(prepared.train), speed))
+    if config.dry_run:
+        if ranks.is_main:
+            speed = outputs.timing.read()[-1]["speed/tokens_per_s"]
+            print(dry_run_text(config, lengths, len(prepared.train), speed))
+        return
     finish(config, folder, prepared, loaded, state, settings, stop)
     if not ranks.is_main:
         return

@@ -72,9 +72,10 @@ def loop_settings(config: RunConfig, item_count: int, best_metric: str | None) -
 
 
 def dry_run_settings(config: RunConfig) -> RunConfig:
-    """The same run without validation and evaluation: what remains is two steps."""
+    """The same run without validation, evaluation and trackers: what remains is two steps."""
     evaluation = dataclasses.replace(config.evaluation, at_end=False, num_pairs=0, tasks=[], every_steps=None)
-    return dataclasses.replace(config, evaluation=evaluation, best_metric="none")
+    logger = dataclasses.replace(config.logger, tensorboard=False, wandb=False)
+    return dataclasses.replace(config, evaluation=evaluation, logger=logger, best_metric="none")
 
 
 def longest_pairs(pairs, count: int) -> list:
@@ -95,6 +96,8 @@ def run_outputs(
     ranks = loaded.machine.ranks
 
     def save(name: str, step: int) -> None:
+        if config.dry_run:
+            return
         state = None
         if loaded.machine.is_sharded:  # every rank gives its part
             state = whole(loaded.model.state_dict() if is_full else adapters.adapter_state(loaded.model), ranks.is_main)

@@ -368,3 +368,11 @@ def test_a_stopped_evaluation_names_the_folder_that_keeps_its_answers(stages, fi
     assert stages.run("evaluate", f"run={finished}") == 75
     (folder,) = (stages.folder / "outputs" / "evaluate").iterdir()
     assert f"Continue with the same command and output_dir={folder} resume=true." in capsys.readouterr().err
+
+
+def test_a_stopped_dry_run_is_nothing_to_go_on_with(stages, stop_at, capsys):
+    stop_at(*moment("loading"))
+    assert stages.run("train", "dry_run=true", f"output_dir={stages.folder / 'run'}") == 75
+    shown = capsys.readouterr().err
+    assert "nothing of it is kept. Give the command again." in shown and "resume=" not in shown
+    assert not (stages.folder / "run").exists()
