@@ -142,7 +142,7 @@ def answer_task(
         if ranks.agree_to_stop(stop):
             kept = f"{items_path}: stopped by {stop.name}; the answers so far are kept."
             unkept = f"{label} of {task.name}: stopped by {stop.name}; its answers are not kept."
-            raise Stopped(f"{kept if items_path else unkept} Give the command again.")
+            raise Stopped(kept if items_path else unkept, "Give the command again.")
         with lockstep(loaded.denoiser):
             return answer(prompts) if prompts else []
 

@@ -16,6 +16,7 @@ from laddpo.datachecks import onpolicy_problems, unread_settings
 from laddpo.devicechecks import device_problems, step_problems
 from laddpo.errors import UserError
 from laddpo.foreign_logs import quiet_bitsandbytes
+from laddpo.linears import linear_names, match_linears, unknown_target
 from laddpo.ranges import CHOICES, EMBEDDED_TASKS, TASKS, single_problems, unknown_name
 from laddpo.settings import RunConfig
 
@@ -88,11 +89,15 @@ def _weights(config: RunConfig) -> Iterator[str]:
             f"adapter.lora_dropout is {adapter.lora_dropout:g}; expected 0: a pair's gradient is summed over several "
             "passes, which must see the same network; use more optim.weight_decay or fewer steps instead."
         )
-    if adapter.kind == "lora" and adapter.path is None and adapter.r > (width := model.shape.d_model):
+    is_new = adapter.kind == "lora" and adapter.path is None  # one from elsewhere brings its own layers
+    if is_new and adapter.r > (width := model.shape.d_model):
         yield (
             f"adapter.r is {adapter.r} and {model.name} is {width} wide (model.shape.d_model); every linear layer has "
             f"that on one side, so no higher rank means anything; set adapter.r={width} or lower, or adapter=full."
         )
+    linears = linear_names(max(1, model.shape.n_layers))
+    if is_new and not match_linears(adapter.target_modules, linears):
+        yield unknown_target(adapter.target_modules)
     if model.shape.d_model % model.shape.n_heads:
         yield (
             f"model.shape.d_model is {model.shape.d_model}; expected a multiple of "
@@ -205,6 +210,11 @@ def _mixture_parts(config: RunConfig) -> Iterator[str]:
 
 def _schedule(config: RunConfig) -> Iterator[str]:
     optim = config.optim
+    if config.dry_run and config.resume != "false":
+        yield (
+            f"dry_run is true and resume is {config.resume!r}; a dry run goes on with nothing and is not gone on with; "
+            "leave one of them out."
+        )
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         yield f"optim.betas is {optim.betas}; expected two numbers from 0 to below 1; [0.9,0.95] is usual."
 

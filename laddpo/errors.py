@@ -33,6 +33,14 @@ class UserError(Exception):
         super().__init__("\n".join(problems))
 
 
+class Damaged(UserError):
+    """A file that we wrote is gone or not what we wrote. `found` says which and how, without the cure."""
+
+    def __init__(self, found: str, cure: str):
+        self.found = found
+        super().__init__(f"{found} {cure}")
+
+
 class RunFault(UserError):
     """A run that cannot go on, through no wrong setting: a non-finite loss, say. Same form of message, exit code 1."""
 
@@ -48,9 +56,16 @@ class NonFiniteStep(RunFault):
 
 
 class Stopped(UserError):
-    """A signal asked the stage to stop, and everything needed to go on is saved. Exit code 75."""
+    """A signal asked the stage to stop, and everything needed to go on is saved. Exit code 75.
+
+    `found` says what was stopped and what of it is kept, without the way to go on.
+    """
 
     exit_code = EXIT_STOPPED
+
+    def __init__(self, found: str, cure: str):
+        self.found = found
+        super().__init__(f"{found} {cure}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

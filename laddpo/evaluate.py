@@ -26,16 +26,19 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.core.ranks import here
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
-    from laddpo.resuming import held
+    from laddpo.resuming import held, told_to_resume
     from laddpo.signals import stop_on_signal
 
     trained = Path(config.run) if config.run else None
+    if trained:
+        tuned_weights(config, trained)  # minutes of loading would come before they are missed
     inputs.check_before_loading(config)
     if config.evaluation.harness != "none":
         from laddpo.harness import require_harness
 
         require_harness(config)
-    with held(run_folder), stop_on_signal() as stop:
+    way = f"output_dir={run_folder} resume=true"
+    with held(run_folder), told_to_resume(run_folder, way), stop_on_signal() as stop:
         if here().is_main:
             unseal(run_folder)
             write_config(config, run_folder)
@@ -84,7 +87,7 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
     seen = training_sample(config, prepared)
     with base_model(config, loaded):
         items, block = inputs.measured_items(config, prepared, loaded, held_out, stop, "held-out pairs")
-        seen_items, _ = inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs, measured")
+        seen_items, _ = inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs of the evaluation")
         tasks = [open_task(config, name, "test", config.evaluation.limit) for name in own_tasks(config)]
         harness = _harness(config, loaded, folder, "base")
         base_records = {
@@ -98,12 +101,14 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
     results["reward_accuracy_on_training_pairs"] = _compare_accuracy(
         config, _scores(config, loaded, seen_items, block), seen
     )
-    digest = {"tuned": runs.read_manifest(tuned, "weights")["files"]}
+    digest = {"tuned": runs.read_manifest(tuned, "weights", verify=False)["files"]}
     for task in tasks:
         records = answer_task(config, loaded, task, folder / "items.jsonl", {**loaded.weights, **digest}, "tuned", stop)
         base = base_records[task.name]
         key = "exact_match" if len(tasks) == 1 else f"{task.name}/exact_match"
-        results[key] = _compare([r["correct"] for r in base], [r["correct"] for r in records], config.seed)
+        results[key] = _compare(
+            [r["correct"] for r in base], [r["correct"] for r in records], config.seed, is_share=True
+        )
         results[key]["task"] = {"name": task.name, "grader": task.grader.name, **task.fields}
         results.update(_compare_lengths(config, base, records, "" if len(tasks) == 1 else f"{task.name}/"))
         if is_main:
@@ -184,12 +189,12 @@ def _harness_results(base: dict | None, tuned: dict | None, seed: int) -> dict:
     return harness_results(base, tuned, seed)
 
 
-def _compare(base, tuned, seed: int, groups=None) -> dict:
+def _compare(base, tuned, seed: int, groups=None, *, is_share: bool, is_base_known: bool = False) -> dict:
     import numpy as np
 
     from laddpo.evaluation.stats import compare
 
-    return compare(base, tuned, np.random.default_rng(seed), groups)
+    return compare(base, tuned, np.random.default_rng(seed), groups, is_share=is_share, is_base_known=is_base_known)
 
 
 def _compare_lengths(config: RunConfig, base: list[dict], tuned: list[dict], prefix: str) -> dict:
@@ -199,9 +204,9 @@ def _compare_lengths(config: RunConfig, base: list[dict], tuned: list[dict], pre
     from laddpo.evaluation.stats import DRIFT
 
     found = {}
-    for name, key in (("answer_tokens", "tokens"), ("ended_rate", "stopped")):
+    for name, key, is_share in (("answer_tokens", "tokens", False), ("ended_rate", "stopped", True)):
         before, after = ([float(record[key]) for record in records] for records in (base, tuned))
-        entry = found[prefix + name] = _compare(before, after, config.seed)
+        entry = found[prefix + name] = _compare(before, after, config.seed, is_share=is_share)
         if abs(entry["difference"]) > DRIFT * entry["base"]:
             print(f"note: {prefix}{name} went from {entry['base']:.3g} to {entry['tuned']:.3g}, more than {DRIFT:.0%}")
     return found
@@ -218,7 +223,8 @@ def _scores(config: RunConfig, loaded, items, block: int):
 def _compare_accuracy(config: RunConfig, scores, pairs) -> dict:
     """Reward accuracy against the base's, which is its own reference: every margin 0, every pair a tie."""
     groups = [pair.group for pair in pairs]
-    return _compare([0.5] * len(pairs), list(scores.accuracies), config.seed, groups)
+    ties = [0.5] * len(pairs)
+    return _compare(ties, list(scores.accuracies), config.seed, groups, is_share=True, is_base_known=True)
 
 
 def training_sample(config: RunConfig, prepared) -> list:
@@ -236,10 +242,11 @@ def _measure_pairs(config: RunConfig, loaded, items, block: int, pairs, folder: 
     from laddpo.evaluation.margins import length_buckets
 
     scores = _scores(config, loaded, items, block)
-    groups = [pair.group for pair in pairs]
+    groups, zeros = [pair.group for pair in pairs], [0.0] * len(items)
+    margins = list(scores.margins)
     results = {
         "reward_accuracy": _compare_accuracy(config, scores, pairs),
-        "reward_margin": _compare([0.0] * len(items), list(scores.margins), config.seed, groups),
+        "reward_margin": _compare(zeros, margins, config.seed, groups, is_share=False, is_base_known=True),
     }
     errors = scores.margin_draw_error
     if errors is not None:

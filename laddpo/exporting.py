@@ -12,11 +12,12 @@ from torch import Tensor
 
 from laddpo import runs
 from laddpo.errors import RunFault, UserError
-from laddpo.inputs import ADAPTER, MODEL, encoder_for, model_path
+from laddpo.inputs import encoder_for, model_path
 from laddpo.modelcard import CardFacts, card_text
 from laddpo.models import adapters, loading
 from laddpo.preference.pairs import user_prompt
 from laddpo.settings import RunConfig
+from laddpo.tuned import tuned_weights
 
 PROBES = ("07+15-04=", "What is the capital of France?", "Write one sentence about rivers.", "2, 4, 8, 16,")
 PROBE_MASKS = 16  # masked positions after each probe, where logits are compared
@@ -50,21 +51,16 @@ def find_weights(config: RunConfig, trained: Path | None) -> Source:
         if not (folder / adapters.ADAPTER_FILES[0]).exists():
             raise UserError(f"adapter.path is {str(folder)!r}: no adapter in PEFT's layout is there; check the path.")
         return Source(folder, False, None, loading.weights_fingerprint(model_path(config), config.model.revision))
-    folder = trained / (MODEL if is_full else ADAPTER)
-    sealed = runs.read_manifest(folder, "weights")
-    if sealed is None:
-        raise UserError(
-            f"{folder}: has no finished weights; expected those that train keeps. Continue the run with "
-            f"python -m laddpo.train resume={trained}, or check run=."
-        )
-    base = sealed["fields"]["base"]["base"]
+    folder = tuned_weights(config, trained)
+    sealed = runs.read_manifest(folder, "weights", verify=False)["fields"]
+    base = sealed["base"]["base"]
     if not is_full and (found := loading.weights_fingerprint(model_path(config), config.model.revision)) != base:
         raise UserError(
             f"{folder}: was trained on base weights {base}, and {config.model.model_name_or_path} now holds {found}. "
             "An adapter belongs to its base: put the old one back, or name it with model.revision in the run's "
             "config.yaml."
         )
-    return Source(folder, is_full, sealed["fields"]["step"], base)
+    return Source(folder, is_full, sealed["step"], base)
 
 
 def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list[str], CardFacts]:

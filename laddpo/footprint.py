@@ -83,7 +83,7 @@ def dry_run_text(config: RunConfig, lengths: Lengths, pairs: int, tokens_per_s: 
     return (
         f"dry run: the longest batch fits. At its {tokens_per_s:,.0f} tokens/s the whole training "
         f"({work.tokens:,.0f} tokens under all draws) takes about {duration(work.tokens / tokens_per_s)}, without the "
-        "reference and without evaluation."
+        "reference and without evaluation. No run was kept; prepared pairs and reference values are."
     )
 
 

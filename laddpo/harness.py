@@ -14,6 +14,8 @@ from laddpo.errors import UserError
 from laddpo.inputs import Loaded, encoder_for
 from laddpo.settings import RunConfig
 
+SHARES = ("acc", "match", "pass@")  # in the names of the harness's metrics that are right or wrong by item
+
 
 def require_harness(config: RunConfig) -> None:
     """Refuse before any weight loads what the harness would refuse later: not installed, no task, an unknown one."""
@@ -91,7 +93,8 @@ def harness_results(base: dict[str, Any], tuned: dict[str, Any] | None, seed: in
             if tuned is None:
                 entries[f"{task}/{name}"] = {"base": value, "items": len(values[0]) or None}
             elif values[0] and len(values[0]) == len(values[1]):
-                entries[f"{task}/{name}"] = compare(values[0], values[1], np.random.default_rng(seed))
+                rng, is_share = np.random.default_rng(seed), any(word in metric for word in SHARES)
+                entries[f"{task}/{name}"] = compare(values[0], values[1], rng, is_share=is_share)
             else:
                 after = tuned["results"][task][name]
                 entries[f"{task}/{name}"] = {"base": value, "tuned": after, "difference": after - value}

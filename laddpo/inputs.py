@@ -22,6 +22,7 @@ from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import fill_reference, pair_item, stored_pair
 from laddpo.errors import UserError
 from laddpo.evaluation.margins import WINDOW, evaluation_estimator
+from laddpo.linears import linear_names
 from laddpo.machine import Machine
 from laddpo.models import adapters, loading
 from laddpo.models.blocks import checkpoint_blocks, compile_blocks
@@ -29,7 +30,7 @@ from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.offload import keep_embeddings_on_host
 from laddpo.models.sharding import ShardedDenoiser, shard_model
-from laddpo.planning import Lengths, prepared_lengths
+from laddpo.planning import Lengths, model_shape, prepared_lengths
 from laddpo.preference.arithmetic import Difficulty
 from laddpo.preference.encode import EncodedPair, TextEncoder
 from laddpo.preference.prepared import PreparedPairs
@@ -60,9 +61,14 @@ def model_path(config: RunConfig) -> str:
 
 
 def check_before_loading(config: RunConfig) -> None:
-    """Refuse what cannot work before minutes go by: what this machine lacks and a model that cannot be had."""
+    """Refuse what cannot work before minutes go by: what this machine lacks, a model that cannot be had, a starting
+    adapter that does not fit it."""
     problems: list[str] = []
-    for check in (check_machine, lambda config: loading.load_tokenizer(model_path(config), config.model.revision)):
+    for check in (
+        check_machine,
+        lambda config: loading.load_tokenizer(model_path(config), config.model.revision),
+        _check_adapter,
+    ):
         try:
             check(config)
         except UserError as error:
@@ -352,6 +358,14 @@ def measured_items(
     complete_reference(config, loaded, store, estimator, windows, stop, label)
     items = [pair_item(pair, estimator, draws, store.values(stored_pair(pair), draws)) for pair in pairs]
     return items, estimator.block
+
+
+def _check_adapter(config: RunConfig) -> None:
+    """`adapter.path` against the shape of the model, before there is a model."""
+    if config.adapter.path:
+        shape = model_shape(config)
+        linears = {name: shape.linear(name.rpartition(".")[2]) for name in linear_names(shape.n_layers)}
+        adapters.check_adapter_files(Path(config.adapter.path).expanduser(), linears)
 
 
 def _check_vocabulary(config: RunConfig, tokenizer) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from laddpo.core.memory import (
-    BLOCK_LINEARS,
     BUDGET_STEP,
     GIB,
     MOST_TOKENS,
@@ -30,6 +28,7 @@ from laddpo.core.memory import (
 )
 from laddpo.core.ranks import launched
 from laddpo.core.speed import Device, Work, predicted_seconds
+from laddpo.linears import BLOCK_LINEARS, linear_names, match_linears
 from laddpo.settings import RunConfig
 
 CONTEXT_BYTES = int(0.5 * GIB)  # what CUDA and its libraries take beside every tensor
@@ -79,7 +78,7 @@ class Choice:
 def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2, world: int | None = None) -> Setup:
     """The settings as the memory plan's plain numbers. `device`: cuda or cpu; `precision`: fp32, bf16 or fp16; `sides`
     as in Lengths; `world`: processes that share the work, None for those that the settings count."""
-    shape, hardware, quantization = config.model.shape, config.hardware, config.quantization
+    hardware, quantization = config.hardware, config.quantization
     is_sharded = hardware.sharding == "fsdp"
     backward = "two_pass" if is_sharded else "stream"
     stored = "none"
@@ -88,14 +87,7 @@ def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2,
     elif quantization.load_in_8bit:
         stored = "int8"
     return Setup(
-        shape=Shape(
-            shape.d_model,
-            shape.n_layers,
-            shape.n_heads,
-            shape.n_kv_heads,
-            shape.mlp_hidden_size,
-            shape.vocab_size,
-        ),
+        shape=model_shape(config),
         device=device,
         precision=precision,
         quantization=stored,
@@ -108,6 +100,14 @@ def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2,
         backward=hardware.backward if hardware.backward != "auto" else backward,
         gradient_groups=gradient_groups(config, sides),
         shards=(world or processes(config)) if is_sharded else 1,
+    )
+
+
+def model_shape(config: RunConfig) -> Shape:
+    """The sizes of the configured model."""
+    shape = config.model.shape
+    return Shape(
+        shape.d_model, shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.mlp_hidden_size, shape.vocab_size
     )
 
 
@@ -124,13 +124,9 @@ def gradient_groups(config: RunConfig, sides: int = 2) -> int:
 
 def adapter_targets(config: RunConfig) -> tuple[str, ...]:
     """The kinds of linear layers that carry an adapter. A pattern that picks single blocks counts for all of them."""
-    pattern = config.adapter.target_modules
-    matched = [
-        name
-        for name in BLOCK_LINEARS
-        if re.fullmatch(pattern, name) or any(re.search(rf"({pattern})$", f"blocks.{block}.{name}") for block in (0, 9))
-    ]
-    return tuple(matched) or BLOCK_LINEARS
+    matched = match_linears(config.adapter.target_modules, linear_names(config.model.shape.n_layers))
+    kinds = {name.rpartition(".")[2] for name in matched}
+    return tuple(name for name in BLOCK_LINEARS if name in kinds) or BLOCK_LINEARS
 
 
 def choose_plan(

@@ -55,7 +55,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
             inputs.measured_items(config, prepared, loaded, held_out, stop, "validation pairs")
             if config.evaluation.at_end:
                 seen = training_sample(config, prepared)
-                inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs, measured")
+                inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs of the evaluation")
     print(store.folder)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from laddpo import runs
 from laddpo.compose import read_config
 from laddpo.core.ranks import here
-from laddpo.errors import UserError
+from laddpo.errors import Stopped, UserError
 from laddpo.planning import pairs_per_process, pairs_per_step
 from laddpo.settings import RunConfig
 
@@ -82,6 +82,21 @@ def held(folder: Path) -> Iterator[None]:
         return
     with runs.locked(folder, wait=False):
         yield
+
+
+@contextlib.contextmanager
+def told_to_resume(folder: Path, way: str | None = None) -> Iterator[None]:
+    """A stop inside the block ends with how to go on in `folder`, once that is a run: by `resume=`, or by `way` where
+    there are no steps."""
+    try:
+        yield
+    except Stopped as stopped:
+        if not (folder / "config.yaml").exists():
+            raise
+        has_steps = any(folder.glob("checkpoints/step_*")) or any(folder.glob("round_*/checkpoints/step_*"))
+        again = "" if way or has_steps else " It has no checkpoint yet and starts at step 0 again."
+        cure = f"Continue with the same command and {way or f'resume={folder}'}.{again}"
+        raise Stopped(stopped.found, cure) from None
 
 
 def _find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:

@@ -108,7 +108,7 @@ def compare_rounds(folder: Path, count: int, seed: int) -> dict[str, Any]:
 
     def paired(a: dict[str, bool], b: dict[str, bool]) -> dict[str, Any]:
         keys = sorted(a.keys() & b.keys())
-        return compare([a[key] for key in keys], [b[key] for key in keys], np.random.default_rng(seed))
+        return compare([a[key] for key in keys], [b[key] for key in keys], np.random.default_rng(seed), is_share=True)
 
     return {
         "against_base": [paired(before[0], tuned) for tuned in after],

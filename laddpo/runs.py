@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from laddpo.errors import UserError
+from laddpo.errors import Damaged, UserError
 from laddpo.temporaries import remove_orphans, temporary_beside
 
 MANIFEST = "manifest.json"
@@ -144,8 +144,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}). It may be damaged; remove its folder and run again."
+        raise Damaged(
+            f"{path}: cannot be read ({error}).", "It may be damaged; remove its folder and run again."
         ) from error
 
 
@@ -296,7 +296,9 @@ def unsealed(path: Path) -> Any:
     bare = {name: value for name, value in content.items() if name != SEAL}
     is_older = bare.keys() <= {"kind", "fingerprint", "fields", "files", "shards", "provenance"} and SEAL not in content
     if with_seal(bare) != content and not is_older:
-        raise UserError(f"{path}: is damaged (its seal does not hold). Remove the folder {path.parent} and run again.")
+        raise Damaged(
+            f"{path}: is damaged (its seal does not hold).", f"Remove the folder {path.parent} and run again."
+        )
     return bare
 
 
@@ -331,7 +333,7 @@ def read_manifest(folder: Path, *kinds: str, verify: bool = True) -> dict | None
     """The manifest of a finished folder of one of these kinds, or None when the folder is absent or unfinished.
 
     Its fields are at least those of FIELDS. With `verify`, a file whose bytes differ from the sealed ones raises
-    `UserError` naming it.
+    `Damaged` naming it.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -348,7 +350,7 @@ def read_manifest(folder: Path, *kinds: str, verify: bool = True) -> dict | None
         sealed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         manifest["fields"].items(), manifest["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is damaged ({error!r}). Remove the folder {folder} and run again.") from error
+        raise Damaged(f"{path}: is damaged ({error!r}).", f"Remove the folder {folder} and run again.") from error
     cure = f"Use that version, or make {folder} anew."
     require_keys(path, manifest["fields"], FIELDS.get(manifest["kind"], ()), cure)
     if verify:
@@ -357,9 +359,9 @@ def read_manifest(folder: Path, *kinds: str, verify: bool = True) -> dict | None
                 raise UserError(f"{path}: names {name!r}, outside of its folder. It was not made by this program.")
             file = folder / name
             if not file.exists() or file.stat().st_size != size or file_sha256(file) != digest:
-                raise UserError(
-                    f"{file}: differs from what {MANIFEST} sealed (missing, truncated or changed). "
-                    f"Remove the folder {folder} and run again; it will be made anew."
+                raise Damaged(
+                    f"{file}: differs from what {MANIFEST} sealed (missing, truncated or changed).",
+                    CURES.get(manifest["kind"], f"Remove the folder {folder} and run again; it will be made anew."),
                 )
     return manifest
 
@@ -404,4 +406,9 @@ def _versions() -> tuple[tuple[str, str], ...]:
 FIELDS = {  # by kind of manifest: those that are read without asking whether they are there
     "prepared": ("encoding",),
     "weights": ("step", "base.base"),
+}
+CURES = {  # by kind of manifest: of folders that no stage makes anew
+    "weights": "Restore it from a copy.",
+    "train": "Restore it from a copy. The run's weights lie in folders with seals of their own.",
+    "sft": "Restore it from a copy. The run's weights lie in folders with seals of their own.",
 }

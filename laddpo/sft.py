@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from laddpo.app import run_stage
+from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 
 if TYPE_CHECKING:
@@ -27,15 +28,22 @@ if TYPE_CHECKING:
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one SFT run in `run_folder`, or in the run that `resume` names."""
     from laddpo import runs
-    from laddpo.resuming import find_run, held, step_processes
+    from laddpo.resuming import find_run, held, step_processes, told_to_resume
     from laddpo.signals import stop_on_signal
+    from laddpo.tuned import tuned_weights
 
+    if config.dry_run:
+        raise UserError(
+            "dry_run is true, which only python -m laddpo.train knows; expected false. Leave it out, or set "
+            "optim.max_train_steps=2 for a run of two steps."
+        )
     place = find_run(config, run_folder, "sft")
     if place.is_finished:
         runs.read_manifest(place.folder, "sft")
+        tuned_weights(config, place.folder)
         print(f"{place.folder}: this run is finished; nothing was changed.")
     else:
-        with held(place.folder), stop_on_signal() as stop:
+        with held(place.folder), told_to_resume(place.folder), stop_on_signal() as stop:
             train(step_processes(config, place), place.folder, place.is_resumed, stop)
     print(place.folder)
 
@@ -62,6 +70,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         loop_settings,
         resume_step,
         run_outputs,
+        stop_if_asked,
         validation_tasks,
     )
 
@@ -77,6 +86,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     ranks = machine.ranks
     if ranks.is_main:
         write_config(config, folder)
+    stop_if_asked(folder, stop, ranks)
     parameters = inputs.make_trainable(config, loaded)
     # every epoch sees new masks: nothing is stored that would tie them
     estimator = ElboEstimator("count", "low_discrepancy", draws_of(config), config.seed, mask_rounds=sys.maxsize)
@@ -84,7 +94,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget, backward, ranks)
     validation = Validation(config, loaded, [], 1, validation_tasks(config), stop=stop)
     settings = loop_settings(config, len(examples), validation.best_metric)
-    rows = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} masks each"
+    masks = "mask" if draws_of(config) == 1 else "masks"
+    rows = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} {masks} each"
     print(f"SFT: {settings.total_steps} steps of {rows}")
     optim = config.optim
     at_step = resume_step(folder) if is_resumed else None

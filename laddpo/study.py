@@ -80,7 +80,7 @@ def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) 
             overrides = [*shared_overrides(config, arm), *arm.overrides, f"seed={seed}"]
             code = run_child(child_command(sweep, overrides, place), place, log=place / "log.txt")
             if code == EXIT_STOPPED or is_stopping():
-                raise Stopped(f"{folder}: stopped; run the same command with resume=true output_dir={folder}.")
+                raise Stopped(f"{folder}: stopped.", f"Run the same command with resume=true output_dir={folder}.")
             if code != EXIT_DONE:
                 print(f"  failed with exit code {code}: {place / 'log.txt'}", flush=True)
                 failed.append(place.name)

@@ -20,18 +20,23 @@ from laddpo.settings import RunConfig
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one run in `run_folder`, or in the run that `resume` names."""
     from laddpo import runs
-    from laddpo.resuming import find_run, held, step_processes
+    from laddpo.resuming import find_run, held, step_processes, told_to_resume
+    from laddpo.tuned import tuned_weights
 
     place = find_run(config, run_folder, "train")
     if place.is_finished:
         runs.read_manifest(place.folder, "train")
         refuse_longer_training(config, place.folder)
+        tuned_weights(config, place.folder)
         print(f"{place.folder}: this run is finished; nothing was changed.")
         print(place.folder)
         return
     from laddpo.signals import stop_on_signal
 
-    with held(place.folder), stop_on_signal() as stop:
+    if config.dry_run:
+        dry_run(step_processes(config, place), place.folder)
+        return
+    with held(place.folder), told_to_resume(place.folder), stop_on_signal() as stop:
         config = step_processes(config, place)
         if config.data.rounds > 1:
             from laddpo.rounds import train_rounds
@@ -40,6 +45,35 @@ def main(config: RunConfig, run_folder: Path) -> None:
         else:
             train(config, place.folder, place.is_resumed, stop)
     print(place.folder)
+
+
+def dry_run(config: RunConfig, folder: Path) -> None:
+    """Two steps on the longest batch, in a folder below `folder` that is taken for no run and goes when they are done.
+
+    Of several rounds it is the first. What a step that is not finite left for a report stays.
+    """
+    import contextlib
+    import shutil
+
+    from laddpo.core.ranks import here
+    from laddpo.errors import Stopped
+    from laddpo.resuming import held
+    from laddpo.rounds import config_of_round
+    from laddpo.signals import stop_on_signal
+
+    place = folder / "dry_run"
+    try:
+        with held(place), stop_on_signal() as stop:
+            train(config_of_round(config, 1, config.adapter.path, place), place, False, stop)
+    except Stopped:
+        raise Stopped(
+            "the dry run was stopped by a signal; nothing of it is kept.", "Give the command again."
+        ) from None
+    finally:
+        if here().is_main and not (place / "fault").exists():
+            shutil.rmtree(place, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the user's own folder, with something in it
+                folder.rmdir()
 
 
 def refuse_longer_training(config: RunConfig, folder: Path) -> None:
@@ -79,6 +113,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         resume_step,
         run_outputs,
         step_zero_check,
+        stop_if_asked,
     )
 
     inputs.check_before_loading(config)
@@ -89,8 +124,9 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     print(f"machine: {machine}")
     loaded = inputs.load(config, machine)
     ranks = machine.ranks
-    if ranks.is_main:
+    if ranks.is_main and not config.dry_run:
         write_config(config, folder)
+    stop_if_asked(folder, stop, ranks)
 
     pairs = prepared.train
     if config.dry_run:
@@ -119,6 +155,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     settings = loop_settings(config, len(pairs), validation.best_metric)
     steps = f"{settings.total_steps} steps of {min(settings.items_per_step, len(pairs))} pairs from {len(pairs)}"
     print(f"DPO: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}")
+    stop_if_asked(folder, stop, ranks)
     if not is_resumed:
         step_zero_check(config, task, settings, machine.precision)
     step_tokens = settings.items_per_step * lengths.longest_pair
@@ -143,9 +180,11 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         )
     if machine.token_budget.retries:
         print(retries_text(machine))
-    if config.dry_run and ranks.is_main:
-        speed = outputs.timing.read()[-1]["speed/tokens_per_s"]
-        print(dry_run_text(config, lengths, len(prepared.train), speed))
+    if config.dry_run:
+        if ranks.is_main:
+            speed = outputs.timing.read()[-1]["speed/tokens_per_s"]
+            print(dry_run_text(config, lengths, len(prepared.train), speed))
+        return
     finish(config, folder, prepared, loaded, state, settings, stop)
     if not ranks.is_main:
         return

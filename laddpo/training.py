@@ -23,7 +23,7 @@ from laddpo.core.outputs import RunOutputs
 from laddpo.core.ranks import Ranks, whole
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
-from laddpo.errors import NonFiniteStep, RunFault
+from laddpo.errors import NonFiniteStep, RunFault, Stopped
 from laddpo.evaluation.margins import score_preferences
 from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
 from laddpo.inputs import Loaded
@@ -34,6 +34,7 @@ from laddpo.preference.prepared import PreparedPairs
 from laddpo.settings import RunConfig
 from laddpo.signals import StopFlag
 from laddpo.tracking import Trackers
+from laddpo.tuned import what_is_left
 
 SEALED = ("config.yaml", "metrics.jsonl", "evaluation/results.json", "evaluation/items.jsonl")  # of a finished run
 EXACT_MATCH, LOSS = "validation/exact_match", "validation/loss"
@@ -71,9 +72,10 @@ def loop_settings(config: RunConfig, item_count: int, best_metric: str | None) -
 
 
 def dry_run_settings(config: RunConfig) -> RunConfig:
-    """The same run without validation and evaluation: what remains is two steps."""
+    """The same run without validation, evaluation and trackers: what remains is two steps."""
     evaluation = dataclasses.replace(config.evaluation, at_end=False, num_pairs=0, tasks=[], every_steps=None)
-    return dataclasses.replace(config, evaluation=evaluation, best_metric="none")
+    logger = dataclasses.replace(config.logger, tensorboard=False, wandb=False)
+    return dataclasses.replace(config, evaluation=evaluation, logger=logger, best_metric="none")
 
 
 def longest_pairs(pairs, count: int) -> list:
@@ -94,6 +96,8 @@ def run_outputs(
     ranks = loaded.machine.ranks
 
     def save(name: str, step: int) -> None:
+        if config.dry_run:
+            return
         state = None
         if loaded.machine.is_sharded:  # every rank gives its part
             state = whole(loaded.model.state_dict() if is_full else adapters.adapter_state(loaded.model), ranks.is_main)
@@ -137,7 +141,10 @@ def check_weights(config: RunConfig, folder: Path) -> None:
     )
     for name in names:
         if runs.read_manifest(folder / name, "weights") is None:
-            raise RunFault(f"{folder / name}: is gone; expected the weights that the run kept. Start a new run.")
+            raise RunFault(
+                f"{folder / name}: is gone; expected the weights that the run kept. "
+                f"{what_is_left(folder, folder / names[0])}"
+            )
 
 
 @contextlib.contextmanager
@@ -254,6 +261,13 @@ def validation_tasks(config: RunConfig) -> list[Task]:
     names = [name for name in own if name in HAS_VALIDATION_SPLIT]
     limit = min(VALIDATION_LIMIT, config.evaluation.limit or VALIDATION_LIMIT)
     return [open_task(config, name, "validation", limit) for name in names]
+
+
+def stop_if_asked(folder: Path, stop: StopFlag, ranks: Ranks) -> None:
+    """Between two parts of a run that cannot be stopped inside: a signal that came in the first keeps the second from
+    starting."""
+    if ranks.agree_to_stop(stop):
+        raise Stopped(f"{folder}: stopped by {stop.name}; no step was under way.", "Give the command again.")
 
 
 def gradient_scaler(machine: Machine) -> torch.amp.GradScaler | None:

@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from laddpo.errors import UserError
+from laddpo import runs
+from laddpo.errors import Damaged, UserError
 from laddpo.ranges import leaves
 from laddpo.settings import RunConfig
 
@@ -78,17 +80,58 @@ def _patterns(names: Sequence[str]) -> list[str]:
 
 
 def tuned_weights(config: RunConfig, trained: Path) -> Path:
-    """The folder of the run's best weights; its last ones where the run was interrupted before any were kept."""
-    from laddpo import runs
+    """The folder of the best weights of the run, whole. `UserError` says what to do where they are not."""
     from laddpo.inputs import ADAPTER, MODEL
 
     folder = trained / (MODEL if config.adapter.kind == "full" else ADAPTER)
-    if runs.read_manifest(folder, "weights") is None:
-        raise UserError(
-            f"{folder}: has no finished weights; expected those that train keeps. Continue the run with "
-            f"python -m laddpo.train resume={trained}, or check run=."
-        )
-    return folder
+    try:
+        if runs.read_manifest(folder, "weights") is not None:
+            return folder
+        found = f"{folder}: has no finished weights; expected those that the run kept."
+    except Damaged as error:
+        found = error.found
+    raise UserError(f"{found} {what_is_left(trained, folder)}")
+
+
+def what_is_left(trained: Path, folder: Path) -> str:
+    """What a run still has instead of the weights that it kept in `folder`, and the way to go on with that."""
+    from laddpo.core.checkpoint import step_folders
+
+    last = folder.with_name(f"{folder.name}_last")
+    rounds = sorted(trained.glob("round_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+    others = [last, *(path / folder.name for path in rounds[-1:])]
+    whole = [path for path in others if _is_whole(path)]
+    checkpoints = step_folders(trained / "checkpoints")
+    there = ", ".join(path.relative_to(trained).as_posix() for path in (*whole, *checkpoints))
+    there = f"Still there: {there or 'no weights of this run'}."
+    if whole:
+        step = runs.read_manifest(whole[0], "weights", verify=False)["fields"]["step"]
+        remove = f"{shlex.join(['rm', '-r', str(folder)])} && " if folder.exists() else ""
+        copy_it = shlex.join(["cp", "-r", str(whole[0]), str(folder)])
+        return f"{there} To take the weights of step {step}{_kept(trained)} in their place: {remove}{copy_it}"
+    again = f"give the command of the run again with resume={trained}"
+    if checkpoints and (trained / runs.MANIFEST).exists():
+        return f"{there} Remove {trained / runs.MANIFEST} and {again}: {last.name} is written from the checkpoint."
+    if (trained / runs.MANIFEST).exists():
+        return f"{there} Start a new run of the same settings, or check run=."
+    return f"{there} The run is not finished: {again}, or check run=."
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return runs.read_manifest(folder, "weights") is not None
+    except UserError:
+        return False
+
+
+def _kept(trained: Path) -> str:
+    """The step that a finished run kept, in words; nothing where it does not say."""
+    try:
+        manifest = runs.read_manifest(trained, "train", "sft", verify=False)
+    except UserError:
+        return ""
+    step = (manifest or {"fields": {}})["fields"].get("best_step")
+    return "" if step is None else f" (the run kept step {step})"
 
 
 def use_weights(config: RunConfig, loaded, weights: Path) -> None:

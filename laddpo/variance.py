@@ -126,7 +126,7 @@ def _give_way(stop, folder: Path) -> None:
     from laddpo.errors import Stopped
 
     if stop:
-        raise Stopped(f"{folder}: stopped by {stop.name}; nothing was written. The same command starts anew.")
+        raise Stopped(f"{folder}: stopped by {stop.name}; nothing was written.", "The same command starts anew.")
 
 
 if __name__ == "__main__":

@@ -115,6 +115,12 @@ MISTAKES = {
     "4 and 8 bits at once": (["quantization=nf4", "quantization.load_in_8bit=true"], ["are both true", "choose one"]),
     "4 bits trained in full": (["quantization=nf4", "adapter=full"], ["quantized weights cannot be trained"]),
     "8 bits trained in full": (["quantization=int8", "adapter=full"], ["load_in_8bit is true"]),
+    "a misspelt layer": (
+        ["adapter.target_modules=q_prj"],
+        ["adapter.target_modules is 'q_prj', which matches no linear layer", "did you mean q_proj?"],
+    ),
+    "a layer of a block that is not there": (['adapter.target_modules="blocks[.]99[.]q_proj"'], ["matches no linear"]),
+    "half a pattern": (["adapter.target_modules='(q_proj'"], ["adapter.target_modules is '(q_proj'"]),
     "an adapter in a full run": (["adapter=full", "adapter.path=a"], ["an adapter is loaded only into a LoRA run"]),
     "dropout": (["adapter.lora_dropout=0.1"], ["adapter.lora_dropout is 0.1; expected 0"]),
     # C24, C25

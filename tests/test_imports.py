@@ -19,6 +19,7 @@ FLOORS = {
     "runs": 0,
     "redaction": 0,
     "signals": 0,
+    "linears": 0,
     "temporaries": 0,
     "settings": 0,
     "stagesettings": 0,

@@ -227,3 +227,13 @@ def test_a_tokenizer_that_outgrows_the_embedding_is_refused_before_the_weights()
     tokenizer.add_tokens([f"<new{i}>" for i in range(2000)])
     with pytest.raises(UserError, match=r"the token '<new\d+>' with id .* embeds \d+ tokens"):
         _check_vocabulary(config, tokenizer)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_of_one_prompt_are_all_trained_on(tmp_path, seed):
+    path = write_rows(tmp_path / "one.jsonl", [{"prompt": "a", "chosen": f"b {i}", "rejected": "c"} for i in range(3)])
+    settings = ["data=jsonl", f"data.dataset_name={path}", "data.validation_fraction=0.9", f"seed={seed}"]
+    code, folder = run_prepare(tmp_path, *settings)
+    prepared = PreparedPairs.load(folder)
+    assert code == 0 and (len(prepared.train), len(prepared.validation)) == (3, 0)
+    assert "all rows have the same prompt, so none is held out" in (folder / "report.json").read_text()

@@ -121,7 +121,7 @@ def sampler_section(
             "speedup": asdict(speedup),
         }
         if right:
-            entry["exact_match"] = compare(right[plain], right[name], rng)
+            entry["exact_match"] = compare(right[plain], right[name], rng, is_share=True)
         record[name] = entry
         rows.append(
             [

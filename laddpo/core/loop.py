@@ -170,10 +170,8 @@ def train_loop(
 
 
 def _stopped(outputs: RunOutputs, settings: LoopSettings, state: LoopState, stop: StopFlag) -> Stopped:
-    return Stopped(
-        f"{outputs.folder}: stopped by {stop.name} after step {state.step} of {settings.total_steps}, "
-        f"checkpoint saved. Continue with the same command and resume={outputs.folder}."
-    )
+    where = f"after step {state.step} of {settings.total_steps}, checkpoint saved."
+    return Stopped(f"{outputs.folder}: stopped by {stop.name} {where}", f"Continue with resume={outputs.folder}.")
 
 
 def step_items(seed: int, step: int, item_count: int, items_per_step: int) -> tuple[int, list[int]]:

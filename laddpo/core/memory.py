@@ -12,9 +12,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from laddpo.linears import BLOCK_LINEARS
+
 GIB = 2**30
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # logits held at once: laddpo/models/head.py
 MOST_TOKENS = 16384  # larger micro-steps gain no speed on any GPU tried by us or reported
 BUDGET_STEP = 64  # tokens

@@ -87,11 +87,11 @@ class ReferenceStore:
             return self._differs_from_nearest()
         ids = {pair.id for pair in self._values}
         reasons = Counter(
-            "need more draws"
+            "with more draws than are stored"
             if pair in self._values
-            else "have other tokens than were stored (data.max_length)"
+            else "with other tokens than are stored (data.max_length)"
             if pair.id in ids
-            else "are rows that were never stored"
+            else "new to this store"
             for pair in lacking
         )
         return "; ".join(f"{count} {reason}" for reason, count in reasons.items())

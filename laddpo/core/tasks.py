@@ -206,8 +206,8 @@ def fill_reference(
         advance(len(pairs))
         if is_stopping:
             raise Stopped(
-                f"{store.folder}: stopped by {stop.name}; {len(store)} pairs are stored. "
-                "The same command goes on from there (a train run with resume=true)."
+                f"{store.folder}: stopped by {stop.name}; {len(store)} pairs are stored.",
+                "The same command goes on from there.",
             )
     _append(store, pending)
     return sequences

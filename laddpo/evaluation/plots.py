@@ -253,9 +253,9 @@ def _bounds(entry: Mapping[str, Any], which: str) -> tuple[float, float]:
 def _entry_label(name: str, entry: Mapping[str, Any]) -> str:
     lines = [name.replace("_", " ")]
     if "difference" in entry and "interval" in entry:
-        low, high = (100 * bound for bound in entry["interval"])
         lines.append(f"{100 * entry['difference']:+.1f} points")
-        lines.append(f"[{low:+.1f}, {high:+.1f}]")
+        bounds = entry["interval"]
+        lines.append("interval unknown" if bounds is None else "[{:+.1f}, {:+.1f}]".format(*(100 * b for b in bounds)))
     if "items" in entry:
         lines.append(f"{entry['items']} items")
     return "\n".join(lines)

@@ -72,7 +72,7 @@ def collect_samples(
                 if all(question.text in done for question in batch):
                     continue
                 if stop:
-                    raise Stopped(f"{folder}: stopped by {stop.name}; the answers so far are kept. Give it again.")
+                    raise Stopped(f"{folder}: stopped by {stop.name}; the answers so far are kept.", "Give it again.")
                 _answer(sample, batch, count, done, log)
                 bar.update(len(batch))
         if rank == 0:
@@ -120,5 +120,5 @@ def _wait(is_done: Callable[[], bool], stop: StopFlag, folder: Path) -> None:
     """Until other processes have done their part."""
     while not is_done():
         if stop:
-            raise Stopped(f"{folder}: stopped by {stop.name} while waiting for other processes. Give it again.")
+            raise Stopped(f"{folder}: stopped by {stop.name} while waiting for other processes.", "Give it again.")
         time.sleep(WAIT_S)

@@ -97,7 +97,7 @@ def paired_bootstrap(
     """Percentile interval of mean(tuned - base), resampling items (or whole groups) with replacement.
 
     `base[i]` and `tuned[i]` are the two models' values on the same item, so the item's difficulty cancels. Equal
-    generators give equal intervals. With identical outcomes the interval is the point 0: see `newcombe_interval`.
+    generators give equal intervals. Differences that are all equal give a point, which is no interval: see `compare`.
     """
     assert len(base) == len(tuned), f"{len(base)} base values for {len(tuned)} tuned values: pair them by item"
     d = _finite(tuned) - _finite(base)
@@ -129,20 +129,38 @@ def mcnemar_exact(base: Sequence[bool], tuned: Sequence[bool]) -> float:
     return min(1.0, float(2 * tail / 2**n))  # exact integers: no overflow of floats at any n
 
 
-def newcombe_interval(base: Sequence[bool], tuned: Sequence[bool], confidence: float = 0.95) -> tuple[float, float]:
+def paired_shares(
+    base: Sequence[bool], tuned: Sequence[bool], rng: np.random.Generator, *, groups: Sequence[Hashable] | None = None
+) -> Difference:
+    """As `paired_bootstrap`, of outcomes that are right or wrong, and never a point.
+
+    Where resampling finds no spread, the interval is Newcombe's for as many outcomes as there are groups.
+    """
+    found = paired_bootstrap(base, tuned, rng, groups=groups)
+    if _has_spread(_finite(tuned) - _finite(base), groups):
+        return found
+    low, high = newcombe_interval(base, tuned, independent=_independent(base, groups))
+    return Difference(found.difference, low, high, found.items)
+
+
+def newcombe_interval(
+    base: Sequence[bool], tuned: Sequence[bool], confidence: float = 0.95, independent: int | None = None
+) -> tuple[float, float]:
     """Interval of the difference of two paired proportions, without resampling, never a point.
 
     Newcombe (1998), method 10: the Wilson bounds of both proportions are combined with their correlation phi. Use it
-    beside the bootstrap where items are few or outcomes nearly all equal.
+    where items are few or outcomes nearly all equal. `independent`: how many items they are worth, where some belong
+    together (default: all).
     """
     a, b = np.asarray(base, dtype=bool), np.asarray(tuned, dtype=bool)
-    gained, lost = _disagreements(a, b)
-    n = len(a)
-    both = int((a & b).sum())
-    neither = n - both - gained - lost
-    p_base, p_tuned = (both + lost) / n, (both + gained) / n
-    low_base, high_base = wilson_interval(both + lost, n, confidence)
-    low_tuned, high_tuned = wilson_interval(both + gained, n, confidence)
+    n = len(a) if independent is None else independent
+    worth = n / len(a)
+    gained, lost = (count * worth for count in _disagreements(a, b))
+    both, neither = int((a & b).sum()) * worth, int((~a & ~b).sum()) * worth
+    right_base, right_tuned = min(both + lost, n), min(both + gained, n)  # rounding may pass n
+    p_base, p_tuned = right_base / n, right_tuned / n
+    low_base, high_base = wilson_interval(right_base, n, confidence)
+    low_tuned, high_tuned = wilson_interval(right_tuned, n, confidence)
     product = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
     numerator = both * neither - gained * lost
     if numerator > 0:  # continuity correction of phi, as in the paper
@@ -164,54 +182,63 @@ def compare(
     tuned: Sequence[float],
     rng: np.random.Generator,
     groups: Sequence[Hashable] | None = None,
+    *,
+    is_share: bool,
+    is_base_known: bool = False,
 ) -> dict[str, Any]:
     """The entry of results.json for one metric: both means, their difference, 95% intervals, number of items.
 
+    `is_share`: every value is an outcome from 0 (wrong) to 1 (right), not a number of another kind. `is_base_known`:
+    the base's values follow from what is compared (a reference's margin over itself is 0) and are not measured.
+
     Independent outcomes that are all 0 or 1 get Wilson's intervals and McNemar's p-value. Everything else (ties
-    counted one half, margins, grouped items) gets normal intervals from its own standard error.
+    counted one half, margins, grouped items) gets normal intervals from its own standard error. Where the items show
+    no spread, which is no proof that there is none, a share's interval is Newcombe's (Wilson's around a known base),
+    and a number's is None: not known.
     """
-    change = paired_bootstrap(base, tuned, rng, groups=groups)
-    is_binary = groups is None and set(np.unique(base)) | set(np.unique(tuned)) <= {0, 1}
-    if change.low == change.high and set(np.unique(tuned)) <= {0, 1} and len(set(base)) == 1:
-        return _compare_unanimous(float(base[0]), float(tuned[0]), len(base), len(set(groups or range(len(base)))))
+    is_binary = is_share and groups is None and set(np.unique(base)) | set(np.unique(tuned)) <= {0, 1}
+    change = (paired_shares if is_binary else paired_bootstrap)(base, tuned, rng, groups=groups)
+    interval: list[float] | None = [change.low, change.high]
+    tuned_interval = _interval(tuned, groups, is_share, is_binary)
+    if not is_binary and not _has_spread(_finite(tuned) - _finite(base), groups):
+        is_bounded = is_share and is_base_known and tuned_interval is not None
+        interval = [bound - float(base[0]) for bound in tuned_interval] if is_bounded else None
     entry: dict[str, Any] = {
         "base": float(np.mean(base)),
         "tuned": float(np.mean(tuned)),
         "difference": change.difference,
-        "interval": [change.low, change.high],
+        "interval": interval,
         "items": change.items,
-        "base_interval": _interval(base, groups, is_binary),
-        "tuned_interval": _interval(tuned, groups, is_binary),
+        "base_interval": [float(base[0])] * 2 if is_base_known else _interval(base, groups, is_share, is_binary),
+        "tuned_interval": tuned_interval,
     }
     if is_binary:
         entry["mcnemar_p"] = mcnemar_exact(base, tuned)
     return entry
 
 
-def _compare_unanimous(base: float, tuned: float, items: int, independent: int) -> dict[str, Any]:
-    """All items agree, so resampling them knows no spread: Wilson's interval for that many independent outcomes."""
-    low, high = wilson_interval(tuned * independent, independent)
-    return {
-        "base": base,
-        "tuned": tuned,
-        "difference": tuned - base,
-        "interval": [low - base, high - base],
-        "items": items,
-        "base_interval": [base, base],
-        "tuned_interval": [low, high],
-    }
-
-
-def _interval(values: Sequence[float], groups: Sequence[Hashable] | None, is_binary: bool) -> list[float] | None:
-    """The 95% interval of one model's mean, or None where one item (or group) cannot tell."""
+def _interval(
+    values: Sequence[float], groups: Sequence[Hashable] | None, is_share: bool, is_binary: bool
+) -> list[float] | None:
+    """The 95% interval of one model's mean, or None where one item (or group), or equal ones, cannot tell."""
     x = _finite(values)
     if is_binary:
         return list(wilson_interval(float(x.sum()), len(x)))
+    if not _has_spread(x, groups):
+        independent = _independent(x, groups)
+        return list(wilson_interval(float(x.mean()) * independent, independent)) if is_share else None
     low, high = mean_with_error(x, groups).interval()
-    if math.isnan(low):
-        return None
-    is_share = bool(x.min() >= 0 and x.max() <= 1)
     return [max(low, 0.0), min(high, 1.0)] if is_share else [low, high]
+
+
+def _has_spread(x: np.ndarray, groups: Sequence[Hashable] | None) -> bool:
+    """Whether the values (the means of groups) differ by more than rounding; one alone does not."""
+    means = x if groups is None else _group_sums(x, groups) / _group_sums(np.ones(len(x)), groups)
+    return float(np.ptp(means)) > 1e-12 * float(np.abs(x).max())
+
+
+def _independent(values: Sequence[float], groups: Sequence[Hashable] | None) -> int:
+    return len(values) if groups is None else len(set(groups))
 
 
 def _finite(values: Sequence[float]) -> np.ndarray:

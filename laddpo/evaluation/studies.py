@@ -18,7 +18,7 @@ import numpy as np
 from laddpo import runs
 from laddpo.errors import UserError
 from laddpo.evaluation.figures import DARK, PALE, RULE, new_figure, save_png, tidy
-from laddpo.evaluation.stats import DRIFT, Difference, mean_with_error, paired_bootstrap
+from laddpo.evaluation.stats import DRIFT, Difference, mean_with_error, paired_shares
 from laddpo.evaluation.sweeps import number_text
 from laddpo.evaluation.tables import markdown, points_text
 
@@ -92,7 +92,7 @@ def difference(arm: Arm, other: Arm | None) -> Difference | None:
             before.append(float(reference[problem]))
             after.append(float(outcome.tuned[problem]))
             groups.append(problem)
-    return paired_bootstrap(before, after, np.random.default_rng(0), groups=groups) if before else None
+    return paired_shares(before, after, np.random.default_rng(0), groups=groups) if before else None
 
 
 def seed_differences(arm: Arm, other: Arm | None) -> list[Difference]:

@@ -38,7 +38,8 @@ class SweepJob:
 
 @dataclass(frozen=True)
 class SweepCell:
-    """The jobs of one combination of swept values. Pooled over seeds, `interval` is mean ± 2 standard errors."""
+    """The jobs of one combination of swept values. Pooled over seeds, `interval` is mean ± 2 standard errors, and None
+    where the runs are equal to the last digit: they do not tell how much runs vary."""
 
     values: tuple[Value, ...]
     mean: float | None
@@ -51,6 +52,8 @@ class SweepCell:
         runs = [job.value for job in self.jobs if job.value is not None]
         if len(runs) < 2:
             return ""
+        if len(set(runs)) == 1:
+            return f"{len(runs)} equal runs"
         return f"±{mean_with_error(runs).std_error:.2g}, {len(runs)} runs"
 
     def label(self, keys: Sequence[str]) -> str:
@@ -151,7 +154,8 @@ def _cell(values: tuple[Value, ...], jobs: list[SweepJob]) -> SweepCell:
         interval = next(job.interval for job in jobs if job.value is not None)
         return SweepCell(values, known[0], interval, tuple(jobs))
     mean = mean_with_error(known)
-    interval = (mean.mean - 2 * mean.std_error, mean.mean + 2 * mean.std_error)
+    reach = 2 * mean.std_error
+    interval = (mean.mean - reach, mean.mean + reach) if len(set(known)) > 1 else None
     return SweepCell(values, mean.mean, interval, tuple(jobs))
 
 

@@ -15,7 +15,8 @@ EXAMPLE_CHARACTERS = 600  # of one text in the side-by-side examples
 def before_after_table(results: Mapping[str, Any]) -> str:
     """The table printed after an evaluation, one line per entry of results.json that has base and tuned.
 
-    Shares between 0 and 1 are printed in percent and their difference in points. An interval that holds 0 says so.
+    Shares between 0 and 1 are printed in percent and their difference in points. An interval that holds 0 says so, as
+    does one that is not known (None).
     """
     return aligned(*before_after_rows(results))
 
@@ -103,7 +104,9 @@ def _before_after_row(name: str, entry: Mapping[str, Any]) -> list[str]:
         show, signed, unit = "{:.3f}".format, "{:+.3f}".format, ""
     difference = entry.get("difference", tuned - base)
     interval, note = "", ""
-    if entry.get("interval") is not None:
+    if "interval" in entry and entry["interval"] is None:
+        interval, note = "–", "interval unknown"
+    elif "interval" in entry:
         low, high = entry["interval"]
         interval = f"[{signed(low)}, {signed(high)}]"
         note = "interval holds 0" if low <= 0 <= high else ""
@@ -119,7 +122,8 @@ def sweep_rows(table: SweepTable) -> tuple[list[str], list[list[str]]]:
 
 def _sweep_row(cell: SweepCell) -> list[str]:
     finished = [job for job in cell.jobs if job.value is not None]
-    interval = "" if cell.interval is None else "[{}, {}]".format(*map(number_text, cell.interval))
+    unknown = "" if cell.mean is None else "–"
+    interval = unknown if cell.interval is None else "[{}, {}]".format(*map(number_text, cell.interval))
     runs = f"{len(finished)}" if len(finished) == len(cell.jobs) else f"{len(finished)} of {len(cell.jobs)}"
     value = "failed" if cell.mean is None else number_text(cell.mean)
     return [*(map(number_text, cell.values) if cell.values else ["default"]), value, interval, runs]

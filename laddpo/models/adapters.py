@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from laddpo import runs
 from laddpo.core.ranks import placed_like
-from laddpo.errors import UserError, nearest
+from laddpo.errors import UserError
 from laddpo.foreign_logs import quiet_bitsandbytes
+from laddpo.linears import ALL_LINEAR, match_linears, unknown_target
 from laddpo.models import lora
 from laddpo.models.families import find_family
 from laddpo.models.lora import ADAPTER as NAME
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-ALL_LINEAR = "all-linear"
 PREFIX = "base_model.model."
 
 
@@ -112,6 +112,47 @@ def load_adapter(model, path: str | Path) -> None:
     load_adapter_state(model, load_file(str(file)), str(file))
 
 
+def check_adapter_files(folder: Path, linears: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse an adapter that cannot fit a model before there is one, from its settings and the head of its weights.
+
+    `linears`: (inputs, outputs) of the linear layers of the model's blocks, by full name. Whether every layer that the
+    adapter wants has its tensors is seen when it is attached.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    _read_settings(folder)
+    file = folder / ADAPTER_FILES[1]
+    if not file.exists():
+        raise _missing(file)
+    runs.require_sealed(folder, {file.name: runs.file_sha256(file)})
+    try:
+        with safe_open(str(file), "pt") as content:
+            shapes = {name: content.get_slice(name).get_shape() for name in sorted(content.keys())}
+    except SafetensorError as error:
+        raise UserError(f"{file}: is no whole safetensors file ({error}); copy the adapter anew.") from error
+    unknown, reshaped = [], []
+    for name, shape in shapes.items():
+        module, _, part = name.removeprefix(PREFIX).partition(".lora_")
+        inputs, outputs = linears.get(module, (0, 0))
+        fits = {"A.weight": shape[1:] == [inputs], "B.weight": shape[:1] == [outputs]}
+        if module not in linears:
+            unknown.append(name)
+        elif not fits.get(part, True):
+            reshaped.append(name)
+    _require_fit(str(file), [], unknown, reshaped)
+
+
+def _require_fit(where: str, missing: list[str], unknown: list[str], reshaped: list[str]) -> None:
+    problems = [
+        f"{where}: {len(names)} adapter tensors {what} (first: {names[0]}). "
+        "Use the adapter with the base model it was trained on, or start without adapter.path."
+        for names, what in ((missing, "are missing"), (unknown, "match no module"), (reshaped, "have another shape"))
+        if names
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
 def rank(model) -> int:
     """r of the attached adapter."""
     return model.peft_config[NAME].r
@@ -127,14 +168,7 @@ def load_adapter_state(model, state: dict[str, Tensor], where: str) -> None:
     own = adapter_state(model)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     reshaped = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    problems = [
-        f"{where}: {len(names)} adapter tensors {what} (first: {names[0]}). "
-        "Use the adapter with the base model it was trained on, or start without adapter.path."
-        for names, what in ((missing, "are missing"), (unknown, "match no module"), (reshaped, "have another shape"))
-        if names
-    ]
-    if problems:
-        raise UserError(*problems)
+    _require_fit(where, missing, unknown, reshaped)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(placed_like(tensor, state[name]))
@@ -205,30 +239,19 @@ def _anchored(model, target_modules: str | Sequence[str]) -> str | list[str]:
     """What PEFT shall match: a regular expression anchored in the blocks, or full names when blocks differ."""
     family = find_family({"architectures": [type(model).__name__]}, "model")
     linears = block_linears(model)
-    known = sorted({name.rsplit(".", 1)[1] for name in linears})
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     chosen: set[str] = set()
     for pattern in patterns:
-        matched = linears if pattern == ALL_LINEAR else [n for n in linears if re.fullmatch(rf"(.*\.)?({pattern})", n)]
+        matched = match_linears(pattern, linears)
         if not matched:
-            raise _unknown_target(pattern, known)
+            raise UserError(unknown_target(pattern))
         chosen.update(matched)
     if not chosen:
-        raise _unknown_target("", known)
+        raise UserError(unknown_target(""))
     last = sorted({name.rsplit(".", 1)[1] for name in chosen})
     if chosen == {name for name in linears if name.rsplit(".", 1)[1] in last}:
         return rf"{family.block}\.({'|'.join(last)})"
     return sorted(chosen)
-
-
-def _unknown_target(pattern: str, known: list[str]) -> UserError:
-    guess = nearest(pattern, known)
-    hint = f"did you mean {guess}? " if guess else ""
-    return UserError(
-        f"adapter.target_modules: {pattern!r} matches no linear layer of a block; known: {ALL_LINEAR}, "
-        f"{', '.join(known)}, or a regular expression over them; {hint}the head and the embedding cannot carry an "
-        "adapter. Fix the name."
-    )
 
 
 def _missing(file: Path) -> UserError:
@@ -237,9 +260,8 @@ def _missing(file: Path) -> UserError:
     return UserError(f"{file}: no such file; expected an adapter in PEFT's layout; {hint}")
 
 
-def _read_adapter_config(folder: Path, model):
-    from peft import LoraConfig, PeftConfig
-
+def _read_settings(folder: Path) -> Path:
+    """The adapter's settings file, which is there, whole, and of LoRA matrices alone."""
     file = folder / ADAPTER_FILES[0]
     if not file.exists():
         raise _missing(file)
@@ -257,6 +279,13 @@ def _read_adapter_config(folder: Path, model):
             f"{file}: trains more than LoRA matrices (modules_to_save, bias or tokens); expected LoRA matrices alone. "
             "Merge that adapter into its base with the program that made it, and start from the merged model."
         )
+    return file
+
+
+def _read_adapter_config(folder: Path, model):
+    from peft import LoraConfig, PeftConfig
+
+    file = _read_settings(folder)
     config = PeftConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)
     config.inference_mode, config.lora_dropout, config.task_type = False, 0.0, None

@@ -6,11 +6,13 @@ by name before any weight is read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from laddpo.errors import UserError
+from laddpo.linears import BLOCKS
 from laddpo.models.llada import LLaDAConfig, LLaDAModelLM
 
 
@@ -38,7 +40,7 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
 
 
 FAMILIES = {
-    "LLaDAModelLM": Family(LLaDAConfig, LLaDAModelLM, "model.transformer.ff_out", r"model\.transformer\.blocks\.\d+"),
+    "LLaDAModelLM": Family(LLaDAConfig, LLaDAModelLM, "model.transformer.ff_out", rf"{re.escape(BLOCKS)}\.\d+"),
 }
 
 UNSUPPORTED = {

@@ -41,7 +41,7 @@ def choose_validation(spool: Spool, rows: np.ndarray, seed: int, fraction: float
     """bool [rows]: held out for validation. All rows of a prompt go the same way.
 
     A prompt is held out when its keyed position falls below `fraction`, so a prompt keeps its side when rows are added.
-    Where that leaves one side empty, the prompt nearest the edge changes sides.
+    Where that leaves one side empty, the prompt nearest the edge changes sides. A single prompt is trained on.
     """
     groups, member = np.unique(spool.groups[rows], return_inverse=True)
     positions = np.array([keyed_position(seed, f"group/{int(group):016x}") for group in groups], dtype=np.uint64)
@@ -50,5 +50,6 @@ def choose_validation(spool: Spool, rows: np.ndarray, seed: int, fraction: float
         edge = int(np.argmax(positions) if is_held_out.all() else np.argmin(positions))
         is_held_out[edge] = not is_held_out[edge]
     if fraction > 0 and len(groups) == 1:
+        is_held_out[:] = False
         log.warn("all rows have the same prompt, so none is held out for validation")
     return is_held_out[member]

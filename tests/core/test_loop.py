@@ -163,7 +163,7 @@ def test_a_stop_during_the_last_evaluation_leaves_the_checkpoint_of_a_run_that_w
     def stopped_at_the_end(step: int) -> dict[str, float]:
         if step == STEPS:
             first.stop.name = "SIGTERM"
-            raise Stopped("in the middle of it")
+            raise Stopped("in the middle of it:", "again")
         return first.validate(step)
 
     with pytest.raises(Stopped, match=f"after step {STEPS} of {STEPS}"):

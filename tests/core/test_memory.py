@@ -12,7 +12,6 @@ from laddpo.core.elbo import draw_logps
 from laddpo.core.gradient import Item, accumulate_gradient
 from laddpo.core.measuring import peak_bytes, resident_bytes
 from laddpo.core.memory import (
-    BLOCK_LINEARS,
     BUDGET_STEP,
     CHUNK_ELEMENTS,
     GIB,
@@ -27,6 +26,7 @@ from laddpo.core.memory import (
 )
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import OPTIMIZERS, build_optimizer
+from laddpo.linears import BLOCK_LINEARS
 from laddpo.models import head
 from laddpo.models.adapters import attach_lora, trainable_parameters
 from laddpo.models.blocks import checkpoint_blocks

@@ -102,7 +102,7 @@ def test_why_pairs_are_missing_is_said_by_what_changed(stores):
     store.append([stored("a"), stored("b")], 0, values(2, 2))
     shorter = StoredPair("b", token_digest(np.array([9])))
     assert store.why_missing([stored("a"), shorter, stored("c"), stored("d")]) == (
-        "1 need more draws; 1 have other tokens than were stored (data.max_length); 2 are rows that were never stored"
+        "1 with more draws than are stored; 1 with other tokens than are stored (data.max_length); 2 new to this store"
     )
 
 

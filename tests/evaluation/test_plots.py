@@ -44,7 +44,7 @@ def metric_rows(steps: int) -> list[dict]:
 
 
 def binary_entry() -> dict:
-    return compare([0, 0, 0, 1] * 25, [0, 1, 1, 1] * 25, np.random.default_rng(0))
+    return compare([0, 0, 0, 1] * 25, [0, 1, 1, 1] * 25, np.random.default_rng(0), is_share=True)
 
 
 def test_a_training_picture_has_a_panel_for_each_kind_of_metric(tmp_path):
@@ -94,6 +94,12 @@ def test_margins_that_are_all_equal_are_drawn_without_a_warning(tmp_path):
 def test_an_entry_with_only_the_agreed_fields_is_drawn(tmp_path):
     entry = {"base": 0.5, "tuned": 0.75, "difference": 0.25, "interval": [0.1, 0.4], "items": 100}
     evaluation_plot({"exact_match": entry}, tmp_path / "p.png")
+    assert len((tmp_path / "p.png").read_bytes()) > 5000
+
+
+def test_an_entry_whose_interval_is_not_known_is_drawn(tmp_path):
+    entry = {"base": 0.5, "tuned": 0.5, "difference": 0.0, "interval": None, "tuned_interval": None, "items": 1}
+    evaluation_plot({"success_rate": entry}, tmp_path / "p.png")
     assert len((tmp_path / "p.png").read_bytes()) > 5000
 
 

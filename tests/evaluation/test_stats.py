@@ -12,6 +12,7 @@ from laddpo.evaluation.stats import (
     newcombe_interval,
     normal_quantile,
     paired_bootstrap,
+    paired_shares,
     wilson_interval,
 )
 
@@ -91,7 +92,20 @@ def test_newcombe_reproduces_a_worked_table():
 def test_newcombe_is_no_point_where_all_outcomes_agree():
     low, high = newcombe_interval([True] * 40, [True] * 40)
     assert low < 0 < high
-    assert paired_bootstrap([1.0] * 40, [1.0] * 40, generator()).low == 0.0
+    found = paired_shares([1.0] * 40, [1.0] * 40, generator())
+    assert (found.low, found.high) == (low, high)
+
+
+def test_items_of_a_group_that_agree_are_worth_one_item():
+    # 8 problems under 5 seeds, all with the outcome that they had before: what 8 problems tell, and not what 40 would
+    right = [1.0] * 4 + [0.0] * 4
+    problems = list(range(8)) * 5
+    one, five = (
+        paired_shares(right, right, generator()),
+        paired_shares(right * 5, right * 5, generator(), groups=problems),
+    )
+    assert one.low < 0 < one.high
+    assert (five.low, five.high) == (pytest.approx(one.low), pytest.approx(one.high))
 
 
 def test_bootstrap_of_equal_generators_is_equal_and_others_differ():
@@ -138,7 +152,7 @@ def test_bootstrap_refuses_lists_that_cannot_be_paired():
 
 def test_compare_gives_the_entry_of_results_json():
     base, tuned = [0, 0, 0, 1] * 25, [0, 1, 1, 1] * 25
-    entry = compare(base, tuned, generator())
+    entry = compare(base, tuned, generator(), is_share=True)
     assert (entry["base"], entry["tuned"], entry["difference"], entry["items"]) == (0.25, 0.75, 0.5, 100)
     assert entry["interval"][0] < 0.5 < entry["interval"][1]
     assert entry["base_interval"] == list(wilson_interval(25, 100))
@@ -146,6 +160,39 @@ def test_compare_gives_the_entry_of_results_json():
 
 
 def test_compare_gives_no_wilson_interval_to_ties_that_are_certain():
-    entry = compare([0.5] * 20, [1.0] * 15 + [0.0] * 5, generator())
+    entry = compare([0.5] * 20, [1.0] * 15 + [0.0] * 5, generator(), is_share=True, is_base_known=True)
     assert entry["base_interval"] == [0.5, 0.5]  # every margin of an untrained policy is exactly 0
     assert "mcnemar_p" not in entry
+
+
+def test_a_margin_is_no_proportion_whatever_its_values():
+    entry = compare([0.0], [0.0], generator(), groups=["a"], is_share=False, is_base_known=True)
+    assert entry["interval"] is None and entry["tuned_interval"] is None and entry["base_interval"] == [0.0, 0.0]
+    entry = compare([0.0, 0.0], [0.0, 1.0], generator(), is_share=False, is_base_known=True)
+    assert entry["interval"] == [0.0, 1.0] and "mcnemar_p" not in entry
+    assert entry["tuned_interval"][0] < 0  # a margin may be negative
+
+
+@pytest.mark.parametrize("tuned", [[0.007], [0.007] * 6, [0.1 + 0.2, 0.3]])
+def test_numbers_without_spread_have_no_interval(tuned):
+    entry = compare([0.0] * len(tuned), tuned, generator(), is_share=False)
+    assert entry["interval"] is entry["tuned_interval"] is entry["base_interval"] is None
+
+
+@pytest.mark.parametrize("base", [[1, 1, 1, 1, 0, 0, 0, 0], [1] * 8, [0] * 8])
+def test_answers_that_agree_on_every_item_are_no_proof_of_equal_models(base):
+    entry = compare(base, base, generator(), is_share=True)
+    assert entry["interval"] == list(newcombe_interval(base, base))
+    assert entry["interval"][0] < 0 < entry["interval"][1]
+
+
+def test_every_pair_preferred_rightly_is_a_wilson_interval_around_the_ties_of_the_base():
+    groups = [number // 2 for number in range(256)]  # two pairs of each prompt
+    entry = compare([0.5] * 256, [1.0] * 256, generator(), groups, is_share=True, is_base_known=True)
+    low, high = wilson_interval(128, 128)
+    assert entry["interval"] == [low - 0.5, high - 0.5] and entry["tuned_interval"] == [low, high]
+
+
+def test_prompts_with_one_right_and_one_wrong_pair_each_are_no_certainty():
+    entry = compare([0.5] * 6, [0.0, 1.0] * 3, generator(), list("aabbcc"), is_share=True, is_base_known=True)
+    assert entry["interval"][0] < 0 < entry["interval"][1]

@@ -62,12 +62,18 @@ def test_a_heat_map_grows_with_its_grid(tmp_path):
     )
 
 
+def test_equal_runs_are_no_proof_that_runs_do_not_vary():
+    (cell,) = sweep_table([SweepJob({"seed": seed}, 0.1, (0.05, 0.2)) for seed in (1, 2, 3)], "exact_match").cells
+    assert cell.mean == pytest.approx(0.1) and cell.interval is None
+    assert cell.spread_text == "3 equal runs"
+
+
 def test_failed_jobs_are_counted_in_the_table():
     jobs = [SweepJob({"dpo.beta": 1}, 0.5, (0.4, 0.6)), SweepJob({"dpo.beta": 2}, None), SweepJob({"dpo.beta": 0}, 0.7)]
     assert sweep_markdown(sweep_table(jobs, "exact_match")).splitlines()[:5] == [
         "| dpo.beta | exact_match | interval | runs |",
         "|---|---:|---:|---:|",
-        "| 0 | 0.7 |  | 1 |",
+        "| 0 | 0.7 | – | 1 |",
         "| 1 | 0.5 | [0.4, 0.6] | 1 |",
         "| 2 | failed |  | 0 of 1 |",
     ]

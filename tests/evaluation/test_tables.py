@@ -19,6 +19,12 @@ def test_the_table_before_and_after_is_aligned_and_says_when_nothing_is_shown():
     ]
 
 
+def test_an_interval_that_is_not_known_is_neither_printed_nor_passed_over():
+    entry = {"base": 0.0, "tuned": 0.007, "difference": 0.007, "interval": None, "items": 1}
+    (line,) = before_after_table({"reward_margin": entry}).splitlines()[2:]
+    assert line.split() == ["reward", "margin", "0.000", "0.007", "+0.007", "–", "1", "interval", "unknown"]
+
+
 def test_examples_show_the_items_that_changed_first():
     def record(name, text, correct):
         return {"id": name, "prompt": f"{name}?", "answer": "2", "text": text, "correct": correct}

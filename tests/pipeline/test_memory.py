@@ -1,6 +1,7 @@
 """Runs through the command line: hardware settings change no number, memory that runs out changes none either."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -127,9 +128,34 @@ def test_a_dry_run_takes_two_steps_on_the_longest_batch_and_says_what_it_saw(sta
     assert stages.run("train", f"output_dir={run}", "dry_run=true", *more, "evaluation.tasks=[]") == 0
     assert len(seen) == 2 and seen[0] == seen[1]
     assert seen[0] == sorted(seen[0])[-4:] and len(set(seen[0])) == 4, "the four longest of all lengths"
-    assert not (run / "evaluation").exists()
     output = capsys.readouterr().out
     assert "dry run: the longest batch fits." in output and "memory of a step: predicted " in output
-    timing = [json.loads(line) for line in (run / "timing.jsonl").read_text(encoding="utf-8").splitlines()]
-    predicted, measured = (timing[-1][f"memory/{name}_gib"] for name in ("predicted", "peak"))
-    assert 0.8 * predicted < measured < 1.1 * predicted
+    share = re.search(r"memory of a step: predicted .* measured .* \((\d+)%\)", output)
+    assert 80 < int(share[1]) < 110
+    assert "No run was kept" in output and "checkpoints and plots" not in output
+
+
+def test_a_dry_run_leaves_nothing_that_is_taken_for_a_run(stages, capsys):
+    run = stages.folder / "run"
+    for place in ([], [f"output_dir={run}"]):
+        assert stages.run("train", "dry_run=true", *place) == 0
+    assert not run.exists() and list((stages.folder / "outputs" / "train").iterdir()) == []
+    (stages.folder / "mine").mkdir()
+    (stages.folder / "mine" / "notes.txt").write_text("kept")
+    assert stages.run("train", "dry_run=true", f"output_dir={stages.folder / 'mine'}") == 0
+    assert [path.name for path in (stages.folder / "mine").iterdir()] == ["notes.txt"]
+    assert stages.run("train", "dry_run=true", "resume=true") == 2
+    assert "leave one of them out" in capsys.readouterr().err
+    assert stages.run("sft", "dry_run=true") == 2
+    assert "only python -m laddpo.train knows" in capsys.readouterr().err
+    assert stages.run("train", "resume=true", f"output_dir={run}", "evaluation.at_end=false") == 0
+    assert "holds no run yet; starting a new one" in capsys.readouterr().out
+
+
+def test_a_dry_run_that_runs_out_of_memory_leaves_nothing_either(stages, monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("laddpo.core.loop.torch.nn.utils.clip_grad_norm_", no_memory)
+    assert stages.run("train", "dry_run=true", f"output_dir={stages.folder / 'run'}") == 1
+    assert not (stages.folder / "run").exists()

@@ -241,3 +241,138 @@ def test_resume_does_not_change_the_arithmetic(stages, capsys):
     (run / "manifest.json").unlink()
     assert stages.run("train", f"output_dir={run}", "resume=true", "hardware.precision=bf16") == 2
     assert "hardware.precision" in capsys.readouterr().err
+
+
+@pytest.fixture
+def finished(stages, capsys) -> Path:
+    """A run of its own that is finished and not evaluated."""
+    run = stages.folder / "run"
+    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    capsys.readouterr()
+    return run
+
+
+@pytest.mark.parametrize("how", ["adapter file", "adapter folder"])
+def test_lost_weights_of_a_finished_run_are_told_by_every_command_and_what_is_said_helps(stages, finished, how, capsys):
+    lost = finished / "adapter"
+    (shutil.rmtree if how == "adapter folder" else lambda folder: (folder / "adapter_model.safetensors").unlink())(lost)
+    commands = [
+        ("train", "evaluation.at_end=false", f"resume={finished}"),
+        ("evaluate", f"run={finished}", f"output_dir={stages.folder / 'e'}"),
+        ("export", f"run={finished}", f"output_dir={stages.folder / 'x'}"),
+    ]
+    for stage, *more in commands:
+        assert stages.run(stage, *more) == 2, stage
+        shown = capsys.readouterr()
+        assert "Still there: adapter_last, checkpoints/step_0000008, checkpoints/step_0000006." in shown.err
+        assert "made anew" not in shown.err and "nothing was changed" not in shown.out
+    _, advised = shown.err.strip().split("in their place: ")
+    subprocess.run(advised, shell=True, check=True)
+    for stage, *more in commands:
+        assert stages.run(stage, *more) == 0, stage
+
+
+def test_a_run_that_has_nothing_but_checkpoints_can_be_finished_again(stages, finished, capsys):
+    shutil.rmtree(finished / "adapter")
+    shutil.move(finished / "adapter_last", stages.folder / "before")
+    command = ("train", "evaluation.at_end=false", f"resume={finished}")
+    assert stages.run(*command) == 2
+    shown = capsys.readouterr().err
+    assert f"Remove {finished / 'manifest.json'} and give the command of the run again with resume={finished}" in shown
+    (finished / "manifest.json").unlink()
+    assert stages.run(*command) == 1  # the best weights are not those of the last step
+    advised = capsys.readouterr().err.strip().split("in their place: ")[1]
+    subprocess.run(advised, shell=True, check=True)
+    assert stages.run(*command) == 0
+    for folder in (finished / "adapter", finished / "adapter_last"):
+        name = "adapter_model.safetensors"
+        assert (folder / name).read_bytes() == (stages.folder / "before" / name).read_bytes()
+
+
+def test_a_changed_log_of_a_finished_run_is_no_reason_to_remove_the_run(stages, finished, capsys):
+    (finished / "metrics.jsonl").write_text("")
+    assert stages.run("train", "evaluation.at_end=false", f"resume={finished}") == 2
+    shown = capsys.readouterr().err
+    assert "metrics.jsonl: differs from what manifest.json sealed" in shown and "Restore it from a copy" in shown
+    assert "Remove the folder" not in shown
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """`stop_at(owner, name)`: the signal arrives as that function is called."""
+    import contextlib
+
+    from laddpo import signals
+
+    def arrange(owner, name: str) -> None:
+        flag, whole = signals.StopFlag(), getattr(owner, name)
+
+        def asked(*args, **kwargs):
+            flag.name = "SIGINT"
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, asked)
+        monkeypatch.setattr(signals, "stop_on_signal", lambda: contextlib.nullcontext(flag))
+
+    return arrange
+
+
+def moment(name: str):
+    from laddpo import evaluate, inputs, training
+
+    return {
+        "loading": (inputs, "load"),
+        "first validation": (training.Validation, "measure"),
+        "last evaluation": (evaluate, "use_weights"),
+    }[name]
+
+
+AT_ZERO = "It has no checkpoint yet and starts at step 0 again."
+
+
+@pytest.mark.parametrize(
+    ("when", "said", "is_at_zero"),
+    [
+        ("loading", "stopped by SIGINT; no step was under way.", True),
+        ("first validation", "validation of arithmetic: stopped by SIGINT; its answers are not kept.", True),
+        ("last evaluation", "items.jsonl: stopped by SIGINT; the answers so far are kept.", False),
+    ],
+)
+def test_a_run_that_is_stopped_says_how_it_goes_on_and_does(
+    stages, stop_at, monkeypatch, capsys, when, said, is_at_zero
+):
+    run = stages.folder / "run"
+    stop_at(*moment(when))
+    assert stages.run("train", f"output_dir={run}") == 75
+    shown = capsys.readouterr()
+    (told,) = [line for line in shown.err.splitlines() if line.startswith("error:")]
+    assert said in told and f"Continue with the same command and resume={run}." in told
+    assert (AT_ZERO in told) == is_at_zero and "Give the command again" not in told
+    if when == "loading":
+        assert "reference, training pairs" not in shown.out
+    monkeypatch.undo()
+    assert stages.run("train", f"resume={run}") == 0
+    assert (run / "evaluation" / "results.json").exists() and (run / "manifest.json").exists()
+
+
+def test_sft_that_is_stopped_while_loading_trains_no_step(stages, stop_at, capsys):
+    run = stages.folder / "run"
+    stop_at(*moment("loading"))
+    assert stages.run("sft", "sft.examples=chosen", f"output_dir={run}") == 75
+    assert f"Continue with the same command and resume={run}. {AT_ZERO}" in capsys.readouterr().err
+    assert not (run / "metrics.jsonl").exists()
+
+
+def test_a_stopped_evaluation_names_the_folder_that_keeps_its_answers(stages, finished, stop_at, capsys):
+    stop_at(*moment("loading"))
+    assert stages.run("evaluate", f"run={finished}") == 75
+    (folder,) = (stages.folder / "outputs" / "evaluate").iterdir()
+    assert f"Continue with the same command and output_dir={folder} resume=true." in capsys.readouterr().err
+
+
+def test_a_stopped_dry_run_is_nothing_to_go_on_with(stages, stop_at, capsys):
+    stop_at(*moment("loading"))
+    assert stages.run("train", "dry_run=true", f"output_dir={stages.folder / 'run'}") == 75
+    shown = capsys.readouterr().err
+    assert "nothing of it is kept. Give the command again." in shown and "resume=" not in shown
+    assert not (stages.folder / "run").exists()

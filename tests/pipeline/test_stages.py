@@ -266,3 +266,40 @@ def test_damaged_weights_are_named_before_they_are_used(stages, capsys):
     file.write_bytes(content)
     assert stages.run("train", f"adapter.path={run / 'adapter'}", f"output_dir={stages.folder / 'b'}") == 2
     assert "adapter_model.safetensors: differs from what" in capsys.readouterr().err
+
+
+@pytest.fixture
+def adapter_of_a_wider_model(tmp_path):
+    """As PEFT writes it, for a model of width 64 where the stages' is 32 wide."""
+    import torch
+
+    from laddpo.models import adapters
+    from laddpo.models.llada import LLaDAModelLM
+    from laddpo.models.llada_config import LLaDAConfig
+
+    shape = {"d_model": 64, "n_layers": 2, "n_heads": 2, "mlp_hidden_size": 64, "vocab_size": 300}
+    model = LLaDAModelLM(LLaDAConfig(**shape)).to(torch.float32)
+    adapters.attach_lora(model, r=2)
+    adapters.save_adapter(model, tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+def test_a_starting_adapter_is_looked_at_before_any_pair_is_made(stages, adapter_of_a_wider_model, capsys):
+    assert stages.run("train", f"adapter.path={adapter_of_a_wider_model}") == 2
+    assert "adapter tensors have another shape (first: base_model.model" in capsys.readouterr().err
+    assert stages.run("train", f"adapter.path={stages.folder / 'nowhere'}") == 2
+    assert "adapter_config.json: no such file; expected an adapter in PEFT's layout" in capsys.readouterr().err
+    shallow = ["model.shape.d_model=64", "model.shape.n_layers=1"]
+    assert stages.run("train", f"adapter.path={adapter_of_a_wider_model}", *shallow) == 2
+    assert "adapter tensors match no module (first: base_model.model" in capsys.readouterr().err
+    (adapter_of_a_wider_model / "adapter_model.safetensors").write_bytes(b"version https://git-lfs")
+    assert stages.run("train", f"adapter.path={adapter_of_a_wider_model}") == 2
+    assert "is no whole safetensors file" in capsys.readouterr().err
+    assert not (stages.folder / "data").exists()
+
+
+@pytest.mark.parametrize(("draws", "said"), [(1, "1 mask each"), (2, "2 masks each")])
+def test_sft_counts_its_masks_in_words(stages, capsys, draws, said):
+    quick = ["sft.examples=chosen", "evaluation.tasks=[]", "evaluation.at_end=false", "optim.max_train_steps=1"]
+    assert stages.run("sft", *quick, f"sft.diffusion_samples={draws}") == 0
+    assert f"rows from 24, {said}" in capsys.readouterr().out

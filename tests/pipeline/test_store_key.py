@@ -90,7 +90,7 @@ def test_a_changed_text_is_one_new_row(stages, capsys):
     capsys.readouterr()
     assert stages.run("precompute", *write_pairs(stages, "abcd", "efgh", "ijkm")) == 0
     shown = capsys.readouterr().out
-    assert "computing 1 of 3" in shown and "1 are rows that were never stored" in shown
+    assert "computing 1 of 3 pairs into" in shown and "training pairs: 1 new to this store" in shown
 
 
 def test_another_max_length_computes_the_rows_that_it_cuts(stages, capsys):
@@ -100,7 +100,9 @@ def test_another_max_length_computes_the_rows_that_it_cuts(stages, capsys):
     capsys.readouterr()
     assert stages.run("precompute", *pairs, cut) == 0
     shown = capsys.readouterr().out
-    assert "computing 1 of 2" in shown and "1 have other tokens than were stored (data.max_length)" in shown
+    assert (
+        "computing 1 of 2" in shown and "training pairs: 1 with other tokens than are stored (data.max_length)" in shown
+    )
 
 
 @pytest.mark.parametrize("packing", ["hardware.token_budget=64", "hardware.token_budget=4000"])
