@@ -124,7 +124,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     print(f"machine: {machine}")
     loaded = inputs.load(config, machine)
     ranks = machine.ranks
-    if ranks.is_main and not config.dry_run:
+    if ranks.is_main:
         write_config(config, folder)
     stop_if_asked(folder, stop, ranks)
 

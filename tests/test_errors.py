@@ -2,7 +2,7 @@
 
 import pytest
 
-from laddpo.errors import RunFault, Stopped, UserError, choose, nearest
+from laddpo.errors import Damaged, RunFault, Stopped, UserError, choose, nearest
 
 TABLE = {"sigmoid": 1, "ipo": 2, "hinge": 3}
 
@@ -34,4 +34,10 @@ def test_mistakes_found_together_travel_as_one_error_a_paragraph_each():
 
 
 def test_exit_codes_tell_a_mistake_from_a_fault_from_a_stop():
-    assert [kind("x").exit_code for kind in (UserError, RunFault, Stopped)] == [2, 1, 75]
+    assert [kind.exit_code for kind in (UserError, Damaged, RunFault, Stopped)] == [2, 2, 1, 75]
+
+
+def test_what_was_found_can_be_told_with_another_cure():
+    for kind in (Damaged, Stopped):
+        error = kind("a: is gone.", "Make it anew.")
+        assert str(error) == "a: is gone. Make it anew." and error.found == "a: is gone."

@@ -152,6 +152,16 @@ def test_a_dry_run_leaves_nothing_that_is_taken_for_a_run(stages, capsys):
     assert "holds no run yet; starting a new one" in capsys.readouterr().out
 
 
+def test_a_dry_run_that_is_not_finite_leaves_what_a_report_needs(stages, monkeypatch, capsys):
+    monkeypatch.setattr("laddpo.core.loop.clip_gradients", lambda parameters, most: float("nan"))
+    run = stages.folder / "run"
+    assert stages.run("train", "dry_run=true", f"output_dir={run}") == 1
+    assert str(run / "dry_run" / "fault") in capsys.readouterr().err
+    assert (run / "dry_run" / "fault" / "fault.json").exists() and (run / "dry_run" / "config.yaml").exists()
+    monkeypatch.undo()
+    assert stages.run("report", f"run={run}") == 2
+
+
 def test_a_dry_run_that_runs_out_of_memory_leaves_nothing_either(stages, monkeypatch):
     def no_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
