@@ -42,6 +42,7 @@ from laddpo.runs import disk_message
 from laddpo.settings import RunConfig
 from laddpo.tuned import MAY_CHANGE, settings_of_run
 
+WITH_STEPS = ("train", "sft")  # stages whose `resume` finds a run and its checkpoints
 # what this command line set, for stages that take the rest from an earlier run
 given_overrides: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("given_overrides", default=())
 
@@ -175,10 +176,18 @@ def _print_into_nothing() -> None:
 def run_folder(stage: str, config: RunConfig) -> Path:
     """The folder this run owns: `output_dir` when given, else outputs/<stage>/<date-time-name>. Not created here.
 
-    Rank 0 of a launch asks for all of them.
+    A stage without steps goes on in the folder that `resume` names; those with steps look for it themselves
+    (laddpo/resuming.py). Rank 0 of a launch asks for all of them.
     """
     if config.output_dir is not None:
         folder = Path(config.output_dir)
+    elif stage not in WITH_STEPS and config.resume not in ("true", "false"):
+        folder = Path(config.resume)
+        if not (folder / "config.yaml").is_file():
+            raise UserError(
+                f"resume is {config.resume!r}, which holds no config.yaml; expected a folder that {stage} made; "
+                "check the path, or leave resume out."
+            )
     else:
         salt = hashlib.sha256(f"{os.getpid()}-{time.time_ns()}".encode()).hexdigest()[:4]
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{salt}-{config.model.name}-{config.data.source}"

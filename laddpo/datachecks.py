@@ -69,8 +69,8 @@ def onpolicy_problems(config: RunConfig) -> Iterator[str]:
         )
     if data.dataset_name is not None and set(EMBEDDED_TASKS) & set(config.evaluation.tasks):
         yield (
-            f"data.questions is {data.dataset_name!r} and evaluation.tasks has embedded problems; name "
-            "the task of these questions, as evaluation=gsm8k, or data.tasks=[]."
+            f"data.questions (data.dataset_name) is {data.dataset_name!r} and evaluation.tasks has embedded problems; "
+            "name the task of these questions, as evaluation=gsm8k, or data.tasks=[]."
         )
 
 

@@ -231,7 +231,7 @@ RANGES: dict[str, Range] = {
     "benchmark.flat_draws": at_least(1, "64 shows that memory does not grow"),
     "variance.pairs": at_least(2, "128 is VRPO's"),
     "variance.gradient_pairs": at_least(2, "64 is usual"),
-    "variance.evaluations": at_least(2, "8 is VRPO's"),
+    "variance.evaluations": at_least(3, "8 is VRPO's"),
     "sft.num_examples": at_least(1, "20000 is usual"),
     "sft.mistake_share": at_least(0, "0 makes every solution correct", 1),
     "sft.drill_share": at_least(0, "0 leaves drills out, 0.5 is what made llada_mini", 1),

@@ -43,7 +43,7 @@ def stop_on_signal() -> Iterator[StopFlag]:
         if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
             return
         with contextlib.suppress(OSError):
-            os.write(2, f"\n{flag.name}: stopping after this step; once more to stop at once.\n".encode())
+            os.write(2, f"\n{flag.name}: stopping where nothing is lost; once more to stop at once.\n".encode())
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -22,7 +22,7 @@ def test_a_signal_sets_the_flag_and_says_so(number, capfd):
         assert not stop
         os.kill(os.getpid(), number)
         assert stop and stop.name == number.name
-    assert f"{number.name}: stopping after this step; once more to stop at once." in capfd.readouterr().err
+    assert f"{number.name}: stopping where nothing is lost; once more to stop at once." in capfd.readouterr().err
 
 
 @posix

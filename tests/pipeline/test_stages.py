@@ -127,6 +127,17 @@ def test_a_finished_evaluation_is_sealed_and_goes_on_only_from_the_answers_it_se
     assert f"{results}: differs from what manifest.json sealed" in capsys.readouterr().err
 
 
+def test_an_evaluation_goes_on_in_the_folder_that_resume_names(stages, capsys):
+    base = stages.folder / "base"
+    assert stages.run("evaluate", "evaluation.tasks=[arithmetic]", f"output_dir={base}") == 0
+    capsys.readouterr()
+    assert stages.run("evaluate", "evaluation.tasks=[arithmetic]", f"resume={base}") == 0
+    out = capsys.readouterr().out
+    assert "items are already in" in out and out.splitlines()[-1] == str(base)
+    assert stages.run("evaluate", "evaluation.tasks=[arithmetic]", f"resume={stages.folder / 'nowhere'}") == 2
+    assert "nowhere', which holds no config.yaml; expected a folder that evaluate made" in capsys.readouterr().err
+
+
 def test_an_evaluation_into_the_folder_of_a_finished_run_is_refused(stages, capsys):
     run = stages.folder / "run"
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
