@@ -29,9 +29,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.resuming import held, told_to_resume
     from laddpo.signals import stop_on_signal
 
-    trained = Path(config.run) if config.run else None
-    if trained:
-        tuned_weights(config, trained)  # minutes of loading would come before they are missed
+    # before minutes of loading, which would be lost where they are missing
+    tuned = tuned_weights(config, Path(config.run)) if config.run else None
     inputs.check_before_loading(config)
     if config.evaluation.harness != "none":
         from laddpo.harness import require_harness
@@ -43,9 +42,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
             unseal(run_folder)
             write_config(config, run_folder)
         loaded = inputs.load(config, find_machine(config))
-        if trained:
+        if tuned:
             inputs.make_trainable(config, loaded)
-            evaluate_run(config, trained, run_folder, open_prepared(config), loaded, stop)
+            evaluate_run(config, tuned, run_folder, open_prepared(config), loaded, stop)
         else:
             evaluate_base(config, run_folder, loaded, stop)
         if here().is_main:
@@ -69,8 +68,8 @@ def seal(folder: Path, run: str | None, weights: dict) -> None:
     runs.write_manifest(folder, "evaluation", fields, runs.present(folder, SEALED), **runs.provenance())
 
 
-def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loaded, stop) -> dict:
-    """Base against the best weights of the run in `trained`; returns the content of results.json.
+def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, stop) -> dict:
+    """Base against the weights of a run in `tuned` (tuned_weights); returns the content of results.json.
 
     Several ranks divide the pairs and the answers; rank 0 writes what one process would. The model in `loaded` must
     already carry the run's adapter (or be trainable as a whole); its weights are replaced.
@@ -80,7 +79,6 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
     from laddpo.evaluation.plots import evaluation_plot
     from laddpo.evaluation.tables import before_after_table, examples_text
 
-    tuned = tuned_weights(config, trained)
     results: dict = {}
     margins, is_main = None, loaded.machine.ranks.is_main
     held_out = list(prepared.validation)[: config.evaluation.num_pairs]
@@ -118,7 +116,7 @@ def evaluate_run(config: RunConfig, trained: Path, folder: Path, prepared, loade
         return results
     results.update(_harness_results(harness, harness_tuned, config.seed))
     runs.write_json(folder / "results.json", results)
-    evaluation_plot(results, folder / "plots" / "evaluation.png", tuned_margins=margins, title=f"{trained.name}")
+    evaluation_plot(results, folder / "plots" / "evaluation.png", tuned_margins=margins, title=tuned.parent.name)
     print()
     print(before_after_table(results))
     print(f"\nresults, answers and plots: {folder}")

@@ -73,6 +73,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         stop_if_asked,
         validation_tasks,
     )
+    from laddpo.tuned import tuned_weights
 
     inputs.check_before_loading(config)
     tokenizer = load_tokenizer(inputs.model_path(config), config.model.revision)
@@ -125,7 +126,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             best_step=state.best_step if settings.best_metric else None,
         )
     if prepared and config.evaluation.at_end:
-        evaluate_run(config, folder, folder / "evaluation", prepared, loaded, stop)
+        evaluate_run(config, tuned_weights(config, folder), folder / "evaluation", prepared, loaded, stop)
     if not ranks.is_main:
         return
     fields = {

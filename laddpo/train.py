@@ -209,6 +209,7 @@ def finish(config, folder: Path, prepared, loaded, state, settings, stop) -> Non
     from laddpo.core.outputs import RunOutputs
     from laddpo.evaluate import evaluate_run
     from laddpo.evaluation.plots import training_plot
+    from laddpo.tuned import tuned_weights
 
     outputs = RunOutputs(folder, save_best=lambda step: None, save_last=lambda step: None)
     if loaded.machine.ranks.is_main:
@@ -227,7 +228,7 @@ def finish(config, folder: Path, prepared, loaded, state, settings, stop) -> Non
         if state.best_step == 0:
             print("no evaluation beat the base model: what is kept is untrained; the last weights lie beside it")
     if config.evaluation.at_end:
-        evaluate_run(config, folder, folder / "evaluation", prepared, loaded, stop)
+        evaluate_run(config, tuned_weights(config, folder), folder / "evaluation", prepared, loaded, stop)
     print(f"adapter, metrics, checkpoints and plots: {folder}")
 
 
