@@ -6,6 +6,7 @@ Repetitions over seeds are pooled. Two swept keys give a heat map with numbers, 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,15 +251,7 @@ def _draw_line(axes: Axes, table: SweepTable) -> None:
 
 def _label_lines(table: SweepTable, cell: SweepCell) -> str:
     """A cell's label on as many lines as leave the picture its half."""
-    label = cell.label(table.keys)
-    parts = [part if len(part) <= LABEL_WIDTH else f"{part[: LABEL_WIDTH - 1]}…" for part in label.split(", ")]
-    lines = [parts[0]]
-    for part in parts[1:]:
-        if len(lines[-1]) + len(part) <= LABEL_WIDTH:
-            lines[-1] += f", {part}"
-        else:
-            lines += [part]
-    return "\n".join(lines)
+    return textwrap.fill(cell.label(table.keys), LABEL_WIDTH, break_on_hyphens=False)
 
 
 def _draw_dots(axes: Axes, table: SweepTable) -> None:
