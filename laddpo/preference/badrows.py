@@ -1,20 +1,23 @@
 """Bad rows: how one is described, the stable codes, and the rule for when they stop the run.
 
 `on_bad_row=error` reads to the end, then stops with the first twenty and the count, rows with the same problem in one
-line; `skip` counts them with reason and example, and stops only when they are more than `max_bad_fraction` of all rows.
+line with the places of the first five; `skip` counts them with reason and example, and stops only when they are more
+than `max_bad_fraction` of all rows.
 """
 
 from __future__ import annotations
 
 import json
+from bisect import insort
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 from laddpo.errors import UserError
 
 LISTED = 20  # problems shown in an error message
+PLACES = 5  # rows whose places are named beside one problem
 PROBLEMS_KEPT = 10_000  # to choose them from; rows with yet other problems are only counted
 EXAMPLES = 3  # bad rows kept per code for the report
 
@@ -52,7 +55,7 @@ def file_error(path: Path | str, code: str, problem: str, advice: str) -> UserEr
 
 @dataclass
 class BadRows:
-    """Collects the bad rows of one run: counts per code, a few examples of each, and of every problem its first row.
+    """Collects the bad rows of one run: counts per code, a few examples of each, and of every problem its first rows.
 
     Every one is written to `log` as a JSON line, without the text of the row.
     """
@@ -60,7 +63,7 @@ class BadRows:
     log: IO[str] | None = None
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    first: dict[tuple[str, ...], BadRow] = field(default_factory=dict)
+    first: dict[tuple[str, ...], list[BadRow]] = field(default_factory=dict)
     rows_by_problem: Counter[tuple[str, ...]] = field(default_factory=Counter)
 
     @property
@@ -77,20 +80,16 @@ class BadRows:
         problem = (row.code, row.field, row.problem, row.advice)
         if problem in self.first or len(self.first) < PROBLEMS_KEPT:
             self.rows_by_problem[problem] += 1
-            known = self.first.setdefault(problem, row)
-            if place_order(row) < place_order(known):  # encoding goes in another order than the file
-                self.first[problem] = row
+            known = self.first.setdefault(problem, [])
+            insort(known, row, key=place_order)  # encoding goes in another order than the file
+            del known[PLACES:]
 
     def lines(self) -> list[str]:
         """The first twenty problems in the order of file and line, each with its rows counted; then how many rows have
         others."""
-        shown = sorted(self.first, key=lambda problem: place_order(self.first[problem]))[:LISTED]
-        counts = [self.rows_by_problem[problem] for problem in shown]
-        lines = [
-            f"{count:,} rows, first at {self.first[problem]}" if count > 1 else str(self.first[problem])
-            for problem, count in zip(shown, counts, strict=True)
-        ]
-        rest = self.total - sum(counts)
+        shown = sorted(self.first, key=lambda problem: place_order(self.first[problem][0]))[:LISTED]
+        lines = [_line(self.first[problem], self.rows_by_problem[problem]) for problem in shown]
+        rest = self.total - sum(self.rows_by_problem[problem] for problem in shown)
         return [*lines, f"… and {rest:,} more."] if rest else lines
 
     def stop_if_too_many(self, on_bad_row: str, max_bad_fraction: float, rows_read: int) -> None:
@@ -111,6 +110,19 @@ class BadRows:
 
     def _stop(self, head: str, advice: str) -> None:
         raise UserError("\n".join([head, *(f"  {line}" for line in self.lines()), advice]))
+
+
+def _line(first: list[BadRow], count: int) -> str:
+    """One problem in one line, at the places of its `first` rows: `2 rows, at a.jsonl:3, :9: chosen: is empty (…)`."""
+    places, file = [], None
+    for row in first:
+        name, _, number = row.place.rpartition(":")
+        places.append(f":{number}" if name and name == file else row.place)
+        file = name
+    line = str(replace(first[0], place=", ".join(places)))
+    if count == 1:
+        return line
+    return f"{count:,} rows, {'first at' if count > len(first) else 'at'} {line}"
 
 
 def place_order(row: BadRow) -> tuple[str, int]:

@@ -202,8 +202,18 @@ def test_bad_rows_stop_the_run_with_equal_problems_in_one_line(tmp_path, tokeniz
     head, *lines, advice = str(caught.value).splitlines()
     assert head == "31 of 60 rows cannot be used:" and "data.on_bad_row=skip" in advice
     assert lines[0].startswith(f"  {path}:6: rejected: is empty (DATA-07)")
-    assert lines[1].startswith(f"  30 rows, first at {path}:11: chosen: is empty (DATA-07)") and len(lines) == 2
+    assert lines[1].startswith(f"  30 rows, first at {path}:11, :12, :13, :14, :15: chosen: is empty (DATA-07)")
+    assert len(lines) == 2
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_places_of_equal_problems_name_each_file_once(tmp_path, tokenizer):
+    rows = make_rows(30)
+    for row in (rows[4], rows[7], rows[21]):
+        row["chosen"] = ""
+    files = [write_rows(tmp_path / name, part) for name, part in (("a.jsonl", rows[:20]), ("b.jsonl", rows[20:]))]
+    with pytest.raises(UserError, match=re.escape(f"  3 rows, at {files[0]}:5, :8, {files[1]}:2: chosen: is empty")):
+        prepare(tmp_path / "out", tmp_path / "?.jsonl", tokenizer)
 
 
 def test_problems_are_listed_by_file_and_line_the_first_twenty_of_them(tmp_path, tokenizer):

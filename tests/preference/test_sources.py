@@ -68,7 +68,7 @@ def test_all_800_real_dialogues_are_accounted_for_and_whole(shared_folder, tmp_p
     assert turns[1] == 243 and max(turns) == 23  # multi-turn prompts are whole
     with pytest.raises(UserError) as caught:
         prepare_pairs(tmp_path, "hh", [part], encoder, Rules(), show=str, progress=False)
-    assert ":87: chosen: empty after strip" in str(caught.value) and ":517: chosen" in str(caught.value)
+    assert f"  2 rows, at {path}:87, :517: chosen: empty after strip" in str(caught.value)
 
 
 def test_real_gsm8k_pairs_are_split_by_question(shared_folder, tmp_path):
