@@ -100,7 +100,7 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
     weights = {"base": loading.weights_fingerprint(path, revision), "adapter": "none"}
     if config.adapter.path:
         attach_adapter(config, model)
-        weights["adapter"] = runs.file_sha256(Path(config.adapter.path) / adapters.ADAPTER_FILES[1])
+        weights |= adapters.adapter_identity(Path(config.adapter.path))
     if machine.embeddings_on_cpu:
         keep_embeddings_on_host(model)
     if machine.is_sharded:
@@ -280,11 +280,14 @@ def reference_fields(config: RunConfig, prepared: PreparedPairs, loaded: Loaded,
         )
     elif quantization.load_in_8bit:
         stored = f"int8, threshold {quantization.llm_int8_threshold}"
+    precision = loaded.machine.precision
+    if loaded.denoiser.autocast is not None:  # full fine-tuning: the same arithmetic rounds other things
+        precision = f"{precision} autocast over fp32 weights"
     return {
         "encoding": prepared.manifest["fields"]["encoding"],
         "weights": loaded.weights,
         "quantization": stored,
-        "precision": loaded.machine.precision,
+        "precision": precision,
         "draws": estimator.store_fields(),
     }
 
@@ -365,7 +368,7 @@ def _check_adapter(config: RunConfig) -> None:
     if config.adapter.path:
         shape = model_shape(config)
         linears = {name: shape.linear(name.rpartition(".")[2]) for name in linear_names(shape.n_layers)}
-        adapters.check_adapter_files(Path(config.adapter.path).expanduser(), linears)
+        adapters.check_adapter_files(Path(config.adapter.path), linears)
 
 
 def _check_vocabulary(config: RunConfig, tokenizer) -> None:

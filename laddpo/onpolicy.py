@@ -101,7 +101,7 @@ def sample_fields(config: RunConfig, questions: list) -> dict:
     """Everything that the sampled texts depend on: the key of their folder."""
     from laddpo.answering import sampler_settings
     from laddpo.inputs import encoder_for, model_path
-    from laddpo.models.adapters import ADAPTER_FILES
+    from laddpo.models.adapters import adapter_identity
     from laddpo.models.loading import load_tokenizer, weights_fingerprint
 
     path, revision = model_path(config), config.model.revision
@@ -116,7 +116,7 @@ def sample_fields(config: RunConfig, questions: list) -> dict:
         "encoding": encoder_for(config, load_tokenizer(path, revision)).fields(),
         "weights": {
             "base": weights_fingerprint(path, revision),
-            "adapter": runs.file_sha256(Path(adapter) / ADAPTER_FILES[1]) if adapter else "none",
+            **(adapter_identity(Path(adapter)) if adapter else {"adapter": "none"}),
         },
         "quantization": dataclasses.asdict(config.quantization),
         "precision": config.hardware.precision,

@@ -27,6 +27,14 @@ from laddpo.models.lora import ADAPTER as NAME
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PREFIX = "base_model.model."
+# What an adapter's settings may ask for beside two matrices a layer, and ways to fill these that leave the base alone.
+MORE_THAN_MATRICES = (
+    *("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
+    *("alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "kasa_config", "velora_config"),
+    "monteclora_config",
+)
+STARTS_BESIDE_THE_BASE = ("gaussian", "orthogonal", "eva")
+SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # settings that change values
 
 
 def attach_lora(
@@ -112,6 +120,15 @@ def load_adapter(model, path: str | Path) -> None:
     load_adapter_state(model, load_file(str(file)), str(file))
 
 
+def adapter_identity(folder: Path) -> dict[str, Any]:
+    """What the values of an adapter's model depend on beside its base: the matrices, and how they are scaled."""
+    settings = runs.read_json(folder / ADAPTER_FILES[0])
+    return {
+        "adapter": runs.file_sha256(folder / ADAPTER_FILES[1]),
+        "adapter_scaling": {name: settings[name] for name in SCALING if settings.get(name)},
+    }
+
+
 def check_adapter_files(folder: Path, linears: Mapping[str, tuple[int, int]]) -> None:
     """Refuse an adapter that cannot fit a model before there is one, from its settings and the head of its weights.
 
@@ -183,7 +200,7 @@ def has_adapter(model) -> bool:
 def adapter_disabled(model) -> Iterator[None]:
     """The base model inside the `with` block (a no-op without an adapter)."""
     layers = [module for module in model.modules() if _is_lora_layer(module)]
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -191,8 +208,8 @@ def adapter_disabled(model) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        for parameter in trainable:  # enabling sets the flag on every adapter tensor; put back what was there
-            parameter.requires_grad_(True)
+        for parameter, flag in flags:  # enabling sets the flag on every adapter tensor; put back what was there
+            parameter.requires_grad_(flag)
 
 
 def merge_adapter(model) -> None:
@@ -269,14 +286,13 @@ def _read_settings(folder: Path) -> Path:
     content = runs.read_json(file)
     if content.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {content.get('peft_type')!r}; expected 'LORA'. Choose a LoRA adapter.")
-    more = [
-        content.get("bias", "none") != "none",
-        content.get("modules_to_save"),
-        content.get("trainable_token_indices"),
-    ]
-    if any(more):
+    more = [name for name in MORE_THAN_MATRICES if content.get(name) not in (None, False, "none", [], {})]
+    start = content.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in STARTS_BESIDE_THE_BASE:
+        more.append(f"init_lora_weights={start!r}, which changes the base's weights too")
+    if more:
         raise UserError(
-            f"{file}: trains more than LoRA matrices (modules_to_save, bias or tokens); expected LoRA matrices alone. "
+            f"{file}: holds more than LoRA matrices ({', '.join(more)}); expected LoRA matrices alone. "
             "Merge that adapter into its base with the program that made it, and start from the merged model."
         )
     return file
@@ -284,22 +300,27 @@ def _read_settings(folder: Path) -> Path:
 
 def _read_adapter_config(folder: Path, model):
     from peft import LoraConfig, PeftConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
 
     file = _read_settings(folder)
     config = PeftConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)
     config.inference_mode, config.lora_dropout, config.task_type = False, 0.0, None
+    config.init_lora_weights = True  # the values are loaded
+    linears = block_linears(model)
     wanted = config.target_modules
-    if isinstance(wanted, str) and wanted != ALL_LINEAR:
-        outside = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(wanted, n)}
-        outside -= set(block_linears(model))
-        if outside:
-            raise UserError(
-                f"{file}: target_modules {wanted!r} matches {min(outside)}; expected layers of blocks only."
-            )
+    if wanted == ALL_LINEAR:
+        matched = linears
     else:
-        names = [wanted] if wanted == ALL_LINEAR else [re.escape(name) for name in sorted(wanted or ())]
-        config.target_modules = _anchored(model, names)
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        matched = [name for name in names if check_target_module_exists(config, name)]
+    if outside := set(matched) - set(linears) if isinstance(wanted, str) else ():
+        raise UserError(f"{file}: target_modules {wanted!r} matches {min(outside)}; expected layers of blocks only.")
+    matched = [name for name in matched if name in linears]
+    if not matched:
+        raise UserError(unknown_target(str(wanted)))
+    config.target_modules = _anchored(model, [re.escape(name) for name in matched])
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # the names say it all
     return config
 
 

@@ -28,6 +28,8 @@ def widen(layer: nn.Module, dtype: torch.dtype) -> None:
     for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
         part.to(dtype)
         part.__class__ = WideLinear
+    if ADAPTER in layer.lora_magnitude_vector:  # DoRA's
+        layer.lora_magnitude_vector[ADAPTER].to(dtype)
 
 
 def add_in_one_product(layer: nn.Module) -> None:

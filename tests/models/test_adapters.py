@@ -11,6 +11,7 @@ from laddpo import runs
 from laddpo.errors import UserError
 from laddpo.models.adapters import (
     adapter_disabled,
+    adapter_identity,
     adapter_state,
     attach_lora,
     has_adapter,
@@ -124,6 +125,10 @@ def test_disabling_the_adapter_gives_the_base_model_and_back(tiny_model, random_
     assert torch.equal(logits(model, ids), tuned)
     assert (tuned - base).abs().max() > 1e-3
     assert list(trainable_parameters(model)) == trainable
+    model.requires_grad_(False)
+    with adapter_disabled(model):
+        pass
+    assert not trainable_parameters(model), "a frozen adapter stays frozen"
 
 
 @pytest.mark.parametrize(
@@ -168,6 +173,41 @@ def test_an_adapter_made_by_peft_is_read_by_us(tiny_model, random_ids, tmp_path)
     torch.testing.assert_close(logits(model, ids), logits(theirs, ids), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+        {"target_modules": r".*blocks.*\.(q_proj|up_proj)", "exclude_modules": r".*blocks\.0\..*"},
+    ],
+)
+def test_an_adapter_on_some_layers_alone_is_read(tiny_model, random_ids, tmp_path, options):
+    from peft import LoraConfig, get_peft_model
+
+    ids = random_ids(2, 6)
+    torch.manual_seed(0)
+    theirs = get_peft_model(tiny_model(), LoraConfig(r=3, init_lora_weights=False, **options))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    model = tiny_model()
+    expected = [f"model.transformer.blocks.1.{part}" for part in ("q_proj", "up_proj")]
+    assert attach_lora(model, path=str(tmp_path / "theirs")) == expected
+    torch.testing.assert_close(logits(model, ids), logits(theirs, ids), atol=2e-5, rtol=0)
+    save_adapter(model, tmp_path / "ours")
+    assert attach_lora(tiny_model(), path=str(tmp_path / "ours")) == expected
+
+
+def test_the_identity_of_an_adapter_is_its_matrices_and_their_scale(tiny_model, tmp_path):
+    model = tiny_model()
+    attach_lora(model, r=2, alpha=4)
+    save_adapter(model, tmp_path)
+    first = adapter_identity(tmp_path)
+    settings = runs.read_json(tmp_path / "adapter_config.json")
+    runs.write_json(tmp_path / "adapter_config.json", {**settings, "base_model_name_or_path": "elsewhere"})
+    assert adapter_identity(tmp_path) == first
+    for change in ({"lora_alpha": 40}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}):
+        runs.write_json(tmp_path / "adapter_config.json", {**settings, **change})
+        assert adapter_identity(tmp_path) != first
+
+
 def test_adapter_files_are_the_same_bytes_for_the_same_weights(tiny_model, tmp_path):
     model = tiny_model()
     attach_lora(model, r=2)
@@ -206,7 +246,10 @@ def test_a_folder_without_adapter_is_refused(tiny_model, tmp_path):
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"modules_to_save": ["wte"]}, "trains more than LoRA matrices"),
+        ({"modules_to_save": ["wte"]}, r"holds more than LoRA matrices \(modules_to_save\)"),
+        ({"bias": "lora_only"}, r"holds more than LoRA matrices \(bias\)"),
+        ({"lora_bias": True}, r"holds more than LoRA matrices \(lora_bias\)"),
+        ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa', which changes the base's weights too"),
         ({"target_modules": r".*\.ff_out"}, r"matches model\.transformer\.ff_out; expected layers of blocks only"),
     ],
 )
@@ -229,17 +272,21 @@ def test_two_adapters_and_dropout_are_refused(tiny_model):
         attach_lora(tiny_model(), dropout=0.1)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_adapter_weights_are_wide_and_the_arithmetic_is_the_models(tiny_model, random_ids, dtype):
-    model = tiny_model(dtype=dtype)
-    attach_lora(model, r=2)
+def test_adapter_weights_are_wide_and_the_arithmetic_is_the_models(tiny_model, random_ids, dtype, use_dora):
+    model, ids = tiny_model(dtype=dtype), random_ids(1, 6)
+    base = logits(model, ids)
+    attach_lora(model, r=2, use_dora=use_dora)
+    assert torch.equal(logits(model, ids), base)
     wide = torch.promote_types(dtype, torch.float32)
     assert {p.dtype for p in trainable_parameters(model).values()} == {wide}
     seen = set()
     layer = model.model["transformer"]["blocks"][0].q_proj
     layer.lora_A["default"].register_forward_hook(lambda m, args, out: seen.add((args[0].dtype, out.dtype)))
-    model(input_ids=random_ids(1, 6)).logits.float().sum().backward()
-    assert seen == {(dtype, dtype)}, "no wide copy of the activations"
+    model(input_ids=ids).logits.float().sum().backward()
+    of_norm = {(wide, wide)} if use_dora else set()  # DoRA measures its weights by passing an identity matrix
+    assert seen - of_norm == {(dtype, dtype)} - of_norm, "no wide copy of the activations"
     assert {p.grad.dtype for p in trainable_parameters(model).values()} == {wide}
 
 

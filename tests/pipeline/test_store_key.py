@@ -57,6 +57,17 @@ def test_what_changes_reference_values_is_computed_anew_and_named(stages, capsys
     assert "reference, training pairs: a new store; the nearest" in shown and reason in shown
 
 
+def test_full_fine_tuning_in_bf16_has_a_reference_of_its_own(stages, capsys):
+    """It keeps float32 weights and computes in bf16, where LoRA's base is stored in bf16: other roundings."""
+    more = ["hardware.precision=bf16", "evaluation.at_end=false", "evaluation.tasks=[]"]
+    assert stages.run("precompute", *more) == 0
+    capsys.readouterr()
+    assert stages.run("train", *more, "adapter=full") == 0
+    shown = capsys.readouterr().out
+    assert "precision: stored 'bf16', now 'bf16 autocast over fp32 weights'" in shown
+    assert re.search(r"\|policy - reference\| 0 nats", shown)
+
+
 def test_other_weights_and_another_tokenizer_are_computed_anew_and_named(stages, capsys):
     from safetensors.torch import load_file, save_file
 
