@@ -306,6 +306,12 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
             "dpo.estimator=bernoulli is biased and of large variance; it exists to compare with older code.",
         ),
         (
+            dpo.correction != "none"
+            and (dpo.estimator == "balanced" or dpo.schedule != "iid" or dpo.difference_focus > 0),
+            f"dpo.correction={dpo.correction} takes parts of the draws for independent, which draws that are spread out "
+            "are not; it is exact with dpo.estimator=complement dpo.schedule=iid dpo.difference_focus=0.",
+        ),
+        (
             dpo.schedule == "single",
             "dpo.schedule=single gives all draws of a pair one masked count, the worst use of them; it exists for "
             "comparison.",

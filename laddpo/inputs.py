@@ -13,7 +13,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from laddpo import runs
 from laddpo.config import CONF_DIR, check_machine
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import Item

@@ -321,6 +321,7 @@ def test_unlikely_settings_are_named_and_run(capsys):
         (["dpo=ipo"], "per token"),
         (["data=gsm8k_preferences", "evaluation=gsm8k"], "test questions"),
         (["optim.num_warmup_steps=50", "optim.max_train_steps=10"], "ends within the warm-up"),
+        (["dpo.correction=cross_fit", "dpo.estimator=balanced"], "takes parts of the draws for independent"),
     ],
 )
 def test_each_unlikely_setting_has_its_note(overrides, needle):

@@ -61,7 +61,8 @@ def cross_fitted_losses(loss: PartialLoss, draws: Tensor, block: int) -> Tensor:
     """The published value, with the gradient of one half of the draws weighed by the other half's coefficient.
 
     The coefficient f'(s_hat) and the gradient of s_hat come from the same masks and are correlated, which biases their
-    product; halves that are independent are not (cross-fitting, Chernozhukov et al. 2018, here within a pair).
+    product; halves that are independent are not (cross-fitting, Chernozhukov et al. 2018, here within a pair). Halves
+    of draws that are spread out are not independent, and a little of the bias stays.
     """
     labels = half_labels(draws.shape[-1], block)
     assert labels[-1] == 1, f"{draws.shape[-1]} draws in blocks of {block}: cross-fitting needs two blocks"

@@ -3,7 +3,8 @@
 A folder of safetensors shards and a manifest that names them with their sha256 and, in plain text, every field the
 values depend on. Values are addressed by pair id and a digest of the pair's token ids, so other rows, another order or
 more draws neither spoil nor repeat anything: a store only grows. A shard is at most a few thousand pairs, appended
-whole; a killed precompute loses at most the shard it was filling.
+whole; a killed precompute loses at most the shard it was filling. A shard's name is the beginning of its sha256: one that
+the manifest lacks, because two processes wrote it on a file system without locks, is taken in.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class StoredPair:
 
     id: str
     digest: str
+
+
+def _shard_name(digest: str) -> str:
+    return f"shard-{digest[:24]}.safetensors"
 
 
 class ReferenceStore:
@@ -133,7 +138,7 @@ class ReferenceStore:
             }
         )
         digest = hashlib.sha256(content).hexdigest()
-        name = f"shard-{digest[:24]}.safetensors"
+        name = _shard_name(digest)
         with runs.locked(self.folder):
             self._read_manifest()
             runs.write_bytes(self.folder / name, content)
@@ -148,6 +153,10 @@ class ReferenceStore:
         for name in self._shards:
             if name not in self._known:
                 self._read_shard(name)
+        if self._shards:
+            for path in sorted(self.folder.glob(_shard_name("*"))):
+                if path.name not in self._shards:
+                    self._take_in(path)
 
     def _add(self, pairs: list[StoredPair], first_draw: int, values: np.ndarray) -> None:
         end = first_draw + values.shape[2]
@@ -177,7 +186,8 @@ class ReferenceStore:
             ) from error
         if differences:
             raise UserError(f"{self.folder}: holds reference values of other settings:", *differences)
-        self._shards = shards
+        taken_in = {name: entry for name, entry in self._shards.items() if (self.folder / name).exists()}
+        self._shards = taken_in | shards
 
     def _read_shard(self, name: str) -> None:
         if Path(name).name != name:
@@ -196,6 +206,16 @@ class ReferenceStore:
         ]
         self._add(pairs, int(tensors["first_draw"][0]), tensors["values"])
         self._known.add(name)
+
+    def _take_in(self, path: Path) -> None:
+        """A whole shard that the manifest lacks; one that is not whole is left alone."""
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if path.name == _shard_name(digest):
+            tensors = load_tensors(content)
+            entry = {"sha256": digest, "pairs": len(tensors["ids"]), "first_draw": int(tensors["first_draw"][0])}
+            self._shards[path.name] = entry
+            self._read_shard(path.name)
 
     def _write_manifest(self) -> None:
         content = {

@@ -218,6 +218,20 @@ def test_a_store_that_another_process_has_grown_keeps_both_parts(stores):
     assert len(ReferenceStore.open(stores, FIELDS)) == 3
 
 
+def test_a_shard_that_another_process_left_out_of_the_manifest_is_taken_in(stores):
+    """Two writers without locks: both read the manifest before either wrote it, and the later one wins."""
+    ours, theirs = ReferenceStore.open(stores, FIELDS), ReferenceStore.open(stores, FIELDS)
+    ours.append([stored("a")], 0, values(1, 1))
+    before = (ours.folder / runs.MANIFEST).read_bytes()
+    theirs.append([stored("bc")], 0, values(1, 2, -7))
+    (ours.folder / runs.MANIFEST).write_bytes(before)
+    ours.refresh()
+    assert ours.values(stored("bc"), [0, 1]).tolist() == values(1, 2, -7)[0].tolist()
+    ours.append([stored("def")], 0, values(1, 1))
+    assert len(runs.unsealed(ours.folder / runs.MANIFEST)["shards"]) == 3
+    assert len(ReferenceStore.open(stores, FIELDS)) == 3
+
+
 APPENDER = """
 import sys
 from pathlib import Path
