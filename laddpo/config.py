@@ -308,8 +308,8 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
         (
             dpo.correction != "none"
             and (dpo.estimator == "balanced" or dpo.schedule != "iid" or dpo.difference_focus > 0),
-            f"dpo.correction={dpo.correction} takes parts of the draws for independent, which draws that are spread out "
-            "are not; it is exact with dpo.estimator=complement dpo.schedule=iid dpo.difference_focus=0.",
+            f"dpo.correction={dpo.correction} takes parts of the draws for independent, which draws that are spread "
+            "out are not; it is exact with dpo.estimator=complement dpo.schedule=iid dpo.difference_focus=0.",
         ),
         (
             dpo.schedule == "single",

@@ -58,7 +58,7 @@ class Shape:
 class Setup:
     """What decides about memory, apart from how much is computed at once.
 
-    `rank` None: all weights are trained. `quantization`: none, nf4, nf4_double, fp4, ... by name of STORED_BYTES.
+    `rank` None: all weights are trained. `quantization`: "none", or a name of STORED_BYTES.
     `gradient_groups`: buffers that a pair larger than a micro-step needs in `stream` (coefficient_groups of the loss).
     `shards`: processes among which weights, gradients and optimizer are divided; the prediction is for one of them.
     """
@@ -192,7 +192,7 @@ def _weights(setup: Setup) -> int:
     if setup.is_full:
         return 4 * shape.parameters
     blocks = shape.n_layers * shape.block_parameters
-    stored = blocks * STORED_BYTES.get(setup.quantization, element)
+    stored = blocks * (element if setup.quantization == "none" else STORED_BYTES[setup.quantization])
     if setup.quantization == "int8":  # one float32 scale for each row
         stored += 4 * shape.n_layers * sum(shape.linear(name)[1] for name in BLOCK_LINEARS)
     outside = shape.parameters - blocks - (shape.vocab_size * shape.d_model if setup.embeddings_on_cpu else 0)

@@ -3,8 +3,8 @@
 A folder of safetensors shards and a manifest that names them with their sha256 and, in plain text, every field the
 values depend on. Values are addressed by pair id and a digest of the pair's token ids, so other rows, another order or
 more draws neither spoil nor repeat anything: a store only grows. A shard is at most a few thousand pairs, appended
-whole; a killed precompute loses at most the shard it was filling. A shard's name is the beginning of its sha256: one that
-the manifest lacks, because two processes wrote it on a file system without locks, is taken in.
+whole; a killed precompute loses at most the shard it was filling. A shard's name is the beginning of its sha256: one
+that the manifest lacks, because two processes wrote it on a file system without locks, is taken in.
 """
 
 from __future__ import annotations

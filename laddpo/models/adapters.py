@@ -307,12 +307,12 @@ def _read_adapter_config(folder: Path, model):
     assert isinstance(config, LoraConfig)
     config.inference_mode, config.lora_dropout, config.task_type = False, 0.0, None
     config.init_lora_weights = True  # the values are loaded
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     linears = block_linears(model)
     wanted = config.target_modules
     if wanted == ALL_LINEAR:
         matched = linears
     else:
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         matched = [name for name in names if check_target_module_exists(config, name)]
     if outside := set(matched) - set(linears) if isinstance(wanted, str) else ():
         raise UserError(f"{file}: target_modules {wanted!r} matches {min(outside)}; expected layers of blocks only.")

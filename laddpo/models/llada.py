@@ -112,12 +112,14 @@ class LLaDAModelLM(PreTrainedModel):
     def _encode(self, x, attention_mask, position_ids, lengths, rows, keep_states):
         """Final-normed hidden states [B, L, D], rows as indices into them, and all states when asked for."""
         batch, length = x.shape[:2]
-        lengths = lengths or self._lengths_of(attention_mask, position_ids)
+        lengths = lengths or self._lengths_of(attention_mask, position_ids, batch)
         back = None
         if lengths is not None:
             assert sum(lengths) == batch * length and attention_mask is None, "lengths must tile the input, unpadded"
             if position_ids is None:
                 position_ids = torch.cat([torch.arange(n) for n in lengths]).to(x.device)
+            elif len(position_ids) < batch:
+                position_ids = position_ids.expand(batch, -1)
             x, position_ids = x.reshape(1, batch * length, -1), position_ids.reshape(1, -1)
             layout = PackedLayout.build(lengths, self._packed_route(x), x.device)
             if layout.offsets is None and (order := length_order(lengths)) is not None:
@@ -178,14 +180,14 @@ class LLaDAModelLM(PreTrainedModel):
         within = packed_sequence_mask_function(sequences)
         return create_bidirectional_mask(self.config, x, attention_mask, and_mask_function=within)
 
-    def _lengths_of(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> list[int] | None:
+    def _lengths_of(self, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int) -> list[int] | None:
         """Lengths of the sequences that restarting position_ids announce, over all rows; None when nothing restarts."""
         if attention_mask is not None or position_ids is None:
             return None
         sequences = find_packed_sequence_indices(position_ids)
         if sequences is None:
             return None
-        return [count for row in sequences for count in torch.bincount(row).tolist()]
+        return [count for row in sequences.expand(batch, -1) for count in torch.bincount(row).tolist()]
 
     def _packed_route(self, x: Tensor) -> str:
         """How packed input will be attended: "flash", "varlen" or "batched"."""

@@ -31,6 +31,15 @@ def test_packed_sequences_equal_each_sequence_alone(tiny_model, packed_input, at
         )
 
 
+def test_one_row_of_restarting_position_ids_serves_every_row(tiny_model, random_ids):
+    model, ids = tiny_model(), random_ids(2, 6)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1]])
+    with torch.no_grad():
+        logits = model(input_ids=ids, position_ids=positions).logits
+        alone = [model(input_ids=ids[:, part]).logits for part in (slice(0, 4), slice(4, 6))]
+    torch.testing.assert_close(logits, torch.cat(alone, dim=1), atol=1e-5, rtol=0)
+
+
 def test_packing_in_several_rows_is_recognised_by_position_ids(tiny_model, packed_input):
     model = tiny_model(dtype=torch.float64)
     ids, positions = packed_input([4, 8, 6, 6])
