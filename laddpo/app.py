@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import contextvars
 import errno
+import functools
 import hashlib
 import importlib
 import logging
@@ -32,15 +33,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import laddpo
-from laddpo.compose import compose_tree, open_hydra, settings_problems, to_run_config
+from laddpo.compose import (
+    compose_tree,
+    group_settings,
+    open_hydra,
+    settings_problems,
+    to_run_config,
+    typed_settings,
+)
 from laddpo.config import unlikely_settings
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest
 from laddpo.launch import joined, leave, refuse_sweep, speaks
-from laddpo.mistakes import config_groups
+from laddpo.mistakes import config_groups, unresolved
 from laddpo.redaction import redact
 from laddpo.runs import disk_message
 from laddpo.settings import RunConfig
-from laddpo.tuned import MAY_CHANGE, settings_of_run
+from laddpo.tuned import MAY_CHANGE, of_other_stages, settings_of_run
 
 WITH_STEPS = ("train", "sft")  # stages whose `resume` finds a run and its checkpoints
 # what this command line set, for stages that take the rest from an earlier run
@@ -128,7 +136,7 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
 
             refuse_sweep()
             return run_sweep(hydra, stage, args.config_name, args.config_dir, args.overrides, tree)
-        config = settings_for(stage, tree, args.overrides)
+        config = settings_for(hydra, stage, tree, args.overrides)
         given_overrides.set(tuple(args.overrides))
     with joined(stage, config) as ranks:
         if ranks is None:
@@ -140,14 +148,17 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
         return _call(main or importlib.import_module(f"laddpo.{stage}").main, config, folder)
 
 
-def settings_for(stage: str, tree: DictConfig, overrides: list[str]) -> RunConfig:
+def settings_for(hydra: Hydra, stage: str, tree: DictConfig, overrides: list[str]) -> RunConfig:
     """The checked settings of a stage; those of the run that it works on, where it works on one."""
-    config, problems = settings_problems(tree)
-    is_of_run = config.run is not None and stage in MAY_CHANGE
-    settled = settings_of_run(stage, config, overrides) if is_of_run else config
+    typed = typed_settings(tree)
+    is_of_run = typed.config.run is not None and stage in MAY_CHANGE
+    problems = typed.problems if is_of_run else settings_problems(tree)[1]
+    problems = [*problems, *of_other_stages(stage, typed.config)]
     if problems:
         raise UserError(*problems)
-    return settled
+    if not is_of_run:
+        return typed.config
+    return settings_of_run(stage, typed.config, overrides, functools.partial(group_settings, hydra))
 
 
 def _call(main: Main, config: RunConfig, folder: Path) -> int:
@@ -281,6 +292,8 @@ def _show(hydra: Hydra, args: argparse.Namespace, tree) -> None:
             )
     if OmegaConf.is_config(shown):
         if args.resolve:
+            if broken := unresolved(tree):
+                raise UserError(*broken.values())
             OmegaConf.resolve(shown)
         shown = OmegaConf.to_yaml(shown)
     print(redact(str(shown)), end="")

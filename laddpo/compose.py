@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import operator
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,9 +30,12 @@ from omegaconf.errors import OmegaConfBaseException
 from laddpo.config import CONF_DIR, find_problems
 from laddpo.errors import UserError
 from laddpo.mistakes import Composed, diagnose, forbidden, foreign_code, put_stand_in, unresolved, yaml_mistake
+from laddpo.ranges import PATHS
 from laddpo.redaction import find_secrets, redact
 from laddpo.runs import file_sha256, require_sealed, write_text
 from laddpo.settings import RunConfig
+
+HOME_PATHS = (*PATHS, "run", "prompts")  # in which a ~ at the beginning is the user's home
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "config", config_dir: str | None = None) -> RunConfig:
@@ -90,6 +96,23 @@ def to_run_config(tree: DictConfig) -> RunConfig:
 
 def settings_problems(tree: DictConfig) -> tuple[RunConfig, list[str]]:
     """(the typed configuration, all that is wrong with it). What has no value gets one for the sake of the checks."""
+    typed = typed_settings(tree)
+    return typed.config, [*typed.problems, *find_problems(typed.config, typed.broken, typed.given)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Typed:
+    """Settings by their types: the problems are those of single values without a type or a sense. `broken` names them,
+    and `given` what the command line set itself."""
+
+    config: RunConfig
+    problems: list[str]
+    broken: set[str]
+    given: set[str]
+
+
+def typed_settings(tree: DictConfig) -> Typed:
+    """The typed configuration of a composed tree, whose values were not held against each other yet."""
     tree = copy.deepcopy(tree)
     given: set[str] = set()
     if "hydra" in tree:
@@ -106,7 +129,22 @@ def settings_problems(tree: DictConfig) -> tuple[RunConfig, list[str]]:
     assert isinstance(config, RunConfig), "the root of conf/config.yaml is not the schema"
     if config.resume.lower() in ("true", "false"):  # a yaml bool arrives as "True"
         config.resume = config.resume.lower()
-    return config, [*problems, *broken.values(), *find_problems(config, set(broken), given)]
+    for key in HOME_PATHS:
+        group, _, name = key.rpartition(".")
+        node = operator.attrgetter(group)(config) if group else config
+        setattr(node, name, _from_home(getattr(node, name)))
+    config.runs = [_from_home(folder) for folder in config.runs]
+    return Typed(config, [*problems, *broken.values()], set(broken), given)
+
+
+def _from_home(path: str | None) -> str | None:
+    return os.path.expanduser(path) if path and path.startswith("~") else path
+
+
+def group_settings(hydra: Hydra, group: str, option: str) -> DictConfig:
+    """What one option of a group sets by itself, with its references unresolved."""
+    tree = hydra.compose_config(f"{group}/{option}", [], run_mode=RunMode.RUN, with_log_configuration=False)
+    return OmegaConf.masked_copy(tree, [key for key in tree if key != "hydra"])
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

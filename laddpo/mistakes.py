@@ -248,6 +248,8 @@ def _grammar_mistake(text: str) -> str:
     key, equals, value = text.partition("=")
     if not equals:
         return f"{text!r} is not a setting; expected key=value; a run's folder is named as run={text}."
+    if value.startswith("~"):
+        return f"{key} is {value!r}, which does not parse; write {key}=$HOME{value[1:]}."
     return (
         f"{key} is {value!r}, which does not parse; expected text, a number or a list like [a,b]; "
         f"text with spaces, brackets or = goes into quotes twice: '{key}=\"{value}\"'."

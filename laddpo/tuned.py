@@ -7,22 +7,29 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from laddpo import runs
+from laddpo.config import find_problems
 from laddpo.errors import Damaged, UserError
 from laddpo.ranges import leaves
 from laddpo.settings import RunConfig
 
 
-def settings_of_run(stage: str, asked: RunConfig, overrides: Sequence[str]) -> RunConfig:
+def settings_of_run(
+    stage: str, asked: RunConfig, overrides: Sequence[str], group_settings: Callable[[str, str], DictConfig]
+) -> RunConfig:
     """What a stage of MAY_CHANGE works with: the settings of the run that `asked.run` names, and of the command line
-    what the stage may change. UserError with everything else that the command line sets to something else.
+    what the stage may change. UserError with everything else that the command line sets to something else, or with
+    what its settings contradict in the run.
 
-    The arithmetic (hardware.precision) stays the run's unless it is named itself.
+    The arithmetic (hardware.precision) stays the run's unless it is named itself. `group_settings(group, option)` is
+    what an option sets; what it takes from other groups (evaluation=default: the data's tasks) it takes from the run.
     """
     from laddpo.compose import read_config
 
@@ -33,8 +40,11 @@ def settings_of_run(stage: str, asked: RunConfig, overrides: Sequence[str]) -> R
         if name not in IN_PIECES:
             setattr(merged, name, getattr(asked, name))
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
-    if "evaluation" in keys or "decoding" in keys:
-        merged.evaluation = asked.evaluation
+    options = {key: text.partition("=")[2] for key, text in zip(keys, overrides, strict=True)}
+    for group in ("evaluation", "decoding"):  # a way of decoding goes over that of an evaluation
+        if options.get(group, "null") != "null":
+            tree = OmegaConf.merge(OmegaConf.structured(merged), group_settings(group, options[group]))
+            merged.evaluation = OmegaConf.to_object(tree).evaluation
     if stage == "export":  # merges where there is room, whatever the run was trained on
         merged.hardware = asked.hardware
     elif "hardware" in keys:
@@ -43,7 +53,22 @@ def settings_of_run(stage: str, asked: RunConfig, overrides: Sequence[str]) -> R
         if key.startswith(("evaluation.", "hardware.", "paths.")):
             group, name = re.split(r"[.\[]", key)[:2]
             setattr(getattr(merged, group), name, getattr(getattr(asked, group), name))
+    known = find_problems(stored)
+    if problems := [problem for problem in find_problems(merged) if problem not in known]:
+        raise UserError(*problems)
     return merged
+
+
+def of_other_stages(stage: str, config: RunConfig) -> Iterator[str]:
+    """A sentence for each setting that names what only other stages look at: nothing would come of it here."""
+    for name, (stages, instead) in READ_ONLY_BY.items():
+        value = getattr(config, name)
+        samples_from_it = name == "run" and stage == "prepare" and config.data.source == "onpolicy"
+        if value and stage not in stages and not samples_from_it:
+            yield (
+                f"{name} is {_as_written(value)} and {stage} does not read it; {', '.join(stages)} "
+                f"{'do' if stages[1:] else 'does'}; {instead}leave it out."
+            )
 
 
 def refuse_decided(stage: str, asked: RunConfig, stored: RunConfig, overrides: Sequence[str]) -> None:
@@ -171,6 +196,17 @@ MAY_CHANGE = {
     "generate": ("evaluation", "decoding", "prompt", "prompts"),
     "variance": ("variance", "evaluation", "decoding"),
     "export": ("export",),
+}
+# settings that name what to look at: the stages that do, and what was probably wanted of another one
+READ_ONLY_BY = {
+    "run": (
+        ("evaluate", "generate", "variance", "export", "report"),
+        "write adapter.path=<run>/adapter to go on from it, prepare data=onpolicy for pairs of its answers, or ",
+    ),
+    "runs": (("report",), ""),
+    "prompt": (("generate",), ""),
+    "prompts": (("generate",), ""),
+    "verify": (("precompute",), ""),
 }
 OF_EVERY_STAGE = ("hardware", "paths", "logger", "output_dir", "resume", "auto", "run", "hydra")
 IN_PIECES = ("evaluation", "decoding", "hardware", "paths", "hydra")  # of these only what the command line names

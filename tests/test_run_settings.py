@@ -65,3 +65,66 @@ def test_a_setting_of_another_stage_is_refused_beside_a_run(run, capsys):
 def test_preparing_answers_of_a_run_takes_the_settings_of_its_data(run):
     ((config, _),) = asked("prepare", run, "data=onpolicy", "model=llada_mini", "data.sampling.samples=4")
     assert config.data.sampling.samples == 4
+
+
+def test_a_way_of_decoding_changes_how_answers_are_made_and_not_which(run):
+    ((config, _),) = asked("evaluate", run)
+    plain = config.evaluation
+    ((config, _),) = asked("evaluate", run, "decoding=llada_1_5_gpqa")
+    found = config.evaluation
+    assert (found.steps, found.confidence_threshold, found.block_cache) == (256, None, "none")
+    assert (found.tasks, found.limit, found.batch_size) == (plain.tasks, plain.limit, plain.batch_size)
+    ((config, _),) = asked("evaluate", run, "decoding=llada_1_5_gpqa", "evaluation.steps=512")
+    assert config.evaluation.steps == 512
+
+
+def test_an_evaluation_that_asks_what_the_data_asks_means_the_runs_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_config(compose(["model=llada_mini"]), tmp_path / "r")
+    ((config, _),) = asked("evaluate", "run=r", "evaluation=default", "decoding=fast")
+    assert config.evaluation.tasks == ["word_problems"]
+    assert (config.evaluation.limit, config.evaluation.confidence_threshold) == (400, 0.9)
+
+
+def test_settings_are_held_against_those_of_the_run(run, capsys):
+    """llada_mini's rows have 512 tokens at most and blocks of 16; llada_nano's, which nobody named, 4,096 and 24."""
+    ((config, _),) = asked("evaluate", run, "hardware.token_budget=600", "evaluation.gen_length=160")
+    assert config.hardware.token_budget == 600 and config.evaluation.block_length == 16
+    assert asked("evaluate", run, "hardware.token_budget=300") == []
+    assert "hardware.token_budget is 300 and data.max_length is 512" in capsys.readouterr().err
+    assert asked("evaluate", run, "evaluation.remasking=random") == []
+    assert "evaluation.confidence_threshold is 0.9 and evaluation.remasking is 'random'" in capsys.readouterr().err
+
+
+def test_what_a_run_was_made_with_is_no_mistake_of_who_looks_at_it(tmp_path, monkeypatch):
+    """A newer version may refuse what an older one took."""
+    monkeypatch.chdir(tmp_path)
+    config = compose(["model=llada_mini"])
+    config.dpo.label_smoothing = 2.0
+    write_config(config, tmp_path / "r")
+    assert asked("evaluate", "run=r", "evaluation.limit=3")
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "said"),
+    [
+        ("prepare", "run=r", "run is r and prepare does not read it; evaluate, generate, variance, export, report do"),
+        ("train", "run=r", "write adapter.path=<run>/adapter to go on from it"),
+        ("plan", "runs=[r]", 'runs is ["r"] and plan does not read it; report does; leave it out.'),
+        ("evaluate", "prompts=a.txt", "prompts is a.txt and evaluate does not read it; generate does"),
+        ("train", "verify=true", "verify is true and train does not read it; precompute does"),
+    ],
+)
+def test_a_setting_that_only_other_stages_look_at_is_refused(run, stage, setting, said, capsys):
+    assert asked(stage, setting) == []
+    assert said in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_users_home(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    ((config, folder),) = asked("train", 'output_dir="~/o"', 'adapter.path="~/a"', 'paths.data_dir="~/d"')
+    home = str(tmp_path / "home")
+    assert (str(folder), config.adapter.path, config.paths.data_dir) == (f"{home}/o", f"{home}/a", f"{home}/d")
+    assert asked("train", "output_dir=~/o") == []
+    assert "output_dir is '~/o', which does not parse; write output_dir=$HOME/o." in capsys.readouterr().err
