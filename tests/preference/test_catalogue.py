@@ -370,7 +370,7 @@ def test_names_that_are_no_plain_path_are_refused(name):
 
 @pytest.mark.parametrize("name", ["/", "//", "/.", "/tmp/.."])
 def test_the_whole_file_system_is_not_read(name, monkeypatch):
-    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("walked the file system"))
+    monkeypatch.setattr(Path, "iterdir", lambda *_: pytest.fail("walked the file system"))
     with pytest.raises(UserError, match=r"is the root of the file system \(DATA-91\)"):
         read(name)
 
@@ -399,6 +399,48 @@ def test_a_link_out_of_a_folder_is_refused_unless_asked_for(tmp_path):
     with pytest.raises(UserError, match="DATA-44"):
         read(folder)
     assert len(read(folder, follow_symlinks=True)[0]) == 1
+
+
+def test_hidden_files_and_what_lies_in_hidden_folders_are_not_read(tmp_path):
+    for name in (".hidden/rows.jsonl", "part/rows.jsonl", "part/.ipynb_checkpoints/rows-checkpoint.jsonl", ".b.jsonl"):
+        (tmp_path / ".data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".data" / name).write_text(row() + "\n")
+    rows, log = read(tmp_path / ".data")
+    assert list(log.files) == [str(tmp_path / ".data/part/rows.jsonl")] and len(rows) == 1
+
+
+def test_a_linked_folder_is_refused_unless_asked_for_and_nothing_is_read_twice(tmp_path):
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    for place, name in ((folder / "part", "a"), (outside / "deep", "b")):
+        place.mkdir(parents=True)
+        (place / f"{name}.jsonl").write_text(row(prompt=name) + "\n")
+    (folder / "again").symlink_to("part")
+    (folder / "again.jsonl").symlink_to("part/a.jsonl")
+    (folder / "part" / "circle").symlink_to(folder)
+    rows, log = read(folder)
+    assert [one.prompt[0].content for one in rows] == ["a"] and list(log.files) == [str(folder / "part/a.jsonl")]
+    (folder / "other").symlink_to(outside)
+    (outside / "back").symlink_to(folder)
+    with pytest.raises(UserError, match=r"other: is a link out of the folder, to .*outside \(DATA-44\)"):
+        read(folder)
+    rows, log = read(folder, follow_symlinks=True)
+    assert [one.prompt[0].content for one in rows] == ["b", "a"]
+    assert list(log.files) == [str(folder / name) for name in ("other/deep/b.jsonl", "part/a.jsonl")]
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(row() + "\n")
+    closed, plain = tmp_path / "closed", Path.iterdir
+
+    def iterdir(self):
+        if self == closed:
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self)
+
+    closed.mkdir()
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(UserError, match=r"closed: could not be looked at: Permission denied \(DATA-43\)"):
+        read(tmp_path)
 
 
 def test_what_a_packed_file_is_decides_over_its_name(tmp_path):
