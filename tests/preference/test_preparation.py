@@ -302,6 +302,16 @@ def test_repeated_rows_are_kept_apart_or_dropped(tmp_path, tokenizer):
     assert dropped.report()["dropped"]["DATA-83"]["count"] == 8
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_repeats_another_only_where_both_were_sampled(tmp_path, tokenizer, seed):
+    path = write_rows(tmp_path / "a.jsonl", make_rows(20) * 3)
+    asked = {"random_sample_size": 15, "seed": seed}
+    kept, dropped = (prepare(tmp_path / "out", path, tokenizer, **asked, duplicates=rule) for rule in ("keep", "drop"))
+    unique = {row["chosen"] for row in kept.texts("train")}
+    assert sorted(row["chosen"] for row in dropped.texts("train")) == sorted(unique)
+    assert kept.report()["duplicates"] == dropped.report()["duplicates"] == 15 - len(unique)
+
+
 def test_cut_prompts_are_counted_and_written_as_encoded(tmp_path, tokenizer):
     rows = [
         {"prompt": "0123456789" * 5, "chosen": "yes", "rejected": "no"},
