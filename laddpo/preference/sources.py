@@ -81,7 +81,8 @@ def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iter
     """Pairs of local files or of the hub, in the shape of `shape` or else of `request.format`."""
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
     to_pair = SHAPES[shape or shape_name(request.format)]
-    used = {rules.column(name) for name in ("prompt", "chosen", "rejected", "system", "answer")}
+    used = {rules.column(name) for name in ("prompt", "chosen", "rejected")}
+    used.update(column for name in ("system", "answer") if (column := rules.columns.get(name)))
     kind: bool | None = None
     for row in raw_rows(request, log):
         if isinstance(row, BadRow):
@@ -240,10 +241,11 @@ def corpus_identity(request: Request) -> dict:
 
 
 def rows_in_shape(shape: str | None = None, **defaults) -> Source:
-    """A source of files or of the hub: rows in that shape, with `defaults` for what the request leaves open."""
+    """A source of files or of the hub: rows in that shape, with `defaults` for what the request leaves open (columns
+    where it names none)."""
 
     def completed(request: Request) -> Request:
-        columns = {**defaults.get("columns", {}), **{k: v for k, v in request.columns.items() if v and v != k}}
+        columns = request.columns if any(request.columns.values()) else defaults.get("columns", {})
         return replace(
             request,
             dataset_name=request.dataset_name or defaults.get("dataset_name"),

@@ -199,6 +199,21 @@ def test_columns_by_other_names_are_mapped(tmp_path):
     assert (pair.prompt[0].content, pair.chosen, pair.rejected, pair.answer) == ("p", "c", "r", "42")
 
 
+def test_columns_of_our_own_names_are_honoured_where_they_are_set_and_named_where_they_are_not(tmp_path):
+    rows = [{"system": "s", "prompt": "p", "chosen": "c", "rejected": "r", "answer": "42"}]
+    log = ReadLog()
+    path = tmp_path / "a.jsonl"
+    for source, columns in (("jsonl", {}), ("orca_dpo_pairs", {"prompt": "prompt", "system": None})):
+        (pair,) = read(source, path, rows, columns=columns)
+        assert ([message.role for message in pair.prompt], pair.answer) == (["user"], None)
+    list(open_source("jsonl").read(Request(dataset_name=str(path)), log))
+    assert log.warnings == {"column 'system' is not used": 1, "column 'answer' is not used": 1}
+    columns = {"prompt": "prompt", "system": "system", "answer": "answer"}
+    for source in ("jsonl", "orca_dpo_pairs", "ultrafeedback"):
+        (pair,) = read(source, path, rows, columns=columns)
+        assert ([message.content for message in pair.prompt], pair.answer) == (["s", "p"], "42")
+
+
 def test_known_datasets_have_ready_shapes(tmp_path):
     (pair,) = read(
         "ultrafeedback",
