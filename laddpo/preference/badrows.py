@@ -24,13 +24,20 @@ EXAMPLES = 3  # bad rows kept per code for the report
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: where, stable code, field ("" for the whole row), what is wrong, what to do."""
+    """A row that cannot be used: where, stable code, field ("" for the whole row), what is wrong, what to do.
+
+    Halves of surrogate pairs that they quote of the row are escaped, so that all can be written and printed.
+    """
 
     place: str
     code: str
     field: str
     problem: str
     advice: str
+
+    def __post_init__(self) -> None:
+        for name, text in asdict(self).items():
+            object.__setattr__(self, name, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def __str__(self) -> str:
         named = f"{self.field}: " if self.field else ""

@@ -19,7 +19,7 @@ from laddpo.preference.hub import hub_rows
 from laddpo.preference.locate import locate
 from laddpo.preference.onpolicy import sampled_pairs
 from laddpo.preference.pairs import Example, PreferencePair, Prompt, content_digest, prompt_group
-from laddpo.preference.rows import SHAPES, RowRules, explicit_example
+from laddpo.preference.rows import SHAPES, RowRules, check_text, explicit_example, is_blank
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,12 @@ def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iter
             if request.format == "explicit":
                 kind = same_kind(kind, fields, rules)
             prompt, chosen, rejected = to_pair(fields, rules, log.warn)
+            gold = fields.get(rules.columns.get("answer") or "")
+            if isinstance(gold, str) and not is_blank(gold):
+                check_text(gold, "answer", rules, log.warn)
         except RowError as error:
             yield error.at(place)
             continue
-        gold = fields.get(rules.columns.get("answer") or "")
         row_id = content_digest(prompt, chosen, rejected) + "-0"
         answer = gold if isinstance(gold, str) else None
         yield PreferencePair(row_id, prompt, chosen, rejected, place, prompt_group(prompt), answer)

@@ -207,6 +207,34 @@ def test_bad_rows_stop_the_run_with_equal_problems_in_one_line(tmp_path, tokeniz
     assert not list((tmp_path / "out").iterdir())
 
 
+HALF = "\\ud800"  # as JSON writes it
+BROKEN = {
+    "a key": (f'{{"{HALF}": 1, "prompt": "p", "chosen": "c"}}', "rejected: field missing; found the fields [\\ud800, "),
+    "a key twice": (f'{{"{HALF}": 1, "{HALF}": 2}}', "\\ud800: has the key '\\ud800' twice (DATA-17)"),
+    "a role": (
+        f'{{"prompt": [{{"role": "{HALF}", "content": "p"}}], "chosen": [], "rejected": []}}',
+        "prompt[0].role: is '\\ud800', want one of",
+    ),
+    "a gold answer": (
+        f'{{"prompt": "p", "chosen": "c", "rejected": "r", "gold": "{HALF}"}}',
+        "answer: has half of a surrogate pair",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", BROKEN)
+def test_half_a_surrogate_pair_anywhere_makes_a_bad_row_that_can_be_written_and_printed(where, tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", make_rows(4))
+    path.write_text(path.read_text() + BROKEN[where][0] + "\n")
+    asked = {"columns": {"answer": "gold"}}
+    prepared = prepare(tmp_path / "out", path, tokenizer, **asked, on_bad_row="skip")
+    (rejected,) = map(json.loads, (prepared.folder / "rejected.jsonl").read_text("utf-8").splitlines())
+    assert rejected["place"] == f"{path}:5"
+    with pytest.raises(UserError, match=re.escape(f"{path}:5: {BROKEN[where][1]}")) as caught:
+        prepare(tmp_path / "out", path, tokenizer, **asked)
+    (prepared.said + str(caught.value)).encode("utf-8")
+
+
 def test_the_places_of_equal_problems_name_each_file_once(tmp_path, tokenizer):
     rows = make_rows(30)
     for row in (rows[4], rows[7], rows[21]):
