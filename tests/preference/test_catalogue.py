@@ -291,7 +291,13 @@ BAD_FILES = {
     ),
     "CSV not UTF-8": ("a.csv", lambda path: path.write_bytes(b"prompt,chosen,rejected\np,\xff,r"), "DATA-21", ":2: "),
     "object in .json": ("a.json", lambda path: path.write_text(row()), "DATA-20", "not with '['"),
-    "JSON array cut": ("a.json", lambda path: path.write_text(f"[{row()}, {row()[:-4]}"), "DATA-35", "line 1"),
+    "JSON array cut": ("a.json", lambda path: path.write_text(f"[{row()}, {row()[:-4]}"), "DATA-35", "line 1: "),
+    "JSON array with a cut word": (
+        "a.json",
+        lambda path: path.write_text('[{"a": 1},\n {"a": tru'),
+        "DATA-35",
+        "line 2: Expecting value; found 'tru' (DATA-35)",
+    ),
     "JSON array without commas": ("a.json", lambda path: path.write_text(f"[{row()} {row()}]"), "DATA-35", "a comma"),
     "JSON array going on": (
         "a.json",
@@ -313,6 +319,24 @@ BAD_FILES = {
     ),
     "unknown kind": ("a.docx", lambda path: path.touch(), "DATA-41", "Rename it to end in"),
 }
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ('{"prompt": "p",\n "chosen": tru, "x": 1}', "line 2: Expecting value; found 'tru, \"x\": 1}"),
+        ('{"prompt": "p",\n "chosen": "c" "x": 1}', "line 2: Expecting ',' delimiter; found '\"x\": 1}"),
+        ('{"prompt": "', "line 1: a row is longer than 100,000 characters (DATA-37)"),
+        ('{"prompt": [', "line 1: a row is longer than 100,000 characters (DATA-37)"),
+    ],
+)
+def test_a_mistake_in_a_long_array_is_told_from_a_row_that_is_too_long(bad, words, tmp_path):
+    path = tmp_path / "a.json"
+    rest = {'"': "x" * 3_000_000, "[": "1, " * 1_000_000, "}": f", {row()}" * 60_000}
+    path.write_text(f"[{bad}{rest[bad[-1]]}")
+    with pytest.raises(UserError) as caught:
+        read(path, max_line_bytes=100_000)
+    assert f"{path}: {words}" in str(caught.value)
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
