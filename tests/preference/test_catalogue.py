@@ -179,6 +179,15 @@ def test_harmless_oddities_are_accepted(case, tmp_path):
         assert rows[0].prompt[0].content == "ab"
 
 
+@pytest.mark.parametrize("before", ["", "\n", "\ufeff\r\n \n", ",,\n"])
+def test_blank_lines_before_the_header_of_a_csv_file_are_skipped(before, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"{before}prompt,chosen,rejected\np,c,r\n\nq,c\n", encoding="utf-8", newline="")
+    (pair, bad), _ = read(path)
+    assert (pair.prompt[0].content, pair.source) == ("p", f"{path}:{2 + before.count(chr(10))}")
+    assert str(bad).startswith(f"{path}:{4 + before.count(chr(10))}: has 2 fields, the header has 3")
+
+
 DOUBTFUL = {
     "U+FFFD": row(prompt="a\ufffd"),
     "private-use": row(prompt="a\ue123"),
