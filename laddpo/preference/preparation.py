@@ -228,7 +228,8 @@ def _make(job: _Job, folder: Path, fields: Mapping[str, Any]) -> dict:
 
 
 def _read_rows(job: _Job, spool: Spool, report: ReportBuilder, log: ReadLog) -> None:
-    """Every row into the spool or among the bad ones."""
+    """Every row into the spool or among the bad ones; a part without a row that can be used is refused by name."""
+    usable, bad = [0] * len(job.parts), [BadRows() for _ in job.parts]
     rows = (
         (part, row)
         for part, (source, asked) in enumerate(zip(job.sources, job.parts, strict=True))
@@ -238,9 +239,23 @@ def _read_rows(job: _Job, spool: Spool, report: ReportBuilder, log: ReadLog) -> 
         report.rows["read"] += 1
         if isinstance(row, BadRow):
             report.bad.add(row)
+            bad[part].add(row)
         else:
             spool.add(row, part)
+            usable[part] += 1
     report.bad.stop_if_too_many(job.rules.on_bad_row, job.rules.max_bad_fraction, report.rows["read"])
+    empty = [part for part, rows_of_it in enumerate(usable) if not rows_of_it]
+    if empty:
+        raise UserError(*(_no_row(job, part, bad[part].lines() or list(log.warnings)) for part in empty))
+
+
+def _no_row(job: _Job, part: int, why: list[str]) -> str:
+    asked, is_mixed = job.parts[part], len(job.parts) > 1
+    where = f"data.mixture[{part}]" if is_mixed else "data.source"
+    name = f"{asked.source} of {asked.request.dataset_name}" if asked.request.dataset_name else asked.source
+    advice = "Mend its rows, or leave it out of the mixture." if is_mixed else "Give it other rows."
+    head = f"{where}, {name}, gives no row that can be used (DATA-40){':' if why else '.'}"
+    return "\n".join([head, *(f"  {line}" for line in why), advice])
 
 
 def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: PreparedWriter, log: ReadLog) -> None:
@@ -270,7 +285,7 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
             bar.update(len(batch))
     report.bad.stop_if_too_many(job.rules.on_bad_row, job.rules.max_bad_fraction, report.rows["read"])
     if not report.rows["kept"]:
-        raise UserError("No row is left to train on:", *report.dropped_examples())
+        raise UserError("No row is left to train on:", *report.dropped_examples(), *report.bad.lines())
 
 
 def _encode_batch(

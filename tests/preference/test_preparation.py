@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from laddpo.errors import UserError
+from laddpo.evaluation.grading import FunctionGrader
 from laddpo.preference import preparation
 from laddpo.preference.encode import TextEncoder
 from laddpo.preference.pairs import prompt_group, user_prompt
@@ -481,6 +482,34 @@ def test_a_mixture_holds_its_parts_in_proportion(tmp_path, tokenizer):
     assert mixed((0.7, 0.1)) == {"a": 100, "b": 14}
     with pytest.raises(UserError, match="weight of the source jsonl is 0"):
         mixed((0, 1))
+
+
+def test_a_part_of_a_mixture_without_a_row_is_named_with_its_bad_rows(tmp_path, tokenizer):
+    good = write_rows(tmp_path / "good.jsonl", make_rows(40))
+    bad = write_rows(tmp_path / "bad.jsonl", [{**row, "chosen": ""} for row in make_rows(3)])
+    parts = [Part("jsonl", Request(dataset_name=str(path))) for path in (good, bad)]
+    with pytest.raises(UserError) as caught:
+        prepare_pairs(
+            tmp_path / "out", "mix", parts, TextEncoder(tokenizer), Rules(on_bad_row="skip"), show=str, progress=False
+        )
+    assert str(caught.value).splitlines() == [
+        f"data.mixture[1], jsonl of {bad}, gives no row that can be used (DATA-40):",
+        f"  3 rows, at {bad}:1, :2, :3: chosen: is empty (DATA-07). Fix the row or set data.on_bad_row=skip.",
+        "Mend its rows, or leave it out of the mixture.",
+    ]
+
+
+def test_a_source_without_a_row_says_what_is_known_of_it(tmp_path, tokenizer):
+    grader = FunctionGrader("all right", lambda text, answer: True)
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "1+1?", "answer": "2", "candidates": ["2", "two"]}])
+    with pytest.raises(UserError, match=r"graded_candidates of .*DATA-40\):\n  questions with no wrong candidate"):
+        prepare(tmp_path / "out", path, tokenizer, "graded_candidates", grader=grader)
+
+
+def test_a_sample_of_bad_rows_alone_names_them(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{**row, "prompt": "p" * 100} for row in make_rows(4)])
+    with pytest.raises(UserError, match=r"No row is left to train on:\n.*a\.jsonl:\d: .*\(DATA-75\)"):
+        prepare(tmp_path / "out", path, tokenizer, max_length=40, random_sample_size=1, on_bad_row="skip")
 
 
 @pytest.mark.parametrize(
