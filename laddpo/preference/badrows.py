@@ -192,7 +192,7 @@ CODES: dict[str, str] = {
     "DATA-66": "chosen and rejected differ before the last turn",
     "DATA-67": "chosen and rejected share no whole prompt",
     "DATA-68": "a response has several turns",
-    "DATA-74": "text and template together spell a special token",
+    "DATA-74": "text, or text and template together, spell a special token",
     "DATA-75": "the row is longer than data.max_length",
     "DATA-79": "a text is too long to be tokenised",
     "DATA-91": "the path has a form that is not allowed",

@@ -164,7 +164,7 @@ def read_csv(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawR
 
     rows = csv.reader(decoded(), strict=True)
     try:
-        header = next((row for row in rows if any(field.strip() for field in row)), [])  # blank lines may come before it
+        header = next((row for row in rows if any(map(str.strip, row))), [])  # blank lines may stand before it
         if len(set(header)) != len(header):
             raise file_error(path, "DATA-17", f"has a repeated column in its header {header}", "Rename one of them.")
         while True:

@@ -333,7 +333,7 @@ BAD_FILES = {
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ('{"prompt": "p",\n "chosen": tru, "x": 1}', "line 2: Expecting value; found 'tru, \"x\": 1}"),
+        ('{"prompt": "p",\n "chosen": tru, "x": 1}', 'line 2: Expecting value; found \'tru, "x": 1}'),
         ('{"prompt": "p",\n "chosen": "c" "x": 1}', "line 2: Expecting ',' delimiter; found '\"x\": 1}"),
         ('{"prompt": "', "line 1: a row is longer than 100,000 characters (DATA-37)"),
         ('{"prompt": [', "line 1: a row is longer than 100,000 characters (DATA-37)"),
