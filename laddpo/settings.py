@@ -96,12 +96,17 @@ class Columns:
     of candidates."""
 
     prompt: str | None = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
+    chosen: str | None = "chosen"
+    rejected: str | None = "rejected"
     system: str | None = None
     answer: str | None = None
-    candidates: str = "candidates"
-    candidate: str = "candidate"
+    candidates: str | None = "candidates"
+    candidate: str | None = "candidate"
+
+
+def unnamed_columns() -> Columns:
+    """Columns that nobody named: those that the source knows."""
+    return Columns(prompt=None, chosen=None, rejected=None, candidates=None, candidate=None)
 
 
 @dataclass
@@ -112,7 +117,7 @@ class MixturePart:
     dataset_name: str | None = None
     dataset_split: str | None = None
     revision: str | None = None
-    columns: Columns = field(default_factory=Columns)
+    columns: Columns = field(default_factory=unnamed_columns)
     format: str = "auto"
     weight: float = 1.0
 

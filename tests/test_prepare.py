@@ -76,6 +76,18 @@ def test_sources_are_mixed_in_proportion_to_their_weights(tmp_path):
     assert read_json(folder / "report.json")["rows"]["not_sampled"] == 10
 
 
+def test_a_part_of_a_mixture_has_the_columns_of_its_source_unless_it_names_some(tmp_path):
+    theirs = write_rows(tmp_path / "a.jsonl", [{"question": r["prompt"], **r, "system": "s"} for r in rows_of("a", 4)])
+    asked = "data=mixture", f"data.mixture=[{{source:orca_dpo_pairs,dataset_name:{theirs}COLUMNS}}]"
+    roles = {}
+    for columns in ("", ",columns:{prompt:prompt}"):
+        code, folder = run_prepare(tmp_path, *(text.replace("COLUMNS", columns) for text in asked))
+        assert code == 0
+        record = next(PreparedPairs.load(folder).texts("train"))
+        roles[columns] = [message["role"] for message in record["prompt"]]
+    assert list(roles.values()) == [["system", "user"], ["user"]]
+
+
 def test_a_mixture_can_stand_in_a_file_of_the_user(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.yaml").write_text(

@@ -24,13 +24,20 @@ EXAMPLES = 3  # bad rows kept per code for the report
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: where, stable code, field ("" for the whole row), what is wrong, what to do."""
+    """A row that cannot be used: where, stable code, field ("" for the whole row), what is wrong, what to do.
+
+    Halves of surrogate pairs that they quote of the row are escaped, so that all can be written and printed.
+    """
 
     place: str
     code: str
     field: str
     problem: str
     advice: str
+
+    def __post_init__(self) -> None:
+        for name, text in asdict(self).items():
+            object.__setattr__(self, name, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def __str__(self) -> str:
         named = f"{self.field}: " if self.field else ""
@@ -185,7 +192,7 @@ CODES: dict[str, str] = {
     "DATA-66": "chosen and rejected differ before the last turn",
     "DATA-67": "chosen and rejected share no whole prompt",
     "DATA-68": "a response has several turns",
-    "DATA-74": "text and template together spell a special token",
+    "DATA-74": "text, or text and template together, spell a special token",
     "DATA-75": "the row is longer than data.max_length",
     "DATA-79": "a text is too long to be tokenised",
     "DATA-91": "the path has a form that is not allowed",

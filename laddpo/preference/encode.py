@@ -151,6 +151,9 @@ class TextEncoder:
     def _fit(
         self, prompt: Prompt, prompt_ids: np.ndarray, responses: tuple[str, ...], response_ids: tuple[np.ndarray, ...]
     ) -> EncodedRow:
+        sides = ("chosen", "rejected") if len(response_ids) == 2 else ("response",)
+        for side, ids in zip(sides, response_ids, strict=True):
+            self.tokens.refuse_special(ids[:-1].tolist(), side)
         if len(response_ids) == 2 and np.array_equal(*response_ids):
             problem = "has the same tokens as chosen: they differ only in what the template trims"
             raise RowError("DATA-10", "rejected", problem, "Remove the row.")
@@ -183,6 +186,8 @@ class TextEncoder:
         if self.chat is None:
             bos = [] if self.bos_id is None else [self.bos_id]
             bodies = self.tokens.encode_plain([plain_prompt(prompt) for prompt in prompts])
+            for body in bodies:
+                self.tokens.refuse_special(body, "prompt")
             return [np.array(bos + body, dtype=np.int32) for body in bodies]
         rendered = [self.chat.render(prompt, self.tokens) for prompt in prompts]
         return [np.array(ids, dtype=np.int32) for ids in self.tokens.encode_rendered(rendered)]
@@ -190,8 +195,6 @@ class TextEncoder:
     def _encode_responses(self, texts: list[str]) -> list[np.ndarray]:
         trimmed = [text.strip() if self.chat and self.chat.trims_responses else text for text in texts]
         bodies = self.tokens.encode_plain(trimmed)
-        for body in bodies:
-            assert not self.tokens.has_special(body), "a special token inside the text of a response"
         return [np.array([*body, self.terminator_id], dtype=np.int32) for body in bodies]
 
 

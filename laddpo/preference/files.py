@@ -12,7 +12,7 @@ import csv
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,21 +44,25 @@ RawRow = tuple[str, dict]  # (place, fields)
 
 
 def read_rows(
-    files: list[Path], max_line_bytes: int, log: ReadLog, kind: str | None = None, text_columns: Sequence[str] = ()
+    files: list[Path],
+    max_line_bytes: int,
+    log: ReadLog,
+    kind: str | None = None,
+    text_columns: Sequence[str] = (),
+    wanted: Container[str] | None = None,
 ) -> Iterator[RawRow | BadRow]:
     """The rows of the files in the given order. Raises UserError for a file that cannot be read as rows at all.
 
     `kind` (a key of READERS) overrules the files' names; `text_columns` must hold text or messages where the file says
-    what its columns hold.
+    what its columns hold. Of parquet only the columns `wanted` (None: all) are decoded; rows have None in the rest.
     """
     columns: tuple[Path, tuple[str, ...]] | None = None
     for path in files:
         rows = 0
         reader = READERS[kind or file_kind(path)]
+        options = {"text_columns": text_columns, "wanted": wanted} if reader is read_parquet else {}
         with open_checked(path, log) as stream:
-            if reader is read_parquet:
-                check_schema(path, text_columns)
-            for row in reader(path, stream, max_line_bytes):
+            for row in reader(path, stream, max_line_bytes, **options):
                 rows += 1
                 if reader in SCHEMA_READERS and not isinstance(row, BadRow):
                     columns = same_columns(columns, path, tuple(row[1]))
@@ -160,7 +164,7 @@ def read_csv(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawR
 
     rows = csv.reader(decoded(), strict=True)
     try:
-        header = next(rows, [])
+        header = next((row for row in rows if any(map(str.strip, row))), [])  # blank lines may stand before it
         if len(set(header)) != len(header):
             raise file_error(path, "DATA-17", f"has a repeated column in its header {header}", "Rename one of them.")
         while True:
@@ -179,28 +183,44 @@ def read_csv(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawR
         raise file_error(path, "DATA-57", f"line {rows.line_num}: {error}", "Repair the CSV quoting.") from error
 
 
-def check_schema(path: Path, text_columns: Sequence[str]) -> None:
-    """Refuse a parquet file whose text columns hold something else, before its rows say so one by one."""
+def read_parquet(
+    path: Path, stream: BinaryIO, max_line_bytes: int, text_columns: Sequence[str], wanted: Container[str] | None
+) -> Iterator[RawRow | BadRow]:
+    """Rows of a parquet file, batch by batch; the place of a row is its number. Only wanted columns are decoded, rows
+    have None in the rest."""
     with parquet_file(path) as (pa, parquet):
-        for column in parquet.schema_arrow:
-            kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-            problem = f"column {column.name}: is {kind}, want string or list<struct<role, content>>"
-            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-                raise file_error(path, "DATA-55", problem, "Save the column as text.")
-            fits = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_nested(kind)
-            fits = fits or pa.types.is_string_view(kind) or pa.types.is_null(kind)
-            if column.name in text_columns and not fits:
-                raise file_error(path, "DATA-53", problem, "Check data.columns.")
-
-
-def read_parquet(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawRow | BadRow]:
-    """Rows of a parquet file, batch by batch; the place of a row is its number."""
-    with parquet_file(path) as (_, parquet):
+        schema = parquet.schema_arrow
+        decoded = [column for column in schema if wanted is None or column.name in wanted]
+        check_schema(pa, path, schema.names, decoded, text_columns)
         number = 0
-        for batch in parquet.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
+        for batch in parquet.iter_batches(batch_size=1000, columns=[column.name for column in decoded]):
+            columns = dict.fromkeys(schema.names, [None] * len(batch))
+            for column in decoded:
+                try:
+                    columns[column.name] = batch.column(column.name).to_pylist()
+                except (ArithmeticError, ValueError, pa.ArrowException) as error:
+                    rows = f"rows {number + 1:,} to {number + len(batch):,}"
+                    problem = f"column {column.name}: is {column.type} and cannot be read in {rows} ({one_line(error)})"
+                    raise file_error(path, "DATA-53", problem, "Save the column as text.") from error
+            for row in zip(*columns.values(), strict=True):
                 number += 1
-                yield f"{path}:{number}", row
+                yield f"{path}:{number}", dict(zip(columns, row, strict=True))
+
+
+def check_schema(pa: Any, path: Path, names: list[str], decoded: Sequence[Any], text_columns: Sequence[str]) -> None:
+    """Refuse a parquet file whose columns cannot be told apart or whose text columns hold something else, before its
+    rows say so one by one."""
+    if len(set(names)) != len(names):
+        raise file_error(path, "DATA-17", f"has a repeated column among {names}", "Rename one of them.")
+    for column in decoded:
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        problem = f"column {column.name}: is {kind}, want string or list<struct<role, content>>"
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            raise file_error(path, "DATA-55", problem, "Save the column as text.")
+        fits = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_nested(kind)
+        fits = fits or pa.types.is_string_view(kind) or pa.types.is_null(kind)
+        if column.name in text_columns and not fits:
+            raise file_error(path, "DATA-53", problem, "Check data.columns.")
 
 
 @contextmanager
@@ -258,7 +278,7 @@ def refuse_other_kinds(path: Path, line: bytes) -> None:
 PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".7z")
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-READERS: dict[str, Callable[[Path, BinaryIO, int], Iterator[RawRow | BadRow]]] = {
+READERS: dict[str, Callable[..., Iterator[RawRow | BadRow]]] = {
     "jsonl": read_json_lines,
     "json": read_json_array,
     "csv": read_csv,

@@ -69,17 +69,27 @@ class _TextWindow:
     def take_value(self, limit: int) -> str:
         """The text of the JSON value that starts here."""
         while True:
+            start = self.position
             try:
-                _, end = _LENIENT.raw_decode(self.window, self.position)
-            except (ValueError, RecursionError) as error:
-                if isinstance(error, ValueError) and self.grow(limit):
+                _, end = _LENIENT.raw_decode(self.window, start)
+            except json.JSONDecodeError as error:
+                if self._may_go_on(error) and self.grow(limit):
                     continue
+                line = self.line + error.doc.count("\n", start, error.pos)  # of what stood in the window then
+                found = error.doc[error.pos : error.pos + 20]
+                problem = f"line {line}: {error.msg}; found {repr(found) if found else 'the end of the file'}"
+                raise file_error(self._path, "DATA-35", problem, "Repair it.") from error
+            except RecursionError as error:
                 raise file_error(self._path, "DATA-35", f"line {self.line}: {one_line(error)}", "Repair it.") from error
             if end == len(self.window) and self.grow(limit):
                 continue  # a number may go on
             value_text = self.window[self.position : end]
             self.skip(end - self.position)
             return value_text
+
+    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
+        """Whether more text could mend it: the value stops inside a string, or within the last token."""
+        return error.msg.startswith("Unterminated string") or error.pos > len(self.window) - LONGEST_TOKEN
 
     def is_at_end(self) -> bool:
         """Whether only white space is left."""
@@ -109,5 +119,6 @@ class _TextWindow:
         return bool(block)
 
 
+LONGEST_TOKEN = 16  # characters, more than any that is no error once it is whole: -Infinity, \u escapes
 # finds where a value ends, whatever the value is worth
 _LENIENT = json.JSONDecoder(parse_float=str, parse_int=str, strict=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import deque
 from pathlib import Path
 
 from laddpo.errors import UserError, nearest
@@ -51,29 +52,45 @@ def _locate(dataset_name: str, preference_dir: Path | None, log: ReadLog, follow
 
 
 def folder_files(folder: Path, log: ReadLog, follow_symlinks: bool) -> list[Path]:
-    """The data files under a folder, sorted by name; links out of it are refused, other files are named once."""
-    files, ignored = [], []
+    """The data files under a folder, sorted by name and each once; other files are named once, hidden ones left out.
+
+    Links out of it, to files and to folders, are refused unless they are to be followed.
+    """
     root = folder.resolve()
-    if root == Path(root.anchor):
-        raise file_error(folder, "DATA-91", "is the root of the file system", "Give the folder that holds the rows.")
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir() or path.name.startswith("."):
-            continue
-        if not has_file_name(path.name):
+    files: list[Path] = []
+    ignored: list[str] = []
+    seen: set[Path] = set()
+    rest = deque([folder])
+    while rest:
+        path = rest.popleft()
+        is_folder = path.is_dir()
+        if not is_folder and not has_file_name(path.name):
             ignored.append(path.name)
             continue
         if not path.exists():
             raise missing_file(path)
-        if not follow_symlinks and not path.resolve().is_relative_to(root):
-            problem = f"is a link out of the folder, to {path.resolve()}"
-            raise file_error(path, "DATA-44", problem, "Give that file itself as data.dataset_name.")
-        files.append(path)
+        place = path.resolve()
+        if place in seen:  # a link to what was read where it lies, or one of a circle
+            continue
+        seen.add(place)
+        if place == Path(place.anchor):
+            raise file_error(path, "DATA-91", "is the root of the file system", "Give the folder that holds the rows.")
+        if not follow_symlinks and not place.is_relative_to(root):
+            advice = "Give its target as data.dataset_name, or set data.follow_symlinks=true."
+            raise file_error(path, "DATA-44", f"is a link out of the folder, to {place}", advice)
+        if not is_folder:
+            files.append(path)
+            continue
+        for entry in sorted(path.iterdir(), reverse=True):
+            if not entry.name.startswith("."):
+                (rest.append if entry.is_symlink() else rest.appendleft)(entry)  # links last
     if ignored:
-        log.warn(f"{folder}: files not read, their kind is unknown: {', '.join(ignored[:10])}", len(ignored))
+        names = ", ".join(sorted(ignored)[:10])
+        log.warn(f"{folder}: files not read, their kind is unknown: {names}", len(ignored))
     if not files:
         known = ", ".join(sorted(SUFFIXES))
         raise file_error(folder, "DATA-39", f"is a folder without data files ({known})", "Put the rows there.")
-    return files
+    return sorted(files)
 
 
 def has_file_name(name: str) -> bool:

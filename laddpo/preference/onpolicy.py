@@ -71,8 +71,9 @@ def sampled_pairs(
         question, answer, answers = fields["question"], fields["answer"], fields["answers"]
         distinct = sorted(set(answers))
         is_right = dict(zip(distinct, grader.grade_all(distinct, [answer] * len(distinct)), strict=True))
-        right = [text for text in distinct if is_right[text]]
-        wrong = [text for text in distinct if not is_right[text] and is_text(text)]
+        right, wrong = (
+            [text for text in distinct if is_right[text] is wanted and is_text(text)] for wanted in (True, False)
+        )
         rights = sum(is_right[text] for text in answers)
         facts.update(questions=1, samples=len(answers), right=rights, solved=bool(rights))
         facts.update(always_right=rights == len(answers), never_right=not rights)

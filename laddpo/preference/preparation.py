@@ -228,7 +228,8 @@ def _make(job: _Job, folder: Path, fields: Mapping[str, Any]) -> dict:
 
 
 def _read_rows(job: _Job, spool: Spool, report: ReportBuilder, log: ReadLog) -> None:
-    """Every row into the spool or among the bad ones."""
+    """Every row into the spool or among the bad ones; a part without a row that can be used is refused by name."""
+    usable, bad = [0] * len(job.parts), [BadRows() for _ in job.parts]
     rows = (
         (part, row)
         for part, (source, asked) in enumerate(zip(job.sources, job.parts, strict=True))
@@ -238,9 +239,23 @@ def _read_rows(job: _Job, spool: Spool, report: ReportBuilder, log: ReadLog) -> 
         report.rows["read"] += 1
         if isinstance(row, BadRow):
             report.bad.add(row)
+            bad[part].add(row)
         else:
             spool.add(row, part)
+            usable[part] += 1
     report.bad.stop_if_too_many(job.rules.on_bad_row, job.rules.max_bad_fraction, report.rows["read"])
+    empty = [part for part, rows_of_it in enumerate(usable) if not rows_of_it]
+    if empty:
+        raise UserError(*(_no_row(job, part, bad[part].lines() or list(log.warnings)) for part in empty))
+
+
+def _no_row(job: _Job, part: int, why: list[str]) -> str:
+    asked, is_mixed = job.parts[part], len(job.parts) > 1
+    where = f"data.mixture[{part}]" if is_mixed else "data.source"
+    name = f"{asked.source} of {asked.request.dataset_name}" if asked.request.dataset_name else asked.source
+    advice = "Mend its rows, or leave it out of the mixture." if is_mixed else "Give it other rows."
+    head = f"{where}, {name}, gives no row that can be used (DATA-40){':' if why else '.'}"
+    return "\n".join([head, *(f"  {line}" for line in why), advice])
 
 
 def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: PreparedWriter, log: ReadLog) -> None:
@@ -249,10 +264,11 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
     chosen = choose_rows(spool, [part.weight for part in job.parts], job.rules.seed, job.rules.random_sample_size, log)
     is_validation = choose_validation(spool, chosen, job.rules.seed, job.rules.validation_fraction, log)
     report.rows["not_sampled"] = len(spool) - len(chosen)
+    repeats = spool.repeats(chosen)
     leaks, unknown = count_leaks(spool.groups[chosen], job.evaluation_prompts)
     report.facts = {
         "prompts": len(np.unique(spool.groups[chosen])),
-        "duplicates": int(np.count_nonzero(spool.occurrences[chosen])),
+        "duplicates": int(repeats.sum()),
         "contradictions": spool.contradictions(chosen),
         "leaks": leaks,
         "leaks_unknown": unknown,
@@ -260,20 +276,26 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
     }
     if job.rules.fail_on_leak:
         refuse_leaks(leaks)
-    held_out = np.zeros(len(spool), dtype=bool)
-    held_out[chosen] = is_validation
+    held_out, is_repeat = np.zeros((2, len(spool)), dtype=bool)
+    held_out[chosen], is_repeat[chosen] = is_validation, repeats
     rows = spool.read(chosen)
     with tqdm(total=len(chosen), desc="encoding", unit=" rows", disable=not job.progress, mininterval=0.5) as bar:
         while batch := list(islice(rows, BATCH_ROWS)):
-            _encode_batch(job, spool, batch, held_out, report, writer)
+            _encode_batch(job, spool, batch, held_out, is_repeat, report, writer)
             bar.update(len(batch))
     report.bad.stop_if_too_many(job.rules.on_bad_row, job.rules.max_bad_fraction, report.rows["read"])
     if not report.rows["kept"]:
-        raise UserError("No row is left to train on:", *report.dropped_examples())
+        raise UserError("No row is left to train on:", *report.dropped_examples(), *report.bad.lines())
 
 
 def _encode_batch(
-    job: _Job, spool: Spool, batch: list, held_out: np.ndarray, report: ReportBuilder, writer: PreparedWriter
+    job: _Job,
+    spool: Spool,
+    batch: list,
+    held_out: np.ndarray,
+    is_repeat: np.ndarray,
+    report: ReportBuilder,
+    writer: PreparedWriter,
 ) -> None:
     outcomes = job.encoder.encode_rows([(row.prompt, row.responses) for row in batch])
     for row, outcome in zip(batch, outcomes, strict=True):
@@ -281,7 +303,7 @@ def _encode_batch(
             is_too_long = outcome.code in ("DATA-75", "DATA-79")
             leave_out = report.drop if is_too_long and job.encoder.truncation == "drop" else report.bad.add
             leave_out(outcome.at(row.place))
-        elif job.rules.duplicates == "drop" and spool.occurrences[row.index]:
+        elif job.rules.duplicates == "drop" and is_repeat[row.index]:
             report.drop(BadRow(row.place, "DATA-83", "", "repeats another row", "Set data.duplicates=keep to keep it."))
         else:
             place_by_source = job.sources[spool.parts[row.index]].split_of

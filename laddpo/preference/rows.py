@@ -23,7 +23,7 @@ Warn = Callable[[str], None]
 class RowRules:
     """How rows are understood: which column holds what, and which doubtful rows are accepted.
 
-    `columns` maps our names (prompt, chosen, rejected, response, system, answer) to the data's.
+    `columns` maps our names (prompt, chosen, rejected, response, system, answer, candidates, candidate) to the data's.
     """
 
     columns: Mapping[str, str | None] = field(default_factory=dict)

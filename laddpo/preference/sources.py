@@ -6,7 +6,7 @@ A reader is given what was asked for (a Request), yields PreferencePair or BadRo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from laddpo.preference.hub import hub_rows
 from laddpo.preference.locate import locate
 from laddpo.preference.onpolicy import sampled_pairs
 from laddpo.preference.pairs import Example, PreferencePair, Prompt, content_digest, prompt_group
-from laddpo.preference.rows import SHAPES, RowRules, explicit_example
+from laddpo.preference.rows import SHAPES, RowRules, check_text, explicit_example, is_blank
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iter
     """Pairs of local files or of the hub, in the shape of `shape` or else of `request.format`."""
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
     to_pair = SHAPES[shape or shape_name(request.format)]
-    used = {rules.column(name) for name in ("prompt", "chosen", "rejected", "system", "answer")}
+    names = ["prompt", "chosen", "rejected", *(name for name in ("system", "answer") if rules.columns.get(name))]
+    used = {rules.column(name) for name in names}
     kind: bool | None = None
-    for row in raw_rows(request, log):
+    for row in raw_rows(request, log, names):
         if isinstance(row, BadRow):
             yield row
             continue
@@ -95,10 +96,12 @@ def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iter
             if request.format == "explicit":
                 kind = same_kind(kind, fields, rules)
             prompt, chosen, rejected = to_pair(fields, rules, log.warn)
+            gold = fields.get(rules.columns.get("answer") or "")
+            if isinstance(gold, str) and not is_blank(gold):
+                check_text(gold, "answer", rules, log.warn)
         except RowError as error:
             yield error.at(place)
             continue
-        gold = fields.get(rules.columns.get("answer") or "")
         row_id = content_digest(prompt, chosen, rejected) + "-0"
         answer = gold if isinstance(gold, str) else None
         yield PreferencePair(row_id, prompt, chosen, rejected, place, prompt_group(prompt), answer)
@@ -107,7 +110,7 @@ def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iter
 def read_examples(request: Request, log: ReadLog) -> Iterator[Example | BadRow]:
     """SFT examples of local files or of the hub: columns prompt and response."""
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
-    for row in raw_rows(request, log):
+    for row in raw_rows(request, log, ("prompt", "response")):
         if isinstance(row, BadRow):
             yield row
             continue
@@ -123,10 +126,10 @@ def read_examples(request: Request, log: ReadLog) -> Iterator[Example | BadRow]:
 def graded_pairs(request: Request, log: ReadLog) -> Iterator[PreferencePair | BadRow]:
     """Correct over incorrect candidates: columns prompt (the question), answer, candidates."""
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
-    separate = raw_rows(replace(request, dataset_name=request.candidates_name), log) if request.candidates_name else ()
-    return candidate_pairs(
-        raw_rows(request, log), separate, rules, request.grader, request.pairs_per_question, request.seed, log
-    )
+    rows, separate = raw_rows(request, log, ("prompt", "answer", "candidates")), ()
+    if request.candidates_name:
+        separate = raw_rows(replace(request, dataset_name=request.candidates_name), log, ("prompt", "candidate"))
+    return candidate_pairs(rows, separate, rules, request.grader, request.pairs_per_question, request.seed, log)
 
 
 def graded_identity(request: Request) -> dict:
@@ -160,13 +163,17 @@ def onpolicy_identity(request: Request) -> dict:
     }
 
 
-def raw_rows(request: Request, log: ReadLog) -> Iterator[tuple[str, dict] | BadRow]:
-    """Rows of the files that the name means, else of the hub."""
+def raw_rows(
+    request: Request, log: ReadLog, names: Sequence[str] = ("prompt", "answer")
+) -> Iterator[tuple[str, dict] | BadRow]:
+    """Rows of the files that the name means, else of the hub; `names` are our names of the columns that will be used,
+    by default those of questions."""
     files = local_files(request, log)
     if files:
         kind = "json" if request.format == "json" else None
-        text = [request.columns.get(name) or name for name in ("prompt", "chosen", "rejected", "response")]
-        return read_rows(files, request.max_line_bytes, log, kind, text)
+        columns = {name: request.columns.get(name) or name for name in names}
+        text = [columns[name] for name in TEXT_COLUMNS if name in columns]
+        return read_rows(files, request.max_line_bytes, log, kind, text, columns.values())
     return hub_rows(request.dataset_name, request.dataset_split, request.revision, log)
 
 
@@ -240,10 +247,11 @@ def corpus_identity(request: Request) -> dict:
 
 
 def rows_in_shape(shape: str | None = None, **defaults) -> Source:
-    """A source of files or of the hub: rows in that shape, with `defaults` for what the request leaves open."""
+    """A source of files or of the hub: rows in that shape, with `defaults` for what the request leaves open (columns
+    where it names none)."""
 
     def completed(request: Request) -> Request:
-        columns = {**defaults.get("columns", {}), **{k: v for k, v in request.columns.items() if v and v != k}}
+        columns = request.columns if any(request.columns.values()) else defaults.get("columns", {})
         return replace(
             request,
             dataset_name=request.dataset_name or defaults.get("dataset_name"),
@@ -262,6 +270,7 @@ def arithmetic_split(prompt: Prompt) -> str:
     return arithmetic.split_of(prompt[0].content)
 
 
+TEXT_COLUMNS = ("prompt", "chosen", "rejected", "response")
 SOURCES: dict[str, Source] = {
     "arithmetic": Source(arithmetic_pairs, arithmetic_identity, split_of=arithmetic_split, is_graded=True),
     "jsonl": rows_in_shape(),

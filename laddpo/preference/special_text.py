@@ -1,6 +1,7 @@
 """Tokenises text of rows so that nothing in it can become a special token, and rendered templates so that theirs do.
 
-A special token is any that the tokenizer flags so, and any added token that the chat template writes around messages.
+A special token is any that the tokenizer flags so, the mask token, and any added token that the chat template writes
+around messages.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from laddpo.errors import UserError
+from laddpo.preference.badrows import RowError
+
+MASK_TOKEN = "<|mdm_mask|>"  # where the tokenizer declares none, as LLaDA's
 
 
 class PlainTokenizer:
@@ -28,7 +32,7 @@ class PlainTokenizer:
 
         described = json.loads(backend.to_str())
         described["truncation"] = described["padding"] = None
-        markers = set(role_markers)
+        markers = {*role_markers, MASK_TOKEN, tokenizer.special_tokens_map.get("mask_token")}
         self.special_ids: dict[str, int] = {}
         for token in described["added_tokens"]:
             token["special"] = token["special"] or token["content"] in markers
@@ -50,12 +54,21 @@ class PlainTokenizer:
         """Token ids of rendered templates.
 
         Each comes with the stand-ins that hide special-token text of the messages (usually none): without them the
-        tokenizer is simply right; with them the text is split at the template's own special tokens by hand, and in
-        the pieces the stand-ins are turned back into plain text.
+        tokenizer is right, unless its normalizer makes a special token of what only looks like one. Then, and with
+        them, the text is split at the template's own special tokens by hand, and in the pieces the stand-ins are turned
+        back into plain text.
         """
         simple = [text for text, hidden in rendered if not hidden]
-        ids = iter(self._knowing.encode_batch_fast(simple, add_special_tokens=False))
-        return [self._encode_pieces(text, hidden) if hidden else next(ids).ids for text, hidden in rendered]
+        whole = iter(self._knowing.encode_batch_fast(simple, add_special_tokens=False))
+        encoded = []
+        for text, hidden in rendered:
+            own = [self.special_ids[token] for token in self.pattern.findall(text)]
+            ids = [] if hidden else next(whole).ids
+            if hidden or self.special_in(ids) != own:
+                ids = self._encode_pieces(text, hidden)
+                self.refuse_special(ids, "prompt", own)
+            encoded.append(ids)
+        return encoded
 
     def _encode_pieces(self, text: str, hidden: dict[str, str]) -> list[int]:
         ids: list[int] = []
@@ -76,8 +89,15 @@ class PlainTokenizer:
         found = {token for text in texts for token in self.pattern.findall(text)}
         return tuple(sorted(found))
 
-    def has_special(self, ids: Iterable[int]) -> bool:
-        return not self._special_id_set.isdisjoint(ids)
+    def special_in(self, ids: Iterable[int]) -> list[int]:
+        """The ids of special tokens among ids."""
+        return [token for token in ids if token in self._special_id_set]
+
+    def refuse_special(self, ids: Iterable[int], field: str, own: Sequence[int] = ()) -> None:
+        """RowError where ids have special tokens beside the template's `own`, for all that was done to keep text."""
+        if self.special_in(ids) != list(own):
+            problem = "spells a special token, and this tokenizer cannot write it as text"
+            raise RowError("DATA-74", field, problem, "Remove the row.")
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens shown."""

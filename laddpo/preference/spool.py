@@ -82,6 +82,11 @@ class Spool:
         """uint64 per row: a pseudo-random position that depends on the row's content and the seed alone."""
         return np.array([keyed_position(seed, self.row_id(int(row))) for row in rows], dtype=np.uint64)
 
+    def repeats(self, rows: np.ndarray) -> np.ndarray:
+        """bool [rows]: whether a row, of some in content order, has the content of the one before."""
+        digests = self.digests[rows]
+        return np.append(False, digests[1:] == digests[:-1])[: len(rows)]
+
     def contradictions(self, rows: np.ndarray) -> int:
         """How many of the rows have the same prompt and the same two responses as another, the other way round."""
         if not self._mirrored:

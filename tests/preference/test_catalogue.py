@@ -179,6 +179,15 @@ def test_harmless_oddities_are_accepted(case, tmp_path):
         assert rows[0].prompt[0].content == "ab"
 
 
+@pytest.mark.parametrize("before", ["", "\n", "\ufeff\r\n \n", ",,\n"])
+def test_blank_lines_before_the_header_of_a_csv_file_are_skipped(before, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"{before}prompt,chosen,rejected\np,c,r\n\nq,c\n", encoding="utf-8", newline="")
+    (pair, bad), _ = read(path)
+    assert (pair.prompt[0].content, pair.source) == ("p", f"{path}:{2 + before.count(chr(10))}")
+    assert str(bad).startswith(f"{path}:{4 + before.count(chr(10))}: has 2 fields, the header has 3")
+
+
 DOUBTFUL = {
     "U+FFFD": row(prompt="a\ufffd"),
     "private-use": row(prompt="a\ue123"),
@@ -291,7 +300,13 @@ BAD_FILES = {
     ),
     "CSV not UTF-8": ("a.csv", lambda path: path.write_bytes(b"prompt,chosen,rejected\np,\xff,r"), "DATA-21", ":2: "),
     "object in .json": ("a.json", lambda path: path.write_text(row()), "DATA-20", "not with '['"),
-    "JSON array cut": ("a.json", lambda path: path.write_text(f"[{row()}, {row()[:-4]}"), "DATA-35", "line 1"),
+    "JSON array cut": ("a.json", lambda path: path.write_text(f"[{row()}, {row()[:-4]}"), "DATA-35", "line 1: "),
+    "JSON array with a cut word": (
+        "a.json",
+        lambda path: path.write_text('[{"a": 1},\n {"a": tru'),
+        "DATA-35",
+        "line 2: Expecting value; found 'tru' (DATA-35)",
+    ),
     "JSON array without commas": ("a.json", lambda path: path.write_text(f"[{row()} {row()}]"), "DATA-35", "a comma"),
     "JSON array going on": (
         "a.json",
@@ -313,6 +328,24 @@ BAD_FILES = {
     ),
     "unknown kind": ("a.docx", lambda path: path.touch(), "DATA-41", "Rename it to end in"),
 }
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ('{"prompt": "p",\n "chosen": tru, "x": 1}', 'line 2: Expecting value; found \'tru, "x": 1}'),
+        ('{"prompt": "p",\n "chosen": "c" "x": 1}', "line 2: Expecting ',' delimiter; found '\"x\": 1}"),
+        ('{"prompt": "', "line 1: a row is longer than 100,000 characters (DATA-37)"),
+        ('{"prompt": [', "line 1: a row is longer than 100,000 characters (DATA-37)"),
+    ],
+)
+def test_a_mistake_in_a_long_array_is_told_from_a_row_that_is_too_long(bad, words, tmp_path):
+    path = tmp_path / "a.json"
+    rest = {'"': "x" * 3_000_000, "[": "1, " * 1_000_000, "}": f", {row()}" * 60_000}
+    path.write_text(f"[{bad}{rest[bad[-1]]}")
+    with pytest.raises(UserError) as caught:
+        read(path, max_line_bytes=100_000)
+    assert f"{path}: {words}" in str(caught.value)
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
@@ -370,7 +403,7 @@ def test_names_that_are_no_plain_path_are_refused(name):
 
 @pytest.mark.parametrize("name", ["/", "//", "/.", "/tmp/.."])
 def test_the_whole_file_system_is_not_read(name, monkeypatch):
-    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("walked the file system"))
+    monkeypatch.setattr(Path, "iterdir", lambda *_: pytest.fail("walked the file system"))
     with pytest.raises(UserError, match=r"is the root of the file system \(DATA-91\)"):
         read(name)
 
@@ -399,6 +432,48 @@ def test_a_link_out_of_a_folder_is_refused_unless_asked_for(tmp_path):
     with pytest.raises(UserError, match="DATA-44"):
         read(folder)
     assert len(read(folder, follow_symlinks=True)[0]) == 1
+
+
+def test_hidden_files_and_what_lies_in_hidden_folders_are_not_read(tmp_path):
+    for name in (".hidden/rows.jsonl", "part/rows.jsonl", "part/.ipynb_checkpoints/rows-checkpoint.jsonl", ".b.jsonl"):
+        (tmp_path / ".data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".data" / name).write_text(row() + "\n")
+    rows, log = read(tmp_path / ".data")
+    assert list(log.files) == [str(tmp_path / ".data/part/rows.jsonl")] and len(rows) == 1
+
+
+def test_a_linked_folder_is_refused_unless_asked_for_and_nothing_is_read_twice(tmp_path):
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    for place, name in ((folder / "part", "a"), (outside / "deep", "b")):
+        place.mkdir(parents=True)
+        (place / f"{name}.jsonl").write_text(row(prompt=name) + "\n")
+    (folder / "again").symlink_to("part")
+    (folder / "again.jsonl").symlink_to("part/a.jsonl")
+    (folder / "part" / "circle").symlink_to(folder)
+    rows, log = read(folder)
+    assert [one.prompt[0].content for one in rows] == ["a"] and list(log.files) == [str(folder / "part/a.jsonl")]
+    (folder / "other").symlink_to(outside)
+    (outside / "back").symlink_to(folder)
+    with pytest.raises(UserError, match=r"other: is a link out of the folder, to .*outside \(DATA-44\)"):
+        read(folder)
+    rows, log = read(folder, follow_symlinks=True)
+    assert [one.prompt[0].content for one in rows] == ["b", "a"]
+    assert list(log.files) == [str(folder / name) for name in ("other/deep/b.jsonl", "part/a.jsonl")]
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(row() + "\n")
+    closed, plain = tmp_path / "closed", Path.iterdir
+
+    def iterdir(self):
+        if self == closed:
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self)
+
+    closed.mkdir()
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(UserError, match=r"closed: could not be looked at: Permission denied \(DATA-43\)"):
+        read(tmp_path)
 
 
 def test_what_a_packed_file_is_decides_over_its_name(tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, Qwen2TokenizerFast
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2TokenizerFast
 
 from laddpo.errors import UserError
 from laddpo.preference.badrows import RowError
@@ -116,6 +117,59 @@ def test_text_of_special_tokens_stays_text(which, request):
     assert encoder.decode(response[:-1]) == forged
     (row,) = encoder.encode_rows([(user_prompt(forged), ("yes", "no"))])
     assert set(row.special_text) >= {"<|mdm_mask|>", "<|eot_id|>"} if which == "nano" else {"<|mask|>", "<|im_end|>"}
+
+
+def tokenizer_with(change):
+    """The nano tokenizer with its description changed."""
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(description)
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(description))
+    return tokenizer
+
+
+def folding(description):
+    """Special tokens are looked for in text that was brought into normal form KC."""
+    description["normalizer"] = {"type": "NFKC"}
+    for token in description["added_tokens"]:
+        token["normalized"] = True
+
+
+def mask_is_no_special_token(description):
+    (mask,) = (token for token in description["added_tokens"] if token["content"] == "<|mdm_mask|>")
+    mask["special"] = False
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+@pytest.mark.parametrize("change", [folding, mask_is_no_special_token])
+def test_no_tokenizer_makes_special_tokens_of_text(change, template):
+    encoder = TextEncoder(tokenizer_with(change), template=template)
+    for forged in ("a ＜|eot_id|＞ b", "a ＜|eot_id|＞ <|mdm_mask|> b", "<|mdm_mask|>", "＜|mdm_mask|＞"):
+        clean, attacked = (encoder.encode_prompt(user_prompt(text)).tolist() for text in ("a b", forged))
+        assert [token for token in attacked if token >= 273] == [token for token in clean if token >= 273]
+        (row,) = encoder.encode_rows([(user_prompt(forged), (forged, "no"))])
+        assert row.prompt_ids.tolist() == attacked
+        assert [token for token in row.response_ids[0].tolist() if token >= 273] == [encoder.terminator_id]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "side"), [("a", "b<e>", "chosen"), ("b<e>", "a", "prompt"), ("a", "b", None)]
+)
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m['content'] }}<e>{% endfor %}", None])
+def test_a_special_token_that_the_model_of_the_tokenizer_spells_makes_a_bad_row(prompt, chosen, side, template):
+    vocabulary = [("<e>", 0.0), *((letter, -1.0) for letter in "ab<e>c")]
+    backend = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    backend.add_special_tokens(["<e>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+    tokenizer.chat_template = template
+    good, outcome = TextEncoder(tokenizer).encode_rows(
+        [(user_prompt("a"), ("b", "c")), (user_prompt(prompt), (chosen, "c"))]
+    )
+    assert good.prompt_ids.tolist() == ([1, 0] if template else [1])
+    if side is None:
+        assert [ids.tolist() for ids in outcome.response_ids] == [[2, 0], [6, 0]]
+    else:
+        assert (outcome.code, outcome.field) == ("DATA-74", side)
 
 
 text_with_specials = st.lists(

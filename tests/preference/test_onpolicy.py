@@ -73,9 +73,10 @@ def test_the_chosen_answer_is_as_often_the_longer_as_the_shorter_one():
     assert len(pairs) == 4 and facts["chosen_longer"] == 4
 
 
-def test_an_answer_that_is_no_text_is_never_the_rejected_one():
-    pairs, facts = make(("a?", "1", ["=1", "=2", "", "  ", "broken \ufffd"]))
-    assert [pair.rejected for pair in pairs] == ["=2"] and facts["pass@1"] == 1 / 5
+def test_an_answer_that_is_no_text_is_counted_and_in_no_pair():
+    pairs, facts = make(("a?", "1", ["=1", "=2", "", "  ", "broken \ufffd", "\ufffd=1", "\x00=1"]))
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("=1", "=2")]
+    assert facts["pass@1"] == 3 / 7
 
 
 def test_questions_that_give_no_pair_say_why():

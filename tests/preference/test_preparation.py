@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from laddpo.errors import UserError
+from laddpo.evaluation.grading import FunctionGrader
 from laddpo.preference import preparation
 from laddpo.preference.encode import TextEncoder
 from laddpo.preference.pairs import prompt_group, user_prompt
@@ -207,6 +208,34 @@ def test_bad_rows_stop_the_run_with_equal_problems_in_one_line(tmp_path, tokeniz
     assert not list((tmp_path / "out").iterdir())
 
 
+HALF = "\\ud800"  # as JSON writes it
+BROKEN = {
+    "a key": (f'{{"{HALF}": 1, "prompt": "p", "chosen": "c"}}', "rejected: field missing; found the fields [\\ud800, "),
+    "a key twice": (f'{{"{HALF}": 1, "{HALF}": 2}}', "\\ud800: has the key '\\ud800' twice (DATA-17)"),
+    "a role": (
+        f'{{"prompt": [{{"role": "{HALF}", "content": "p"}}], "chosen": [], "rejected": []}}',
+        "prompt[0].role: is '\\ud800', want one of",
+    ),
+    "a gold answer": (
+        f'{{"prompt": "p", "chosen": "c", "rejected": "r", "gold": "{HALF}"}}',
+        "answer: has half of a surrogate pair",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", BROKEN)
+def test_half_a_surrogate_pair_anywhere_makes_a_bad_row_that_can_be_written_and_printed(where, tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", make_rows(4))
+    path.write_text(path.read_text() + BROKEN[where][0] + "\n")
+    asked = {"columns": {"answer": "gold"}}
+    prepared = prepare(tmp_path / "out", path, tokenizer, **asked, on_bad_row="skip")
+    (rejected,) = map(json.loads, (prepared.folder / "rejected.jsonl").read_text("utf-8").splitlines())
+    assert rejected["place"] == f"{path}:5"
+    with pytest.raises(UserError, match=re.escape(f"{path}:5: {BROKEN[where][1]}")) as caught:
+        prepare(tmp_path / "out", path, tokenizer, **asked)
+    (prepared.said + str(caught.value)).encode("utf-8")
+
+
 def test_the_places_of_equal_problems_name_each_file_once(tmp_path, tokenizer):
     rows = make_rows(30)
     for row in (rows[4], rows[7], rows[21]):
@@ -300,6 +329,16 @@ def test_repeated_rows_are_kept_apart_or_dropped(tmp_path, tokenizer):
     dropped = prepare(tmp_path / "out", path, tokenizer, duplicates="drop")
     assert len(dropped) == 4
     assert dropped.report()["dropped"]["DATA-83"]["count"] == 8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_repeats_another_only_where_both_were_sampled(tmp_path, tokenizer, seed):
+    path = write_rows(tmp_path / "a.jsonl", make_rows(20) * 3)
+    asked = {"random_sample_size": 15, "seed": seed}
+    kept, dropped = (prepare(tmp_path / "out", path, tokenizer, **asked, duplicates=rule) for rule in ("keep", "drop"))
+    unique = {row["chosen"] for row in kept.texts("train")}
+    assert sorted(row["chosen"] for row in dropped.texts("train")) == sorted(unique)
+    assert kept.report()["duplicates"] == dropped.report()["duplicates"] == 15 - len(unique)
 
 
 def test_cut_prompts_are_counted_and_written_as_encoded(tmp_path, tokenizer):
@@ -443,6 +482,34 @@ def test_a_mixture_holds_its_parts_in_proportion(tmp_path, tokenizer):
     assert mixed((0.7, 0.1)) == {"a": 100, "b": 14}
     with pytest.raises(UserError, match="weight of the source jsonl is 0"):
         mixed((0, 1))
+
+
+def test_a_part_of_a_mixture_without_a_row_is_named_with_its_bad_rows(tmp_path, tokenizer):
+    good = write_rows(tmp_path / "good.jsonl", make_rows(40))
+    bad = write_rows(tmp_path / "bad.jsonl", [{**row, "chosen": ""} for row in make_rows(3)])
+    parts = [Part("jsonl", Request(dataset_name=str(path))) for path in (good, bad)]
+    with pytest.raises(UserError) as caught:
+        prepare_pairs(
+            tmp_path / "out", "mix", parts, TextEncoder(tokenizer), Rules(on_bad_row="skip"), show=str, progress=False
+        )
+    assert str(caught.value).splitlines() == [
+        f"data.mixture[1], jsonl of {bad}, gives no row that can be used (DATA-40):",
+        f"  3 rows, at {bad}:1, :2, :3: chosen: is empty (DATA-07). Fix the row or set data.on_bad_row=skip.",
+        "Mend its rows, or leave it out of the mixture.",
+    ]
+
+
+def test_a_source_without_a_row_says_what_is_known_of_it(tmp_path, tokenizer):
+    grader = FunctionGrader("all right", lambda text, answer: True)
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "1+1?", "answer": "2", "candidates": ["2", "two"]}])
+    with pytest.raises(UserError, match=r"graded_candidates of .*DATA-40\):\n  questions with no wrong candidate"):
+        prepare(tmp_path / "out", path, tokenizer, "graded_candidates", grader=grader)
+
+
+def test_a_sample_of_bad_rows_alone_names_them(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{**row, "prompt": "p" * 100} for row in make_rows(4)])
+    with pytest.raises(UserError, match=r"No row is left to train on:\n.*a\.jsonl:\d: .*\(DATA-75\)"):
+        prepare(tmp_path / "out", path, tokenizer, max_length=40, random_sample_size=1, on_bad_row="skip")
 
 
 @pytest.mark.parametrize(

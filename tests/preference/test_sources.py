@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from laddpo.errors import UserError
+from laddpo.evaluation.grading import FunctionGrader
 from laddpo.preference.badrows import BadRow
 from laddpo.preference.encode import TextEncoder
 from laddpo.preference.files import ReadLog
@@ -199,6 +200,21 @@ def test_columns_by_other_names_are_mapped(tmp_path):
     assert (pair.prompt[0].content, pair.chosen, pair.rejected, pair.answer) == ("p", "c", "r", "42")
 
 
+def test_columns_of_our_own_names_are_honoured_where_they_are_set_and_named_where_they_are_not(tmp_path):
+    rows = [{"system": "s", "prompt": "p", "chosen": "c", "rejected": "r", "answer": "42"}]
+    log = ReadLog()
+    path = tmp_path / "a.jsonl"
+    for source, columns in (("jsonl", {}), ("orca_dpo_pairs", {"prompt": "prompt", "system": None})):
+        (pair,) = read(source, path, rows, columns=columns)
+        assert ([message.role for message in pair.prompt], pair.answer) == (["user"], None)
+    list(open_source("jsonl").read(Request(dataset_name=str(path)), log))
+    assert log.warnings == {"column 'system' is not used": 1, "column 'answer' is not used": 1}
+    columns = {"prompt": "prompt", "system": "system", "answer": "answer"}
+    for source in ("jsonl", "orca_dpo_pairs", "ultrafeedback"):
+        (pair,) = read(source, path, rows, columns=columns)
+        assert ([message.content for message in pair.prompt], pair.answer) == (["s", "p"], "42")
+
+
 def test_known_datasets_have_ready_shapes(tmp_path):
     (pair,) = read(
         "ultrafeedback",
@@ -260,6 +276,63 @@ def test_parquet_columns_of_the_wrong_type_are_refused(tmp_path):
     names = pa.array(["c"]).dictionary_encode()
     pq.write_table(pa.table({"prompt": ["p"], "chosen": names, "rejected": ["r"]}), tmp_path / "names.parquet")
     assert len(read("jsonl", tmp_path / "names.parquet")) == 1
+
+
+ODD_COLUMNS = {
+    "date": lambda pa: pa.array([2**31 - 1], pa.int32()).cast(pa.date32()),
+    "time": lambda pa: pa.array([2**55], pa.timestamp("ms")),
+    "zone": lambda pa: pa.array([1], pa.timestamp("s", tz="Mars/Base")),
+    "text": lambda pa: pa.array([b"\xff"], pa.binary()).view(pa.string()),
+    "bytes": lambda pa: pa.array([b"\xff"], pa.binary()),
+    "nested": lambda pa: pa.array([[{"day": 2**31 - 1}]], pa.list_(pa.struct([("day", pa.date32())]))),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_COLUMNS)
+def test_a_parquet_column_that_python_cannot_hold_matters_only_where_it_is_used(kind, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = {"prompt": ["p"], "chosen": ["c"], "rejected": ["r"]}
+    path, odd = tmp_path / "a.parquet", ODD_COLUMNS[kind](pa)
+    pq.write_table(pa.table({"odd": odd, **texts, "answer": odd, "response": odd}), path)
+    log = ReadLog()
+    (pair,) = open_source("jsonl").read(Request(dataset_name=str(path)), log)
+    assert (pair.prompt[0].content, pair.chosen, pair.rejected) == ("p", "c", "r")
+    assert log.warnings == {f"column {name!r} is not used": 1 for name in ("odd", "answer", "response")}
+    with pytest.raises(UserError, match=r"column odd: is .*\((DATA-53|DATA-55)\)\. Save the column as text\."):
+        read("jsonl", path, columns={"answer": "odd"})
+    pq.write_table(pa.table({"odd": odd, "chosen": ["c"]}), path)
+    (bad,) = read("jsonl", path)
+    assert "prompt: field missing; found the fields [odd, chosen]" in str(bad)
+    pq.write_table(pa.table({"odd": odd}), path)
+    (bad,) = read("jsonl", path)
+    assert "prompt: field missing; found the fields [odd]" in str(bad)
+
+
+def test_a_repeated_parquet_column_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ["prompt", "chosen", "rejected", "chosen"]
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 4, names), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"has a repeated column among .*'chosen'.* \(DATA-17\)"):
+        read("jsonl", tmp_path / "a.parquet")
+
+
+def test_candidates_and_columns_with_a_point_are_read_from_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    grader = FunctionGrader("same", lambda text, answer: text == answer)
+    rows = {"q": ["1+1?"], "answer": ["2"], "candidates": [["2", "3"]]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    (pair,) = read("graded_candidates", tmp_path / "a.parquet", columns={"prompt": "q"}, grader=grader)
+    assert (pair.chosen, pair.rejected) == ("2", "3")
+    rows = {"a": [{"b": "x"}], "a.b": [[user("p")]], "chosen": [[assistant("c")]], "rejected": [[assistant("r")]]}
+    pq.write_table(pa.table(rows), tmp_path / "b.parquet")
+    (pair,) = read("jsonl", tmp_path / "b.parquet", columns={"prompt": "a.b"})
+    assert (pair.prompt, pair.chosen) == ((Message("user", "p"),), "c")
 
 
 def test_rows_of_the_hub_come_with_their_place_and_a_warning_without_revision(monkeypatch):
