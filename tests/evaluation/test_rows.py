@@ -106,6 +106,8 @@ def test_texts_are_compared_without_case_and_spaces():
         ("arc_c", {**ARC, "choices": {"text": ["a"], "label": []}}, "field 'choices'"),
         ("file", {"prompt": "x"}, "field 'answer'"),
         ("file", {"prompt": " ", "answer": "x"}, "row 1 has no prompt"),
+        ("file", {"prompt": "a\ud800b", "answer": "x"}, "rows.jsonl:1: field 'prompt' has half of a surrogate pair"),
+        ("arc_c", {**ARC, "choices": {"text": ["\udfff"], "label": ["A"]}}, "field 'choices' has half of a surrogate"),
     ],
 )
 def test_a_bad_row_is_named_by_line_and_field(tmp_path, name, row, message):
