@@ -21,6 +21,12 @@ SEALED = ("config.yaml", "results.json", "items.jsonl", "pairs.jsonl")
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Evaluate the run that `run` names, or the configured model as it is."""
+    if not (config.run or config.evaluation.tasks):
+        raise UserError(
+            "evaluation.tasks is empty and run is not set; a base model alone can only be measured on tasks. "
+            "Add run=outputs/train/<run>, or evaluation=arithmetic."
+        )
+
     from laddpo import inputs
     from laddpo.compose import write_config
     from laddpo.core.ranks import here
@@ -29,13 +35,14 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.resuming import held, told_to_resume
     from laddpo.signals import stop_on_signal
 
-    # before minutes of loading, which would be lost where they are missing
+    # before minutes of loading, which would be lost, and before anything is written
     tuned = tuned_weights(config, Path(config.run)) if config.run else None
     inputs.check_before_loading(config)
     if config.evaluation.harness != "none":
         from laddpo.harness import require_harness
 
         require_harness(config)
+    tasks = open_tasks(config)
     way = f"output_dir={run_folder} resume=true"
     with held(run_folder), told_to_resume(run_folder, way), stop_on_signal() as stop:
         if here().is_main:
@@ -44,9 +51,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
         loaded = inputs.load(config, find_machine(config))
         if tuned:
             inputs.make_trainable(config, loaded)
-            evaluate_run(config, tuned, run_folder, open_prepared(config), loaded, stop)
+            evaluate_run(config, tuned, run_folder, open_prepared(config), loaded, stop, tasks)
         else:
-            evaluate_base(config, run_folder, loaded, stop)
+            evaluate_base(config, run_folder, loaded, stop, tasks)
         if here().is_main:
             seal(run_folder, config.run, loaded.weights)
     print(run_folder)
@@ -68,14 +75,15 @@ def seal(folder: Path, run: str | None, weights: dict) -> None:
     runs.write_manifest(folder, "evaluation", fields, runs.present(folder, SEALED), **runs.provenance())
 
 
-def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, stop) -> dict:
+def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, stop, tasks=None) -> dict:
     """Base against the weights of a run in `tuned` (tuned_weights); returns the content of results.json.
 
     Several ranks divide the pairs and the answers; rank 0 writes what one process would. The model in `loaded` must
-    already carry the run's adapter (or be trainable as a whole); its weights are replaced.
+    already carry the run's adapter (or be trainable as a whole); its weights are replaced. `tasks` are those of
+    open_tasks, where they are open already.
     """
     from laddpo import inputs, runs
-    from laddpo.answering import answer_task, open_task
+    from laddpo.answering import answer_task
     from laddpo.evaluation.plots import evaluation_plot
     from laddpo.evaluation.tables import before_after_table, examples_text
 
@@ -86,7 +94,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     with base_model(config, loaded):
         items, block = inputs.measured_items(config, prepared, loaded, held_out, stop, "held-out pairs")
         seen_items, _ = inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs of the evaluation")
-        tasks = [open_task(config, name, "test", config.evaluation.limit) for name in own_tasks(config)]
+        tasks = open_tasks(config) if tasks is None else tasks
         harness = _harness(config, loaded, folder, "base")
         base_records = {
             task.name: answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base", stop)
@@ -123,24 +131,19 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     return results
 
 
-def evaluate_base(config: RunConfig, folder: Path, loaded, stop) -> dict:
-    """Exact match of the configured model alone."""
+def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks) -> dict:
+    """Exact match of the configured model alone, on the tasks of open_tasks."""
     from laddpo import runs
-    from laddpo.answering import answer_task, open_task
+    from laddpo.answering import answer_task
     from laddpo.evaluation.stats import wilson_interval
 
-    if not config.evaluation.tasks:
-        raise UserError(
-            "evaluation.tasks is empty and run is not set; a base model alone can only be measured on tasks. "
-            "Add run=outputs/train/<run>, or evaluation=arithmetic."
-        )
     results: dict = {}
-    for name in own_tasks(config):
-        task = open_task(config, name, "test", config.evaluation.limit)
+    for task in tasks:
+        name = task.name
         records = answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base", stop)
         right = sum(record["correct"] for record in records)
         low, high = wilson_interval(right, len(records))
-        key = "exact_match" if len(config.evaluation.tasks) == 1 else f"{name}/exact_match"
+        key = "exact_match" if len(tasks) == 1 else f"{name}/exact_match"
         results[key] = {
             "base": right / len(records),
             "base_interval": [low, high],
@@ -159,9 +162,12 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop) -> dict:
     return results
 
 
-def own_tasks(config: RunConfig) -> list[str]:
-    """The tasks that this program answers and grades itself."""
-    return config.evaluation.tasks if config.evaluation.harness == "none" else []
+def open_tasks(config: RunConfig) -> list:
+    """The test problems of the tasks that this program answers and grades itself."""
+    from laddpo.answering import open_task
+
+    own = config.evaluation.tasks if config.evaluation.harness == "none" else []
+    return [open_task(config, name, "test", config.evaluation.limit) for name in own]
 
 
 def _harness(config: RunConfig, loaded, folder: Path, label: str) -> dict | None:
