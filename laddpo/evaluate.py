@@ -95,7 +95,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
         items, block = inputs.measured_items(config, prepared, loaded, held_out, stop, "held-out pairs")
         seen_items, _ = inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs of the evaluation")
         tasks = open_tasks(config) if tasks is None else tasks
-        harness = _harness(config, loaded, folder, "base")
+        harness = _harness(config, loaded, folder, "base", loaded.weights)
         base_records = {
             task.name: answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base", stop)
             for task in tasks
@@ -107,9 +107,9 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     results["reward_accuracy_on_training_pairs"] = _compare_accuracy(
         config, _scores(config, loaded, seen_items, block), seen
     )
-    digest = {"tuned": runs.read_manifest(tuned, "weights", verify=False)["files"]}
+    digest = {**loaded.weights, "tuned": runs.read_manifest(tuned, "weights", verify=False)["files"]}
     for task in tasks:
-        records = answer_task(config, loaded, task, folder / "items.jsonl", {**loaded.weights, **digest}, "tuned", stop)
+        records = answer_task(config, loaded, task, folder / "items.jsonl", digest, "tuned", stop)
         base = base_records[task.name]
         key = "exact_match" if len(tasks) == 1 else f"{task.name}/exact_match"
         results[key] = _compare(
@@ -119,7 +119,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
         results.update(_compare_lengths(config, base, records, "" if len(tasks) == 1 else f"{task.name}/"))
         if is_main:
             runs.write_text(folder / f"examples_{task.name}.txt", examples_text(base, records) + "\n")
-    harness_tuned = _harness(config, loaded, folder, "tuned")
+    harness_tuned = _harness(config, loaded, folder, "tuned", digest)
     if not is_main:
         return results
     results.update(_harness_results(harness, harness_tuned, config.seed))
@@ -152,7 +152,7 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks) -> dict:
         }
         share = f"{right / len(records):.1%} (95% interval {low:.1%} to {high:.1%})"
         print(f"{name}: {right} of {len(records)} exact, {share}")
-    harness = _harness(config, loaded, folder, "base")
+    harness = _harness(config, loaded, folder, "base", loaded.weights)
     if not loaded.machine.ranks.is_main:
         return results
     for name, entry in _harness_results(harness, None, config.seed).items():
@@ -170,7 +170,7 @@ def open_tasks(config: RunConfig) -> list:
     return [open_task(config, name, "test", config.evaluation.limit) for name in own]
 
 
-def _harness(config: RunConfig, loaded, folder: Path, label: str) -> dict | None:
+def _harness(config: RunConfig, loaded, folder: Path, label: str, weights: dict) -> dict | None:
     """What lm-evaluation-harness makes of the model as it is now; None where it is not asked for. Rank 0 runs it."""
     if config.evaluation.harness == "none":
         return None
@@ -180,7 +180,7 @@ def _harness(config: RunConfig, loaded, folder: Path, label: str) -> dict | None
     with lockstep(loaded.denoiser):
         if not loaded.machine.ranks.is_main:
             return None
-        found = run_harness(config, loaded, folder, label)
+        found = run_harness(config, loaded, folder, label, weights)
         write_items(folder, found, label)
         return found
 
