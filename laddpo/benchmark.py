@@ -246,7 +246,9 @@ def _stored(config: RunConfig) -> str:
 
 
 def _is_local(config: RunConfig) -> bool:
-    return Path(config.model.model_name_or_path).expanduser().is_dir()
+    from laddpo.inputs import model_path
+
+    return Path(model_path(config)).expanduser().is_dir()
 
 
 def _graded(config: RunConfig, machine) -> tuple:

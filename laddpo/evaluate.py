@@ -21,6 +21,12 @@ SEALED = ("config.yaml", "results.json", "items.jsonl", "pairs.jsonl")
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Evaluate the run that `run` names, or the configured model as it is."""
+    if not (config.run or config.evaluation.tasks):
+        raise UserError(
+            "evaluation.tasks is empty and run is not set; a base model alone can only be measured on tasks. "
+            "Add run=outputs/train/<run>, or evaluation=arithmetic."
+        )
+
     from laddpo import inputs
     from laddpo.compose import write_config
     from laddpo.core.ranks import here
@@ -29,13 +35,14 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.resuming import held, told_to_resume
     from laddpo.signals import stop_on_signal
 
-    # before minutes of loading, which would be lost where they are missing
+    # before minutes of loading, which would be lost, and before anything is written
     tuned = tuned_weights(config, Path(config.run)) if config.run else None
     inputs.check_before_loading(config)
     if config.evaluation.harness != "none":
         from laddpo.harness import require_harness
 
         require_harness(config)
+    tasks = open_tasks(config)
     way = f"output_dir={run_folder} resume=true"
     with held(run_folder), told_to_resume(run_folder, way), stop_on_signal() as stop:
         if here().is_main:
@@ -44,9 +51,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
         loaded = inputs.load(config, find_machine(config))
         if tuned:
             inputs.make_trainable(config, loaded)
-            evaluate_run(config, tuned, run_folder, open_prepared(config), loaded, stop)
+            evaluate_run(config, tuned, run_folder, open_prepared(config), loaded, stop, tasks)
         else:
-            evaluate_base(config, run_folder, loaded, stop)
+            evaluate_base(config, run_folder, loaded, stop, tasks)
         if here().is_main:
             seal(run_folder, config.run, loaded.weights)
     print(run_folder)
@@ -68,14 +75,15 @@ def seal(folder: Path, run: str | None, weights: dict) -> None:
     runs.write_manifest(folder, "evaluation", fields, runs.present(folder, SEALED), **runs.provenance())
 
 
-def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, stop) -> dict:
+def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, stop, tasks=None) -> dict:
     """Base against the weights of a run in `tuned` (tuned_weights); returns the content of results.json.
 
     Several ranks divide the pairs and the answers; rank 0 writes what one process would. The model in `loaded` must
-    already carry the run's adapter (or be trainable as a whole); its weights are replaced.
+    already carry the run's adapter (or be trainable as a whole); its weights are replaced. `tasks` are those of
+    open_tasks, where they are open already.
     """
     from laddpo import inputs, runs
-    from laddpo.answering import answer_task, open_task
+    from laddpo.answering import answer_task
     from laddpo.evaluation.plots import evaluation_plot
     from laddpo.evaluation.tables import before_after_table, examples_text
 
@@ -86,8 +94,8 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     with base_model(config, loaded):
         items, block = inputs.measured_items(config, prepared, loaded, held_out, stop, "held-out pairs")
         seen_items, _ = inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs of the evaluation")
-        tasks = [open_task(config, name, "test", config.evaluation.limit) for name in own_tasks(config)]
-        harness = _harness(config, loaded, folder, "base")
+        tasks = open_tasks(config) if tasks is None else tasks
+        harness = _harness(config, loaded, folder, "base", loaded.weights)
         base_records = {
             task.name: answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base", stop)
             for task in tasks
@@ -99,9 +107,9 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     results["reward_accuracy_on_training_pairs"] = _compare_accuracy(
         config, _scores(config, loaded, seen_items, block), seen
     )
-    digest = {"tuned": runs.read_manifest(tuned, "weights", verify=False)["files"]}
+    digest = {**loaded.weights, "tuned": runs.read_manifest(tuned, "weights", verify=False)["files"]}
     for task in tasks:
-        records = answer_task(config, loaded, task, folder / "items.jsonl", {**loaded.weights, **digest}, "tuned", stop)
+        records = answer_task(config, loaded, task, folder / "items.jsonl", digest, "tuned", stop)
         base = base_records[task.name]
         key = "exact_match" if len(tasks) == 1 else f"{task.name}/exact_match"
         results[key] = _compare(
@@ -111,7 +119,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
         results.update(_compare_lengths(config, base, records, "" if len(tasks) == 1 else f"{task.name}/"))
         if is_main:
             runs.write_text(folder / f"examples_{task.name}.txt", examples_text(base, records) + "\n")
-    harness_tuned = _harness(config, loaded, folder, "tuned")
+    harness_tuned = _harness(config, loaded, folder, "tuned", digest)
     if not is_main:
         return results
     results.update(_harness_results(harness, harness_tuned, config.seed))
@@ -123,24 +131,19 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     return results
 
 
-def evaluate_base(config: RunConfig, folder: Path, loaded, stop) -> dict:
-    """Exact match of the configured model alone."""
+def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks) -> dict:
+    """Exact match of the configured model alone, on the tasks of open_tasks."""
     from laddpo import runs
-    from laddpo.answering import answer_task, open_task
+    from laddpo.answering import answer_task
     from laddpo.evaluation.stats import wilson_interval
 
-    if not config.evaluation.tasks:
-        raise UserError(
-            "evaluation.tasks is empty and run is not set; a base model alone can only be measured on tasks. "
-            "Add run=outputs/train/<run>, or evaluation=arithmetic."
-        )
     results: dict = {}
-    for name in own_tasks(config):
-        task = open_task(config, name, "test", config.evaluation.limit)
+    for task in tasks:
+        name = task.name
         records = answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base", stop)
         right = sum(record["correct"] for record in records)
         low, high = wilson_interval(right, len(records))
-        key = "exact_match" if len(config.evaluation.tasks) == 1 else f"{name}/exact_match"
+        key = "exact_match" if len(tasks) == 1 else f"{name}/exact_match"
         results[key] = {
             "base": right / len(records),
             "base_interval": [low, high],
@@ -149,7 +152,7 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop) -> dict:
         }
         share = f"{right / len(records):.1%} (95% interval {low:.1%} to {high:.1%})"
         print(f"{name}: {right} of {len(records)} exact, {share}")
-    harness = _harness(config, loaded, folder, "base")
+    harness = _harness(config, loaded, folder, "base", loaded.weights)
     if not loaded.machine.ranks.is_main:
         return results
     for name, entry in _harness_results(harness, None, config.seed).items():
@@ -159,12 +162,15 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop) -> dict:
     return results
 
 
-def own_tasks(config: RunConfig) -> list[str]:
-    """The tasks that this program answers and grades itself."""
-    return config.evaluation.tasks if config.evaluation.harness == "none" else []
+def open_tasks(config: RunConfig) -> list:
+    """The test problems of the tasks that this program answers and grades itself."""
+    from laddpo.answering import open_task
+
+    own = config.evaluation.tasks if config.evaluation.harness == "none" else []
+    return [open_task(config, name, "test", config.evaluation.limit) for name in own]
 
 
-def _harness(config: RunConfig, loaded, folder: Path, label: str) -> dict | None:
+def _harness(config: RunConfig, loaded, folder: Path, label: str, weights: dict) -> dict | None:
     """What lm-evaluation-harness makes of the model as it is now; None where it is not asked for. Rank 0 runs it."""
     if config.evaluation.harness == "none":
         return None
@@ -174,7 +180,7 @@ def _harness(config: RunConfig, loaded, folder: Path, label: str) -> dict | None
     with lockstep(loaded.denoiser):
         if not loaded.machine.ranks.is_main:
             return None
-        found = run_harness(config, loaded, folder, label)
+        found = run_harness(config, loaded, folder, label, weights)
         write_items(folder, found, label)
         return found
 

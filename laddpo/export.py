@@ -19,7 +19,7 @@ from laddpo.settings import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Export the run that `run` names, or the adapter at `adapter.path` on the configured model."""
-    from laddpo import exporting, runs
+    from laddpo import runs
 
     if config.run is None and config.adapter.path is None:
         raise UserError(
@@ -28,6 +28,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
         )
     if (run_folder / runs.MANIFEST).exists():
         raise UserError(f"output_dir is {str(run_folder)!r}, which holds an export; choose another folder.")
+
+    from laddpo import exporting
+
     trained = Path(config.run) if config.run else None
     if config.export.push_to_hub:
         exporting.check_hub_access()

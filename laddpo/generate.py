@@ -1,4 +1,4 @@
-"""Answers to prompts, base beside tuned: from the command line, from a file, or typed in.
+"""Answers to prompts, base beside tuned: to one on the command line, or to the lines of a file.
 
     python -m laddpo.generate prompt="07+15-04="                              the configured model
     python -m laddpo.generate run=outputs/train/<run> prompt="07+15-04="      base and tuned side by side
@@ -9,6 +9,7 @@ Writes generations.jsonl into the run's folder and prints the texts. Decoding is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from laddpo.app import run_stage
@@ -18,23 +19,24 @@ from laddpo.settings import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Answer every prompt with the base and, with `run`, with the tuned model."""
+    texts = wanted_prompts(config)
+
     from laddpo import inputs, runs
     from laddpo.answering import answerer
     from laddpo.machine import find_machine
     from laddpo.preference.pairs import user_prompt
     from laddpo.tuned import base_model, tuned_weights, use_weights
 
-    texts = wanted_prompts(config)
-    trained = Path(config.run) if config.run else None
+    tuned = tuned_weights(config, Path(config.run)) if config.run else None
     inputs.check_before_loading(config)
     loaded = inputs.load(config, find_machine(config))
     prompts = [user_prompt(text) for text in texts]
     answers: dict[str, list[str]] = {}
-    if trained:
+    if tuned:
         inputs.make_trainable(config, loaded)
         with base_model(config, loaded):
             answers["base"] = _answer_all(config, answerer(config, loaded), prompts)
-        use_weights(config, loaded, tuned_weights(config, trained))
+        use_weights(config, loaded, tuned)
         answers["tuned"] = _answer_all(config, answerer(config, loaded), prompts)
     else:
         answers["base"] = _answer_all(config, answerer(config, loaded), prompts)
@@ -49,20 +51,34 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 
 def wanted_prompts(config: RunConfig) -> list[str]:
-    """The prompt given, the lines of the file given, or what is typed."""
+    """The prompt given, or the lines of the file given that are not blank."""
     if config.prompt is not None:
         return [config.prompt]
     if config.prompts is not None:
         path = Path(config.prompts)
         if not path.is_file():
             raise UserError(f"prompts is {config.prompts!r}: no such file; expected text with one prompt a line.")
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in text_lines(path, config.data.max_line_bytes) if line.strip()]
         if not lines:
             raise UserError(f"{path}: holds no prompt; expected one prompt a line.")
         return lines
     raise UserError(
         'neither prompt nor prompts is set; expected prompt="a question" or prompts=<file, one prompt a line>.'
     )
+
+
+def text_lines(path: Path, max_line_bytes: int) -> Iterator[str]:
+    """The lines of a text file, strictly in UTF-8; `UserError` names the line that is not."""
+    from laddpo.preference.badrows import RowError
+    from laddpo.preference.files import ReadLog, numbered_lines, open_checked
+    from laddpo.preference.strict_json import decode_line
+
+    with open_checked(path, ReadLog()) as stream:
+        for number, line in numbered_lines(path, stream, max_line_bytes):
+            try:
+                yield decode_line(line, first=number == 1).rstrip("\r\n")
+            except RowError as error:
+                raise UserError(str(error.at(f"{path}:{number}"))) from error
 
 
 def _answer_all(config: RunConfig, answer, prompts: list) -> list[str]:

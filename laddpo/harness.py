@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,11 @@ def require_harness(config: RunConfig) -> None:
         )
 
 
-def run_harness(config: RunConfig, loaded: Loaded, folder: Path, label: str) -> dict[str, Any]:
-    """What the harness returns for the model as it is now. Answers are kept in `folder` as they come, and reused."""
+def run_harness(
+    config: RunConfig, loaded: Loaded, folder: Path, label: str, weights: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the harness returns for the model as it is now, whose `weights` are these. Answers are kept in `folder` as
+    they come, and reused for the same weights and settings."""
     import lm_eval
 
     from laddpo.evaluation.harness_model import HarnessModel
@@ -63,7 +68,7 @@ def run_harness(config: RunConfig, loaded: Loaded, folder: Path, label: str) -> 
             num_fewshot=evaluation.shots or None,
             limit=evaluation.limit,
             task_manager=_manager(config),
-            use_cache=str(folder / f"harness_{label}"),
+            use_cache=str(folder / f"harness_{label}_{answers_key(config, loaded, weights)}"),
             apply_chat_template=config.data.template != "plain" and bool(loaded.tokenizer.chat_template),
             bootstrap_iters=0,
             random_seed=config.seed,
@@ -77,6 +82,20 @@ def run_harness(config: RunConfig, loaded: Loaded, folder: Path, label: str) -> 
             f"the harness could not get the data of {', '.join(evaluation.tasks)} ({type(error).__name__}: {error}). "
             "Connect to the network once (it is cached then), or point evaluation.harness_dir at tasks with local data."
         ) from error
+
+
+def answers_key(config: RunConfig, loaded: Loaded, weights: Mapping[str, Any]) -> str:
+    """What answers and likelihoods depend on beside the request, by which alone the harness tells them apart."""
+    return runs.fingerprint(
+        {
+            "weights": dict(weights),
+            "quantization": dataclasses.asdict(config.quantization),
+            "precision": loaded.machine.precision,
+            "sampler": dataclasses.asdict(sampler_settings(config)),
+            "elbo_draws": config.evaluation.elbo_draws,
+            "template": config.data.template,
+        }
+    )
 
 
 def harness_results(base: dict[str, Any], tuned: dict[str, Any] | None, seed: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What each single setting may be: names out of a list, numbers within bounds.
+"""What each single setting may be: names out of a list, numbers within bounds, lists that hold something.
 
-`single_problems(config)` checks every setting by itself; laddpo/config.py checks settings against each other. The names
-are those of tables in modules that import torch, which a configuration must not; a test keeps both equal.
+`single_problems(config)` checks every setting by itself, and what a setting may be because of another one that is read
+with it alone; laddpo/config.py checks settings against each other. The names are those of tables in modules that import
+torch, which a configuration must not; a test keeps both equal.
 """
 
 from __future__ import annotations
@@ -17,17 +18,57 @@ from laddpo.errors import nearest
 def single_problems(config: Any) -> Iterator[str]:
     """A sentence for each setting of a dataclass tree whose value cannot be meant."""
     for key, value in leaves(config):
-        numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, float)]
-        if not all(map(math.isfinite, numbers)):
-            yield f"{key} is {value}; expected a finite number; write one, or null where the key allows it."
-        elif value == "" and key in PATHS:
-            yield f"{key} is empty; expected a path; name one, or leave {key}= out."
-        elif value is not None and key in CHOICES:
-            for name in value if isinstance(value, list) else [value]:
-                if name not in CHOICES[key]:
-                    yield unknown_name(key, name, CHOICES[key])
-        elif value is not None and key in RANGES:
-            yield from _outside(key, value, RANGES[key])
+        found = list(_problems(key, value))
+        yield from found or _depending(key, value, config)
+
+
+def _problems(key: str, value: Any) -> Iterator[str]:
+    """What is wrong with one setting by itself."""
+    values = value if isinstance(value, list) else [value]
+    if not all(math.isfinite(x) for x in values if isinstance(x, float)):
+        yield f"{key} is {value}; expected a finite number; write one, or null where the key allows it."
+    elif value == "" and key in PATHS:
+        yield f"{key} is empty; expected a path; name one, or leave {key}= out."
+    elif value == [] and key in LISTS:
+        yield f"{key} is empty; expected a list such as {LISTS[key]}; write one, or leave {key}= out."
+    elif key in LISTS and len(set(values)) < len(values):
+        yield f"{key} is {value}, which names {_first_repeated(values)} twice; each is measured once; write it once."
+    elif value is not None and key in CHOICES:
+        yield from (unknown_name(key, name, CHOICES[key]) for name in values if name not in CHOICES[key])
+    elif value is not None and key in RANGES:
+        for number in values:
+            yield from _outside(key, number, RANGES[key])
+
+
+def _first_repeated(values: list) -> Any:
+    return next(value for place, value in enumerate(values) if value in values[:place])
+
+
+def _depending(key: str, value: Any, config: Any) -> Iterator[str]:
+    """What a setting may be because of one that is read with it alone."""
+    evaluation, benchmark = config.evaluation, config.benchmark
+    if key == "best_metric" and value == "exact_match":
+        graded = evaluation.tasks if evaluation.harness == "none" else []
+        if not set(graded) & set(EMBEDDED_TASKS):
+            yield (
+                f"best_metric is 'exact_match' and evaluation.tasks is {evaluation.tasks} (harness "
+                f"{evaluation.harness}), which has no problems to choose a checkpoint by; those of "
+                f"{', '.join(EMBEDDED_TASKS)} have; add one, or use best_metric=auto."
+            )
+    elif key == "benchmark.parts":
+        for part in ("cards", "rates"):
+            if part in value and not getattr(benchmark, part):
+                yield (
+                    f"benchmark.parts has {part} and benchmark.{part} is empty; expected settings to measure; use "
+                    f"experiment=gpu_proof_small or gpu_proof, or leave {part} out of benchmark.parts."
+                )
+    elif key == "benchmark.mean" and not value < benchmark.p99 < P99_OVER_MEAN * value:
+        if any(_problems("benchmark.p99", benchmark.p99)):
+            return
+        yield (
+            f"benchmark.mean is {value:g} and benchmark.p99 is {benchmark.p99:g}; lengths are log-normal, whose 99th "
+            f"percentile lies above the mean and below {P99_OVER_MEAN:g} times it; {RANGES[key].usual} (157 and 646)."
+        )
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -81,8 +122,28 @@ def _plain(number: float) -> str:
 EMBEDDED_TASKS = ("arithmetic", "word_problems")  # with problems of their own, made here
 TASKS = ("arithmetic", "word_problems", "gsm8k", "math500", "arc_c", "file")
 
+P99_OVER_MEAN = 14.9  # exp(z^2 / 2) with z of the 99th percentile is 14.97: no log-normal has more
 PATHS = ("output_dir", "resume", "paths.data_dir", "paths.outputs_dir", "adapter.path", "model.model_name_or_path")
+# what is measured for each of several: at least one, and none of them twice; with an example
+LISTS = {
+    "benchmark.parts": "[memory,speed]",
+    "benchmark.memory_draws": "[1,8]",
+    "benchmark.plan_ranks": "[8,64]",
+    "benchmark.plan_tokens": "[256,1024]",
+    "variance.draws": "[1,4,8]",
+}
 CHOICES: dict[str, tuple[str, ...]] = {
+    # validation numbers of which more is better, and the loss
+    "best_metric": (
+        "auto",
+        "none",
+        "exact_match",
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "rewards/chosen",
+        "logps/chosen",
+    ),
     "adapter.kind": ("lora", "full"),
     "quantization.bnb_4bit_quant_type": ("nf4", "fp4"),
     "quantization.bnb_4bit_compute_dtype": ("bf16", "fp16", "fp32"),
@@ -125,6 +186,28 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "export.dtype": ("fp32", "bf16", "fp16"),
     "logger.wandb_mode": ("online", "offline", "disabled"),
     "sft.examples": ("corpus", "chosen"),
+    "variance.settings": (
+        "naive",
+        "one time, many masks",
+        "vrpo_paper",
+        "+ stratified",
+        "+ systematic",
+        "+ low discrepancy",
+        "+ shared counts",
+        "+ shared counts and masks",
+        "+ complement",
+        "+ focus",
+        "complement, low discrepancy",
+        "complement, low discrepancy, shared counts",
+        "complement, low discrepancy, focus",
+        "balanced, low discrepancy",
+        "balanced, low discrepancy, focus",
+        "default",
+        "default, tilt 0.2",
+        "default, tilt 0.5",
+        "default, focus 0.75",
+        "default, shared masks",
+    ),
     "benchmark.weights": ("random", "model"),
     "benchmark.parts": ("memory", "flat", "plan", "speed", "sampler", "cards", "rates", "agreement", "nano"),
 }
@@ -228,7 +311,11 @@ RANGES: dict[str, Range] = {
     "benchmark.card_tokens": at_least(32, "1024 is usual for an 8B"),
     "benchmark.agreement_pairs": at_least(1, "8 are usual"),
     "benchmark.nano_steps": at_least(1, "200 show whether rounding grows"),
+    "benchmark.memory_draws": at_least(1, "1 and 8 show whether memory grows"),
+    "benchmark.plan_ranks": at_least(1, "8 to 64 is usual"),
+    "benchmark.plan_tokens": at_least(32, "256 to 4096 is usual"),
     "benchmark.flat_draws": at_least(1, "64 shows that memory does not grow"),
+    "variance.draws": at_least(1, "1, 4 and 8 are VRPO's"),
     "variance.pairs": at_least(2, "128 is VRPO's"),
     "variance.gradient_pairs": at_least(2, "64 is usual"),
     "variance.evaluations": at_least(3, "8 is VRPO's"),

@@ -19,41 +19,50 @@ from laddpo.settings import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Measure the run that `run` names."""
+    if config.run is None:
+        raise UserError("run is not set; expected the folder of a finished run: run=outputs/train/<run>.")
+
     from laddpo import inputs, runs
-    from laddpo.compose import write_config
-    from laddpo.evaluation.variance import SETTINGS
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
     from laddpo.signals import stop_on_signal
 
-    if config.run is None:
-        raise UserError("run is not set; expected the folder of a finished run: run=outputs/train/<run>.")
-    unknown = [name for name in config.variance.settings if name not in SETTINGS]
-    if unknown or not all(draws >= 1 for draws in config.variance.draws):
-        raise UserError(
-            f"variance.settings is {config.variance.settings} and variance.draws is {config.variance.draws}; expected "
-            f"numbers of draws from 1 and rows out of: {', '.join(SETTINGS)}. [] takes all rows."
-        )
+    tuned = moved_weights(config)
     inputs.check_before_loading(config)
     with runs.locked(run_folder, wait=False), stop_on_signal() as stop:
-        write_config(config, run_folder)
         prepared = open_prepared(config)
         loaded = inputs.load(config, find_machine(config, inputs.data_lengths(config, prepared)))
         parameters = list(inputs.make_trainable(config, loaded).values())
-        measure_run(config, run_folder, prepared, loaded, parameters, stop)
+        measure_run(config, tuned, run_folder, prepared, loaded, parameters, stop)
     print(run_folder)
 
 
-def measure_run(config: RunConfig, folder: Path, prepared, loaded, parameters: list, stop) -> None:
-    """Reference values of all settings first, then the tuned policy under the same masks."""
+def moved_weights(config: RunConfig) -> Path:
+    """The folder of the run's best weights, which must not be those that it started from."""
+    from laddpo import runs
+    from laddpo.tuned import tuned_weights
+
+    folder = tuned_weights(config, Path(config.run))
+    if runs.read_manifest(folder, "weights", verify=False)["fields"]["step"] == 0:
+        raise UserError(
+            f"{folder}: holds the weights of step 0, which are the reference's: under common masks their scores have "
+            "no noise to measure. Expected a run that kept a later step: train longer, or keep the last step with "
+            "best_metric=none."
+        )
+    return folder
+
+
+def measure_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, parameters: list, stop) -> None:
+    """Reference values of all settings first, then the policy with the weights in `tuned` under the same masks."""
     import numpy as np
     from tqdm.auto import tqdm
 
     from laddpo import runs
+    from laddpo.compose import write_config
     from laddpo.evaluation import techniques, variance_report
     from laddpo.evaluation.variance import SETTINGS, drift, measure, reference_values, summarise
     from laddpo.inputs import objective_of
-    from laddpo.tuned import base_model, tuned_weights, use_weights
+    from laddpo.tuned import base_model, use_weights
 
     wanted, machine = config.variance, loaded.machine
     settings = {name: SETTINGS[name] for name in wanted.settings or SETTINGS}
@@ -62,7 +71,6 @@ def measure_run(config: RunConfig, folder: Path, prepared, loaded, parameters: l
     jobs = [(name, draws) for name in settings for draws in wanted.draws]
     studied = [(name, draws) for name, draws in jobs if name == "default" and draws > 1]
     objective = dataclasses.replace(objective_of(config), correction="none")
-    tuned = tuned_weights(config, Path(config.run))
     common = (config.seed, wanted.evaluations, machine.token_budget)
     references, mixtures = {}, {}
     with base_model(config, loaded):
@@ -110,6 +118,7 @@ def measure_run(config: RunConfig, folder: Path, prepared, loaded, parameters: l
     }
     table = summarise(list(measured.values()), config.dpo.beta, np.random.default_rng(config.seed))
     result = {**facts, "settings": table, "techniques": tried}
+    write_config(config, folder)  # which makes the folder a run's: until here nothing could be gone on with
     runs.write_json(folder / "variance.json", result)
     runs.write_text(folder / "variance.md", variance_report.markdown_page(result))
     variance_report.variance_plot(result, folder / "variance.png")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,6 +154,24 @@ def test_help_and_mistakes_answer_within_two_seconds_without_torch(arguments, tm
             break
     assert fastest < 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "message"),
+    [
+        ("generate", [], "neither prompt nor prompts is set"),
+        ("generate", ["prompts=latin1.txt"], "latin1.txt:2: is not UTF-8: byte 0xe9"),
+        ("export", [], "run is not set"),
+        ("variance", [], "run is not set"),
+        ("evaluate", ["evaluation.tasks=[]"], "evaluation.tasks is empty and run is not set"),
+    ],
+)
+def test_a_stage_without_what_it_works_on_says_so_before_torch_loads(stage, arguments, message, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes(b"01+01=\ncaf\xe9\n")
+    done = run_python("-X", "importtime", "-m", f"laddpo.{stage}", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+    assert [path.name for path in tmp_path.iterdir()] == ["latin1.txt"]
 
 
 def test_a_sweep_in_several_processes_is_refused(capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Mistakes in settings, through the command line: exit code 2, all together, no traceback, nothing run."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,7 @@ from laddpo.compose import compose, read_config, write_config
 from laddpo.config import check_machine, find_problems, unlikely_settings
 from laddpo.datachecks import READ_BY
 from laddpo.errors import UserError
-from laddpo.ranges import CHOICES, RANGES, leaves
+from laddpo.ranges import CHOICES, LISTS, RANGES, leaves
 from laddpo.settings import RunConfig
 
 TOKEN = "hf_" + "a" * 30
@@ -164,6 +165,35 @@ MISTAKES = {
     "an option of a decoder": (
         ["evaluation.remasking=confidence"],
         ["evaluation.remasking is 'confidence'", "did you mean"],
+    ),
+    # what is measured for each of several
+    "no parts": (["benchmark.parts=[]"], ["benchmark.parts is empty; expected a list such as [memory,speed]"]),
+    "no draws of a part": (["benchmark.memory_draws=[]"], ["benchmark.memory_draws is empty"]),
+    "no ranks of the plan": (["benchmark.plan_ranks=[]", "benchmark.plan_tokens=[]"], ["2 problems", "plan_tokens"]),
+    "zero draws of a part": (["benchmark.memory_draws=[4,0]"], ["benchmark.memory_draws is 0; it must be >= 1"]),
+    "no draws of the noise study": (
+        ["variance.draws=[]"],
+        ["variance.draws is empty; expected a list such as [1,4,8]"],
+    ),
+    "draws named twice": (["variance.draws=[4,8,4]"], ["variance.draws is [4, 8, 4], which names 4 twice"]),
+    "draws below one": (["variance.draws=[4,-1]"], ["variance.draws is -1; it must be >= 1"]),
+    "a row of the noise study that is not there": (["variance.settings=[vrpo_papr]"], ["did you mean vrpo_paper?"]),
+    "parts without settings": (
+        ["benchmark.parts=[cards,rates]"],
+        ["benchmark.parts has cards and benchmark.cards is empty", "benchmark.parts has rates", "gpu_proof_small"],
+    ),
+    "a mean above the longest": (
+        ["benchmark.mean=700"],
+        ["benchmark.mean is 700 and benchmark.p99 is 646; lengths are log-normal", "157 and 646"],
+    ),
+    "a percentile that no mean has": (["benchmark.mean=20", "benchmark.p99=300"], ["below 14.9 times it"]),
+    "a metric that is not there": (
+        ["best_metric=acuracy"],
+        ["best_metric is 'acuracy'; known: auto, none, exact_match"],
+    ),
+    "a metric that nothing measures": (
+        ["best_metric=exact_match", "evaluation=gsm8k"],
+        ["best_metric is 'exact_match' and evaluation.tasks is ['gsm8k']", "arithmetic, word_problems have"],
     ),
     # C29, C30
     "a token": ([f"logger.wandb_name={TOKEN}"], ["looks like a Hugging Face token", "HF_TOKEN"]),
@@ -358,7 +388,29 @@ def test_a_damaged_run_config_is_the_users_problem(tmp_path):
 
 def test_every_range_and_choice_belongs_to_a_setting():
     keys = {key for key, _ in leaves(compose())}
-    assert CHOICES.keys() | RANGES.keys() <= keys
+    assert CHOICES.keys() | RANGES.keys() | LISTS.keys() <= keys
+
+
+def test_metrics_that_may_choose_a_checkpoint_are_measured():
+    import numpy as np
+    import torch
+
+    from laddpo.core.metrics import preference_metrics
+
+    item = SimpleNamespace(reference=np.zeros((2, 1)), response_tokens=(1, 1))
+    measured = preference_metrics([item], torch.zeros(1, 2, 1), torch.zeros(1), 1.0)
+    assert set(CHOICES["best_metric"]) - set(measured) == {"auto", "none", "exact_match"}
+    assert compose(["best_metric=exact_match"]).best_metric == "exact_match"
+
+
+def test_lengths_that_a_log_normal_has_are_taken_and_a_wrong_percentile_is_blamed_alone():
+    from laddpo.benchmarking.workload import length_parameters
+
+    config = compose(["benchmark.mean=20", f"benchmark.p99={20 * ranges.P99_OVER_MEAN - 1}"])
+    length_parameters(config.benchmark.mean, config.benchmark.p99)
+    with pytest.raises(UserError) as caught:
+        compose(["benchmark.p99=abc"])
+    assert len(caught.value.problems) == 1
 
 
 def test_every_number_that_can_be_wrong_has_a_range():
@@ -378,7 +430,8 @@ def test_names_in_the_settings_are_those_of_the_tables():
     from laddpo.core.losses import LOSSES
     from laddpo.core.noise import COUNT_SCHEDULES
     from laddpo.core.optim import OPTIMIZERS, SCHEDULES
-    from laddpo.evaluation.tasks import TASKS
+    from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, TASKS
+    from laddpo.evaluation.variance import SETTINGS
     from laddpo.preference.arithmetic import HABITS
     from laddpo.preference.rows import SHAPES
     from laddpo.preference.sources import SOURCES
@@ -394,10 +447,12 @@ def test_names_in_the_settings_are_those_of_the_tables():
         "data.habit": HABITS,
         "data.format": ["json", *SHAPES],
         "hardware.backward": ["auto", *BACKWARD_MODES],
+        "variance.settings": SETTINGS,
     }
     for key, table in tables.items():
         assert set(CHOICES[key]) == set(table), key
     assert set(ranges.TASKS) == set(TASKS)
+    assert set(ranges.EMBEDDED_TASKS) == HAS_VALIDATION_SPLIT
 
 
 def test_what_a_yaml_sets_beside_its_source_is_no_mistake_of_the_user(tmp_path):

@@ -21,7 +21,9 @@ from laddpo.errors import UserError
 
 # a minus counts only where it cannot be a subtraction: "10-5" holds 10 and 5, "= -5" and "$-5" hold -5
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\$-?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
-BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+BOXED = re.compile(r"\\boxed\s*\{")
+# one number, perhaps with what it counts: all that can be compared without math-verify
+PLAIN = re.compile(rf"(?:{NUMBER.pattern})\s*[%.]?(?:\s+[A-Za-z]+)*")
 READY = "ready"
 START_S = 120.0  # a new process importing sympy from a cold disk
 ANSWER_S = 30.0  # math-verify stops itself after 5 s of parsing and 5 s of comparing
@@ -96,11 +98,31 @@ class WorkerGrader:
             self._worker = self._pipe = None
 
 
-def math_grader() -> FunctionGrader | WorkerGrader:
-    """math-verify where it is installed, else the plain comparison of final numbers; `.name` says which."""
+def math_grader(answers: Sequence[str] = ()) -> FunctionGrader | WorkerGrader:
+    """math-verify where it is installed, else the plain comparison of final numbers; `.name` says which.
+
+    Without math-verify a gold answer that is a formula is a `UserError`: at once where it is among `answers`.
+    """
     if importlib.util.find_spec("math_verify") is not None:
-        return WorkerGrader(f"math-verify {metadata.version('math-verify')} in a worker process", _serve_math_verify)
-    return FunctionGrader("numeric comparison of the final number (math-verify is not installed)", same_final_number)
+        name = f"math-verify {metadata.version('math-verify')} on gold answers as LaTeX, in a worker process"
+        return WorkerGrader(name, _serve_math_verify)
+    for answer in answers:
+        _require_number(answer)
+    return FunctionGrader("numeric comparison of the final number (math-verify is not installed)", _same_plain_number)
+
+
+def _same_plain_number(text: str, answer: str) -> bool:
+    _require_number(answer)
+    return same_final_number(text, answer)
+
+
+def _require_number(answer: str) -> None:
+    if not PLAIN.fullmatch(answer.strip().strip("$")):
+        raise UserError(
+            f"the gold answer {answer!r} is not one plain number, and math-verify, which compares formulas, is not "
+            "installed; pip install 'laddpo[eval]', or compare texts where a grader can be chosen "
+            "(evaluation.grader=exact, data.grader=exact)."
+        )
 
 
 def same_final_number(text: str, answer: str) -> bool:
@@ -113,7 +135,7 @@ def text_grader(name: str, answers: Sequence[str]) -> FunctionGrader | WorkerGra
     """The grader of that name; "auto" is "math" where every answer is a number or a formula, else "exact"."""
     if name == "auto":
         name = "math" if all(FORMULA.fullmatch(answer) for answer in answers) else "exact"
-    return math_grader() if name == "math" else FunctionGrader(*TEXT_GRADERS[name])
+    return math_grader(answers) if name == "math" else FunctionGrader(*TEXT_GRADERS[name])
 
 
 def same_text(text: str, answer: str) -> bool:
@@ -131,9 +153,9 @@ def contains_text(text: str, answer: str) -> bool:
 def same_choice(text: str, answer: str) -> bool:
     """The first letter or digit that stands alone is the choice: "B", "(B)", "The answer is B." are all B.
 
-    A text that begins with the article "A" before a word names no choice by it.
+    An "A" before a word is the article, and no choice, unless that word tells otherwise ("A is right").
     """
-    found = re.search(r"(?<![\w'])([A-H1-8])(?![\w'])(?!\s+[a-z])", answer_part(text))
+    found = CHOICE.search(answer_part(text))
     return found is not None and found[1] == answer
 
 
@@ -157,8 +179,19 @@ def answer_part(text: str) -> str:
     if "####" in text:
         after = text.rsplit("####", 1)[1].strip()
         return after.splitlines()[0] if after else ""
-    boxed = BOXED.findall(text)
-    return boxed[-1] if boxed else text
+    boxed = last_boxed(text)
+    return text if boxed is None else boxed
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{…} that is closed, with the braces in it; None where there is none."""
+    for opening in reversed(list(BOXED.finditer(text))):
+        depth = 1
+        for end in range(opening.end(), len(text)):
+            depth += (text[end] == "{") - (text[end] == "}")
+            if depth == 0:
+                return text[opening.end() : end]
+    return None
 
 
 def _serve_math_verify(pipe: Any) -> None:
@@ -172,13 +205,21 @@ def _serve_math_verify(pipe: Any) -> None:
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             text, answer = pipe.recv()
+            boxed = None if "####" in text else last_boxed(text)
+            said = answer_part(text) if boxed is None else _delimited(boxed)
             try:
-                is_right = bool(verify(parse(answer), parse(answer_part(text))))
+                is_right = bool(verify(parse(_delimited(answer)), parse(said)))
             except Exception:
                 is_right = False
             pipe.send(is_right)
 
 
+def _delimited(formula: str) -> str:
+    """As math-verify reads it: of what stands outside of LaTeX's delimiters it takes single numbers at most."""
+    return formula if formula.count("$") > 1 else f"${formula}$"
+
+
+CHOICE = re.compile(r"(?<![\w'])([B-H1-8]|A(?!\s+(?!(?:is|was|because|since|as|for|and|or|but)\b)[a-z]))(?![\w'])")
 FORMULA = re.compile(r"[-+$\\]?[\d.,]+%?|\$?\\?[\\{}()\[\]\d\s+\-*/^_.,a-z]*\\[a-z]+.*\$?")
 
 TEXT_GRADERS: dict[str, tuple[str, Callable[[str, str], bool]]] = {

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from laddpo.errors import UserError
+from laddpo.preference.badrows import BadRow
+from laddpo.preference.files import ReadLog, read_rows
 
+MAX_LINE_BYTES = 16 * 2**20
+SURROGATE = re.compile("[\ud800-\udfff]")
 Field = tuple[str, str, Callable[[Any], bool]]  # name, what is expected in words, whether a value is that
 
 
@@ -23,15 +27,30 @@ def task_rows(
 ) -> list[dict[str, Any]]:
     """Rows whose `fields` hold what is expected; `UserError` names the file, the line and the field otherwise."""
     path = local_file(source, benchmarks_dir)
-    numbered = read_jsonl(path) if path else list(enumerate(hub_rows(source, subset, split, revision), 1))
-    for number, row in numbered:
+    placed = read_jsonl(path) if path else list(_placed(source, hub_rows(source, subset, split, revision)))
+    for place, row in placed:
+        _check_encodable(place, row)
         for key, expected, is_expected in fields:
             if not is_expected(row.get(key)):
                 raise UserError(
-                    f"{path or source}:{number}: field {key!r} is {str(row.get(key))[-60:]!r}, expected {expected}. "
+                    f"{place}: field {key!r} is {str(row.get(key))[-60:]!r}, expected {expected}. "
                     f"Mend or remove the row, or name another file in evaluation.dataset_name."
                 )
-    return [row for _, row in numbered]
+    return [row for _, row in placed]
+
+
+def _placed(source: str, rows: list[dict]) -> Iterator[tuple[str, dict]]:
+    return ((f"{source}:{number}", row) for number, row in enumerate(rows, 1))
+
+
+def _check_encodable(place: str, row: dict[str, Any]) -> None:
+    """Refuse half of a surrogate pair, which JSON may hold and no tokenizer takes."""
+    for key, value in row.items():
+        if half := SURROGATE.search(json.dumps(value, ensure_ascii=False, default=str)):
+            raise UserError(
+                f"{place}: field {key!r} has half of a surrogate pair, {half.group()!a}, expected whole characters. "
+                "Write the whole pair, or the character itself."
+            )
 
 
 def matches(pattern: str) -> Callable[[Any], bool]:
@@ -58,22 +77,14 @@ def local_file(source: str, benchmarks_dir: Path | None) -> Path | None:
     return None
 
 
-def read_jsonl(path: Path) -> list[tuple[int, dict]]:
-    """(line number, row) of every line that is not blank."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"{path}:{number}: not JSON ({error}). Expected one object per line; mend the line."
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: is {line[:40]!r}, expected an object with the task's fields.")
-        rows.append((number, row))
-    return rows
+def read_jsonl(path: Path) -> list[tuple[str, dict]]:
+    """(file:line, row) of every line that is not blank; `UserError` names the first that is no object."""
+    placed = []
+    for found in read_rows([path], MAX_LINE_BYTES, ReadLog(), kind="jsonl"):
+        if isinstance(found, BadRow):
+            raise UserError(str(found))
+        placed.append(found)
+    return placed
 
 
 def hub_rows(source: str, subset: str | None, split: str, revision: str | None) -> list[dict]:

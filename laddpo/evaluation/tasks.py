@@ -336,7 +336,8 @@ def math500_task(options: TaskOptions) -> Task:
     _no_shots("math500", options)
     rows = task_rows(source, None, options.split, options.revision, options.benchmarks_dir, MATH500_FIELDS)
     prompts = [(user_prompt(row["problem"].strip() + MATH500_INSTRUCTION), row["answer"].strip()) for row in rows]
-    return _row_task("math500", source, prompts, math_grader(), options)
+    grader = math_grader([answer for _, answer in prompts[: options.limit]])
+    return _row_task("math500", source, prompts, grader, options)
 
 
 def arc_c_task(options: TaskOptions) -> Task:
@@ -349,7 +350,7 @@ def arc_c_task(options: TaskOptions) -> Task:
         listed = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
         choices = "\n".join(f"{label}. {text}" for label, text in listed)
         prompts.append((user_prompt(f"{row['question'].strip()}\n\n{choices}{ARC_INSTRUCTION}"), row["answerKey"]))
-    return _row_task("arc_c", source, prompts, FunctionGrader("the letter of the choice", same_choice), options)
+    return _row_task("arc_c", source, prompts, FunctionGrader("the choice that is named", same_choice), options)
 
 
 def file_task(options: TaskOptions) -> Task:

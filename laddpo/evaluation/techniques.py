@@ -1,7 +1,8 @@
 """What was tried beyond the masks, each measured on one setting's draws: a row of TECHNIQUES with its source.
 
 Takes what evaluation/variance.py measured (per-draw values of policy and reference) and, where gradients are concerned,
-the model; gives plain numbers for the table. A technique that does not help here stays out of the defaults.
+the model; gives plain numbers for the table, None for a ratio to nothing. A technique that does not help here stays out
+of the defaults.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from laddpo.core.corrections import (
 from laddpo.core.elbo import Denoiser, ElboEstimator, pack_sequences
 from laddpo.core.gradient import Item
 from laddpo.core.objectives import DpoObjective, score_variance
-from laddpo.evaluation.variance import GradientSpread, Measured, noise_items
+from laddpo.evaluation.variance import GradientSpread, Measured, noise_items, ratio_of
 
 if TYPE_CHECKING:
     from laddpo.preference.encode import EncodedPair
@@ -63,7 +64,7 @@ def study(
         for correction in ("second_order", "cross_fit"):
             goal = replace(objective, correction=correction, block=measured.estimator.block)
             trace = gradient_of(measured, goal, denoiser, parameters, pairs, token_budget)
-            result["gradient"][correction] = float(trace.mean() / measured.gradient[: len(pairs)].mean())
+            result["gradient"][correction] = ratio_of(trace, measured.gradient[: len(pairs)])
     return result
 
 
@@ -83,9 +84,9 @@ def control_variate(measured: Measured, beta: float) -> dict[str, Any]:
         scores.append(beta * controlled_margins(policy, reference, mean, coefficient))
         coefficients.append(float(coefficient.mean()))
         biases.append(float(beta * control_bias(coefficient, error).mean()))
-    found = torch.stack(scores).var(dim=0).mean()
+    found = torch.stack(scores).var(dim=0).numpy()
     return {
-        "score_variance_ratio": float(found) / _score_variance(measured, beta),
+        "score_variance_ratio": ratio_of(found, measured.scores(beta).var(axis=0, ddof=1)),
         "coefficient": float(np.mean(coefficients)),
         "bias_bound": float(np.mean(biases)),
         "stored_draws": (evaluations - 1) * draws,
@@ -109,7 +110,7 @@ def adaptive_draws(measured: Measured, beta: float) -> dict[str, Any]:
     own = score_variance(item, torch.from_numpy(measured.policy[0]), beta, block).numpy()
     for name, variance in (("known", even.var(axis=0, ddof=1)), ("own", own)):
         counts = allocate_draws(np.sqrt(variance), draws * pairs, block)
-        result[name] = float((judged * draws / counts).mean() / judged.mean())
+        result[name] = ratio_of(judged * draws / counts, judged)
     return result
 
 
@@ -214,8 +215,8 @@ def upper_bound_mixture(
     plain = measured.scores(objective.beta)[:, : len(pairs)]
     trace = spread.traces()[0]
     return {
-        "score_variance_ratio": float(scores.var(axis=0, ddof=1).mean() / plain.var(axis=0, ddof=1).mean()),
-        "gradient_variance_ratio": float(trace.mean() / measured.gradient[: len(pairs)].mean()),
+        "score_variance_ratio": ratio_of(scores.var(axis=0, ddof=1), plain.var(axis=0, ddof=1)),
+        "gradient_variance_ratio": ratio_of(trace, measured.gradient[: len(pairs)]),
         "bound_above_elbo": float(np.mean(gaps)),
         "score_change": float((scores.mean(axis=0) - plain.mean(axis=0)).mean()),
     }
@@ -241,10 +242,6 @@ def _items(measured: Measured, references: np.ndarray) -> list[Item]:
 def _pooled(values: np.ndarray) -> np.ndarray:
     """All evaluations' draws of each pair side by side. # [pairs, 2, evaluations * draws]"""
     return np.ascontiguousarray(values.transpose(1, 2, 0, 3).reshape(*values.shape[1:3], -1))
-
-
-def _score_variance(measured: Measured, beta: float) -> float:
-    return float(measured.scores(beta).var(axis=0, ddof=1).mean())
 
 
 TECHNIQUES: dict[str, Technique] = {

@@ -171,7 +171,8 @@ class GradientSpread:
 def summarise(measured: Sequence[Measured], beta: float, rng: np.random.Generator) -> list[dict]:
     """A row of the table for each: variances with 95% intervals, their ratios to BASELINE at equal draws, calibration.
 
-    `score`, `loss`, `gradient`: {"value", "interval"}, with {"ratio", "ratio_interval"} to the baseline, pair by pair.
+    `score`, `loss`, `gradient`: {"value", "interval"}, with {"ratio", "ratio_interval"} to the baseline, pair by pair;
+    both are None where the baseline has no variance.
     `elbo`: variance of B_theta(y_w) alone. `own_estimate`: mean of V as each pair's own draws estimate it, over V.
     """
     baselines = {m.draws: per_pair(m, beta) for m in measured if m.name == BASELINE}
@@ -183,7 +184,7 @@ def summarise(measured: Sequence[Measured], beta: float, rng: np.random.Generato
             row[name] = {"value": float(values.mean()), "interval": bootstrap_mean(values, rng)}
             if m.draws in baselines and m.name != BASELINE:
                 base = baselines[m.draws][name]
-                row[name]["ratio"] = float(values.mean() / base.mean())
+                row[name]["ratio"] = ratio_of(values, base)
                 row[name]["ratio_interval"] = bootstrap_ratio(values, base, rng)
         row["gradient_signal"] = float(m.gradient_mean.mean())
         row["own_estimate"] = own_estimate(m, beta)
@@ -227,6 +228,12 @@ def bootstrap_mean(values: np.ndarray, rng: np.random.Generator, resamples: int 
     """95% percentile interval of the mean, resampling pairs."""
     picked = rng.integers(0, len(values), size=(resamples, len(values)))
     return [float(q) for q in np.quantile(values[picked].mean(axis=1), [0.025, 0.975])]
+
+
+def ratio_of(values: np.ndarray, base: np.ndarray) -> float | None:
+    """mean(values) / mean(base); None where that is a division by 0."""
+    below = float(base.mean())
+    return float(values.mean()) / below if below else None
 
 
 def bootstrap_ratio(

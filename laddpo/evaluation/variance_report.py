@@ -108,7 +108,7 @@ def _cells(row: Mapping[str, Any], with_interval: bool) -> list[str]:
     def ratio(name: str) -> str:
         if "ratio" not in row[name]:
             return ""
-        text, interval = f"{row[name]['ratio']:.2f}", row[name]["ratio_interval"]
+        text, interval = _times(row[name]["ratio"]), row[name]["ratio_interval"]
         return f"{text} [{interval[0]:.2f}, {interval[1]:.2f}]" if with_interval and interval else text
 
     own = "" if row["own_estimate"] is None else f"{row['own_estimate']:.2f}"
@@ -121,7 +121,7 @@ def _technique_table(found: Mapping[str, Any]) -> str:
     rows = [
         [
             "control variate",
-            f"V of score x {control['score_variance_ratio']:.2f} with c = {control['coefficient']:.2f} and "
+            f"V of score x {_times(control['score_variance_ratio'])} with c = {control['coefficient']:.2f} and "
             f"{control['stored_draws']} stored draws; bias {_number(control['bias_bound'])} at one standard error",
         ]
     ]
@@ -132,16 +132,22 @@ def _technique_table(found: Mapping[str, Any]) -> str:
         bias = f"{loss['bias']:+.2g} +- {loss['std_error']:.1g}"
         rows.append([f"loss, correction {name}", f"bias {bias}, variance {_number(loss['variance'])}"])
     for name, ratio in found["gradient"].items():
-        rows.append([f"gradient, correction {name}", f"V of gradient x {ratio:.2f}"])
+        rows.append([f"gradient, correction {name}", f"V of gradient x {_times(ratio)}"])
     rows.append(
         [
             "upper-bound mixture, half and half",
-            f"V of score x {upper['score_variance_ratio']:.2f}, of gradient x {upper['gradient_variance_ratio']:.2f}; "
-            f"the bound lies {upper['bound_above_elbo']:.2f} nats above B(y_l), which moves the score by "
+            f"V of score x {_times(upper['score_variance_ratio'])}, "
+            f"of gradient x {_times(upper['gradient_variance_ratio'])}; the bound lies "
+            f"{upper['bound_above_elbo']:.2f} nats above B(y_l), which moves the score by "
             f"{upper['score_change']:+.3f}",
         ]
     )
     return markdown(["technique", "measured"], rows)
+
+
+def _times(ratio: float | None) -> str:
+    """A ratio, or the mark of one to nothing."""
+    return "–" if ratio is None else f"{ratio:.2f}"
 
 
 def _number(value: float) -> str:

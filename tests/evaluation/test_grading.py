@@ -7,7 +7,15 @@ from decimal import Decimal
 import pytest
 
 from laddpo.errors import UserError
-from laddpo.evaluation.grading import READY, WorkerGrader, final_number, math_grader, same_final_number
+from laddpo.evaluation.grading import (
+    READY,
+    WorkerGrader,
+    answer_part,
+    final_number,
+    math_grader,
+    same_final_number,
+    text_grader,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,15 +52,77 @@ def test_the_grader_says_which_it_is(monkeypatch):
     assert grader.grade_all(["#### 18", "#### 19"], ["18", "18"]) == [True, False]
 
 
-def test_math_verify_grades_what_a_numeric_comparison_cannot():
+@pytest.mark.parametrize("answer", ["\\frac{1}{4}", "1/2", "p - q", "1,-2", "(5,\\infty)", "x^2+1"])
+def test_a_formula_is_not_graded_by_its_last_number(monkeypatch, answer):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for grade in (
+        lambda: math_grader([answer]),
+        lambda: text_grader("math", ["18", answer]),
+        lambda: math_grader().grade_all(["so 4"], [answer]),
+    ):
+        with pytest.raises(UserError, match=r"is not one plain number, and math-verify.*pip install 'laddpo\[eval\]'"):
+            grade()
+
+
+def test_numbers_with_what_they_count_are_graded_without_math_verify(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    answers = ["18", "$1,080.50", "$7$", "-5", "50%", "5 apples"]
+    assert all(math_grader(answers).grade_all(["18", "1080.5", "7", "= -5", "50%", "5"], answers))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("so \\boxed{\\frac{1}{2}}, as said", "\\frac{1}{2}"),
+        ("first \\boxed{3}, then \\boxed {4}", "4"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{3} and \\boxed{4", "3"),
+        ("\\boxed{4", "\\boxed{4"),
+        ("\\boxed{4}\n#### 5", "5"),
+    ],
+)
+def test_the_last_closed_box_states_the_answer(text, part):
+    assert answer_part(text) == part
+
+
+@pytest.fixture(scope="module")
+def math_verify():
     pytest.importorskip("math_verify", reason="math-verify (extra `eval`) is not installed")
     grader = math_grader()
-    try:
-        texts = ["so \\boxed{\\frac{1}{2}}", "#### $1,080.00", "the answer is 19", "no idea", "\\boxed{9^{9^{9^{9}}}}"]
-        assert grader.grade_all(texts, ["0.5", "1080", "18", "18", "3"]) == [True, True, False, False, False]
-        assert grader.name.startswith("math-verify ")
-    finally:
-        grader.close()
+    yield grader
+    grader.close()
+
+
+def test_math_verify_grades_what_a_numeric_comparison_cannot(math_verify):
+    texts = ["so \\boxed{\\frac{1}{2}}", "#### $1,080.00", "the answer is 19", "no idea", "\\boxed{9^{9^{9^{9}}}}"]
+    assert math_verify.grade_all(texts, ["0.5", "1080", "18", "18", "3"]) == [True, True, False, False, False]
+    assert math_verify.name.startswith("math-verify ")
+
+
+GOLDS = [  # gold answer, one that is right, one that is wrong
+    ("x^2+1", "\\boxed{x^2+1}", "\\boxed{x^2+2}"),
+    ("2\\sqrt{13}", "\\boxed{\\sqrt{52}}", "\\boxed{2}"),
+    ("p - q", "\\boxed{p - q}", "\\boxed{q - p}"),
+    ("(5,\\infty)", "\\boxed{(5, \\infty)}", "\\boxed{[5, \\infty)}"),
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "\\boxed{(3, \\frac{\\pi}{2})}", "\\boxed{3}"),
+    ("\\text{Evelyn}", "\\boxed{\\text{Evelyn}}", "\\boxed{\\text{Evan}}"),
+    ("0.5", "\\boxed{\\frac12}", "\\boxed{2}"),
+    ("\\frac{3}{4}", "so $x = \\frac{3}{4}$", "\\boxed{\\frac{1}{4}}"),
+    ("6 - 5i", "\\boxed{6 - 5i}", "\\boxed{5}"),
+    ("1,-2", "\\boxed{-2, 1}", "\\boxed{1}"),
+    ("10,\\!000", "\\boxed{10000}", "\\boxed{10}"),
+    ("10\\%", "\\boxed{10\\%}", "\\boxed{11\\%}"),
+    ("50%", "\\boxed{50\\%}", "\\boxed{5\\%}"),
+    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\boxed{\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}}", "\\boxed{2}"),
+    ("$\\frac{1}{2}$", "\\boxed{$0.5$}", "#### 2"),
+    ("$1,080", "#### 1080 dollars", "#### 80"),
+    ("70,000", "first \\boxed{3}, then \\boxed{70000}", "first \\boxed{70000}, then \\boxed{3}"),
+]
+
+
+@pytest.mark.parametrize(("gold", "right", "wrong"), GOLDS)
+def test_formulas_are_compared_by_value_whole(math_verify, gold, right, wrong):
+    assert math_verify.grade_all([right, wrong], [gold, gold]) == [True, False]
 
 
 def serve_moody(pipe):

@@ -1,6 +1,7 @@
 """Tasks read from rows: MATH-500, ARC and a user's own file; what is asked, how it is graded, what is refused."""
 
 import json
+from importlib.machinery import ModuleSpec
 
 import pytest
 
@@ -31,6 +32,15 @@ def test_math_problems_ask_for_a_boxed_answer(tmp_path):
     task.grader.close()
 
 
+def test_formulas_without_math_verify_are_refused_and_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert load(tmp_path, "math500", [MATH]).items
+    with pytest.raises(UserError, match=r"pip install 'laddpo\[eval\]'"):
+        load(tmp_path, "math500", [MATH, {**MATH, "answer": "\\frac{1}{4}"}])
+    with pytest.raises(UserError, match=r"evaluation\.grader=exact"):
+        load(tmp_path, "file", [{"prompt": "x", "answer": "\\frac{1}{4}"}])
+
+
 def test_choices_are_listed_with_their_letters(tmp_path):
     task = load(tmp_path, "arc_c", [ARC])
     assert "A. a bird\nB. a stone" in task.items[0].prompt[-1].content
@@ -39,7 +49,21 @@ def test_choices_are_listed_with_their_letters(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "choice"),
-    [("B", "B"), ("(B)", "B"), ("The answer is B.", "B"), ("B. a stone", "B"), ("A bird flies, so C", "C"), ("2", "2")],
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("The answer is B.", "B"),
+        ("B. a stone", "B"),
+        ("2", "2"),
+        ("B is correct.", "B"),
+        ("The answer is B because a stone falls", "B"),
+        ("C because it flies", "C"),
+        ("2 since it falls", "2"),
+        ("A bird flies, so C", "C"),
+        ("A is right", "A"),
+        ("The answer is A because it flies", "A"),
+        ("A. a bird", "A"),
+    ],
 )
 def test_the_letter_that_stands_alone_is_the_choice(text, choice):
     assert same_choice(text, choice)
@@ -62,7 +86,9 @@ def test_own_rows_may_say_prompt_or_question_and_hold_numbers(tmp_path):
     ("answers", "name"),
     [(["4", "-1,000.5"], "math"), (["\\frac{1}{2}"], "math"), (["Paris", "4"], "equal text"), (["blue"], "equal text")],
 )
-def test_auto_takes_mathematics_only_where_all_answers_are(answers, name):
+def test_auto_takes_mathematics_only_where_all_answers_are(answers, name, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.9")
     grader = text_grader("auto", answers)
     assert (name == "equal text") == (grader.name == "equal text")
 
@@ -80,6 +106,8 @@ def test_texts_are_compared_without_case_and_spaces():
         ("arc_c", {**ARC, "choices": {"text": ["a"], "label": []}}, "field 'choices'"),
         ("file", {"prompt": "x"}, "field 'answer'"),
         ("file", {"prompt": " ", "answer": "x"}, "row 1 has no prompt"),
+        ("file", {"prompt": "a\ud800b", "answer": "x"}, "rows.jsonl:1: field 'prompt' has half of a surrogate pair"),
+        ("arc_c", {**ARC, "choices": {"text": ["\udfff"], "label": ["A"]}}, "field 'choices' has half of a surrogate"),
     ],
 )
 def test_a_bad_row_is_named_by_line_and_field(tmp_path, name, row, message):

@@ -25,6 +25,7 @@ from laddpo.evaluation.variance import (
     summarise,
 )
 from laddpo.inputs import training_estimator
+from laddpo.runs import write_json
 from tests.core.helpers import ANY_BUDGET, parameters_of, random_pair, tiny_denoiser
 
 EVALUATIONS, PAIRS, FEW, SEED, BETA = 5, 6, 3, 42, 0.7
@@ -60,6 +61,18 @@ def measure_one(models, pairs, name: str, draws: int):
     objective = DpoObjective("sigmoid", BETA)
     model = policy, parameters_of(policy), pairs, name, setting, draws, SEED
     return measure(*model, values, objective, FEW, ANY_BUDGET)
+
+
+def page_of(pairs, found, rows: list[dict], studies: dict) -> dict:
+    """The content of variance.json."""
+    return {
+        **{"run": "run", "model": "tiny", "data": "random", "loss": "sigmoid", "beta": BETA, "pairs": PAIRS},
+        **{"gradient_pairs": FEW, "evaluations": EVALUATIONS, "trainable_parameters": 1},
+        "response_tokens": variance_report.length_words(pairs),
+        "drift": drift(found),
+        "settings": rows,
+        "techniques": studies,
+    }
 
 
 # The rows
@@ -142,6 +155,27 @@ def test_a_ratio_to_nothing_has_no_interval():
     assert bootstrap_ratio(np.ones(4), np.zeros(4), np.random.default_rng(0)) is None
 
 
+def test_what_does_not_vary_has_no_ratios_and_still_a_page(models, pairs, measured, tmp_path):
+    """The policy is the reference: under common masks every score is 0."""
+    _, reference = models
+    chosen = [measured[name, 4] for name in (BASELINE, "naive", "default")]
+    same = [dataclasses.replace(m, policy=m.reference) if m.name != "naive" else m for m in chosen]
+    rows = summarise(same, BETA, np.random.default_rng(0))
+    assert [row["score"]["value"] > 0 for row in rows] == [False, True, False]
+    assert all(row["score"]["ratio"] is row["score"]["ratio_interval"] is None for row in rows[1:])
+    found, objective, few = same[-1], DpoObjective("sigmoid", BETA), pairs[:FEW]
+    mixed = techniques.reference_mixture(reference, found.estimator_of, EVALUATIONS, few)
+    study = techniques.study(found, mixed, objective, reference, parameters_of(reference), few, ANY_BUDGET)
+    assert study["control_variate"]["score_variance_ratio"] is None
+    assert study["adaptive_draws"] == {"known": None, "own": None}
+    assert study["upper_bound"]["score_variance_ratio"] is None
+    result = page_of(pairs, found, rows, {4: study})
+    write_json(tmp_path / "variance.json", result)
+    assert "V of score x –" in variance_report.markdown_page(result)
+    assert variance_report.terminal_table(result)
+    variance_report.variance_plot(result, tmp_path / "variance.png")
+
+
 def test_drift_is_policy_minus_reference(measured):
     found = measured[BASELINE, 4]
     moved = drift(found)
@@ -172,14 +206,8 @@ def test_all_techniques_are_measured_and_shown(models, pairs, measured, tmp_path
     assert set(study["gradient"]) == {"second_order", "cross_fit"}
     assert study["loss"]["none"]["variance"] == pytest.approx(found.losses.var(axis=0, ddof=1).mean())
     assert np.isfinite(list(study["upper_bound"].values())).all()
-    result = {
-        **{"run": "run", "model": "tiny", "data": "random", "loss": "sigmoid", "beta": BETA, "pairs": PAIRS},
-        **{"gradient_pairs": FEW, "evaluations": EVALUATIONS, "trainable_parameters": 1},
-        "response_tokens": variance_report.length_words(pairs),
-        "drift": drift(found),
-        "settings": summarise(list(measured.values()), BETA, np.random.default_rng(0)),
-        "techniques": {4: study},
-    }
+    rows = summarise(list(measured.values()), BETA, np.random.default_rng(0))
+    result = page_of(pairs, found, rows, {4: study})
     page = variance_report.markdown_page(result)
     for words in ("| default | 4 |", "control variate", "second_order", "cross_fit", "SPG", "B(y_w)"):
         assert words in page, words

@@ -8,6 +8,8 @@ import tempfile
 import numpy as np
 import pytest
 
+from laddpo import inputs
+from laddpo.compose import compose, write_config
 from laddpo.preference.encode import EncodedExample
 from laddpo.sft import padded
 
@@ -153,6 +155,29 @@ def test_generate_shows_base_beside_tuned(stages, capsys):
     assert stages.run("generate", f"run={run}", "prompt='07+15-04='", f"output_dir={stages.folder / 'g'}") == 0
     (row,) = [json.loads(line) for line in (stages.folder / "g" / "generations.jsonl").read_text().splitlines()]
     assert row.keys() == {"prompt", "base", "tuned"} and row["prompt"] == "07+15-04="
+    (stages.folder / "questions.txt").write_bytes(b"\xef\xbb\xbf01+01=\r\n\n02+02=")
+    asked = f"prompts={stages.folder / 'questions.txt'}"
+    assert stages.run("generate", f"run={run}", asked, f"output_dir={stages.folder / 'q'}") == 0
+    rows = [json.loads(line) for line in (stages.folder / "q" / "generations.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["01+01=", "02+02="]
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded_or_written(stages, monkeypatch, capsys):
+    monkeypatch.setattr(inputs, "load", lambda *_: pytest.fail("a model was loaded"))
+    run, rows = stages.folder / "run", stages.folder / "rows.jsonl"
+    write_config(compose(stages.overrides()), run)
+    base = ["evaluation=file", f"evaluation.dataset_name={rows}", f"output_dir={stages.folder / 'out'}"]
+    lengths = ["evaluation.gen_length=8", "evaluation.block_length=8", "evaluation.steps=8"]
+    refused = {
+        ("evaluate", *base, *lengths): "no file",
+        ("evaluate", f"run={run}", *base[:2], *lengths, base[2]): "has no finished weights",
+        ("generate", f"run={run}", "prompt=hello", base[2]): "has no finished weights",
+        ("variance", f"run={run}", base[2]): "has no finished weights",
+    }
+    for command, message in refused.items():
+        assert stages.run(*command) == 2
+        assert message in capsys.readouterr().err
+        assert not (stages.folder / "out").exists()
 
 
 def test_sft_lowers_its_loss_and_makes_a_model_that_dpo_can_start_from(stages):

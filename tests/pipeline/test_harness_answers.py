@@ -1,0 +1,56 @@
+"""Which answers lm-evaluation-harness may reuse, with a stand-in for it: it knows them by their request alone."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    """The names of the caches that the harness is given, in the order of its calls; it answers nothing."""
+    given: list[str] = []
+    names = ("lm_eval", "lm_eval.tasks", "laddpo.evaluation.harness_model")
+    harness, tasks, model = modules = [ModuleType(name) for name in names]
+    for name, module in zip(names, modules, strict=True):
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    class TaskManager:
+        def __init__(self, include_path=None):
+            pass
+
+        def match_tasks(self, names):
+            return names
+
+    def simple_evaluate(*, use_cache, **_):
+        given.append(Path(use_cache).name)
+        return {"results": {"sums": {"acc,none": 0.5}}}
+
+    tasks.TaskManager, harness.simple_evaluate, model.HarnessModel = TaskManager, simple_evaluate, lambda *_, **__: None
+    return given
+
+
+def test_answers_are_reused_for_the_same_weights_and_settings_alone(stages, caches):
+    run, out = stages.folder / "run", stages.folder / "out"
+    quick = ["optim.max_train_steps=1", "optim.learning_rate=1", "evaluation.at_end=false", "evaluation.tasks=[]"]
+    assert stages.run("train", f"output_dir={run}", *quick, "best_metric=loss") == 0
+
+    def asked(*more: str) -> list[str]:
+        caches.clear()
+        given = ["evaluation=lm_eval", "evaluation.tasks=[sums]", f"output_dir={out}", "resume=true", *more]
+        assert stages.run("evaluate", f"run={run}", "evaluation.num_pairs=1", *given) == 0
+        return list(caches)
+
+    base, tuned = asked()
+    assert base.startswith("harness_base_") and tuned.startswith("harness_tuned_")
+    assert not {base, tuned} & set(asked("evaluation.temperature=0.5", "evaluation.elbo_draws=4"))
+    shutil.rmtree(run / "adapter")
+    shutil.copytree(run / "adapter_last", run / "adapter")
+    same, other = asked("evaluation.limit=3")
+    assert same == base and other != tuned
