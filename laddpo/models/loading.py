@@ -21,11 +21,11 @@ from laddpo.core.ranks import placed_like
 from laddpo.errors import UserError
 from laddpo.models.families import Family, find_family
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
+from laddpo.preference.special_text import MASK_TOKEN
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 WEIGHTS = "*.safetensors"
-MASK_TOKEN = "<|mdm_mask|>"  # LLaDA's tokenizer declares no mask_token
 
 
 def load_model(
