@@ -73,7 +73,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         else:
             problems.append(
                 f"{folder}: holds neither config.yaml (a run) nor {SWEEP_FILE} (a sweep); expected outputs/train/<run> "
-                "or outputs/sweep/<time>; check run= and runs=."
+                "or outputs/sweep/<sweep>; check run= and runs=."
             )
     if problems:
         raise UserError(*problems)
