@@ -129,9 +129,7 @@ def study_json(arms: Sequence[Arm], claims: Sequence[Claim]) -> dict[str, Any]:
         "arms": rows,
         "missing": [arm.name for arm in arms if not arm.outcomes],
         "claims": [
-            {"arm": c.arm, "against": c.against, "margin": c.margin, "text": claim_text(c, by_name)}
-            for c in claims
-            if {c.arm, c.against} <= {BASE, *by_name}  # a part of the study decides a part of its claims
+            {"arm": c.arm, "against": c.against, "margin": c.margin, "text": claim_text(c, by_name)} for c in claims
         ],
     }
 
