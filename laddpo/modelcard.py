@@ -70,12 +70,13 @@ def _front_matter(config: RunConfig, facts: CardFacts, name: str, licence: str |
 
 
 def _origin(config, facts, sealed, base, step, name, licence, is_sft) -> str:
-    data = (sealed or {}).get("fields", {}).get("data", "not recorded by this run")
+    fields = (sealed or {}).get("fields", {})
+    data = ", ".join(part["data"] for part in fields.get("rounds", [fields]) if "data" in part)
     rows = shown_path(config.data.dataset_name) if config.data.dataset_name else config.data.source
     if is_sft and config.sft.examples == "corpus":
         trained_on = f"{config.sft.num_examples:,} generated examples (sft.examples=corpus, seed {config.seed})"
     else:
-        trained_on = f"{rows}, fingerprint of the prepared pairs `{data}`"
+        trained_on = f"{rows}, fingerprint of the prepared pairs `{data or 'not recorded by this run'}`"
     lines = [
         f"base: {name}{f', revision {config.model.revision}' if config.model.revision else ''} (weights `{base}`)",
         f"licence: {licence or 'the base names none; its terms apply'}",

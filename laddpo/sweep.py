@@ -291,16 +291,24 @@ def signal_jobs(folder: Path, number: int) -> None:
 
 def find_results(folder: Path) -> dict[str, Any]:
     """results.json of a job: its own when it evaluated, that of its evaluation when it trained; else, of a job without
-    a final evaluation, its best validation values (base: at step 0); {} if there are none."""
+    a final evaluation, its best validation values (base: at step 0); {} if there are none.
+
+    Of several rounds these are exact match in the last one: its loss and its base are against another reference.
+    """
+    from laddpo.evaluation.studies import round_folders
+
     for path in (folder / "results.json", folder / "evaluation" / "results.json"):
         if path.exists():
             return read_json(path)
     found = {}
-    for name in VALIDATION:
-        rows = [record for record in JsonLines(folder / "metrics.jsonl").read() if record.get(name) is not None]
+    rounds = round_folders(folder)
+    log = JsonLines((rounds[-1] if rounds else folder) / "metrics.jsonl").read()
+    for name in VALIDATION[:1] if rounds else VALIDATION:
+        rows = [record for record in log if record.get(name) is not None]
         if rows:
             best = (min if name in LOWER_IS_BETTER else max)(record[name] for record in rows)
-            found[name] = {"tuned": best, **({"base": rows[0][name]} if rows[0]["step"] == 0 else {})}
+            has_base = rows[0]["step"] == 0 and not rounds
+            found[name] = {"tuned": best, **({"base": rows[0][name]} if has_base else {})}
     return found
 
 
