@@ -144,6 +144,12 @@ def test_the_control_takes_the_forwards_of_dpo_and_ends_with_the_same_evaluation
     assert read(tmp_path / "e" / "results.json") == results
 
 
+def test_fine_tuning_in_rounds_is_refused(capsys, tmp_path):
+    assert cli("sft", [*QUICK, "sft=control", "rounds=3", f"output_dir={tmp_path / 'x'}"]) == 2
+    assert "rounds is 3, which only python -m laddpo.train knows" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_results_tell_the_length_of_answers_and_how_many_end(two_rounds):
     run, _ = two_rounds
     results = read(run / "round_1" / "evaluation" / "results.json")
