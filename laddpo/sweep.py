@@ -155,12 +155,9 @@ def begun_otherwise(folder: Path, overrides: Sequence[str]) -> list[str]:
     was, now = ([text for text in a if text not in b] for a, b in ((held, wanted), (wanted, held)))
     if not was and not now:  # the same ones in another order
         was, now = held, wanted
-    shown = (" ".join(texts) or "nothing more" for texts in (was, now))
-    return [
-        "{}: holds a job of {}, not of {}; repeat the same command, or choose another output_dir.".format(
-            folder.parent, *shown
-        )
-    ]
+    begun = f"was begun with {' '.join(was)}, " if was else "was begun "
+    asked = f"{'not with' if was else 'without'} {' '.join(now)}" if now else "which is not asked for now"
+    return [f"{folder.parent}: {begun}{asked}; repeat the same command, or choose another output_dir."]
 
 
 def problems_by_job(found: Mapping[Any, Sequence[str]], among: str) -> list[str]:

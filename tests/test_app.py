@@ -286,7 +286,10 @@ def test_a_sweep_goes_on_where_it_was_and_repeats_nothing(tiny_jobs, capfd):
     assert [json.loads(line)["folder"] for line in started] == ["0", "1", "0"]
     assert cli("train", ["-m", "optim.weight_decay=0.1,0.5", "output_dir=sweep", "resume=true"]) == 2
     shown = capfd.readouterr().err
-    assert "holds a job of optim.weight_decay=0.5, not of optim.weight_decay=0.1; repeat the same command" in shown
+    assert (
+        "sweep: was begun with optim.weight_decay=0.5, not with optim.weight_decay=0.1; repeat the same command"
+        in shown
+    )
     assert "(job 0 of 2)" in shown
 
 

@@ -144,10 +144,14 @@ def test_an_arm_of_other_settings_is_not_taken_for_one_of_these(tmp_path, no_run
     command = [TWO_ARMS, "study.seeds=[1]", f"output_dir={tmp_path / 's'}"]
     assert cli("study", [*command, "dpo.beta=2"]) == 0 and len(no_runs) == 2
     assert cli("study", [*command, "dpo.beta=2", "resume=true"]) == 0 and len(no_runs) == 2
-    for other in ("dpo.beta=7", "study.only=[other]"):
-        assert cli("study", [*command, other, "resume=true"]) == 2 and len(no_runs) == 2
+    for others, message in (
+        (["dpo.beta=7"], "was begun with dpo.beta=2, not with dpo.beta=7; repeat"),
+        (["study.only=[other]"], "was begun with dpo.beta=2, which is not asked for now; repeat"),
+        (["dpo.beta=2", "save_steps=3"], "was begun without save_steps=3; repeat"),
+    ):
+        assert cli("study", [*command, *others, "resume=true"]) == 2 and len(no_runs) == 2
         shown = capsys.readouterr().err
-        assert "holds a job of dpo.beta=2, not of" in shown and "(job default-1, other-1 of 2 finished)" in shown
+        assert message in shown and "(job default-1, other-1 of 2 finished)" in shown
     # what a failed or interrupted run was begun with is the run's own to compare
     for name in ("default-1", "other-1"):
         (tmp_path / "s" / name / "manifest.json").unlink()
