@@ -28,6 +28,7 @@ from laddpo.errors import EXIT_FAULT
 from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.redaction import redact
 from laddpo.settings import RunConfig
+from laddpo.tracking import has_wandb_key
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
@@ -238,7 +239,7 @@ def check_start(config: RunConfig) -> Iterator[Finding]:
 def check_loggers(config: RunConfig) -> Iterator[Finding]:
     if not config.logger.wandb:
         return
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
+    has_key = has_wandb_key()
     found = "a key is set" if has_key else f"no key; wandb_mode is {config.logger.wandb_mode}"
     status = OK if has_key or config.logger.wandb_mode != "online" else WARN
     yield Finding("wandb", status, found, "wandb login, or logger.wandb_mode=offline")

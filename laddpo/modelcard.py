@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from laddpo.evaluation.tables import before_after_rows, markdown
+from laddpo.preference.locate import HUB_ID, has_file_name
 from laddpo.redaction import redact
 from laddpo.settings import RunConfig
 
@@ -62,20 +63,28 @@ def _front_matter(config: RunConfig, facts: CardFacts, name: str, licence: str |
     lines = [f"license: {licence or 'other'}"]
     if "/" in name and not Path(config.model.model_name_or_path).expanduser().exists():
         lines += [f"base_model: {name}", f"base_model_relation: {'adapter' if facts.is_adapter else 'finetune'}"]
-    if config.data.dataset_name and not config.data.dataset_name.endswith((".jsonl", ".json", ".gz", ".zst")):
-        lines.append(f"datasets: [{shown_path(config.data.dataset_name)}]")
+    if _is_on_hub(config):
+        lines.append(f"datasets: [{config.data.dataset_name}]")
     lines.append(f"library_name: {'peft' if facts.is_adapter else 'transformers'}")
     lines.append(f"tags: [{'sft' if is_sft else 'dpo'}, masked-diffusion, llada]")
     return "---\n" + "\n".join(lines) + "\n---"
 
 
+def _is_on_hub(config: RunConfig) -> bool:
+    """Whether data.dataset_name can only be a hub id: no file or folder here, and none by its form."""
+    name = config.data.dataset_name or ""
+    places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
+    return bool(HUB_ID.fullmatch(name)) and not has_file_name(name) and not any(place.exists() for place in places)
+
+
 def _origin(config, facts, sealed, base, step, name, licence, is_sft) -> str:
-    data = (sealed or {}).get("fields", {}).get("data", "not recorded by this run")
+    fields = (sealed or {}).get("fields", {})
+    data = ", ".join(part["data"] for part in fields.get("rounds", [fields]) if "data" in part)
     rows = shown_path(config.data.dataset_name) if config.data.dataset_name else config.data.source
     if is_sft and config.sft.examples == "corpus":
         trained_on = f"{config.sft.num_examples:,} generated examples (sft.examples=corpus, seed {config.seed})"
     else:
-        trained_on = f"{rows}, fingerprint of the prepared pairs `{data}`"
+        trained_on = f"{rows}, fingerprint of the prepared pairs `{data or 'not recorded by this run'}`"
     lines = [
         f"base: {name}{f', revision {config.model.revision}' if config.model.revision else ''} (weights `{base}`)",
         f"licence: {licence or 'the base names none; its terms apply'}",

@@ -69,7 +69,7 @@ def _environment_secrets() -> list[str]:
 
 
 SECRET_NAME = r"(token|api_?key|secret|password|passwd|credential)s?$"
-NOT_SECRET = ("token_budget",)
+NOT_SECRET = ("plan_tokens", "card_tokens")  # settings of other meaning whose names end like one
 USER_IN_URL = r"(\w+://[^/\s:@]+:)[^/\s@]+@"
 PATTERNS = (
     (r"\bhf_[A-Za-z0-9]{20,}", "a Hugging Face token"),

@@ -2,7 +2,7 @@
 
     python -m laddpo.report run=outputs/train/<run>                  one run
     python -m laddpo.report runs=[outputs/train/a,outputs/train/b]   several beside each other
-    python -m laddpo.report run=outputs/sweep/<time>                 all jobs of a sweep
+    python -m laddpo.report run=outputs/sweep/<sweep>                 all jobs of a sweep
 
 Writes report.html, which holds its pictures and needs no network, and the pictures as plots/*.png.
 """

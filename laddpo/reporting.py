@@ -20,7 +20,7 @@ from laddpo.settings import ReportSettings
 from laddpo.sweep import SWEEP_FILE
 
 FIRST_METRICS = ("exact_match", "reward_accuracy")
-LOWER_IS_BETTER = ("loss", "std_error", "kl", "chosen_fall")
+LOWER_IS_BETTER = ("loss", "std_error", "variance", "kl", "chosen_fall")
 HEAT_KEYS = ("dpo.beta", "dpo.diffusion_samples")
 NOT_COMPARED = ("output_dir", "resume", "run", "runs", "paths.", "logger.", "export.", "report.", "auto")
 
@@ -73,7 +73,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         else:
             problems.append(
                 f"{folder}: holds neither config.yaml (a run) nor {SWEEP_FILE} (a sweep); expected outputs/train/<run> "
-                "or outputs/sweep/<time>; check run= and runs=."
+                "or outputs/sweep/<sweep>; check run= and runs=."
             )
     if problems:
         raise UserError(*problems)

@@ -48,6 +48,31 @@ def find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:
     return RunPlace(Path(folder), *rest)
 
 
+def check_finished(config: RunConfig, folder: Path, kind: str) -> None:
+    """Say that nothing is left to do, once the run is found whole and no more than it did is asked for."""
+    from laddpo.tuned import tuned_weights
+
+    runs.read_manifest(folder, kind)
+    refuse_longer_training(config, folder)
+    tuned_weights(config, folder)
+    print(f"{folder}: this run is finished; nothing was changed.")
+
+
+def refuse_longer_training(config: RunConfig, folder: Path) -> None:
+    """A finished run's learning rate has come down; more steps are a new run that starts from its weights."""
+    from laddpo.inputs import ADAPTER, MODEL
+
+    stored = read_config(folder).optim
+    is_full = config.adapter.kind == "full"
+    start = f"model.model_name_or_path={folder / MODEL}" if is_full else f"adapter.path={folder / ADAPTER}"
+    for name in ("max_train_steps", "num_train_epochs"):
+        if getattr(stored, name) != getattr(config.optim, name):
+            raise UserError(
+                f"{folder}: is finished with optim.{name}={getattr(stored, name)}, and {getattr(config.optim, name)} "
+                f"was asked for. Start a new run from its weights: {start}."
+            )
+
+
 def step_processes(config: RunConfig, place: RunPlace) -> RunConfig:
     """The settings with the number of processes that a step's pairs are counted for: in a resumed run such that each
     step has the pairs it would have had, in any number of processes."""
@@ -116,7 +141,14 @@ def _find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:
     earlier = Path(config.paths.outputs_dir) / stage
     for config_file in sorted(earlier.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         folder = config_file.parent
-        if not (folder / runs.MANIFEST).exists() and not changed_settings(_read_run(folder), config):
+        if (folder / runs.MANIFEST).exists():
+            continue
+        try:
+            stored = _read_run(folder)
+        except UserError as error:
+            print(f"note: resume=true: passing over an unfinished run. {error}")
+            continue
+        if not changed_settings(stored, config):
             print(f"resume=true: going on with {folder}")
             return RunPlace(folder, is_resumed=True)
     print(f"resume=true, but {earlier} has no unfinished run of these settings; starting a new one.")

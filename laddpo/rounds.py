@@ -1,8 +1,8 @@
 """Iterated DPO: each round samples answers, makes pairs, computes the reference and trains, from the model before it.
 
 A round's reference is the model that the round starts from, so every round begins at margin 0. Folders: round_1/,
-round_2/, … are ordinary runs; around them adapter/ (the last round's), rounds.json, rounds.md and evaluation/, base
-against the last round. Finished rounds are kept when the run goes on.
+round_2/, … are ordinary runs; around them adapter/ (the last round's), rounds.json, rounds.md and evaluation/, the
+answers of the model before the first round against those of the last. Finished rounds are kept when the run goes on.
 """
 
 from __future__ import annotations
@@ -51,18 +51,20 @@ def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFla
 def finish_rounds(folder: Path, count: int, seed: int) -> None:
     """The last round's adapter as the run's own, the table of rounds, and the manifest that links them."""
     from laddpo.inputs import ADAPTER
+    from laddpo.training import SEALED
 
     places = [folder / f"round_{number}" for number in range(1, count + 1)]
     records = [_round_record(folder, place) for place in places]
     with runs.replaced_folder(folder / ADAPTER) as target:
         shutil.copytree(places[-1] / ADAPTER, target, dirs_exist_ok=True)
+    write_evaluation(places[0], places[-1], folder, seed)
     content = {"rounds": records, **compare_rounds(folder, count, seed)}
     runs.write_json(folder / ROUNDS_FILE, content)
     text = rounds_text(content)
     runs.write_text(folder / "rounds.md", text + "\n")
     print("\n" + text)
     fields = {"rounds": [record["manifest"] for record in records]}
-    runs.write_manifest(folder, "train", fields, ["config.yaml", ROUNDS_FILE], **runs.provenance())
+    runs.write_manifest(folder, "train", fields, [ROUNDS_FILE, *runs.present(folder, SEALED)], **runs.provenance())
 
 
 def config_of_round(config: RunConfig, number: int, start: str | None, folder: Path) -> RunConfig:
@@ -91,6 +93,45 @@ def _round_record(folder: Path, place: Path) -> dict[str, Any]:
         "manifest": {"fingerprint": manifest["fingerprint"], **manifest["fields"]},
         "results": find_results(place),
     }
+
+
+def write_evaluation(first: Path, last: Path, folder: Path, seed: int) -> None:
+    """evaluation/ of all rounds as a run of one has it, from what the rounds answered; nothing where they did not.
+
+    Reward accuracy is not in it: every round has pairs of its own, and measures it against the model it started from.
+    """
+    import numpy as np
+
+    from laddpo.evaluation.plots import evaluation_plot
+    from laddpo.evaluation.stats import compare
+
+    before, after = _answers(first, "base"), _answers(last, "tuned")
+    place = last / "evaluation" / "results.json"
+    of_tasks = {n: e for n, e in (runs.read_json(place) if place.exists() else {}).items() if "task" in e}
+    results: dict[str, Any] = {}
+    for name, entry in of_tasks.items():
+        keys = sorted(key for key in before.keys() & after.keys() if key[0] == entry["task"]["name"])
+        for measured, field, is_share in ANSWERED:
+            pair = [
+                [float(records[key][field]) for key in keys if field in records[key]] for records in (before, after)
+            ]
+            if keys and len(pair[0]) == len(pair[1]) == len(keys):  # an earlier version counted no tokens
+                found = compare(*pair, np.random.default_rng(seed), is_share=is_share)
+                results[name.removesuffix("exact_match") + measured] = found
+        if name in results:
+            results[name]["task"] = entry["task"]
+    if results:
+        target = folder / "evaluation"
+        lines = [runs.canonical_json(record) + "\n" for record in (*before.values(), *after.values())]
+        runs.write_text(target / "items.jsonl", "".join(lines))
+        runs.write_json(target / "results.json", results)
+        evaluation_plot(results, target / "plots" / "evaluation.png", title=f"{folder.name}, {last.name}")
+
+
+def _answers(run: Path, model: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The records of `model` (base or tuned) in a run's evaluation, by task and problem."""
+    records = runs.JsonLines(run / "evaluation" / "items.jsonl").read()
+    return {(record["task"], record["id"]): record for record in records if record["model"] == model}
 
 
 def compare_rounds(folder: Path, count: int, seed: int) -> dict[str, Any]:
@@ -137,3 +178,10 @@ def rounds_text(content: dict[str, Any]) -> str:
     gain = points_text(last["difference"], low, high)
     words = f"{count} rounds against 1: {gain} points on {last['items']} problems: {verdict}."
     return f"{table}\n\n{words}"
+
+
+ANSWERED = (  # what an evaluation says of answers, of which field of a record, whether that is a share
+    ("exact_match", "correct", True),
+    ("answer_tokens", "tokens", False),
+    ("ended_rate", "stopped", True),
+)

@@ -27,21 +27,22 @@ if TYPE_CHECKING:
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one SFT run in `run_folder`, or in the run that `resume` names."""
-    from laddpo import runs
-    from laddpo.resuming import find_run, held, step_processes, told_to_resume
+    from laddpo.resuming import check_finished, find_run, held, step_processes, told_to_resume
     from laddpo.signals import stop_on_signal
-    from laddpo.tuned import tuned_weights
 
     if config.dry_run:
         raise UserError(
             "dry_run is true, which only python -m laddpo.train knows; expected false. Leave it out, or set "
             "optim.max_train_steps=2 for a run of two steps."
         )
+    if config.data.rounds > 1:
+        raise UserError(
+            f"rounds is {config.data.rounds}, which only python -m laddpo.train knows; expected 1. Leave it out; the "
+            "questions and steps of several rounds are data.sampling.num_questions and optim.max_train_steps."
+        )
     place = find_run(config, run_folder, "sft")
     if place.is_finished:
-        runs.read_manifest(place.folder, "sft")
-        tuned_weights(config, place.folder)
-        print(f"{place.folder}: this run is finished; nothing was changed.")
+        check_finished(config, place.folder, "sft")
     else:
         with held(place.folder), told_to_resume(place.folder), stop_on_signal() as stop:
             train(step_processes(config, place), place.folder, place.is_resumed, stop)

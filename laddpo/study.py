@@ -15,11 +15,11 @@ from pathlib import Path
 
 from laddpo.app import run_stage
 from laddpo.datachecks import reader_row
-from laddpo.errors import EXIT_DONE, EXIT_STOPPED, RunFault, Stopped, UserError
+from laddpo.errors import EXIT_DONE, EXIT_STOPPED, RunFault, Stopped, UserError, nearest
 from laddpo.settings import RunConfig
-from laddpo.stagesettings import StudyArm
+from laddpo.stagesettings import StudyArm, StudySettings
 
-OWN = ("study", "output_dir", "resume", "seed", "experiment")
+OWN = ("study", "output_dir", "resume")
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
@@ -30,6 +30,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     arms = wanted_arms(config)
     folder = study_folder(config, run_folder)
     with runs.locked(folder, wait=False):
+        refuse_other_arms(config, folder)
         write_config(config, folder)
         jobs = [(arm, seed) for seed in config.study.seeds for arm in arms]
         print(f"study {config.study.name}: {len(arms)} arms x {len(config.study.seeds)} seeds in {folder}", flush=True)
@@ -41,20 +42,64 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if failed:
         raise RunFault(
             f"{folder}: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; each has its log.txt. Mend what "
-            "they name, then run the same command with resume=true."
+            f"they name, then run the same command with resume=true output_dir={folder}."
         )
 
 
 def wanted_arms(config: RunConfig) -> list[StudyArm]:
-    """The arms of the study, or those that study.only names."""
+    """The arms of the study, or those that study.only names. `UserError` with all that is wrong with the study."""
     study = config.study
     if not study.arms:
         raise UserError("study has no arms; name a study of conf/study/, as study=nano.")
-    names = [arm.name for arm in study.arms]
-    unknown = [name for name in study.only if name not in names]
-    if unknown:
-        raise UserError(f"study.only names {', '.join(unknown)}; the arms are: {', '.join(names)}.")
+    if problems := [*_seeds_elsewhere(study), *_name_problems(study)]:
+        raise UserError(*problems)
     return [arm for arm in study.arms if not study.only or arm.name in study.only]
+
+
+def _seeds_elsewhere(study: StudySettings) -> list[str]:
+    """A seed outside of study.seeds would be dropped: every arm runs with each of those."""
+    from laddpo.app import given_overrides
+
+    places = {
+        "the command line": given_overrides.get(),
+        "study.settings": study.settings,
+        **{f"study.arms, {arm.name}": arm.overrides for arm in study.arms},
+    }
+    return [
+        f"{text} ({place}): the seeds of a study are study.seeds={study.seeds}; set study.seeds=[…] instead."
+        for place, texts in places.items()
+        for text in texts
+        if text.lstrip("+~").split("=")[0] == "seed"
+    ]
+
+
+def _name_problems(study: StudySettings) -> list[str]:
+    """Arms that cannot be told apart or run, and names of arms that are none."""
+    from laddpo.evaluation.studies import BASE
+
+    names = [arm.name for arm in study.arms]
+    problems = [
+        f"study.arms: {names.count(n)} are named {n!r}; name each once."
+        for n in sorted(set(names))
+        if names.count(n) > 1
+    ]
+    if BASE in names:
+        problems.append(f"study.arms: one is named {BASE!r}, the model before training; give it another name.")
+    problems += [
+        f"study.arms, {arm.name}: stage is {arm.stage!r}; expected train or sft."
+        for arm in study.arms
+        if arm.stage not in ("train", "sft")
+    ]
+    referred = [("study.only", name, names) for name in study.only]
+    referred += [(f"study.arms, {arm.name}: against", arm.against, [*names, BASE]) for arm in study.arms]
+    for claim in study.claims:
+        referred += [("study.claims: arm", claim.arm, names), ("study.claims: against", claim.against, [*names, BASE])]
+    for where, name, known in referred:
+        if name not in known:
+            guess = nearest(name, known)
+            hint = f"; did you mean {guess}?" if guess else "."
+            problems.append(f"{where} is {name!r}; the arms are: {', '.join(known)}{hint}")
+    return list(dict.fromkeys(problems))
 
 
 def study_folder(config: RunConfig, run_folder: Path) -> Path:
@@ -64,20 +109,42 @@ def study_folder(config: RunConfig, run_folder: Path) -> Path:
     return run_folder if config.resume in ("true", "false") else Path(config.resume)
 
 
+def refuse_other_arms(config: RunConfig, folder: Path) -> None:
+    """Refuse to go on where finished arms, asked for or not, have other settings than the page would say."""
+    from laddpo import runs
+    from laddpo.sweep import begun_otherwise, problems_by_job
+
+    found = {
+        place.name: begun_otherwise(place, arm_overrides(config, arm, seed))
+        for arm in config.study.arms
+        for seed in config.study.seeds
+        if ((place := folder / f"{arm.name}-{seed}") / runs.MANIFEST).exists()
+    }
+    if problems := problems_by_job(found, f"of {len(found)} finished"):
+        raise UserError(*problems)
+
+
+def arm_overrides(config: RunConfig, arm: StudyArm, seed: int) -> list[str]:
+    """All that the command line of an arm's run sets."""
+    return [*shared_overrides(config, arm), *arm.overrides, f"seed={seed}"]
+
+
 def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) -> list[str]:
     """Run each job that is not finished; the names of those that failed. Raises `Stopped` after a signal."""
     from laddpo import runs
-    from laddpo.sweep import Sweep, child_command, forward_signals, run_child
+    from laddpo.sweep import JOB_FILE, Sweep, child_command, forward_signals, run_child
 
     failed = []
+    config_name, config_dir = root_config()
     with forward_signals(folder) as is_stopping:
         for number, (arm, seed) in enumerate(jobs, 1):
             place = folder / f"{arm.name}-{seed}"
             if (place / runs.MANIFEST).exists():
                 continue
             print(f"{number} of {len(jobs)}: {place.name}", flush=True)
-            sweep = Sweep(arm.stage, "config", None, [], folder, is_resumed=True)
-            overrides = [*shared_overrides(config, arm), *arm.overrides, f"seed={seed}"]
+            sweep = Sweep(arm.stage, config_name, config_dir, [], folder, is_resumed=True)
+            overrides = arm_overrides(config, arm, seed)
+            runs.write_json(place / JOB_FILE, {"overrides": overrides})
             code = run_child(child_command(sweep, overrides, place), place, log=place / "log.txt")
             if code == EXIT_STOPPED or is_stopping():
                 raise Stopped(f"{folder}: stopped.", f"Run the same command with resume=true output_dir={folder}.")
@@ -101,13 +168,27 @@ def shared_overrides(config: RunConfig, arm: StudyArm | None = None) -> list[str
     return [text for text in shared if not (has_own_data and reader_row(text.partition("=")[0]))]
 
 
+def root_config() -> tuple[str, str | None]:
+    """--config-name and --config-dir of this command line, as Hydra knows them."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    added = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    return hydra.job.config_name, added[0] if added else None
+
+
 def asked_of(config: RunConfig) -> list[str]:
     """The arguments that make this study again, wherever its folder is and whatever was already there."""
     from laddpo.app import given_overrides
 
-    other = ("study", "study.only", "output_dir", "resume")
+    name, folder = root_config()
+    flags = [] if name == "config" else ["--config-name", name]
+    if folder is not None:
+        place, here = Path(folder), Path.cwd()
+        flags += ["--config-dir", str(place.relative_to(here) if place.is_relative_to(here) else place)]
+    other = ("study.only", "output_dir", "resume")
     given = [text for text in given_overrides.get() if text.split("=")[0] not in other]
-    return [f"study={config.study.name}", *given]
+    return [*flags, *given]
 
 
 def write_page(config: RunConfig, folder: Path) -> dict:

@@ -2,7 +2,7 @@
 
 Hydra's sweeper and launcher decide which jobs there are and where they run (so joblib, submitit and sweeper plugins
 work); the task handed to them starts `python -m laddpo.<stage>` with the job's overrides. Each job has a folder of its
-own below outputs/sweep/<time>/, all share data/reference. Afterwards sweep.json lists overrides, exit codes, results.
+own below outputs/sweep/<sweep>/, all share data/reference. Afterwards sweep.json lists overrides, exit codes, results.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from omegaconf import DictConfig
 import laddpo
 from laddpo.compose import compose_tree, settings_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
-from laddpo.runs import JsonLines, read_json, write_json, write_text
+from laddpo.runs import JsonLines, locked, read_json, write_json, write_text
 
 SWEEP_FILE = "sweep.json"
 JOB_FILE = "job.json"
@@ -59,21 +60,21 @@ def run_sweep(
     sweep = Sweep(stage, config_name, config_dir, rest, folder, is_resumed)
     jobs = planned_jobs(hydra, sweep, tree)
     check_jobs(hydra, sweep, jobs)
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    print(f"sweep of {len(jobs) if jobs else 'jobs chosen as it goes'} in {sweep.folder}", flush=True)
-    launch = [*sweep.overrides, *_hydra_settings(sweep)]
-    task = JobTask(sweep, len(jobs) if jobs else None)
-    with forward_signals(folder), contextlib.suppress(_SweepStopped):
-        try:
-            hydra.multirun(config_name, task, launch, with_log_configuration=False)
-        except HydraException as error:
-            raise UserError(f"the sweep could not be started: {error}") from error
-        finally:
-            signal_jobs(folder, signal.SIGTERM)  # a launcher's worker that died leaves its job behind
-    records = write_sweep_file(sweep, jobs)
-    print(jobs_table(records))
-    picture_sweep(sweep.folder, records)
-    print(sweep.folder)
+    with locked(folder, wait=False):
+        print(f"sweep of {len(jobs) if jobs else 'jobs chosen as it goes'} in {folder}", flush=True)
+        launch = [*sweep.overrides, *_hydra_settings(sweep)]
+        task = JobTask(sweep, len(jobs) if jobs else None)
+        with forward_signals(folder), contextlib.suppress(_SweepStopped):
+            try:
+                hydra.multirun(config_name, task, launch, with_log_configuration=False)
+            except HydraException as error:
+                raise UserError(f"the sweep could not be started: {error}") from error
+            finally:
+                signal_jobs(folder, signal.SIGTERM)  # a launcher's worker that died leaves its job behind
+        records = write_sweep_file(sweep, jobs)
+        print(jobs_table(records))
+        picture_sweep(folder, records)
+    print(folder)
     return exit_code(records)
 
 
@@ -106,7 +107,10 @@ def sweep_folder(own: dict[str, object], outputs_dir: Path) -> tuple[Path, bool]
         raise UserError(
             f"resume is {own['resume']!r}; expected true and the sweep's folder: resume=true output_dir=<folder>."
         )
-    folder = outputs_dir / "sweep" / time.strftime("%Y-%m-%d_%H-%M-%S") if given is None else Path(str(given))
+    if given is None:
+        folder = outputs_dir / "sweep" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{secrets.token_hex(2)}"
+    else:
+        folder = Path(str(given))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir is {str(folder)!r}, a file; expected a folder for the sweep's jobs.")
     if resume == "false" and any(folder.glob(f"*/{JOB_FILE}")):
@@ -129,27 +133,43 @@ def planned_jobs(hydra: Hydra, sweep: Sweep, tree: DictConfig) -> list[list[str]
 
 def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
     """Refuse the sweep before its first job when any job's settings are wrong; equal problems are named once."""
-    where: dict[str, list[int]] = {}
+    found: dict[int, list[str]] = {}
     for number, overrides in enumerate(jobs):
         try:
             problems = settings_problems(compose_tree(hydra, sweep.config_name, overrides))[1]
         except UserError as error:
             problems = list(error.problems)
-        stored = sweep.folder / str(number) / JOB_FILE
-        if sweep.is_resumed and stored.exists() and (held := read_json(stored)["overrides"]) != overrides:
-            problems.append(
-                f"{stored}: was a job of {' '.join(held)}, not of {' '.join(overrides)}; repeat the same command."
-            )
+        if sweep.is_resumed:
+            problems += begun_otherwise(sweep.folder / str(number), overrides)
+        found[number] = problems
+    if problems := problems_by_job(found, f"of {len(jobs)}"):
+        raise UserError(*problems)
+
+
+def begun_otherwise(folder: Path, overrides: Sequence[str]) -> list[str]:
+    """The problem, if it is one, that the job in this folder was begun with other overrides."""
+    path = folder / JOB_FILE
+    held, wanted = read_json(path)["overrides"] if path.exists() else overrides, list(overrides)
+    if held == wanted:
+        return []
+    was, now = ([text for text in a if text not in b] for a, b in ((held, wanted), (wanted, held)))
+    if not was and not now:  # the same ones in another order
+        was, now = held, wanted
+    begun = f"was begun with {' '.join(was)}, " if was else "was begun "
+    asked = f"{'not with' if was else 'without'} {' '.join(now)}" if now else "which is not asked for now"
+    return [f"{folder.parent}: {begun}{asked}; repeat the same command, or choose another output_dir."]
+
+
+def problems_by_job(found: Mapping[Any, Sequence[str]], among: str) -> list[str]:
+    """Each problem once, with the first five of the jobs that have it."""
+    where: dict[str, list[str]] = {}
+    for job, problems in found.items():
         for problem in problems:
-            where.setdefault(problem, []).append(number)
-    if where:
-        of_all = f" of {len(jobs)}"
-        raise UserError(
-            *(
-                f"{p} (job {', '.join(map(str, n[:5]))}{', ...' if len(n) > 5 else ''}{of_all})"
-                for p, n in where.items()
-            )
-        )
+            where.setdefault(problem, []).append(str(job))
+    return [
+        f"{problem} (job {', '.join(jobs[:5])}{', ...' if len(jobs) > 5 else ''} {among})"
+        for problem, jobs in where.items()
+    ]
 
 
 def _hydra_settings(sweep: Sweep) -> list[str]:
@@ -268,16 +288,24 @@ def signal_jobs(folder: Path, number: int) -> None:
 
 def find_results(folder: Path) -> dict[str, Any]:
     """results.json of a job: its own when it evaluated, that of its evaluation when it trained; else, of a job without
-    a final evaluation, its best validation values (base: at step 0); {} if there are none."""
+    a final evaluation, its best validation values (base: at step 0); {} if there are none.
+
+    Of several rounds these are exact match in the last one: its loss and its base are against another reference.
+    """
+    from laddpo.evaluation.studies import round_folders
+
     for path in (folder / "results.json", folder / "evaluation" / "results.json"):
         if path.exists():
             return read_json(path)
     found = {}
-    for name in VALIDATION:
-        rows = [record for record in JsonLines(folder / "metrics.jsonl").read() if record.get(name) is not None]
+    rounds = round_folders(folder)
+    log = JsonLines((rounds[-1] if rounds else folder) / "metrics.jsonl").read()
+    for name in VALIDATION[:1] if rounds else VALIDATION:
+        rows = [record for record in log if record.get(name) is not None]
         if rows:
             best = (min if name in LOWER_IS_BETTER else max)(record[name] for record in rows)
-            found[name] = {"tuned": best, **({"base": rows[0][name]} if rows[0]["step"] == 0 else {})}
+            has_base = rows[0]["step"] == 0 and not rounds
+            found[name] = {"tuned": best, **({"base": rows[0][name]} if has_base else {})}
     return found
 
 

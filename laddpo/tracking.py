@@ -43,7 +43,8 @@ class Trackers:
 
     `folder` is the run's folder; `settings` the logger group (tensorboard, wandb, wandb_project, wandb_name,
     wandb_group, wandb_tags, wandb_mode); `config` the resolved config, recorded beside the curves. `resume_step` is the
-    step of the checkpoint a resumed run continues from: curves logged after it by the interrupted run are hidden.
+    step of the checkpoint a resumed run continues from: TensorBoard hides what the interrupted run logged after it, W&B
+    shows those steps twice.
     Call from one process (rank 0) and `close()` at the end, or use it as a context manager.
     """
 
@@ -159,7 +160,9 @@ class WandbTracker:
     """One W&B run per run folder: its id is stored there before the run opens, so a resumed run continues it.
 
     Without network or key the run is kept in <run folder>/wandb, for `wandb sync` later. WANDB_MODE in the environment
-    wins over `wandb_mode`. Step numbers are a metric of their own, since W&B's internal step cannot go back on resume.
+    wins over `wandb_mode`. Step numbers are a metric of their own, since W&B's internal step cannot go back on resume:
+    what it has of a step that is done again stays beside the new one. (Its `resume_from`, in beta, cuts at internal
+    steps.)
     """
 
     def __init__(self, folder: Path, settings: Mapping, config: Mapping, resume_step: int | None, say: Say):
@@ -167,7 +170,7 @@ class WandbTracker:
 
         self._wandb = wandb
         mode = os.environ.get("WANDB_MODE") or settings.get("wandb_mode") or "online"
-        if mode == "online" and not _has_wandb_key():
+        if mode == "online" and not has_wandb_key():
             say(
                 f"logger.wandb: no API key in WANDB_API_KEY or the netrc file; logging offline to {folder / 'wandb'}. "
                 f"`wandb login` then `wandb sync` sends it; logger.wandb_mode=offline chooses this silently."
@@ -221,7 +224,8 @@ def _redacted(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
+    """Whether WANDB_API_KEY, or the netrc file for W&B's host, holds a key."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname

@@ -19,16 +19,11 @@ from laddpo.settings import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one run in `run_folder`, or in the run that `resume` names."""
-    from laddpo import runs
-    from laddpo.resuming import find_run, held, step_processes, told_to_resume
-    from laddpo.tuned import tuned_weights
+    from laddpo.resuming import check_finished, find_run, held, step_processes, told_to_resume
 
     place = find_run(config, run_folder, "train")
     if place.is_finished:
-        runs.read_manifest(place.folder, "train")
-        refuse_longer_training(config, place.folder)
-        tuned_weights(config, place.folder)
-        print(f"{place.folder}: this run is finished; nothing was changed.")
+        check_finished(config, place.folder, "train")
         print(place.folder)
         return
     from laddpo.signals import stop_on_signal
@@ -74,20 +69,6 @@ def dry_run(config: RunConfig, folder: Path) -> None:
             shutil.rmtree(place, ignore_errors=True)
             with contextlib.suppress(OSError):  # the user's own folder, with something in it
                 folder.rmdir()
-
-
-def refuse_longer_training(config: RunConfig, folder: Path) -> None:
-    """A finished run's learning rate has come down; more steps are a new run that starts from its adapter."""
-    from laddpo.compose import read_config
-    from laddpo.errors import UserError
-
-    stored = read_config(folder).optim
-    for name in ("max_train_steps", "num_train_epochs"):
-        if getattr(stored, name) != getattr(config.optim, name):
-            raise UserError(
-                f"{folder}: is finished with optim.{name}={getattr(stored, name)}, and {getattr(config.optim, name)} "
-                f"was asked for. Start a new run from its weights: adapter.path={folder / 'adapter'}."
-            )
 
 
 def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:

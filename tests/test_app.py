@@ -16,7 +16,7 @@ from laddpo import __version__
 from laddpo.app import cli, run_folder
 from laddpo.compose import compose, write_config
 from laddpo.errors import UserError
-from laddpo.runs import JsonLines
+from laddpo.runs import JsonLines, locked
 
 STAGES = ["prepare", "precompute", "train", "evaluate", "sft", "generate", "plan", "doctor"]
 
@@ -271,6 +271,24 @@ def test_a_sweep_without_a_folder_gets_one_below_outputs(tiny_jobs):
     assert len(list(Path("out/sweep").glob("*/sweep.json"))) == 1
 
 
+def test_two_sweeps_of_one_second_have_two_folders(monkeypatch, tmp_path):
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    names = {laddpo.sweep.sweep_folder({}, tmp_path)[0].name for _ in range(3)}
+    assert len(names) > 1 and all(name.startswith("now-") for name in names)
+
+
+def test_a_sweep_that_another_process_runs_is_left_alone(tiny_jobs, capfd):
+    command = ["-m", "dpo.beta=1,2", "output_dir=sweep", "resume=true"]
+    with locked(Path("sweep"), wait=False):
+        Path("sweep/0").mkdir()
+        Path("sweep/0/process.json").write_text("{}", encoding="utf-8")
+        assert cli("train", command) == 2
+    assert "sweep: is in use by process" in capfd.readouterr().err
+    assert Path("sweep/0/process.json").exists(), "by which the other's signals reach its job"
+    Path("sweep/0/process.json").unlink()
+    assert cli("train", command) == 0
+
+
 def test_a_failed_job_is_reported_and_the_others_run(tiny_jobs, capfd):
     assert cli("train", ["-m", "optim.weight_decay=0.5,0.1", "output_dir=sweep"]) == 1
     assert [job["exit_code"] for job in sweep_json("sweep")] == [1, 0]
@@ -286,7 +304,12 @@ def test_a_sweep_goes_on_where_it_was_and_repeats_nothing(tiny_jobs, capfd):
     started = Path("sweep/started.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["folder"] for line in started] == ["0", "1", "0"]
     assert cli("train", ["-m", "optim.weight_decay=0.1,0.5", "output_dir=sweep", "resume=true"]) == 2
-    assert "repeat the same command" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert (
+        "sweep: was begun with optim.weight_decay=0.5, not with optim.weight_decay=0.1; repeat the same command"
+        in shown
+    )
+    assert "(job 0 of 2)" in shown
 
 
 def test_the_sweep_experiment_needs_no_flag_and_its_jobs_do_not_sweep_again(tiny_jobs):

@@ -12,6 +12,7 @@ from laddpo.config import check_machine, find_problems, unlikely_settings
 from laddpo.datachecks import READ_BY
 from laddpo.errors import UserError
 from laddpo.ranges import CHOICES, LISTS, RANGES, leaves
+from laddpo.redaction import find_secrets
 from laddpo.settings import RunConfig
 
 TOKEN = "hf_" + "a" * 30
@@ -286,6 +287,12 @@ def test_no_message_repeats_a_secret(capsys, monkeypatch):
         captured = capsys.readouterr()
         assert TOKEN not in captured.err + captured.out
         assert "correct-horse" not in captured.err + captured.out
+
+
+def test_no_setting_is_taken_for_a_secret_by_its_name():
+    assert find_secrets({"hub_tokens": "long enough"})
+    assert find_secrets({key: "long enough" for key, _ in leaves(RunConfig())}) == []
+    assert compose(["benchmark.plan_tokens=[256,1024]"]).benchmark.plan_tokens == [256, 1024]
 
 
 def test_a_commit_is_not_taken_for_a_key():

@@ -1,7 +1,10 @@
 """doctor prints one table whatever the machine, and its exit code says whether a run would work."""
 
+import pytest
+
 from laddpo import doctor
 from laddpo.app import cli
+from laddpo.compose import compose
 from laddpo.doctor import FAIL, OK, WARN, Finding, examine, table
 
 
@@ -24,8 +27,6 @@ def test_the_table_has_a_line_for_each_finding_and_a_fix_for_each_that_is_not_ok
 
 
 def test_this_machine_is_examined_and_a_check_that_breaks_is_a_line_too(monkeypatch, tmp_path):
-    from laddpo.compose import compose
-
     monkeypatch.chdir(tmp_path)
 
     def check_moon(config):
@@ -40,6 +41,21 @@ def test_this_machine_is_examined_and_a_check_that_breaks_is_a_line_too(monkeypa
     }
     assert findings[-1].what == "moon" and findings[-1].status == FAIL
     assert "no moon" in findings[-1].found
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("api.wandb.ai", OK), ("github.com", WARN), (None, WARN)], ids=["wandb", "another", "no file"]
+)
+def test_a_key_is_one_for_the_host_of_wandb(monkeypatch, tmp_path, host, status):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if host:
+        (tmp_path / "netrc").write_text(f"machine {host} login user password {'0a' * 20}\n")
+        (tmp_path / "netrc").chmod(0o600)
+    (finding,) = doctor.check_loggers(compose(["logger=wandb", "logger.wandb_mode=online"]))
+    assert finding.status == status
+    assert ("a key is set" in finding.found) is (status == OK)
 
 
 def test_a_failed_line_ends_in_exit_code_one(monkeypatch, capsys):

@@ -112,7 +112,7 @@ def test_sample_texts_reach_both_with_their_line_breaks(tmp_path):
     assert "07+15=\n&lt;b&gt;22&lt;/b&gt; | `x`" in page.read_text(encoding="utf-8")
 
 
-def test_a_resumed_run_keeps_its_wandb_id_and_hides_steps_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_keeps_its_wandb_id_and_tensorboard_hides_steps_after_its_checkpoint(tmp_path):
     with Trackers(tmp_path, BOTH, {}) as trackers:
         for step in (1, 2, 3):
             trackers.scalars(step, {"loss": 1.0})
@@ -122,6 +122,7 @@ def test_a_resumed_run_keeps_its_wandb_id_and_hides_steps_after_its_checkpoint(t
         trackers.scalars(3, {"loss": 9.0})
     assert tensorboard_scalars(tmp_path)["loss"] == [(1, 1.0), (2, 1.0), (3, 9.0)]
     runs = {record.run.run_id for record in wandb_records(tmp_path) if record.HasField("run")}
+    assert [row["loss"] for row in wandb_history(tmp_path) if row["step"] == 3] == [1.0, 9.0]
     assert runs == {first} == {(tmp_path / "wandb_id.txt").read_text(encoding="utf-8").strip()}
 
 

@@ -62,7 +62,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], marked: int | No
 
 
 def heat_table(sweep: SweepTable) -> str:
-    """A sweep over two keys as a table whose cells are greyer the better they are; the best is framed."""
+    """A sweep over two keys as a table whose cells are greyer the better they are; all of the best are framed."""
     rows, columns = (sweep.values_of(key) for key in sweep.keys)
     cells = {cell.values: cell for cell in sweep.cells}
     known = [cell.mean for cell in sweep.cells if cell.mean is not None]
@@ -79,7 +79,7 @@ def heat_table(sweep: SweepTable) -> str:
             share = (cell.mean - low) / (high - low) if high > low else 0.4
             grey = round(240 - 170 * (share if sweep.is_higher_better else 1 - share))
             ink = "#fff" if grey < 140 else "#000"
-            best = " class=best" if cell is sweep.best else ""
+            best = " class=best" if cell in sweep.winners else ""
             spread = f"<br><small>{text(cell.spread_text)}</small>" if cell.spread_text else ""
             style = f"background:rgb({grey},{grey},{grey});color:{ink}"
             line += f'<td{best} style="{style}">{text(number_text(cell.mean))}{spread}</td>'

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 DRIFT = 0.1  # a change of the answers' length, or of the share that ends, by this much of it is pointed out
+FEW_DIFFERENCES = 10  # of fewer items that differ resampling makes too much: four in one direction would be certain
 RESAMPLED_VALUES_AT_ONCE = 1 << 22  # 32 MiB of float64 while resampling
 
 
@@ -134,13 +135,15 @@ def paired_shares(
 ) -> Difference:
     """As `paired_bootstrap`, of outcomes that are right or wrong, and never a point.
 
-    Where resampling finds no spread, the interval is Newcombe's for as many outcomes as there are groups.
+    Where fewer than FEW_DIFFERENCES items (or groups) differ, or all do alike, the interval is Newcombe's for as many
+    outcomes as there are groups.
     """
-    found = paired_bootstrap(base, tuned, rng, groups=groups)
-    if _has_spread(_finite(tuned) - _finite(base), groups):
-        return found
+    d = _finite(tuned) - _finite(base)
+    differing = np.count_nonzero(d if groups is None else _group_sums(d, groups))
+    if differing >= FEW_DIFFERENCES and _has_spread(d, groups):
+        return paired_bootstrap(base, tuned, rng, groups=groups)
     low, high = newcombe_interval(base, tuned, independent=_independent(base, groups))
-    return Difference(found.difference, low, high, found.items)
+    return Difference(float(d.mean()), low, high, len(d))
 
 
 def newcombe_interval(
@@ -192,9 +195,9 @@ def compare(
     the base's values follow from what is compared (a reference's margin over itself is 0) and are not measured.
 
     Independent outcomes that are all 0 or 1 get Wilson's intervals and McNemar's p-value. Everything else (ties
-    counted one half, margins, grouped items) gets normal intervals from its own standard error. Where the items show
-    no spread, which is no proof that there is none, a share's interval is Newcombe's (Wilson's around a known base),
-    and a number's is None: not known.
+    counted one half, margins, grouped items) gets normal intervals from its own standard error. Where fewer than
+    FEW_DIFFERENCES outcomes differ, the interval is Newcombe's. Where the items show no spread, which is no proof that
+    there is none, that of a share is Wilson's around a known base, and a number's is None: not known.
     """
     is_binary = is_share and groups is None and set(np.unique(base)) | set(np.unique(tuned)) <= {0, 1}
     change = (paired_shares if is_binary else paired_bootstrap)(base, tuned, rng, groups=groups)

@@ -70,10 +70,15 @@ def read_outcome(folder: Path, seed: int) -> Outcome | None:
     """A finished run of train (one round or several) or sft; None when it is not finished."""
     if not (folder / runs.MANIFEST).exists():
         return None
-    rounds = sorted(folder.glob("round_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+    rounds = round_folders(folder)
     first, last = (rounds[0], rounds[-1]) if rounds else (folder, folder)
     base, tuned = right_by_item(first, "base"), right_by_item(last, "tuned")
     return Outcome(seed, base, tuned, _facts(first, last)) if base.keys() == tuned.keys() and base else None
+
+
+def round_folders(run: Path) -> list[Path]:
+    """The folders of a run's rounds in their order; none where it has no rounds."""
+    return sorted(run.glob("round_*"), key=lambda path: int(path.name.rpartition("_")[2]))
 
 
 def right_by_item(run: Path, model: str) -> dict[str, bool]:
@@ -129,9 +134,7 @@ def study_json(arms: Sequence[Arm], claims: Sequence[Claim]) -> dict[str, Any]:
         "arms": rows,
         "missing": [arm.name for arm in arms if not arm.outcomes],
         "claims": [
-            {"arm": c.arm, "against": c.against, "margin": c.margin, "text": claim_text(c, by_name)}
-            for c in claims
-            if {c.arm, c.against} <= {BASE, *by_name}  # a part of the study decides a part of its claims
+            {"arm": c.arm, "against": c.against, "margin": c.margin, "text": claim_text(c, by_name)} for c in claims
         ],
     }
 

@@ -65,15 +65,6 @@ def test_claims_are_decided_in_words_and_left_open_where_the_interval_includes_0
     assert texts[5].endswith("better.")
 
 
-def test_claims_about_arms_that_were_not_asked_for_are_left_out():
-    assert (
-        study_json([arm("default", 0.7, 0.7, 0.7)], [Claim("x", "default"), Claim("default", "base")])["claims"][0][
-            "arm"
-        ]
-        == "default"
-    )
-
-
 def test_the_page_says_what_is_missing_and_what_drifted(tmp_path):
     drifted = arm("longer", 0.7, 0.7, 0.7, answer_tokens_base=20.0, answer_tokens_tuned=30.0)
     steady = arm("default", 0.6, 0.6, 0.6, answer_tokens_base=20.0, answer_tokens_tuned=20.5)

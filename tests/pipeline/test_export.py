@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from laddpo.compose import compose
+from laddpo.modelcard import CardFacts, card_text
 from laddpo.models import adapters, loading
 
 
@@ -58,6 +60,28 @@ def test_the_card_names_base_data_licence_settings_and_metrics_and_no_place_of_t
     for words in ("license: mit", "sha256:", data, "learning_rate: 0.001", "exact match", "byte for byte", "beta: 2.0"):
         assert words in card, words
     assert str(stages.folder) not in card and str(stages.model.parent) not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "is_on_hub"),
+    [
+        ("Anthropic/hh-rlhf", True),
+        ("pairs.csv", False),
+        ("mine/pairs.parquet", False),
+        ("mine/pairs.jsonl.xz", False),
+        ("mine/folder", False),
+        ("data/of_the_data_dir", False),
+        ("/somewhere/else", False),
+    ],
+)
+def test_only_a_dataset_of_the_hub_is_a_dataset_of_the_card(tmp_path, monkeypatch, name, is_on_hub):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mine/folder", "stored/preference_data/data/of_the_data_dir"):
+        (tmp_path / folder).mkdir(parents=True)
+    config = compose(["data=jsonl", f"data.dataset_name={name}", "paths.data_dir=stored"])
+    card = card_text(config, CardFacts("bf16", "", 0), {}, None, "sha256:0", None, None)
+    assert (f"datasets: [{name}]" in card) is is_on_hub
+    assert ("datasets:" in card.split("---")[1]) is is_on_hub
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from laddpo.app import cli
+from laddpo.evaluation.page import heat_table
+from laddpo.evaluation.sweeps import SweepJob, sweep_table
 
 
 class Page(HTMLParser):
@@ -94,6 +96,21 @@ def test_several_runs_are_sorted_by_the_metric_with_the_settings_that_differ(tmp
     assert [row[:2] for row in page.rows[1:4]] == [["b", "1.0"], ["c", "2.0"], ["a", "0.5"]]
     code, _ = report(tmp_path, f"runs=[{tmp_path / 'a'},{tmp_path / 'b'}]", "report.metric=loss")
     assert code == 0
+
+
+@pytest.mark.parametrize("metric", ["loss", "score/variance", "elbo/std_error"])
+def test_of_loss_and_noise_the_lowest_is_the_best(tmp_path, metric):
+    for name, value in (("a", 0.5), ("b", 0.25)):
+        write_run(tmp_path / name, value, 2, None)
+        row = {"step": 3, f"validation/{metric}": value}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    code, out = report(tmp_path, f"runs=[{tmp_path / 'a'},{tmp_path / 'b'}]", f"report.metric={metric}")
+    assert code == 0 and [row[0] for row in Page(out / "report.html").rows[1:3]] == ["b", "a"]
+
+
+def test_a_tie_of_the_best_is_framed_in_the_table_as_in_the_picture():
+    jobs = [SweepJob({"beta": b, "n": n}, 0.7 if b == 1 else 0.1 * n) for b in (1, 2) for n in (1, 2)]
+    assert heat_table(sweep_table(jobs, "exact_match")).count("<td class=best") == 2
 
 
 def write_sweep(folder: Path, more=()) -> None:

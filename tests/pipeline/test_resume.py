@@ -71,6 +71,26 @@ def test_resume_of_a_finished_run_changes_nothing(stages, capsys):
     assert "manifest.json: cannot be read" in shown.err and "finished" not in shown.out
 
 
+@pytest.mark.parametrize(
+    ("stage", "settings", "start"),
+    [
+        ("train", [], "adapter.path={run}/adapter."),
+        ("train", ["adapter=full"], "model.model_name_or_path={run}/model."),
+        ("sft", ["sft.num_examples=8"], "adapter.path={run}/adapter."),
+    ],
+    ids=["train", "train, all weights", "sft"],
+)
+def test_more_steps_of_a_finished_run_are_a_new_run_from_its_weights(stages, capsys, stage, settings, start):
+    run = stages.folder / "run"
+    command = [*settings, "evaluation.at_end=false", "evaluation.every_steps=null", f"output_dir={run}"]
+    assert stages.run(stage, *command, "optim.max_train_steps=1") == 0
+    assert stages.run(stage, *command, "optim.max_train_steps=1", "resume=true") == 0
+    assert stages.run(stage, *command, "optim.max_train_steps=2", "resume=true") == 2
+    shown = capsys.readouterr().err
+    assert "is finished with optim.max_train_steps=1, and 2 was asked for" in shown
+    assert f"Start a new run from its weights: {start.format(run=run)}" in shown
+
+
 def test_resume_into_a_run_of_other_settings_lists_them(stages, capsys):
     run = stages.folder / "run"
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
@@ -99,6 +119,14 @@ def test_resume_true_finds_the_newest_unfinished_run_of_equal_settings(stages, c
     assert stages.run("train", "evaluation.at_end=false", "resume=true") == 0
     assert f"going on with {run}" in capsys.readouterr().out
     assert (run / "manifest.json").exists()
+    # one of another version beside it is passed over
+    (run / "manifest.json").unlink()
+    other = run.parent / "zzz" / "config.yaml"
+    other.parent.mkdir()
+    other.write_text("seed: 1\nlearned: {by: heart}\n")
+    assert stages.run("train", "evaluation.at_end=false", "resume=true") == 0
+    shown = capsys.readouterr().out
+    assert f"passing over an unfinished run. {other}: is not a configuration" in shown and f"with {run}" in shown
 
 
 @pytest.fixture(scope="module")

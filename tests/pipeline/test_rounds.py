@@ -8,6 +8,8 @@ import shutil
 import pytest
 
 from laddpo.app import cli
+from laddpo.reporting import find_runs
+from laddpo.sweep import find_results, objective
 
 QUICK = [
     "data=onpolicy",
@@ -86,11 +88,32 @@ def test_the_run_of_rounds_is_a_run_with_the_last_adapter_and_a_table(two_rounds
     assert [record["folder"] for record in content["rounds"]] == ["round_1", "round_2"]
     assert content["last_against_first"]["items"] == 8
     assert content["against_base"][1]["base"] == content["against_round_before"][0]["base"]
+    results = read(run / "evaluation" / "results.json")
+    found = {name: value for name, value in results["exact_match"].items() if name != "task"}
+    assert found == content["against_base"][1]
     table = (run / "rounds.md").read_text()
     assert "2 rounds against 1:" in table and "over the base" in table
     assert cli("evaluate", [f"run={run}", f"output_dir={run.parent / 'again'}", "logger=none"]) == 0
-    again = read(run.parent / "again" / "results.json")["exact_match"]
-    assert again["tuned"] == content["against_base"][1]["tuned"] and again["base"] == content["against_base"][0]["base"]
+    again = read(run.parent / "again" / "results.json")
+    for name, entry in results.items():
+        assert (entry["base"], entry["tuned"]) == (again[name]["base"], again[name]["tuned"]), name
+        assert entry.get("task") == again[name].get("task")
+
+
+def test_what_reads_results_finds_those_of_all_rounds(two_rounds, tmp_path):
+    run, _ = two_rounds
+    results = read(run / "evaluation" / "results.json")
+    assert "reward_accuracy" not in results, "each round's is against another model"
+    assert find_results(run) == results and objective(results) == results["exact_match"]["tuned"]
+    (found,) = find_runs([run])
+    assert found.results == results and found.value("exact_match") == results["exact_match"]["tuned"]
+    assert cli("export", [f"run={run}", f"output_dir={tmp_path / 'card'}", "export.adapter_only=true"]) == 0
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "| exact match |" in card and "not recorded" not in card
+    shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("evaluation"))
+    rows = [row for row in records(run / "round_2") if row.get("validation/exact_match") is not None]
+    best = max(row["validation/exact_match"] for row in rows)
+    assert find_results(tmp_path / "bare") == {"validation/exact_match": {"tuned": best}}
 
 
 def test_a_run_of_rounds_goes_on_where_it_stopped(two_rounds, tmp_path, capsys):
@@ -119,6 +142,12 @@ def test_the_control_takes_the_forwards_of_dpo_and_ends_with_the_same_evaluation
     assert results["exact_match"]["items"] == 8 and "reward_accuracy" in results
     assert cli("evaluate", [f"run={control}", f"output_dir={tmp_path / 'e'}", "logger=none"]) == 0
     assert read(tmp_path / "e" / "results.json") == results
+
+
+def test_fine_tuning_in_rounds_is_refused(capsys, tmp_path):
+    assert cli("sft", [*QUICK, "sft=control", "rounds=3", f"output_dir={tmp_path / 'x'}"]) == 2
+    assert "rounds is 3, which only python -m laddpo.train knows" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_results_tell_the_length_of_answers_and_how_many_end(two_rounds):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+import laddpo.sweep
+from laddpo import runs
 from laddpo.app import cli, given_overrides
 from laddpo.compose import compose
 from laddpo.config import CONF_DIR
@@ -31,8 +34,36 @@ def test_every_arm_of_every_study_composes(name):
 def test_a_study_without_arms_or_with_unknown_ones_is_refused():
     with pytest.raises(UserError, match="name a study"):
         wanted_arms(compose())
-    with pytest.raises(UserError, match="defualt; the arms are: default"):
+    with pytest.raises(UserError, match="'defualt'; the arms are: default"):
         wanted_arms(compose(["study=nano", "study.only=[defualt]"]))
+
+
+TWO_ARMS = "study.arms=[{name: default}, {name: other, overrides: ['dpo.loss=ipo']}]"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["study.claims=[{arm: othre}]"], "study.claims: arm is 'othre'; .*did you mean other"),
+        (["study.claims=[{arm: base}]"], "study.claims: arm is 'base'; the arms are: default, other"),
+        (["study.claims=[{arm: other, against: bse}]"], "study.claims: against is 'bse'; .*did you mean base"),
+        (["study.arms=[{name: default}, {name: a, against: b}]"], "study.arms, a: against is 'b'; the arms are"),
+        (["study.arms=[{name: default}, {name: base}]"], "one is named 'base'"),
+        (["study.arms=[{name: default}, {name: default}]"], "2 are named 'default'"),
+        (["study.arms=[{name: default, stage: prepare}]"], "stage is 'prepare'; expected train or sft"),
+        (["study.settings=['seed=3']"], r"seed=3 \(study.settings\): .*set study.seeds"),
+        (["study.arms=[{name: default, overrides: ['seed=3']}]"], r"seed=3 \(study.arms, default\)"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_said_before_its_first_arm(settings, message):
+    arms = [] if settings[0].startswith("study.arms") else [TWO_ARMS]
+    with pytest.raises(UserError, match=message):
+        wanted_arms(compose([*arms, *settings]))
+
+
+def test_a_seed_beside_the_study_is_refused(tmp_path, capsys):
+    assert cli("study", ["study=nano", "seed=7", f"output_dir={tmp_path / 's'}"]) == 2
+    assert "set study.seeds=" in capsys.readouterr().err and not (tmp_path / "s").exists()
 
 
 @pytest.fixture
@@ -44,9 +75,9 @@ def given():
 
 
 def test_what_the_command_line_says_beside_the_study_reaches_every_run(given):
-    given(("study=nano", "study.seeds=[1]", "output_dir=x", "seed=3", "hardware.threads=1"))
+    given(("study=nano", "study.seeds=[1]", "output_dir=x", "experiment=mine", "hardware.threads=1"))
     config = compose(["study=nano"])
-    assert shared_overrides(config) == [*config.study.settings, "hardware.threads=1"]
+    assert shared_overrides(config) == [*config.study.settings, "experiment=mine", "hardware.threads=1"]
 
 
 def test_an_arm_with_data_of_its_own_goes_without_what_only_the_studys_source_reads(given):
@@ -95,9 +126,54 @@ def test_a_study_runs_its_arms_and_goes_on_with_what_is_missing(tmp_path, capsys
         assert (folder / name).is_file(), name
 
 
+@pytest.fixture
+def no_runs(monkeypatch):
+    """Arms end at once and are finished; gives the commands that they would be."""
+    commands = []
+
+    def run_child(command, folder, log=None):
+        commands.append(command)
+        runs.write_manifest(folder, "train", {}, [])
+        return 0
+
+    monkeypatch.setattr(laddpo.sweep, "run_child", run_child)
+    return commands
+
+
+def test_an_arm_of_other_settings_is_not_taken_for_one_of_these(tmp_path, no_runs, capsys):
+    command = [TWO_ARMS, "study.seeds=[1]", f"output_dir={tmp_path / 's'}"]
+    assert cli("study", [*command, "dpo.beta=2"]) == 0 and len(no_runs) == 2
+    assert cli("study", [*command, "dpo.beta=2", "resume=true"]) == 0 and len(no_runs) == 2
+    for others, message in (
+        (["dpo.beta=7"], "was begun with dpo.beta=2, not with dpo.beta=7; repeat"),
+        (["study.only=[other]"], "was begun with dpo.beta=2, which is not asked for now; repeat"),
+        (["dpo.beta=2", "save_steps=3"], "was begun without save_steps=3; repeat"),
+    ):
+        assert cli("study", [*command, *others, "resume=true"]) == 2 and len(no_runs) == 2
+        shown = capsys.readouterr().err
+        assert message in shown and "(job default-1, other-1 of 2 finished)" in shown
+    # what a failed or interrupted run was begun with is the run's own to compare
+    for name in ("default-1", "other-1"):
+        (tmp_path / "s" / name / "manifest.json").unlink()
+    assert cli("study", [*command, "dpo.beta=7", "resume=true"]) == 0 and len(no_runs) == 4
+
+
+def test_arms_are_composed_from_the_files_that_the_study_is(tmp_path, no_runs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine/study").mkdir(parents=True)
+    Path("mine/root.yaml").write_text("defaults: [config, _self_]\n")
+    Path("mine/study/small.yaml").write_text("name: small\nseeds: [1]\narms: [{name: default}]\n")
+    assert cli("study", ["--config-dir", "mine", "--config-name", "root", "study=small", "output_dir=s"]) == 0
+    (command,) = no_runs
+    at = command.index("--config-name")
+    assert command[at : at + 4] == ["--config-name", "root", "--config-dir", str(tmp_path / "mine")]
+    again = "python -m laddpo.study --config-name root --config-dir mine study=small"
+    assert f"`{again}`" in Path("s/study.md").read_text()
+
+
 def test_failed_runs_are_named_with_their_log(tmp_path, capsys):
     command = ["study=nano", "study.only=[default]", "study.seeds=[1]", f"output_dir={tmp_path / 's'}"]
     assert cli("study", [*command, "model.model_name_or_path=nowhere", "hardware.device=cpu"]) == 1
     shown = capsys.readouterr()
-    assert "1 of 1 runs failed: default-1" in shown.err
+    assert "1 of 1 runs failed: default-1" in shown.err and f"resume=true output_dir={tmp_path / 's'}." in shown.err
     assert "nowhere" in (tmp_path / "s" / "default-1" / "log.txt").read_text()
