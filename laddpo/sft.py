@@ -40,6 +40,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
             f"rounds is {config.data.rounds}, which only python -m laddpo.train knows; expected 1. Leave it out; the "
             "questions and steps of several rounds are data.sampling.num_questions and optim.max_train_steps."
         )
+    if config.best_metric not in ("auto", "none", "exact_match"):
+        raise UserError(
+            f"best_metric is {config.best_metric!r}, which is measured on preference pairs, and sft has none; expected "
+            "auto, exact_match or none."
+        )
     place = find_run(config, run_folder, "sft")
     if place.is_finished:
         check_finished(config, place.folder, "sft")
@@ -57,7 +62,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
     from laddpo.core.tasks import SftTask
-    from laddpo.evaluate import evaluate_run
+    from laddpo.evaluate import evaluate_run, open_tasks
     from laddpo.evaluation.plots import training_plot
     from laddpo.machine import find_machine
     from laddpo.models.loading import load_tokenizer
@@ -77,6 +82,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.tuned import tuned_weights
 
     inputs.check_before_loading(config)
+    is_evaluated = config.sft.examples == "chosen" and config.evaluation.at_end
+    test_tasks = open_tasks(config) if is_evaluated else []
     tokenizer = load_tokenizer(inputs.model_path(config), config.model.revision)
     prepared = open_prepared(config) if config.sft.examples == "chosen" else None
     examples = chosen_examples(prepared.train) if prepared else corpus_examples(config, tokenizer)
@@ -126,8 +133,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             title=f"{config.model.name}: SFT on {config.sft.examples}",
             best_step=state.best_step if settings.best_metric else None,
         )
-    if prepared and config.evaluation.at_end:
-        evaluate_run(config, tuned_weights(config, folder), folder / "evaluation", prepared, loaded, stop)
+    if is_evaluated:
+        evaluate_run(config, tuned_weights(config, folder), folder / "evaluation", prepared, loaded, stop, test_tasks)
     if not ranks.is_main:
         return
     fields = {

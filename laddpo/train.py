@@ -78,6 +78,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
     from laddpo.core.tasks import DpoTask, visited_windows
+    from laddpo.evaluate import open_tasks
     from laddpo.footprint import StepMemory, dry_run_text, retries_text
     from laddpo.machine import find_machine
     from laddpo.planning import pairs_per_step
@@ -98,6 +99,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     )
 
     inputs.check_before_loading(config)
+    test_tasks = open_tasks(config) if config.evaluation.at_end and not config.dry_run else []
     prepared = open_prepared(config)
     check_enough(config, prepared)
     lengths = inputs.data_lengths(config, prepared)
@@ -166,7 +168,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             speed = outputs.timing.read()[-1]["speed/tokens_per_s"]
             print(dry_run_text(config, lengths, len(prepared.train), speed))
         return
-    finish(config, folder, prepared, loaded, state, settings, stop)
+    finish(config, folder, prepared, loaded, state, settings, stop, test_tasks)
     if not ranks.is_main:
         return
     check_weights(config, folder)
@@ -185,8 +187,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     )
 
 
-def finish(config, folder: Path, prepared, loaded, state, settings, stop) -> None:
-    """Plot the run, say how it ended, evaluate base against tuned."""
+def finish(config, folder: Path, prepared, loaded, state, settings, stop, test_tasks) -> None:
+    """Plot the run, say how it ended, evaluate base against tuned on the tasks of open_tasks."""
     from laddpo.core.outputs import RunOutputs
     from laddpo.evaluate import evaluate_run
     from laddpo.evaluation.plots import training_plot
@@ -209,7 +211,7 @@ def finish(config, folder: Path, prepared, loaded, state, settings, stop) -> Non
         if state.best_step == 0:
             print("no evaluation beat the base model: what is kept is untrained; the last weights lie beside it")
     if config.evaluation.at_end:
-        evaluate_run(config, tuned_weights(config, folder), folder / "evaluation", prepared, loaded, stop)
+        evaluate_run(config, tuned_weights(config, folder), folder / "evaluation", prepared, loaded, stop, test_tasks)
     print(f"adapter, metrics, checkpoints and plots: {folder}")
 
 

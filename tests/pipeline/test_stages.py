@@ -180,6 +180,21 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded_or_written
         assert not (stages.folder / "out").exists()
 
 
+@pytest.mark.parametrize(("stage", "more"), [("train", []), ("sft", ["sft=control"])])
+def test_test_problems_that_are_not_there_are_named_before_any_pair_is_made(stages, capsys, stage, more):
+    missing = stages.folder / "missing.jsonl"
+    asked = ["evaluation=file", f"evaluation.dataset_name={missing}", *more]
+    assert stages.run(stage, *asked) == 2
+    said = capsys.readouterr()
+    assert str(missing) in said.err and not said.out
+    assert not (stages.folder / "data").exists()
+
+
+def test_sft_takes_no_metric_of_pairs(stages, capsys):
+    assert stages.run("sft", "best_metric=loss") == 2
+    assert "best_metric is 'loss', which is measured on preference pairs, and sft has none" in capsys.readouterr().err
+
+
 def test_sft_lowers_its_loss_and_makes_a_model_that_dpo_can_start_from(stages):
     sft, dpo = stages.folder / "sft", stages.folder / "dpo"
     settings = ["adapter=full", "sft.num_examples=64", "optim.max_train_steps=12", "evaluation.tasks=[]"]
