@@ -9,7 +9,6 @@ Writes generations.jsonl into the run's folder and prints the texts. Decoding is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from laddpo.app import run_stage
@@ -58,27 +57,17 @@ def wanted_prompts(config: RunConfig) -> list[str]:
         path = Path(config.prompts)
         if not path.is_file():
             raise UserError(f"prompts is {config.prompts!r}: no such file; expected text with one prompt a line.")
-        lines = [line for line in text_lines(path, config.data.max_line_bytes) if line.strip()]
+        from laddpo.preference.files import ReadLog, open_checked, text_lines
+
+        with open_checked(path, ReadLog()) as stream:
+            read = [line.rstrip("\r\n") for line in text_lines(path, stream, config.data.max_line_bytes)]
+        lines = [line for line in read if line.strip()]
         if not lines:
             raise UserError(f"{path}: holds no prompt; expected one prompt a line.")
         return lines
     raise UserError(
         'neither prompt nor prompts is set; expected prompt="a question" or prompts=<file, one prompt a line>.'
     )
-
-
-def text_lines(path: Path, max_line_bytes: int) -> Iterator[str]:
-    """The lines of a text file, strictly in UTF-8; `UserError` names the line that is not."""
-    from laddpo.preference.badrows import RowError
-    from laddpo.preference.files import ReadLog, numbered_lines, open_checked
-    from laddpo.preference.strict_json import decode_line
-
-    with open_checked(path, ReadLog()) as stream:
-        for number, line in numbered_lines(path, stream, max_line_bytes):
-            try:
-                yield decode_line(line, first=number == 1).rstrip("\r\n")
-            except RowError as error:
-                raise UserError(str(error.at(f"{path}:{number}"))) from error
 
 
 def _answer_all(config: RunConfig, answer, prompts: list) -> list[str]:

@@ -121,10 +121,10 @@ def tuned_weights(config: RunConfig, trained: Path) -> Path:
 def what_is_left(trained: Path, folder: Path) -> str:
     """What a run still has instead of the weights that it kept in `folder`, and the way to go on with that."""
     from laddpo.core.checkpoint import step_folders
+    from laddpo.evaluation.studies import round_folders
 
     last = folder.with_name(f"{folder.name}_last")
-    rounds = sorted(trained.glob("round_*"), key=lambda path: int(path.name.rpartition("_")[2]))
-    others = [last, *(path / folder.name for path in rounds[-1:])]
+    others = [last, *(path / folder.name for path in round_folders(trained)[-1:])]
     whole = [path for path in others if _is_whole(path)]
     checkpoints = step_folders(trained / "checkpoints")
     there = ", ".join(path.relative_to(trained).as_posix() for path in (*whole, *checkpoints))

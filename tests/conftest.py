@@ -1,14 +1,25 @@
 """Fixtures for all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # with -n: a core for each worker, before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--faults-report", metavar="FILE", help="with -m faults: write the table of faults as Markdown")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """How many `-n auto` means: a core and 2 GiB for each worker and the processes it starts."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gibibytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 4
+    return max(1, min(cores, int(gibibytes // 2)))
 
 
 @pytest.fixture(scope="session")

@@ -154,15 +154,7 @@ def read_json_lines(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterat
 def read_csv(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawRow | BadRow]:
     """Comma-separated rows under a header; every field is text. A quoted field may span lines."""
     csv.field_size_limit(max_line_bytes)
-
-    def decoded() -> Iterator[str]:
-        for number, line in numbered_lines(path, stream, max_line_bytes):
-            try:
-                yield decode_line(line, first=number == 1)
-            except RowError as error:
-                raise UserError(str(error.at(f"{path}:{number}"))) from error
-
-    rows = csv.reader(decoded(), strict=True)
+    rows = csv.reader(text_lines(path, stream, max_line_bytes), strict=True)
     try:
         header = next((row for row in rows if any(map(str.strip, row))), [])  # blank lines may stand before it
         if len(set(header)) != len(header):
@@ -257,6 +249,15 @@ def numbered_lines(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterato
             problem = f"line {number} is longer than {max_line_bytes:,} bytes"
             raise file_error(path, "DATA-37", problem, "Check its line ends, or raise data.max_line_bytes.")
         yield number, line
+
+
+def text_lines(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[str]:
+    """Lines as text, with their ends; `UserError` names the one that is not UTF-8 or too long."""
+    for number, line in numbered_lines(path, stream, max_line_bytes):
+        try:
+            yield decode_line(line, first=number == 1)
+        except RowError as error:
+            raise UserError(str(error.at(f"{path}:{number}"))) from error
 
 
 def refuse_other_kinds(path: Path, line: bytes) -> None:
