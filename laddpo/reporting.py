@@ -92,7 +92,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         name=folder.name,
         folder=folder,
-        settings=_flat(yaml.safe_load(settings.read_text(encoding="utf-8"))) if settings.exists() else {},
+        settings=_flat(_read_settings(settings)) if settings.exists() else {},
         metrics=runs.JsonLines(folder / "metrics.jsonl").read(),
         timing=runs.JsonLines(folder / "timing.jsonl").read(),
         results=runs.read_json(results) if results.exists() else {},
@@ -100,6 +100,19 @@ def read_run(folder: Path) -> Run:
         fields=sealed["fields"] if is_ours else {},
         is_finished=manifest.exists() or results.exists(),
     )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """config.yaml of any version, as data."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: is not a whole yaml file ({' '.join(str(error).split())}); restore it, or leave the run out."
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no settings; restore it, or leave the run out.")
+    return found
 
 
 def _sweep_job(folder: Path, job: Mapping[str, Any]) -> Run:

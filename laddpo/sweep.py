@@ -110,7 +110,7 @@ def sweep_folder(own: dict[str, object], outputs_dir: Path) -> tuple[Path, bool]
     if given is None:
         folder = outputs_dir / "sweep" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{secrets.token_hex(2)}"
     else:
-        folder = Path(str(given))
+        folder = Path(str(given)).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir is {str(folder)!r}, a file; expected a folder for the sweep's jobs.")
     if resume == "false" and any(folder.glob(f"*/{JOB_FILE}")):

@@ -167,6 +167,15 @@ def test_what_cannot_be_reported_is_refused_by_name(tmp_path, capsys, overrides,
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"seed: [1\n  2", b"\xff\xfe", b"", b"- 1\n"])
+def test_settings_that_cannot_be_read_are_named(tmp_path, capsys, content):
+    folder = tmp_path / "a"
+    write_run(folder, 1.0, 2, 0.6)
+    (folder / "config.yaml").write_bytes(content)
+    assert report(tmp_path, f"run={folder}")[0] == 2
+    assert f"{folder / 'config.yaml'}: " in capsys.readouterr().err
+
+
 def test_an_evaluation_of_a_base_alone_has_a_page_too(tmp_path):
     folder = tmp_path / "base"
     folder.mkdir()
