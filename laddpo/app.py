@@ -48,7 +48,7 @@ from laddpo.mistakes import config_groups, unresolved
 from laddpo.redaction import redact
 from laddpo.runs import disk_message
 from laddpo.settings import RunConfig
-from laddpo.tuned import MAY_CHANGE, of_other_stages, settings_of_run
+from laddpo.tuned import MAY_CHANGE, of_other_stages, other_decoding, settings_of_run
 
 WITH_STEPS = ("train", "sft")  # stages whose `resume` finds a run and its checkpoints
 # what this command line set, for stages that take the rest from an earlier run
@@ -143,7 +143,9 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
             return EXIT_DONE
         folder = Path(ranks.broadcast(str(run_folder(stage, config)) if ranks.is_main else None))
         if ranks.is_main:
-            for note in unlikely_settings(config, stage):
+            is_of_run = config.run is not None and stage in MAY_CHANGE
+            notes = other_decoding(config, args.overrides) if is_of_run else unlikely_settings(config, stage)
+            for note in notes:
                 print(f"note: {note}", file=sys.stderr)
         return _call(main or importlib.import_module(f"laddpo.{stage}").main, config, folder)
 
@@ -201,14 +203,16 @@ def run_folder(stage: str, config: RunConfig) -> Path:
             )
     else:
         salt = hashlib.sha256(f"{os.getpid()}-{time.time_ns()}".encode()).hexdigest()[:4]
-        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{salt}-{config.model.name}-{config.data.source}"
+        reported = [config.run, *config.runs] if stage == "report" else []
+        subject = next((Path(run).name for run in reported if run), f"{config.model.name}-{config.data.source}")
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{salt}-{subject}"
         folder = Path(config.paths.outputs_dir) / stage / name
-    _check_folder(folder, config)
+    _check_folder(folder, config, stage)
     return folder
 
 
-def _check_folder(folder: Path, config: RunConfig) -> None:
-    """Refuse a folder that cannot be written, or that holds another run (unless this one resumes it)."""
+def _check_folder(folder: Path, config: RunConfig, stage: str) -> None:
+    """Refuse a folder that cannot be written, or that holds another run (unless this one resumes it) or many."""
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -218,6 +222,11 @@ def _check_folder(folder: Path, config: RunConfig) -> None:
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"output_dir is {str(folder)!r} and {existing} cannot be written to; choose a folder you own.")
+    if stage != "study" and any(folder.glob("*/job.json")):
+        raise UserError(
+            f"output_dir is {str(folder)!r}, which holds the jobs of a sweep or study, not a run; repeat its own "
+            "command (a sweep's has -m), name one of the folders in it, or choose another folder."
+        )
     if folder.exists() and (folder / "config.yaml").exists() and config.resume == "false":
         raise UserError(
             f"output_dir is {str(folder)!r}, which holds an earlier run; nothing is overwritten; "

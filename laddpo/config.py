@@ -306,6 +306,11 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
             "dpo.estimator=bernoulli is biased and of large variance; it exists to compare with older code.",
         ),
         (
+            is_lora and config.adapter.use_dora,
+            "adapter.use_dora=true keeps PEFT's arithmetic: a step takes about twice the memory that the plan counts, "
+            "and twice the time (llada_nano, bf16).",
+        ),
+        (
             dpo.correction != "none"
             and (dpo.estimator == "balanced" or dpo.schedule != "iid" or dpo.difference_focus > 0),
             f"dpo.correction={dpo.correction} takes parts of the draws for independent, which draws that are spread "

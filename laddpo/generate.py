@@ -51,6 +51,10 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def wanted_prompts(config: RunConfig) -> list[str]:
     """The prompt given, or the lines of the file given that are not blank."""
+    if config.prompt is not None and config.prompts is not None:
+        raise UserError(
+            f"prompt is {config.prompt!r} and prompts is {config.prompts!r}; expected one of them; leave one out."
+        )
     if config.prompt is not None:
         return [config.prompt]
     if config.prompts is not None:

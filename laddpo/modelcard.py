@@ -91,7 +91,10 @@ def _origin(config, facts, sealed, base, step, name, licence, is_sft) -> str:
         f"data: {trained_on}",
     ]
     if step is not None:
-        lines.append(f"weights: those kept at step {step}")
+        rounds = len(fields.get("rounds", []))
+        of_round = f" of round {rounds}, each round from the model before it" if rounds else ""
+        none_better = "; no evaluation during that training found better ones than it began with" if step == 0 else ""
+        lines.append(f"weights: those kept at step {step}{of_round}{none_better}")
     if not facts.is_adapter:
         lines.append(f"stored in {facts.dtype}; {facts.check}; loaded again byte for byte ({facts.tensors} tensors)")
         if config.quantization.load_in_4bit or config.quantization.load_in_8bit:

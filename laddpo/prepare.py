@@ -93,10 +93,12 @@ def check_enough(config: RunConfig, prepared) -> None:
             "evaluation.every_steps=null and best_metric=auto."
         )
     count, batch = len(prepared.train), pairs_per_step(config)
+    is_accumulated = config.optim.gradient_accumulation_steps > 1
+    larger = "gradient_accumulation_steps" if is_accumulated else "per_device_train_batch_size"
     if count < batch and here().is_main:
         print(
             f"note: {count:,} training pairs are fewer than the {batch:,} of a step: each step is a whole epoch. Lower "
-            "optim.gradient_accumulation_steps, or give more pairs.",
+            f"optim.{larger}, or give more pairs.",
             file=sys.stderr,
         )
 

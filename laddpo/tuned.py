@@ -59,6 +59,25 @@ def settings_of_run(
     return merged
 
 
+def other_decoding(config: RunConfig, overrides: Sequence[str]) -> list[str]:
+    """A note where an option of evaluation or decoding, chosen as a whole, changes how the run `config.run` answers."""
+    from laddpo.compose import read_config
+
+    named = {override.partition("=")[0] for override in overrides}
+    was, now = (dataclasses.asdict(part.evaluation) for part in (read_config(Path(config.run)), config))
+    changed = [
+        f"evaluation.{name}={_as_written(now[name])} (it had {_as_written(was[name])})"
+        for name in WAY_OF_ANSWERING
+        if now[name] != was[name] and f"evaluation.{name}" not in named
+    ]
+    if not changed:
+        return []
+    return [
+        f"answers are made otherwise than when this run was evaluated: {', '.join(changed)}; a small model answers "
+        "well only in the length and blocks of its own."
+    ]
+
+
 def of_other_stages(stage: str, config: RunConfig) -> Iterator[str]:
     """A sentence for each setting that names what only other stages look at: nothing would come of it here."""
     for name, (stages, instead) in READ_ONLY_BY.items():
@@ -197,6 +216,10 @@ MAY_CHANGE = {
     "variance": ("variance", "evaluation", "decoding"),
     "export": ("export",),
 }
+WAY_OF_ANSWERING = (
+    *("gen_length", "steps", "block_length", "temperature", "cfg_scale", "remasking", "suppress_eos"),
+    *("confidence_threshold", "block_cache"),
+)
 # settings that name what to look at: the stages that do, and what was probably wanted of another one
 READ_ONLY_BY = {
     "run": (

@@ -16,7 +16,7 @@ from laddpo import __version__
 from laddpo.app import cli, run_folder
 from laddpo.compose import compose, write_config
 from laddpo.errors import UserError
-from laddpo.runs import JsonLines, locked
+from laddpo.runs import JsonLines, locked, write_json
 
 STAGES = ["prepare", "precompute", "train", "evaluate", "sft", "generate", "plan", "doctor"]
 
@@ -160,6 +160,7 @@ def test_help_and_mistakes_answer_within_two_seconds_without_torch(arguments, tm
     ("stage", "arguments", "message"),
     [
         ("generate", [], "neither prompt nor prompts is set"),
+        ("generate", ["prompt=a", "prompts=b.txt"], "prompt is 'a' and prompts is 'b.txt'; expected one of them"),
         ("generate", ["prompts=latin1.txt"], "latin1.txt:2: is not UTF-8: byte 0xe9"),
         ("export", [], "run is not set"),
         ("variance", [], "run is not set"),
@@ -201,6 +202,19 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match=r"holds an earlier run; nothing is overwritten; add resume=true"):
         run_folder("train", config)
     assert run_folder("train", compose(["output_dir=mine", "resume=true"])) == Path("mine")
+
+
+@pytest.mark.parametrize("resume", ["true", "false"])
+def test_a_folder_that_holds_a_sweeps_jobs_is_no_runs(resume):
+    write_json(Path("sweep/0/job.json"), {"overrides": []})
+    with pytest.raises(UserError, match="holds the jobs of a sweep or study, not a run; repeat its own command"):
+        run_folder("train", compose(["output_dir=sweep", f"resume={resume}"]))
+    assert run_folder("train", compose(["output_dir=sweep/1", f"resume={resume}"])) == Path("sweep/1")
+
+
+def test_a_reports_folder_is_named_for_what_it_reports():
+    assert run_folder("report", compose(["run=outputs/train/mine"])).name.endswith("-mine")
+    assert run_folder("report", compose(["runs=[outputs/train/a,outputs/train/b]"])).name.endswith("-a")
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):

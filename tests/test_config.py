@@ -358,6 +358,7 @@ def test_unlikely_settings_are_named_and_run(capsys):
         (["dpo=ipo"], "per token"),
         (["data=gsm8k_preferences", "evaluation=gsm8k"], "test questions"),
         (["optim.num_warmup_steps=50", "optim.max_train_steps=10"], "ends within the warm-up"),
+        (["adapter.use_dora=true"], "twice the memory that the plan counts"),
         (["dpo.correction=cross_fit", "dpo.estimator=balanced"], "takes parts of the draws for independent"),
     ],
 )

@@ -78,6 +78,18 @@ def test_a_way_of_decoding_changes_how_answers_are_made_and_not_which(run):
     assert config.evaluation.steps == 512
 
 
+def test_answers_made_in_another_way_are_pointed_out_where_nobody_named_it(run, capsys):
+    asked("evaluate", run, "decoding=llada_1_5_gpqa", "evaluation.steps=256")
+    said = capsys.readouterr().err
+    assert (
+        "note: answers are made otherwise than when this run was evaluated: evaluation.gen_length=256 (it had 80)"
+        in said
+    )
+    assert "evaluation.steps" not in said and "evaluation.block_cache=none (it had dual)" in said
+    asked("evaluate", run, "evaluation.limit=3", "evaluation.gen_length=32")
+    assert not capsys.readouterr().err
+
+
 def test_an_evaluation_that_asks_what_the_data_asks_means_the_runs_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_config(compose(["model=llada_mini"]), tmp_path / "r")

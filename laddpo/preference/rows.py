@@ -241,6 +241,7 @@ def get_field(row: dict, name: str, rules: RowRules) -> Any:
     column = rules.column(name)
     if column not in row:
         guess = next((key for key in row if str(key).lower() in OTHER_NAMES.get(name, ())), None)
+        guess = name if name in row else guess
         hint = f"Set data.columns.{name}={guess}." if guess else f"Add the field, or set data.columns.{name}."
         chosen = row.get(rules.column("chosen"))
         if name == "prompt" and guess is None and isinstance(chosen, str):

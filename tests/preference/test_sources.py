@@ -86,6 +86,12 @@ def test_real_gsm8k_pairs_are_split_by_question(shared_folder, tmp_path):
     assert 0.1 < len(prepared.validation) / 1863 < 0.3
 
 
+def test_a_wrong_column_is_answered_with_the_one_that_has_the_name(tmp_path):
+    row = {"question": "q", "prompt": "p", "chosen": "c", "rejected": "r"}
+    (bad,) = read("jsonl", tmp_path / "a.jsonl", [row], columns={"prompt": "nope"})
+    assert bad.code == "DATA-01" and bad.advice == "Set data.columns.prompt=prompt."
+
+
 def test_a_dialogue_is_split_at_its_last_assistant_turn_not_at_the_first_difference(tmp_path):
     talk = "\n\nHuman: Hi\n\nAssistant: Hello there\n\nHuman: And?\n\nAssistant:"
     (pair,) = read("hh_rlhf", tmp_path / "a.jsonl", [{"chosen": talk + " Well, yes", "rejected": talk + " Well, no"}])
