@@ -117,7 +117,7 @@ def _same_plain_number(text: str, answer: str) -> bool:
 
 
 def _require_number(answer: str) -> None:
-    if not PLAIN.fullmatch(answer.strip().strip("$")):
+    if not PLAIN.fullmatch(answer_part(answer).strip().strip("$")):
         raise UserError(
             f"the gold answer {answer!r} is not one plain number, and math-verify, which compares formulas, is not "
             "installed; pip install 'laddpo[eval]', or compare texts where a grader can be chosen "
@@ -208,7 +208,7 @@ def _serve_math_verify(pipe: Any) -> None:
             boxed = None if "####" in text else last_boxed(text)
             said = answer_part(text) if boxed is None else _delimited(boxed)
             try:
-                is_right = bool(verify(parse(_delimited(answer)), parse(said)))
+                is_right = bool(verify(parse(_delimited(answer_part(answer))), parse(said)))
             except Exception:
                 is_right = False
             pipe.send(is_right)

@@ -66,8 +66,8 @@ def test_a_formula_is_not_graded_by_its_last_number(monkeypatch, answer):
 
 def test_numbers_with_what_they_count_are_graded_without_math_verify(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    answers = ["18", "$1,080.50", "$7$", "-5", "50%", "5 apples"]
-    assert all(math_grader(answers).grade_all(["18", "1080.5", "7", "= -5", "50%", "5"], answers))
+    answers = ["18", "$1,080.50", "$7$", "-5", "50%", "5 apples", "so\n#### 42"]
+    assert all(math_grader(answers).grade_all(["18", "1080.5", "7", "= -5", "50%", "5", "42"], answers))
 
 
 @pytest.mark.parametrize(
