@@ -33,15 +33,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import laddpo
-from laddpo.compose import (
-    compose_tree,
-    group_settings,
-    open_hydra,
-    settings_problems,
-    to_run_config,
-    typed_settings,
-)
-from laddpo.config import unlikely_settings
+from laddpo.compose import compose_tree, group_settings, open_hydra, to_run_config, typed_settings
+from laddpo.config import find_problems, unlikely_settings
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest
 from laddpo.launch import joined, leave, refuse_sweep, speaks
 from laddpo.mistakes import config_groups, unresolved
@@ -154,8 +147,8 @@ def settings_for(hydra: Hydra, stage: str, tree: DictConfig, overrides: list[str
     """The checked settings of a stage; those of the run that it works on, where it works on one."""
     typed = typed_settings(tree)
     is_of_run = typed.config.run is not None and stage in MAY_CHANGE
-    problems = typed.problems if is_of_run else settings_problems(tree)[1]
-    problems = [*problems, *of_other_stages(stage, typed.config)]
+    contradictions = [] if is_of_run else find_problems(typed.config, typed.broken, typed.given)
+    problems = [*typed.problems, *contradictions, *of_other_stages(stage, typed.config)]
     if problems:
         raise UserError(*problems)
     if not is_of_run:
