@@ -36,6 +36,7 @@ import laddpo
 from laddpo.compose import compose_tree, group_settings, open_hydra, to_run_config, typed_settings
 from laddpo.config import find_problems, unlikely_settings
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest
+from laddpo.folders import FOREIGN, KINDS, OF_A_RUN, refuse_others, what_is
 from laddpo.launch import joined, leave, refuse_sweep, speaks
 from laddpo.mistakes import config_groups, unresolved
 from laddpo.redaction import redact
@@ -205,7 +206,7 @@ def run_folder(stage: str, config: RunConfig) -> Path:
 
 
 def _check_folder(folder: Path, config: RunConfig, stage: str) -> None:
-    """Refuse a folder that cannot be written, or that holds another run (unless this one resumes it) or many."""
+    """Refuse a folder that cannot be written, or that holds what is not this stage's to go on with."""
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -215,16 +216,9 @@ def _check_folder(folder: Path, config: RunConfig, stage: str) -> None:
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"output_dir is {str(folder)!r} and {existing} cannot be written to; choose a folder you own.")
-    if stage != "study" and any(folder.glob("*/job.json")):
-        raise UserError(
-            f"output_dir is {str(folder)!r}, which holds the jobs of a sweep or study, not a run; repeat its own "
-            "command (a sweep's has -m), name one of the folders in it, or choose another folder."
-        )
-    if folder.exists() and (folder / "config.yaml").exists() and config.resume == "false":
-        raise UserError(
-            f"output_dir is {str(folder)!r}, which holds an earlier run; nothing is overwritten; "
-            "add resume=true to continue it, or choose another folder."
-        )
+    if config.dry_run and what_is(folder).kinds == (FOREIGN,):
+        return  # a dry run keeps to a folder of its own inside
+    refuse_others(folder, KINDS.get(stage, OF_A_RUN), config.resume != "false")
 
 
 def _print_traceback() -> None:

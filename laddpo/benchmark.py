@@ -23,10 +23,9 @@ from laddpo.settings import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Run the parts that `benchmark.parts` names."""
-    from laddpo import runs
     from laddpo.config import check_machine
-    from laddpo.core.budget import release_memory
     from laddpo.errors import UserError
+    from laddpo.folders import owned
     from laddpo.machine import find_machine
 
     try:
@@ -38,6 +37,17 @@ def main(config: RunConfig, run_folder: Path) -> None:
         hint = "Without a GPU the same parts run in a small shape: experiment=gpu_proof_small."
         raise UserError(*others, f"{last} {hint}") from error
     machine = find_machine(config)
+    with owned(run_folder, "benchmark", config.resume != "false"):
+        seconds = run_parts(config, machine, run_folder)
+    print(f"\n{seconds:.0f} s; tables: {run_folder / 'benchmark.md'}")
+    print(run_folder)
+
+
+def run_parts(config: RunConfig, machine, run_folder: Path) -> float:
+    """Measure part by part; the seconds that all took."""
+    from laddpo import runs
+    from laddpo.core.budget import release_memory
+
     started = time.perf_counter()
     sections = [f"# Benchmark\n\n{about(config, machine)}\n"]
     record = {"settings": dataclasses.asdict(config.benchmark), "machine": machine.name}
@@ -54,8 +64,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         runs.write_text(run_folder / "benchmark.md", "\n".join(sections))
         runs.write_json(run_folder / "benchmark.json", record)
     runs.write_manifest(run_folder, "benchmark", {}, ["benchmark.md", "benchmark.json"], **runs.provenance())
-    print(f"\n{record['seconds']:.0f} s; tables: {run_folder / 'benchmark.md'}")
-    print(run_folder)
+    return record["seconds"]
 
 
 def about(config: RunConfig, machine) -> str:

@@ -44,7 +44,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
         require_harness(config)
     tasks = open_tasks(config)
     way = f"output_dir={run_folder} resume=true"
-    with held(run_folder), told_to_resume(run_folder, way), stop_on_signal() as stop:
+    is_resumed = config.resume != "false"
+    with held(run_folder, "evaluation", is_resumed), told_to_resume(run_folder, way), stop_on_signal() as stop:
         if here().is_main:
             unseal(run_folder)
             write_config(config, run_folder)
@@ -60,7 +61,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 
 def unseal(folder: Path) -> None:
-    """An evaluation in the folder of a finished one goes on with its answers; a folder of another kind is refused."""
+    """An evaluation in the folder of a finished one goes on with its answers, which must be those that were sealed."""
     from laddpo import runs
 
     if runs.read_manifest(folder, "evaluation"):

@@ -26,15 +26,14 @@ def main(config: RunConfig, run_folder: Path) -> None:
             "run is not set; expected the folder of a finished run: run=outputs/train/<run>. An adapter from elsewhere "
             "is named by adapter.path, with its base in model.model_name_or_path."
         )
-    if (run_folder / runs.MANIFEST).exists():
-        raise UserError(f"output_dir is {str(run_folder)!r}, which holds an export; choose another folder.")
 
     from laddpo import exporting
+    from laddpo.folders import owned
 
     trained = Path(config.run) if config.run else None
     if config.export.push_to_hub:
         exporting.check_hub_access()
-    with runs.locked(run_folder, wait=False):
+    with owned(run_folder, "export"):
         source = exporting.find_weights(config, trained)
         if config.export.adapter_only:
             files, facts = exporting.export_adapter(config, source, run_folder)

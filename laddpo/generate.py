@@ -21,32 +21,41 @@ def main(config: RunConfig, run_folder: Path) -> None:
     texts = wanted_prompts(config)
 
     from laddpo import inputs, runs
-    from laddpo.answering import answerer
-    from laddpo.machine import find_machine
-    from laddpo.preference.pairs import user_prompt
-    from laddpo.tuned import base_model, tuned_weights, use_weights
+    from laddpo.folders import owned
+    from laddpo.tuned import tuned_weights
 
     tuned = tuned_weights(config, Path(config.run)) if config.run else None
     inputs.check_before_loading(config)
-    loaded = inputs.load(config, find_machine(config))
-    prompts = [user_prompt(text) for text in texts]
-    answers: dict[str, list[str]] = {}
-    if tuned:
-        inputs.make_trainable(config, loaded)
-        with base_model(config, loaded):
-            answers["base"] = _answer_all(config, answerer(config, loaded), prompts)
-        use_weights(config, loaded, tuned)
-        answers["tuned"] = _answer_all(config, answerer(config, loaded), prompts)
-    else:
-        answers["base"] = _answer_all(config, answerer(config, loaded), prompts)
-    rows = [{"prompt": text, **{name: found[i] for name, found in answers.items()}} for i, text in enumerate(texts)]
+    with owned(run_folder, "generations", config.resume != "false"):
+        answers = answer_prompts(config, texts, tuned)
+        rows = [{"prompt": text, **{name: found[i] for name, found in answers.items()}} for i, text in enumerate(texts)]
+        runs.write_text(run_folder / "generations.jsonl", "".join(runs.canonical_json(row) + "\n" for row in rows))
     for row in rows:
         print()
         for name, text in row.items():
             print(f"{name:>6}  {text}")
-    run_folder.mkdir(parents=True, exist_ok=True)
-    runs.write_text(run_folder / "generations.jsonl", "".join(runs.canonical_json(row) + "\n" for row in rows))
     print(f"\n{run_folder}")
+
+
+def answer_prompts(config: RunConfig, texts: list[str], tuned: Path | None) -> dict[str, list[str]]:
+    """The answers of the base, and with `tuned` those of the tuned model, by name."""
+    from laddpo import inputs
+    from laddpo.answering import answerer
+    from laddpo.machine import find_machine
+    from laddpo.preference.pairs import user_prompt
+    from laddpo.tuned import base_model, use_weights
+
+    loaded = inputs.load(config, find_machine(config))
+    prompts = [user_prompt(text) for text in texts]
+    if tuned is None:
+        return {"base": _answer_all(config, answerer(config, loaded), prompts)}
+    answers: dict[str, list[str]] = {}
+    inputs.make_trainable(config, loaded)
+    with base_model(config, loaded):
+        answers["base"] = _answer_all(config, answerer(config, loaded), prompts)
+    use_weights(config, loaded, tuned)
+    answers["tuned"] = _answer_all(config, answerer(config, loaded), prompts)
+    return answers
 
 
 def wanted_prompts(config: RunConfig) -> list[str]:

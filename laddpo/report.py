@@ -19,6 +19,7 @@ from laddpo.settings import RunConfig
 def main(config: RunConfig, run_folder: Path) -> None:
     """Report on the folders that `run` and `runs` name."""
     from laddpo import runs
+    from laddpo.folders import owned
     from laddpo.reporting import find_runs, report_page
 
     folders = [Path(text) for text in (*([config.run] if config.run else []), *config.runs)]
@@ -27,10 +28,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
             "neither run nor runs is set; expected folders of runs or of a sweep: run=outputs/train/<run>, or "
             "runs=[outputs/train/a,outputs/train/b]."
         )
-    if (run_folder / "config.yaml").exists():
-        raise UserError(f"output_dir is {str(run_folder)!r}, which holds a run; choose another folder for its report.")
     found = find_runs(folders)
-    runs.write_text(run_folder / "report.html", report_page(found, config.report, run_folder / "plots"))
+    with owned(run_folder, "report"):
+        runs.write_text(run_folder / "report.html", report_page(found, config.report, run_folder / "plots"))
     print(f"page: {run_folder / 'report.html'}")
     print(run_folder)
 

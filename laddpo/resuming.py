@@ -15,6 +15,7 @@ from laddpo import runs
 from laddpo.compose import read_config
 from laddpo.core.ranks import here
 from laddpo.errors import Stopped, UserError
+from laddpo.folders import owned
 from laddpo.planning import pairs_per_process, pairs_per_step
 from laddpo.settings import RunConfig
 
@@ -100,12 +101,17 @@ def _counted_for(config: RunConfig, processes: int) -> RunConfig:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this run; of several processes rank 0 does, for all."""
+def held(folder: Path, kind: str, is_resumed: bool = False) -> Iterator[None]:
+    """Hold a run's folder for this run; with several processes rank 0 does, for all.
+
+    What was decided about the folder before it was held is decided again: another process may have written meanwhile.
+    """
     if not here().is_main:
         yield
         return
-    with runs.locked(folder, wait=False):
+    with owned(folder, kind, is_resumed) as found:
+        if found.is_finished and kind in ("train", "sft"):
+            raise UserError(f"{folder}: another process finished this run meanwhile. Nothing was changed.")
         yield
 
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -20,7 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from laddpo.errors import Damaged, UserError
-from laddpo.temporaries import remove_orphans, temporary_beside
+from laddpo.locks import disk_message, open_own
+from laddpo.locks import locked as locked  # one of the things that folders are written by
+from laddpo.temporaries import make_folder, move_to, open_file, temporary_beside
 
 MANIFEST = "manifest.json"
 SEAL = "seal"
@@ -91,7 +92,7 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_beside(path) as temporary:
-            with temporary.open(mode, **kwargs) as f:
+            with open_file(temporary, mode, **kwargs) as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
@@ -108,19 +109,6 @@ def explained(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise UserError(disk_message(path, error)) from error
-
-
-def disk_message(path: Path, error: OSError) -> str:
-    """What is told of a file or folder that could not be written."""
-    free = ""
-    with contextlib.suppress(OSError):
-        free = f" ({shutil.disk_usage(_existing(path)).free / 2**20:.0f} MiB free there)"
-    reason = error.strerror or error
-    return f"{path}: could not be written: {reason}{free}. Free space or choose another folder, then run again."
-
-
-def _existing(path: Path) -> Path:
-    return next((folder for folder in path.parents if folder.is_dir()), Path("."))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -163,7 +151,8 @@ class JsonLines:
         line = json.dumps(record, allow_nan=False) + "\n"
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8", newline="\n") as f:
+            fd = open_own(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            with open(fd, "a", encoding="utf-8", newline="\n") as f:
                 f.write(line)
 
     def read(self) -> list[dict]:
@@ -213,46 +202,6 @@ class JsonLines:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the folder's lock (flock on `.lock`); while another process has it, wait, or with `wait=False` refuse.
-
-    What killed processes left in the folder is removed. On a platform or file system without flock, no lock is taken:
-    two writers are then the user's to avoid.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(disk_message(folder, error)) from error
-    try:
-        _flock(fd, folder, wait)
-        holder = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        with contextlib.suppress(OSError):  # who holds it is told to people; a full disk is for what matters to say
-            os.truncate(fd, 0)
-            os.write(fd, holder.encode())
-        remove_orphans(folder)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _flock(fd: int, folder: Path, wait: bool) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        holder = os.pread(fd, 200, 0).decode(errors="replace")
-        raise UserError(
-            f"{folder}: is in use by {holder or 'another process'}. Wait for it, or choose another output_dir."
-        ) from error
-    except OSError:  # a network file system without locks
-        return
-
-
-@contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Fill a temporary folder that takes the place of `folder` as a whole when the block ends well.
 
@@ -260,11 +209,11 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     name, which `temporaries.remove_orphans` gives back.
     """
     with explained(folder), temporary_beside(folder) as temporary, temporary_beside(folder, "old") as old:
-        temporary.mkdir(parents=True)
+        make_folder(temporary)
         yield temporary
         try:
-            if folder.exists():
-                os.replace(folder, old)
+            if os.path.lexists(folder):
+                move_to(folder, old)
             os.replace(temporary, folder)
             sync_folder(folder.parent)
         finally:

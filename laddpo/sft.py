@@ -49,7 +49,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if place.is_finished:
         check_finished(config, place.folder, "sft")
     else:
-        with held(place.folder), told_to_resume(place.folder), stop_on_signal() as stop:
+        with held(place.folder, "sft", place.is_resumed), told_to_resume(place.folder), stop_on_signal() as stop:
             train(step_processes(config, place), place.folder, place.is_resumed, stop)
     print(place.folder)
 

@@ -24,12 +24,12 @@ OWN = ("study", "output_dir", "resume")
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Run what is missing, arm by arm within each seed, and write the page after each."""
-    from laddpo import runs
     from laddpo.compose import write_config
+    from laddpo.folders import owned
 
     arms = wanted_arms(config)
     folder = study_folder(config, run_folder)
-    with runs.locked(folder, wait=False):
+    with owned(folder, "study", config.resume != "false"):
         refuse_other_arms(config, folder)
         write_config(config, folder)
         jobs = [(arm, seed) for seed in config.study.seeds for arm in arms]

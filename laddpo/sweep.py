@@ -32,7 +32,9 @@ from omegaconf import DictConfig
 import laddpo
 from laddpo.compose import compose_tree, settings_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
-from laddpo.runs import JsonLines, locked, read_json, write_json, write_text
+from laddpo.folders import owned, refuse_others
+from laddpo.locks import open_own
+from laddpo.runs import JsonLines, read_json, write_json, write_text
 
 SWEEP_FILE = "sweep.json"
 JOB_FILE = "job.json"
@@ -60,7 +62,7 @@ def run_sweep(
     sweep = Sweep(stage, config_name, config_dir, rest, folder, is_resumed)
     jobs = planned_jobs(hydra, sweep, tree)
     check_jobs(hydra, sweep, jobs)
-    with locked(folder, wait=False):
+    with owned(folder, "sweep", is_resumed):
         print(f"sweep of {len(jobs) if jobs else 'jobs chosen as it goes'} in {folder}", flush=True)
         launch = [*sweep.overrides, *_hydra_settings(sweep)]
         task = JobTask(sweep, len(jobs) if jobs else None)
@@ -113,11 +115,7 @@ def sweep_folder(own: dict[str, object], outputs_dir: Path) -> tuple[Path, bool]
         folder = Path(str(given)).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir is {str(folder)!r}, a file; expected a folder for the sweep's jobs.")
-    if resume == "false" and any(folder.glob(f"*/{JOB_FILE}")):
-        raise UserError(
-            f"output_dir is {str(folder)!r}, which holds a sweep; nothing is overwritten; add resume=true to run what "
-            "is missing of it, or choose another folder."
-        )
+    refuse_others(folder, ("sweep",), resume == "true")
     return folder, resume == "true"
 
 
@@ -243,7 +241,7 @@ def run_child(command: list[str], folder: Path, log: Path | None = None) -> int:
         streams = {}
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)  # added to as the job goes
+            output = open_own(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # added to as the job goes
             stack.callback(os.close, output)
             streams = {"stdout": output, "stderr": subprocess.STDOUT}
         child = subprocess.Popen(command, env=environment, start_new_session=True, **streams)

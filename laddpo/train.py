@@ -31,7 +31,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if config.dry_run:
         dry_run(step_processes(config, place), place.folder)
         return
-    with held(place.folder), told_to_resume(place.folder), stop_on_signal() as stop:
+    with held(place.folder, "train", place.is_resumed), told_to_resume(place.folder), stop_on_signal() as stop:
         config = step_processes(config, place)
         if config.data.rounds > 1:
             from laddpo.rounds import train_rounds
@@ -58,15 +58,18 @@ def dry_run(config: RunConfig, folder: Path) -> None:
 
     place = folder / "dry_run"
     try:
-        with held(place), stop_on_signal() as stop:
-            train(config_of_round(config, 1, config.adapter.path, place), place, False, stop)
+        with held(place, "dry_run"), stop_on_signal() as stop:
+            try:
+                train(config_of_round(config, 1, config.adapter.path, place), place, False, stop)
+            finally:
+                if here().is_main and not (place / "fault").exists():
+                    shutil.rmtree(place, ignore_errors=True)
     except Stopped:
         raise Stopped(
             "the dry run was stopped by a signal; nothing of it is kept.", "Give the command again."
         ) from None
     finally:
-        if here().is_main and not (place / "fault").exists():
-            shutil.rmtree(place, ignore_errors=True)
+        if here().is_main:
             with contextlib.suppress(OSError):  # the user's own folder, with something in it
                 folder.rmdir()
 

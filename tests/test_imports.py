@@ -21,6 +21,8 @@ FLOORS = {
     "signals": 0,
     "linears": 0,
     "temporaries": 0,
+    "locks": 0,
+    "folders": 0,
     "settings": 0,
     "stagesettings": 0,
     "ranges": 0,

@@ -22,7 +22,7 @@ from torch import Tensor
 from laddpo import runs
 from laddpo.core.ranks import Ranks, placed_like, whole
 from laddpo.errors import UserError
-from laddpo.temporaries import temporary_beside
+from laddpo.temporaries import move_to, temporary_beside
 
 log = logging.getLogger(__name__)
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -72,7 +72,7 @@ def remove_older(checkpoints: Path, keep: int) -> None:
     with runs.explained(checkpoints):
         for folder in step_folders(checkpoints)[keep:] if keep else []:
             with temporary_beside(folder) as doomed:
-                os.replace(folder, doomed)
+                move_to(folder, doomed)
 
 
 def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:

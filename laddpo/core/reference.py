@@ -23,6 +23,7 @@ from safetensors.numpy import save as save_tensors
 
 from laddpo import runs
 from laddpo.errors import UserError
+from laddpo.folders import refuse_others
 
 SIDES = ("chosen", "rejected")
 FORMAT = 1
@@ -61,6 +62,7 @@ class ReferenceStore:
         self._values: dict[StoredPair, np.ndarray] = {}
         self._shards: dict[str, dict] = {}
         self._known: set[str] = set()  # shards whose values are here
+        self._refuse_others()
         self.refresh()
 
     @classmethod
@@ -139,13 +141,16 @@ class ReferenceStore:
         )
         digest = hashlib.sha256(content).hexdigest()
         name = _shard_name(digest)
-        with runs.locked(self.folder):
+        with runs.locked(self.folder, check=self._refuse_others):
             self._read_manifest()
             runs.write_bytes(self.folder / name, content)
             self._shards[name] = {"sha256": digest, "pairs": len(pairs), "first_draw": first_draw}
             self._write_manifest()
         self._known.add(name)
         self._add(pairs, first_draw, values)
+
+    def _refuse_others(self) -> None:
+        refuse_others(self.folder, ("reference",), True, "the reference store")
 
     def refresh(self) -> None:
         """Read what other processes have added since."""

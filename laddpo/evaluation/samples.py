@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from laddpo import runs
 from laddpo.errors import Stopped
+from laddpo.folders import refuse_others
 from laddpo.preference.onpolicy import Question
 from laddpo.preference.pairs import Prompt, user_prompt
 from laddpo.signals import StopFlag
@@ -56,7 +58,9 @@ def collect_samples(
     is answered whole, so that a continued run gives the texts of an uninterrupted one. Raises `Stopped` after a signal.
     """
     mine = folder / PARTS / f"{rank}-of-{world}"
-    with runs.locked(mine):
+    own = partial(refuse_others, folder, (KIND,), True, "the folder of samples")
+    own()
+    with runs.locked(mine, check=own):
         if is_finished(folder):  # by another process, while this one waited
             return folder / SAMPLES
         log = runs.JsonLines(mine / "answers.jsonl")

@@ -39,7 +39,7 @@ from laddpo.runs import (
     write_json,
     write_manifest,
 )
-from laddpo.temporaries import remove_orphans, temporary_beside
+from laddpo.temporaries import make_folder, remove_orphans, temporary_beside
 
 TOKENS, REPORT, FIGURE, REJECTED = "tokens.safetensors", "report.json", "report.png", "rejected.jsonl"
 SPLITS = ("train", "validation")
@@ -207,7 +207,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     remove_orphans(folder.parent)
     with explained(folder), temporary_beside(folder) as building:
-        building.mkdir(parents=True)
+        make_folder(building)
         yield building
         try:
             os.rename(building, folder)
