@@ -11,6 +11,7 @@ folder, and calls `main(config, run_folder)`. With several values and -m, each j
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import contextvars
 import errno
@@ -39,6 +40,7 @@ from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFau
 from laddpo.folders import FOREIGN, KINDS, OF_A_RUN, refuse_others, what_is
 from laddpo.launch import joined, leave, refuse_sweep, speaks
 from laddpo.mistakes import config_groups, unresolved
+from laddpo.pathchecks import cannot_use, of_this_process
 from laddpo.redaction import redact
 from laddpo.runs import disk_message
 from laddpo.settings import RunConfig
@@ -58,12 +60,15 @@ def run_stage(stage: str, main: Main) -> None:
     SIGTERM ends it as Ctrl-C does, also where no step is under way that would have to be finished first.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    start_again_with_utf8()
     leave(cli(stage, sys.argv[1:], main))
 
 
 def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
     """The exit code of `python -m laddpo.<stage> <argv>`, run in this process."""
     try:
+        show_everything()
+        of_this_process()
         return _run(stage, list(argv), main)
     except UserError as error:
         _print_problems(error)
@@ -76,16 +81,38 @@ def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
         _print_into_nothing()
         return EXIT_FAULT
     except OSError as error:
-        if error.errno not in CANNOT_WRITE:
+        cannot_write = error.errno in CANNOT_WRITE
+        message = disk_message(Path(error.filename or os.curdir), error) if cannot_write else cannot_use(error)
+        if message is None:
             _print_traceback()
             return EXIT_FAULT
-        _print_problems(UserError(disk_message(Path(error.filename or os.curdir), error)))
+        _print_problems(UserError(message))
         return EXIT_USER
     except Exception as error:
         if _came_of_interrupt(error):
             return _interrupted()
         _print_traceback()
         return EXIT_FAULT
+
+
+def show_everything() -> None:
+    """What a terminal cannot show is printed as `\\xe9`, and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") in ("strict", "surrogateescape"):
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                stream.reconfigure(errors="backslashreplace")
+
+
+def start_again_with_utf8() -> None:
+    """In an ASCII locale Python can name no other files and reads no other prompts: begin again in its UTF-8 mode.
+
+    What is printed keeps the terminal's encoding. The process keeps its number.
+    """
+    if os.name != "posix" or sys.flags.utf8_mode or codecs.lookup(sys.getfilesystemencoding()).name != "ascii":
+        return
+    printed = f"{getattr(sys.stdout, 'encoding', 'ascii')}:backslashreplace"
+    environment = {"PYTHONIOENCODING": printed, **os.environ, "PYTHONUTF8": "1"}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def _interrupted() -> int:

@@ -58,12 +58,13 @@ def run_parts(config: RunConfig, machine, run_folder: Path) -> float:
         text, record[name] = PARTS[name](config, machine)
         record[name]["seconds_taken"] = time.perf_counter() - part_started
         record["seconds"] = time.perf_counter() - started
-        print(f"\n{text}", flush=True)
         sections.append(f"## {TITLES[name]}\n\n{text}\n")
         # after every part: what comes may fail, and took minutes to get to
         runs.write_text(run_folder / "benchmark.md", "\n".join(sections))
         runs.write_json(run_folder / "benchmark.json", record)
-    runs.write_manifest(run_folder, "benchmark", {}, ["benchmark.md", "benchmark.json"], **runs.provenance())
+        if name == config.benchmark.parts[-1]:
+            runs.write_manifest(run_folder, "benchmark", {}, ["benchmark.md", "benchmark.json"], **runs.provenance())
+        print(f"\n{text}", flush=True)
     return record["seconds"]
 
 

@@ -30,12 +30,19 @@ from omegaconf.errors import OmegaConfBaseException
 from laddpo.config import CONF_DIR, find_problems
 from laddpo.errors import UserError
 from laddpo.mistakes import Composed, diagnose, forbidden, foreign_code, put_stand_in, unresolved, yaml_mistake
+from laddpo.pathchecks import path_problem, path_problems
 from laddpo.ranges import PATHS
 from laddpo.redaction import find_secrets, redact
 from laddpo.runs import file_sha256, require_sealed, write_text
 from laddpo.settings import RunConfig
 
-HOME_PATHS = (*PATHS, "run", "prompts")  # in which a ~ at the beginning is the user's home
+HOME_PATHS = (
+    *PATHS,
+    "run",
+    "prompts",
+    "evaluation.dataset_name",
+    "evaluation.harness_dir",
+)  # in which a ~ at the beginning is the user's home
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "config", config_dir: str | None = None) -> RunConfig:
@@ -53,6 +60,8 @@ def open_hydra(task_name: str, config_dir: str | None = None) -> Iterator[Hydra]
         raise UserError(f"{CONF_DIR}: config.yaml is missing; the installation is damaged; install laddpo again.")
     search_path = create_config_search_path(str(CONF_DIR))
     if config_dir is not None:
+        if problem := path_problem(config_dir):
+            raise UserError(f"--config-dir is {config_dir!r}; {problem}")
         folder = Path(config_dir).resolve()
         if not folder.is_dir():
             raise UserError(
@@ -134,7 +143,8 @@ def typed_settings(tree: DictConfig) -> Typed:
         node = operator.attrgetter(group)(config) if group else config
         setattr(node, name, _from_home(getattr(node, name)))
     config.runs = [_from_home(folder) for folder in config.runs]
-    return Typed(config, [*problems, *broken.values()], set(broken), given)
+    problems += [*broken.values(), *path_problems(config, set(broken))]
+    return Typed(config, problems, set(broken), given)
 
 
 def _from_home(path: str | None) -> str | None:

@@ -44,7 +44,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         require_harness(config)
     tasks = open_tasks(config)
     way = f"output_dir={run_folder} resume=true"
-    is_resumed = config.resume != "false"
+    is_resumed, shown = config.resume != "false", []
     with held(run_folder, "evaluation", is_resumed), told_to_resume(run_folder, way), stop_on_signal() as stop:
         if here().is_main:
             unseal(run_folder)
@@ -52,12 +52,12 @@ def main(config: RunConfig, run_folder: Path) -> None:
         loaded = inputs.load(config, find_machine(config))
         if tuned:
             inputs.make_trainable(config, loaded)
-            evaluate_run(config, tuned, run_folder, open_prepared(config), loaded, stop, tasks)
+            evaluate_run(config, tuned, run_folder, open_prepared(config), loaded, stop, tasks, shown.append)
         else:
-            evaluate_base(config, run_folder, loaded, stop, tasks)
+            evaluate_base(config, run_folder, loaded, stop, tasks, shown.append)
         if here().is_main:
             seal(run_folder, config.run, loaded.weights)
-    print(run_folder)
+    print(*shown, run_folder, sep="\n")  # once nothing of it can be lost
 
 
 def unseal(folder: Path) -> None:
@@ -76,12 +76,12 @@ def seal(folder: Path, run: str | None, weights: dict) -> None:
     runs.write_manifest(folder, "evaluation", fields, runs.present(folder, SEALED), **runs.provenance())
 
 
-def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, stop, tasks=None) -> dict:
+def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, stop, tasks=None, say=print) -> dict:
     """Base against the weights of a run in `tuned` (tuned_weights); returns the content of results.json.
 
     Several ranks divide the pairs and the answers; rank 0 writes what one process would. The model in `loaded` must
     already carry the run's adapter (or be trainable as a whole); its weights are replaced. `tasks` are those of
-    open_tasks, where they are open already.
+    open_tasks, where they are open already. `say` takes what is only for people, once all is written.
     """
     from laddpo import inputs, runs
     from laddpo.answering import answer_task
@@ -96,17 +96,17 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
         items, block = inputs.measured_items(config, prepared, loaded, held_out, stop, "held-out pairs")
         seen_items, _ = inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs of the evaluation")
         tasks = open_tasks(config) if tasks is None else tasks
-        harness = _harness(config, loaded, folder, "base", loaded.weights)
+        harness = _harness(config, loaded, folder, "base", loaded.weights, stop)
         base_records = {
             task.name: answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base", stop)
             for task in tasks
         }
     use_weights(config, loaded, tuned)
     if held_out:
-        scores, margins = _measure_pairs(config, loaded, items, block, held_out, folder)
+        scores, margins = _measure_pairs(config, loaded, items, block, held_out, folder, stop)
         results.update(scores)
     results["reward_accuracy_on_training_pairs"] = _compare_accuracy(
-        config, _scores(config, loaded, seen_items, block), seen
+        config, _scores(config, loaded, seen_items, block, stop), seen
     )
     digest = {**loaded.weights, "tuned": runs.read_manifest(tuned, "weights", verify=False)["files"]}
     for task in tasks:
@@ -117,22 +117,22 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
             [r["correct"] for r in base], [r["correct"] for r in records], config.seed, is_share=True
         )
         results[key]["task"] = {"name": task.name, "grader": task.grader.name, **task.fields}
-        results.update(_compare_lengths(config, base, records, "" if len(tasks) == 1 else f"{task.name}/"))
+        results.update(_compare_lengths(config, base, records, "" if len(tasks) == 1 else f"{task.name}/", say))
         if is_main:
             runs.write_text(folder / f"examples_{task.name}.txt", examples_text(base, records) + "\n")
-    harness_tuned = _harness(config, loaded, folder, "tuned", digest)
+    harness_tuned = _harness(config, loaded, folder, "tuned", digest, stop)
     if not is_main:
         return results
     results.update(_harness_results(harness, harness_tuned, config.seed))
     runs.write_json(folder / "results.json", results)
     evaluation_plot(results, folder / "plots" / "evaluation.png", tuned_margins=margins, title=tuned.parent.name)
-    print()
-    print(before_after_table(results))
-    print(f"\nresults, answers and plots: {folder}")
+    say("")
+    say(before_after_table(results))
+    say(f"\nresults, answers and plots: {folder}")
     return results
 
 
-def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks) -> dict:
+def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=print) -> dict:
     """Exact match of the configured model alone, on the tasks of open_tasks."""
     from laddpo import runs
     from laddpo.answering import answer_task
@@ -152,13 +152,13 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks) -> dict:
             "task": {"name": name, "grader": task.grader.name, **task.fields},
         }
         share = f"{right / len(records):.1%} (95% interval {low:.1%} to {high:.1%})"
-        print(f"{name}: {right} of {len(records)} exact, {share}")
-    harness = _harness(config, loaded, folder, "base", loaded.weights)
+        say(f"{name}: {right} of {len(records)} exact, {share}")
+    harness = _harness(config, loaded, folder, "base", loaded.weights, stop)
     if not loaded.machine.ranks.is_main:
         return results
     for name, entry in _harness_results(harness, None, config.seed).items():
         results[name] = entry
-        print(f"{name}: {entry['base']:.4g}")
+        say(f"{name}: {entry['base']:.4g}")
     runs.write_json(folder / "results.json", results)
     return results
 
@@ -171,17 +171,19 @@ def open_tasks(config: RunConfig) -> list:
     return [open_task(config, name, "test", config.evaluation.limit) for name in own]
 
 
-def _harness(config: RunConfig, loaded, folder: Path, label: str, weights: dict) -> dict | None:
+def _harness(config: RunConfig, loaded, folder: Path, label: str, weights: dict, stop) -> dict | None:
     """What lm-evaluation-harness makes of the model as it is now; None where it is not asked for. Rank 0 runs it."""
     if config.evaluation.harness == "none":
         return None
     from laddpo.core.gradient import lockstep
     from laddpo.harness import run_harness, write_items
+    from laddpo.signals import at_once
 
     with lockstep(loaded.denoiser):
         if not loaded.machine.ranks.is_main:
             return None
-        found = run_harness(config, loaded, folder, label, weights)
+        with at_once(stop, f"{folder}: the harness was stopped; its answers so far are kept.", "Give it again."):
+            found = run_harness(config, loaded, folder, label, weights)
         write_items(folder, found, label)
         return found
 
@@ -202,7 +204,7 @@ def _compare(base, tuned, seed: int, groups=None, *, is_share: bool, is_base_kno
     return compare(base, tuned, np.random.default_rng(seed), groups, is_share=is_share, is_base_known=is_base_known)
 
 
-def _compare_lengths(config: RunConfig, base: list[dict], tuned: list[dict], prefix: str) -> dict:
+def _compare_lengths(config: RunConfig, base: list[dict], tuned: list[dict], prefix: str, say) -> dict:
     """Length of the answers and the share that ends by itself; says so where training moved either by a tenth."""
     if not all("tokens" in record for record in (*base, *tuned)):  # answered by an earlier version
         return {}
@@ -213,16 +215,17 @@ def _compare_lengths(config: RunConfig, base: list[dict], tuned: list[dict], pre
         before, after = ([float(record[key]) for record in records] for records in (base, tuned))
         entry = found[prefix + name] = _compare(before, after, config.seed, is_share=is_share)
         if abs(entry["difference"]) > DRIFT * entry["base"]:
-            print(f"note: {prefix}{name} went from {entry['base']:.3g} to {entry['tuned']:.3g}, more than {DRIFT:.0%}")
+            say(f"note: {prefix}{name} went from {entry['base']:.3g} to {entry['tuned']:.3g}, more than {DRIFT:.0%}")
     return found
 
 
-def _scores(config: RunConfig, loaded, items, block: int):
+def _scores(config: RunConfig, loaded, items, block: int, stop):
     from laddpo.evaluation.margins import score_preferences
     from laddpo.inputs import objective_of
 
     machine = loaded.machine
-    return score_preferences(loaded.denoiser, items, objective_of(config), block, machine.token_budget, machine.ranks)
+    scored = (items, objective_of(config), block, machine.token_budget, machine.ranks, stop)
+    return score_preferences(loaded.denoiser, *scored)
 
 
 def _compare_accuracy(config: RunConfig, scores, pairs) -> dict:
@@ -241,12 +244,12 @@ def training_sample(config: RunConfig, prepared) -> list:
     return [prepared.train[i] for i in indices]
 
 
-def _measure_pairs(config: RunConfig, loaded, items, block: int, pairs, folder: Path):
+def _measure_pairs(config: RunConfig, loaded, items, block: int, pairs, folder: Path, stop):
     """Entries of results.json for the held-out pairs, and the margins of the tuned model."""
     from laddpo import runs
     from laddpo.evaluation.margins import length_buckets
 
-    scores = _scores(config, loaded, items, block)
+    scores = _scores(config, loaded, items, block, stop)
     groups, zeros = [pair.group for pair in pairs], [0.0] * len(items)
     margins = list(scores.margins)
     results = {

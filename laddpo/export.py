@@ -42,6 +42,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
         runs.write_text(run_folder / "README.md", exporting.model_card(config, trained, source, facts))
         fields = {"step": source.step, "base": source.base, "adapter_only": config.export.adapter_only}
         runs.write_manifest(run_folder, "export", fields, [*files, "README.md"], **runs.provenance())
+    if not facts.is_adapter:
+        print(f"loaded again: {facts.tensors} tensors byte for byte, logits equal")
     if config.export.push_to_hub:
         exporting.push(run_folder, config.export.push_to_hub, config.export.private)
     print(run_folder)

@@ -103,7 +103,6 @@ def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list
             f"{min(changed, default='none, but the logits differ')}); expected the same bytes. The disk or memory may "
             "be faulty: export again to another disk."
         )
-    print(f"loaded again: {len(digests)} tensors byte for byte, logits equal")
     return files, CardFacts(dtype=dtype, check=check_words(check, dtype), tensors=len(digests))
 
 

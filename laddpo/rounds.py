@@ -62,9 +62,9 @@ def finish_rounds(folder: Path, count: int, seed: int) -> None:
     runs.write_json(folder / ROUNDS_FILE, content)
     text = rounds_text(content)
     runs.write_text(folder / "rounds.md", text + "\n")
-    print("\n" + text)
     fields = {"rounds": [record["manifest"] for record in records]}
     runs.write_manifest(folder, "train", fields, [ROUNDS_FILE, *runs.present(folder, SEALED)], **runs.provenance())
+    print("\n" + text)
 
 
 def config_of_round(config: RunConfig, number: int, start: str | None, folder: Path) -> RunConfig:

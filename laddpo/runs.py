@@ -34,7 +34,7 @@ def canonical_json(value: Any) -> str:
 
 def fingerprint(fields: Mapping[str, Any]) -> str:
     """16 hex digits that change when any listed field changes."""
-    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical_json(fields).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -118,8 +118,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Atomic write of UTF-8 text with `\\n` line ends on every platform."""
-    write_bytes(path, content.encode("utf-8"))
+    """Atomic write of UTF-8 text with `\\n` line ends on every platform. Half a character is written as JSON writes it."""
+    write_bytes(path, content.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -133,8 +133,10 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             title=f"{config.model.name}: SFT on {config.sft.examples}",
             best_step=state.best_step if settings.best_metric else None,
         )
+    shown: list[str] = []  # for people, once nothing of the run can be lost
     if is_evaluated:
-        evaluate_run(config, tuned_weights(config, folder), folder / "evaluation", prepared, loaded, stop, test_tasks)
+        tuned, place = tuned_weights(config, folder), folder / "evaluation"
+        evaluate_run(config, tuned, place, prepared, loaded, stop, test_tasks, shown.append)
     if not ranks.is_main:
         return
     fields = {
@@ -145,6 +147,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         "start": loaded.weights,
     }
     runs.write_manifest(folder, "sft", fields, runs.present(folder, SEALED), **runs.provenance())
+    if shown:
+        print("\n".join(shown))
 
 
 def draws_of(config: RunConfig) -> int:

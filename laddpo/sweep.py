@@ -34,6 +34,7 @@ from laddpo.compose import compose_tree, settings_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
 from laddpo.folders import owned, refuse_others
 from laddpo.locks import open_own
+from laddpo.pathchecks import path_problem
 from laddpo.runs import JsonLines, read_json, write_json, write_text
 
 SWEEP_FILE = "sweep.json"
@@ -74,8 +75,8 @@ def run_sweep(
             finally:
                 signal_jobs(folder, signal.SIGTERM)  # a launcher's worker that died leaves its job behind
         records = write_sweep_file(sweep, jobs)
-        print(jobs_table(records))
         picture_sweep(folder, records)
+        print(jobs_table(records))
     print(folder)
     return exit_code(records)
 
@@ -113,6 +114,8 @@ def sweep_folder(own: dict[str, object], outputs_dir: Path) -> tuple[Path, bool]
         folder = outputs_dir / "sweep" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{secrets.token_hex(2)}"
     else:
         folder = Path(str(given)).expanduser()
+    if problem := path_problem(str(folder)):
+        raise UserError(f"output_dir is {str(folder)!r}; {problem}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir is {str(folder)!r}, a file; expected a folder for the sweep's jobs.")
     refuse_others(folder, ("sweep",), resume == "true")

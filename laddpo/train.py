@@ -171,7 +171,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             speed = outputs.timing.read()[-1]["speed/tokens_per_s"]
             print(dry_run_text(config, lengths, len(prepared.train), speed))
         return
-    finish(config, folder, prepared, loaded, state, settings, stop, test_tasks)
+    shown: list[str] = []  # for people, once nothing of the run can be lost
+    finish(config, folder, prepared, loaded, state, settings, stop, test_tasks, shown.append)
     if not ranks.is_main:
         return
     check_weights(config, folder)
@@ -188,10 +189,11 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         runs.present(folder, SEALED),
         **runs.provenance(),
     )
+    print("\n".join(shown))
 
 
-def finish(config, folder: Path, prepared, loaded, state, settings, stop, test_tasks) -> None:
-    """Plot the run, say how it ended, evaluate base against tuned on the tasks of open_tasks."""
+def finish(config, folder: Path, prepared, loaded, state, settings, stop, test_tasks, say) -> None:
+    """Plot the run, evaluate base against tuned on the tasks of open_tasks; `say` takes how the run ended."""
     from laddpo.core.outputs import RunOutputs
     from laddpo.evaluate import evaluate_run
     from laddpo.evaluation.plots import training_plot
@@ -208,14 +210,15 @@ def finish(config, folder: Path, prepared, loaded, state, settings, stop, test_t
             best_step=state.best_step if settings.best_metric else None,
         )
     if state.stopped_early:
-        print(f"stopped early at step {state.step}: {state.stopped_early}")
+        say(f"stopped early at step {state.step}: {state.stopped_early}")
     if settings.best_metric and state.best_value is not None and math.isfinite(state.best_value):
-        print(f"kept step {state.best_step}: {settings.best_metric} = {state.best_value:.4g}")
+        say(f"kept step {state.best_step}: {settings.best_metric} = {state.best_value:.4g}")
         if state.best_step == 0:
-            print("no evaluation beat the base model: what is kept is untrained; the last weights lie beside it")
+            say("no evaluation beat the base model: what is kept is untrained; the last weights lie beside it")
     if config.evaluation.at_end:
-        evaluate_run(config, tuned_weights(config, folder), folder / "evaluation", prepared, loaded, stop, test_tasks)
-    print(f"adapter, metrics, checkpoints and plots: {folder}")
+        tuned, place = tuned_weights(config, folder), folder / "evaluation"
+        evaluate_run(config, tuned, place, prepared, loaded, stop, test_tasks, say)
+    say(f"adapter, metrics, checkpoints and plots: {folder}")
 
 
 if __name__ == "__main__":

@@ -214,7 +214,8 @@ class Validation:
             objective = inputs.objective_of(self.config)
             budget = self.loaded.machine.token_budget
             ranks = self.loaded.machine.ranks
-            scores = score_preferences(self.loaded.denoiser, self.items, objective, self.block, budget, ranks)
+            scored = (self.items, objective, self.block, budget, ranks, self.stop)
+            scores = score_preferences(self.loaded.denoiser, *scored)
             metrics.update(scores.metrics())
         # answers of a model on its way are in no file: they are made within one evaluation, or anew
         records = [

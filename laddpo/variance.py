@@ -26,15 +26,20 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.folders import owned
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
-    from laddpo.signals import stop_on_signal
+    from laddpo.signals import at_once, stop_on_signal
 
     tuned = moved_weights(config)
     inputs.check_before_loading(config)
-    with owned(run_folder, "variance", config.resume != "false"), stop_on_signal() as stop:
+    nothing = f"{run_folder}: stopped; nothing was written."  # all is written at the end
+    with (
+        owned(run_folder, "variance", config.resume != "false"),
+        stop_on_signal() as stop,
+        at_once(stop, nothing, "The same command starts anew."),
+    ):
         prepared = open_prepared(config)
         loaded = inputs.load(config, find_machine(config, inputs.data_lengths(config, prepared)))
         parameters = list(inputs.make_trainable(config, loaded).values())
-        measure_run(config, tuned, run_folder, prepared, loaded, parameters, stop)
+        measure_run(config, tuned, run_folder, prepared, loaded, parameters)
     print(run_folder)
 
 
@@ -53,7 +58,7 @@ def moved_weights(config: RunConfig) -> Path:
     return folder
 
 
-def measure_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, parameters: list, stop) -> None:
+def measure_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, parameters: list) -> None:
     """Reference values of all settings first, then the policy with the weights in `tuned` under the same masks."""
     import numpy as np
     from tqdm.auto import tqdm
@@ -77,7 +82,6 @@ def measure_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, 
     with base_model(config, loaded):
         for name, draws in tqdm(jobs, unit="setting", desc="reference", dynamic_ncols=True):
             references[name, draws] = reference_values(loaded.denoiser, pairs, settings[name], draws, *common)
-            _give_way(stop, folder)
         for name, draws in studied:
             estimator_of = _estimators(settings[name], draws, config.seed)
             mixtures[draws] = techniques.reference_mixture(loaded.denoiser, estimator_of, wanted.evaluations, few)
@@ -97,12 +101,10 @@ def measure_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, 
             len(few),
             machine.token_budget,
         )
-        _give_way(stop, folder)
     tried = {}
     for name, draws in tqdm(studied, unit="setting", desc="techniques", dynamic_ncols=True):
         step = (loaded.denoiser, parameters, few)
         tried[draws] = techniques.study(measured[name, draws], mixtures[draws], objective, *step, machine.token_budget)
-        _give_way(stop, folder)
     best = measured[max(jobs, key=lambda job: (job[0] == "default", job[1]))]
     facts = {
         "run": Path(config.run).name,
@@ -130,13 +132,6 @@ def measure_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, 
 
 def _estimators(setting, draws: int, seed: int):
     return lambda evaluation: setting.of(draws, seed, evaluation)
-
-
-def _give_way(stop, folder: Path) -> None:
-    from laddpo.errors import Stopped
-
-    if stop:
-        raise Stopped(f"{folder}: stopped by {stop.name}; nothing was written.", "The same command starts anew.")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ FLOORS = {
     "temporaries": 0,
     "locks": 0,
     "folders": 0,
+    "pathchecks": 0,
     "settings": 0,
     "stagesettings": 0,
     "ranges": 0,

@@ -6,15 +6,18 @@ goes in as a function of the budget; it must leave nothing behind that a second 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from laddpo.errors import RunFault
+from laddpo.core.ranks import ALONE, Ranks
+from laddpo.errors import RunFault, Stopped
+from laddpo.signals import StopFlag
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -24,18 +27,24 @@ def _no_plan(tokens: int) -> str:
     return f"one sequence of {tokens} tokens does not fit the memory. Lower data.max_length or adapter.r."
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass
 class TokenBudget:
     """At most `tokens` in a micro-step, or one longer sequence. `explain(tokens)` is the message when that fails.
 
     One object serves all passes of a run, so that what one of them learns about memory holds for the others.
     `may_retry` false: the first time is the last, for work in which other processes take part (FSDP) and would wait.
+    `between` is called before every micro-step that scores; see `stoppable`.
     """
 
     tokens: int
     explain: Callable[[int], str] = _no_plan
     retries: int = 0
     may_retry: bool = True
+    between: Callable[[], None] = _nothing
 
     @classmethod
     def of(cls, budget: int | TokenBudget) -> TokenBudget:
@@ -55,6 +64,23 @@ class TokenBudget:
                 reason = str(error).partition("\n")[0]
             # outside the handler: the traceback held every tensor of the failed attempt
             self._shrink(longest, reason)
+
+    @contextlib.contextmanager
+    def stoppable(self, stop: StopFlag | None, ranks: Ranks = ALONE) -> Iterator[None]:
+        """Within the block a signal ends scoring before the next micro-step, by `Stopped`.
+
+        Several processes share their micro-steps and must stop at the same place: there the caller asks all of them.
+        """
+
+        def give_way() -> None:
+            if stop:
+                raise Stopped(f"scoring pairs: stopped by {stop.name}.", "Give the command again.")
+
+        outer, self.between = self.between, give_way if stop is not None and ranks.world == 1 else self.between
+        try:
+            yield
+        finally:
+            self.between = outer
 
     def _shrink(self, longest: int, reason: str) -> None:
         if self.tokens <= longest:

@@ -13,7 +13,7 @@ Three ways behind one interface:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -117,7 +117,8 @@ def accumulate_gradient(
 
 def score_items(denoiser: Denoiser, items: Sequence[Item], token_budget: int | TokenBudget) -> Tensor:
     """Per-draw values without a graph, in the same packing as `stream`. # float64 [items, sides, draws]"""
-    return TokenBudget.of(token_budget).run(lambda tokens: _score(denoiser, items, tokens), longest_sequence(items))
+    budget = TokenBudget.of(token_budget)
+    return budget.run(lambda tokens: _score(denoiser, items, tokens, budget.between), longest_sequence(items))
 
 
 def longest_sequence(items: Sequence[Item]) -> int:
@@ -180,9 +181,12 @@ def _one_pass(
 
 
 @torch.no_grad()
-def _score(denoiser: Denoiser, items: Sequence[Item], token_budget: int) -> Tensor:
+def _score(
+    denoiser: Denoiser, items: Sequence[Item], token_budget: int, between: Callable[[], None] = lambda: None
+) -> Tensor:
     values: list[Tensor | None] = [None] * len(items)
     for group in pack_items(items, token_budget):
+        between()
         members = [items[i] for i in group]
         if members[0].tokens > token_budget:
             parts = [

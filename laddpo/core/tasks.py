@@ -5,6 +5,7 @@ Also the pass that both the reference store and evaluation use: encoded rows and
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -182,6 +183,7 @@ def fill_reference(
     a signal, with everything computed so far in the store. Of several ranks each computes and stores its share of every
     window, the one that it will have in training; what the others stored is seen after `store.refresh()`.
     """
+    budget = TokenBudget.of(token_budget)
     pending: list[tuple[StoredPair, int, np.ndarray]] = []
     sequences = 0
     for pairs, draws in windows:
@@ -189,10 +191,10 @@ def fill_reference(
         for pair in own_pairs(pairs, ranks):
             for run in _consecutive(store.missing(stored_pair(pair), draws)):
                 by_draws.setdefault(run, []).append(pair)
-        with lockstep(denoiser):
+        with lockstep(denoiser), budget.stoppable(stop, ranks), kept_when_stopped(store, pending, stop):
             for run, group in by_draws.items():
                 items = [pair_item(pair, estimator, run) for pair in group]
-                values = score_items(denoiser, items, token_budget).cpu().numpy()
+                values = score_items(denoiser, items, budget).cpu().numpy()
                 sequences += values.size
                 pending += [(stored_pair(pair), run[0], row) for pair, row in zip(group, values, strict=True)]
         try:  # asked once: a signal after this line lets the next window be computed
@@ -205,12 +207,24 @@ def fill_reference(
             pending = []
         advance(len(pairs))
         if is_stopping:
-            raise Stopped(
-                f"{store.folder}: stopped by {stop.name}; {len(store)} pairs are stored.",
-                "The same command goes on from there.",
-            )
+            raise _stored(store, stop)
     _append(store, pending)
     return sequences
+
+
+@contextlib.contextmanager
+def kept_when_stopped(store: ReferenceStore, pending: list[tuple[StoredPair, int, np.ndarray]], stop: StopFlag):
+    """A stop in the middle of a window keeps what was computed before, the whole groups of this window included."""
+    try:
+        yield
+    except Stopped:
+        _append(store, pending)
+        raise _stored(store, stop) from None
+
+
+def _stored(store: ReferenceStore, stop: StopFlag) -> Stopped:
+    kept = f"{store.folder}: stopped by {stop.name}; {len(store)} pairs are stored."
+    return Stopped(kept, "The same command goes on from there.")
 
 
 def own_pairs(pairs: Sequence[EncodedPair], ranks: Ranks) -> Sequence[EncodedPair]:

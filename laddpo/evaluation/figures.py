@@ -6,10 +6,16 @@ Every series differs in line style, marker or hatch as well as in lightness, so 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import io
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from laddpo.errors import UserError
 from laddpo.runs import write_bytes
 
 if TYPE_CHECKING:
@@ -20,13 +26,40 @@ DPI = 110
 DARK, PALE, ACCENT, RULE = "#16324f", "#9fb6cc", "#d9822b", "#777777"
 
 
+@contextlib.contextmanager
+def only_a_picture(path: Path) -> Iterator[None]:
+    """A picture is for people: one that cannot be drawn is a note, and the run that it shows is not lost.
+
+    A file that cannot be written is still an error: what comes next could not be written either.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a broken font, a name that matplotlib reads as a formula: any kind
+        reason = str(error).partition("\n")[0]
+        print(f"note: {path}: was not drawn ({type(error).__name__}: {reason}). Its numbers are kept.", file=sys.stderr)
+
+
+def drawn(draw: Callable[..., None]) -> Callable[..., None]:
+    """A function that draws into its argument `path`, as `only_a_picture`."""
+    signature = inspect.signature(draw)
+
+    @functools.wraps(draw)
+    def draw_or_say(*args, **kwargs) -> None:
+        with only_a_picture(signature.bind(*args, **kwargs).arguments["path"]):
+            draw(*args, **kwargs)
+
+    return draw_or_say
+
+
 def new_figure(width_inches: float, height_inches: float, title: str) -> Figure:
     from matplotlib.figure import Figure  # 0.2 s; nobody who draws nothing should wait for it
 
     figure = Figure(figsize=(width_inches, height_inches), dpi=DPI, layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
     if title:
-        figure.suptitle(title, fontsize=12, fontweight="bold")
+        figure.suptitle(title.replace("$", r"\$"), fontsize=12, fontweight="bold")
     return figure
 
 

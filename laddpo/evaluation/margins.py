@@ -21,6 +21,8 @@ from laddpo.core.metrics import accuracy, preference_metrics
 from laddpo.core.objectives import DpoObjective, mean_variance, pair_scores, reference_draws
 from laddpo.core.ranks import ALONE, Ranks
 from laddpo.core.sharing import score_shared
+from laddpo.errors import Stopped
+from laddpo.signals import StopFlag
 
 WINDOW = 64  # pairs scored together; only rounding depends on it
 
@@ -76,12 +78,18 @@ def score_preferences(
     block: int,
     token_budget: int | TokenBudget,
     ranks: Ranks = ALONE,
+    stop: StopFlag | None = None,
 ) -> PreferenceScores:
-    """The policy's values on held-out pairs, whose items carry the reference's; several ranks share them out."""
-    parts = [
-        score_shared(denoiser, items[start : start + WINDOW], token_budget, ranks).cpu()
-        for start in range(0, len(items), WINDOW)
-    ]
+    """The policy's values on held-out pairs, whose items carry the reference's; several ranks share them out.
+
+    Raises `Stopped` after a signal, before the next micro-step; several ranks stop together, before the next window.
+    """
+    budget, parts = TokenBudget.of(token_budget), []
+    with budget.stoppable(stop, ranks):
+        for start in range(0, len(items), WINDOW):
+            if start and stop is not None and ranks.agree_to_stop(stop):
+                raise Stopped(f"scoring pairs: stopped by {stop.name}.", "Give the command again.")
+            parts.append(score_shared(denoiser, items[start : start + WINDOW], budget, ranks).cpu())
     return PreferenceScores(items, torch.cat(parts), objective, block)
 
 

@@ -91,6 +91,8 @@ def heat_table(sweep: SweepTable) -> str:
 
 def picture(path: Path, description: str) -> str:
     """A PNG inside the page."""
+    if not path.is_file():
+        return paragraph(f"{description}: not drawn")
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<figure><img alt="{text(description)}" src="data:image/png;base64,{data}"></figure>'
 

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from laddpo.evaluation.figures import ACCENT, DARK, PALE, RULE, new_figure, save_png, say_nothing, tidy
+from laddpo.evaluation.figures import (
+    ACCENT,
+    DARK,
+    PALE,
+    RULE,
+    drawn,
+    new_figure,
+    only_a_picture,
+    save_png,
+    say_nothing,
+    tidy,
+)
 from laddpo.evaluation.stats import wilson_interval
 from laddpo.evaluation.tables import is_share
 
@@ -45,6 +56,7 @@ class Panel:
     is_exact: bool = False
 
 
+@drawn
 def training_plot(
     rows: Sequence[Mapping[str, Any]],
     path: Path,
@@ -84,14 +96,16 @@ def panel_plots(
     made = []
     for panel in (*PANELS, *DETAIL_PANELS):
         if any(curve.metric in series for curve in _with_validation(panel)):
-            figure = new_figure(4.4, 3.0, "")
-            _draw_panel(figure.subplots(), panel, series, best_step)
             name = "".join(letter if letter.isalnum() else "_" for letter in panel.title.lower())
-            save_png(figure, path := folder / f"{name}.png")
-            made.append((panel.title, path))
+            with only_a_picture(path := folder / f"{name}.png"):
+                figure = new_figure(4.4, 3.0, "")
+                _draw_panel(figure.subplots(), panel, series, best_step)
+                save_png(figure, path)
+                made.append((panel.title, path))
     return made
 
 
+@drawn
 def margins_plot(tuned: Sequence[float], path: Path) -> None:
     """The distribution of the tuned model's reward margins alone."""
     figure = new_figure(4.8, 3.6, "")
@@ -99,6 +113,7 @@ def margins_plot(tuned: Sequence[float], path: Path) -> None:
     save_png(figure, path)
 
 
+@drawn
 def evaluation_plot(
     results: Mapping[str, Any],
     path: Path,

@@ -17,7 +17,7 @@ import numpy as np
 
 from laddpo import runs
 from laddpo.errors import UserError
-from laddpo.evaluation.figures import DARK, PALE, RULE, new_figure, save_png, tidy
+from laddpo.evaluation.figures import DARK, PALE, RULE, drawn, new_figure, save_png, tidy
 from laddpo.evaluation.stats import DRIFT, Difference, mean_with_error, paired_shares
 from laddpo.evaluation.sweeps import number_text
 from laddpo.evaluation.tables import markdown, points_text
@@ -180,6 +180,7 @@ def study_markdown(content: Mapping[str, Any], title: str, command: str) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+@drawn
 def study_plot(content: Mapping[str, Any], path: Path, title: str) -> None:
     """Exact match over the model before training, with its interval, and a point for every seed; by factor."""
     rows = content["arms"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from laddpo.evaluation.figures import ACCENT, DARK, PALE, new_figure, save_png, say_nothing, tidy
+from laddpo.evaluation.figures import ACCENT, DARK, PALE, drawn, new_figure, save_png, say_nothing, tidy
 from laddpo.evaluation.stats import mean_with_error
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def sweep_table(jobs: Sequence[SweepJob], metric: str, is_higher_better: bool = 
     return SweepTable(metric, keys, tuple(_cell(values, by_values[values]) for values in ordered), is_higher_better)
 
 
+@drawn
 def sweep_plot(table: SweepTable, path: Path, *, title: str = "") -> None:
     """One PNG of a sweep: a line with intervals over one numeric key, a heat map with numbers over two keys, else a
     row of dots per job."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from laddpo.evaluation.figures import ACCENT, DARK, PALE, RULE, new_figure, save_png, tidy
+from laddpo.evaluation.figures import ACCENT, DARK, PALE, RULE, drawn, new_figure, save_png, tidy
 from laddpo.evaluation.tables import aligned, markdown
 from laddpo.evaluation.techniques import TECHNIQUES
 from laddpo.evaluation.variance import BASELINE
@@ -64,6 +64,7 @@ def length_words(pairs: Sequence) -> str:
     return f"responses of {lengths.min()} to {lengths.max()} tokens, {lengths.mean():.0f} on average"
 
 
+@drawn
 def variance_plot(result: Mapping[str, Any], path: Path) -> None:
     """Score and gradient variance of every setting at each n, with intervals, as points on a log axis."""
     rows = result["settings"]

@@ -7,6 +7,7 @@ Every row read is accounted for: read = bad + not sampled + dropped + kept (of w
 from __future__ import annotations
 
 import io
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -153,6 +154,15 @@ def leak_lines(counts: Mapping[str, int], unknown: Mapping[str, str]) -> list[st
 
 
 def report_figure(report: Mapping[str, Any]) -> bytes:
+    """The picture of a report as a PNG; without a byte, and with a note, where it cannot be drawn."""
+    try:
+        return _figure(report)
+    except Exception as error:  # a broken font, say: the rows matter, not their picture
+        print(f"note: the report has no picture ({type(error).__name__}: {error}).", file=sys.stderr)
+        return b""
+
+
+def _figure(report: Mapping[str, Any]) -> bytes:
     """One PNG: what became of the rows, and the lengths in tokens."""
     from matplotlib.figure import Figure
 
