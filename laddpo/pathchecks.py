@@ -26,7 +26,7 @@ def path_problems(config: Any, ignore: set[str] = frozenset()) -> Iterator[str]:
     named = [(key, operator.attrgetter(key)(config)) for key in NAMED]
     named += [("runs", path) for path in config.runs]
     for key, path in named:
-        if path and key not in ignore and (problem := path_problem(path)):
+        if path and key not in ignore and (problem := path_problem(path) or _wrong_kind(key, path)):
             yield f"{key} is {_shown(path)}; {problem}"
 
 
@@ -52,6 +52,21 @@ def path_problem(path: str) -> str | None:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             return f"it cannot be looked at: {error.strerror}; check the path and your rights to its folders."
+    return None
+
+
+def _wrong_kind(key: str, path: str) -> str | None:
+    """A file where a folder has to be."""
+    place = os.path.expanduser(path)
+    if key in NO_HUB_IDS:
+        try:
+            os.stat(place)
+        except NotADirectoryError:
+            return "a part of it is a file; expected a folder; choose another name."
+        except OSError:
+            return None
+    if key in FOLDERS and os.path.lexists(place) and not os.path.isdir(place):
+        return "it is a file; expected a folder; choose another name."
     return None
 
 
@@ -82,5 +97,7 @@ def _shown(path: str) -> str:
     return repr(path if len(path) <= 300 else f"{path[:140]}[...]{path[-140:]}")
 
 
+FOLDERS = ("output_dir", "paths.data_dir", "paths.outputs_dir", "evaluation.harness_dir")
+NO_HUB_IDS = (*FOLDERS, "resume", "run", "runs", "prompts", "adapter.path")
 NOT_OURS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 NOT_OURS |= {errno.EIO, getattr(errno, "ESTALE", errno.EIO), errno.ENODEV, errno.ENXIO}

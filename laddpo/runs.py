@@ -118,7 +118,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Atomic write of UTF-8 text with `\\n` line ends on every platform. Half a character is written as JSON writes it."""
+    """Atomic write of UTF-8 text with `\\n` line ends on every platform. Half a character is written as in JSON."""
     write_bytes(path, content.encode("utf-8", "backslashreplace"))
 
 
