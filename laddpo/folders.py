@@ -66,7 +66,7 @@ def refuse_others(folder: Path, kinds: tuple[str, ...], resume: bool, setting: s
     except OSError as error:
         raise UserError(f"{setting} is {str(folder)!r}, which cannot be read: {error.strerror or error}.") from error
     is_own = bool(set(found.kinds) & set(kinds))
-    if found.is_free or (is_own and (resume or set(kinds) <= WRITTEN_AGAIN or _may_be_redone(found, kinds))):
+    if found.is_free or (is_own and _may_go_on(found, set(kinds), resume)):
         return found
     where = f"{setting} is {str(folder)!r}, which holds"
     if is_own and set(kinds) & CONTINUED:
@@ -106,9 +106,10 @@ def owned(folder: Path, kind: str, resume: bool = False, setting: str = "output_
                     os.unlink(folder / MARK)
 
 
-def _may_be_redone(found: Found, kinds: tuple[str, ...]) -> bool:
-    """A stage that makes everything again may go over what it left half done."""
-    return set(kinds) <= REDONE and not found.is_finished
+def _may_go_on(found: Found, kinds: set[str], resume: bool) -> bool:
+    if kinds <= WRITTEN_AGAIN or (kinds <= REDONE and not found.is_finished):
+        return True
+    return resume and not kinds <= {"export"}  # an export has been given to others
 
 
 def _names(folder: Path) -> list[str]:
@@ -176,7 +177,7 @@ def _kinds_by_files(folder: Path, names: list[str]) -> tuple[str, ...]:
     if folder.name == "evaluation" and there & ANSWERED and _is_config(folder.parent / "config.yaml"):
         return ("final_evaluation",) if (folder.parent / runs.MANIFEST).exists() else ("evaluation",)
     for kind, own in FILES_OF.items():
-        if all(re.fullmatch(own, name) for name in names):
+        if all(re.fullmatch(own, name) for name in names if name != runs.MANIFEST) and names != [runs.MANIFEST]:
             return (kind,)
     return ()
 
@@ -247,6 +248,6 @@ FILES_OF = {  # of kinds without a config.yaml: the names that all files there m
     "generations": r"generations\.jsonl",
     "report": r"report\.html|plots",
     "benchmark": r"benchmark\.(md|json)",
-    "reference": r"(manifest\.json|[0-9a-z_-]+\.safetensors)",
+    "reference": r"shard-[0-9a-f]+\.safetensors",
     "samples": r"parts|samples\.jsonl",
 }
