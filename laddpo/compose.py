@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import io
 import operator
 import os
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,8 @@ from laddpo.mistakes import Composed, diagnose, forbidden, foreign_code, put_sta
 from laddpo.pathchecks import path_problem, path_problems
 from laddpo.ranges import PATHS
 from laddpo.redaction import find_secrets, redact
-from laddpo.runs import file_sha256, require_sealed, write_text
+from laddpo.runs import write_text
+from laddpo.seals import read_checked_text, sealed_file, with_check
 from laddpo.settings import RunConfig
 
 HOME_PATHS = (
@@ -159,7 +161,7 @@ def group_settings(hydra: Hydra, group: str, option: str) -> DictConfig:
 
 def write_config(config: RunConfig, folder: Path) -> None:
     """Write the resolved configuration as `config.yaml` into a run's folder."""
-    write_text(folder / "config.yaml", redact(OmegaConf.to_yaml(OmegaConf.structured(config))))
+    write_text(folder / "config.yaml", with_check(redact(OmegaConf.to_yaml(OmegaConf.structured(config)))))
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -167,9 +169,9 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{path}: not found; expected the folder of a run, which holds config.yaml; check run=.")
-    require_sealed(folder, {path.name: file_sha256(path)})
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+        stored = OmegaConf.load(io.StringIO(read_checked_text(sealed_file(folder, path.name))))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), stored))
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

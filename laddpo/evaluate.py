@@ -63,9 +63,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
 def unseal(folder: Path) -> None:
     """An evaluation in the folder of a finished one goes on with its answers, which must be those that were sealed."""
     from laddpo import runs
+    from laddpo.seals import CheckedLines
 
     if runs.read_manifest(folder, "evaluation"):
         (folder / runs.MANIFEST).unlink()
+        CheckedLines(folder / "items.jsonl").protect()
 
 
 def seal(folder: Path, run: str | None, weights: dict) -> None:
@@ -87,6 +89,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     from laddpo.answering import answer_task
     from laddpo.evaluation.plots import evaluation_plot
     from laddpo.evaluation.tables import before_after_table, examples_text
+    from laddpo.seals import CheckedLines
 
     results: dict = {}
     margins, is_main = None, loaded.machine.ranks.is_main
@@ -108,7 +111,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     results["reward_accuracy_on_training_pairs"] = _compare_accuracy(
         config, _scores(config, loaded, seen_items, block, stop), seen
     )
-    digest = {**loaded.weights, "tuned": runs.read_manifest(tuned, "weights", verify=False)["files"]}
+    digest = {**loaded.weights, "tuned": runs.read_manifest(tuned, "weights", verify=False)["files"]}  # checked above
     for task in tasks:
         records = answer_task(config, loaded, task, folder / "items.jsonl", digest, "tuned", stop)
         base = base_records[task.name]
@@ -124,6 +127,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     if not is_main:
         return results
     results.update(_harness_results(harness, harness_tuned, config.seed))
+    CheckedLines(folder / "items.jsonl").finish()
     runs.write_json(folder / "results.json", results)
     evaluation_plot(results, folder / "plots" / "evaluation.png", tuned_margins=margins, title=tuned.parent.name)
     say("")
@@ -137,6 +141,7 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=prin
     from laddpo import runs
     from laddpo.answering import answer_task
     from laddpo.evaluation.stats import wilson_interval
+    from laddpo.seals import CheckedLines
 
     results: dict = {}
     for task in tasks:
@@ -159,6 +164,7 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=prin
     for name, entry in _harness_results(harness, None, config.seed).items():
         results[name] = entry
         say(f"{name}: {entry['base']:.4g}")
+    CheckedLines(folder / "items.jsonl").finish()
     runs.write_json(folder / "results.json", results)
     return results
 

@@ -16,6 +16,7 @@ from laddpo.inputs import encoder_for, model_path
 from laddpo.modelcard import CardFacts, card_text
 from laddpo.models import adapters, loading
 from laddpo.preference.pairs import user_prompt
+from laddpo.seals import require_sealed, sealed_file
 from laddpo.settings import RunConfig
 from laddpo.tuned import tuned_weights
 
@@ -50,17 +51,23 @@ def find_weights(config: RunConfig, trained: Path | None) -> Source:
         folder = Path(config.adapter.path)
         if not (folder / adapters.ADAPTER_FILES[0]).exists():
             raise UserError(f"adapter.path is {str(folder)!r}: no adapter in PEFT's layout is there; check the path.")
-        return Source(folder, False, None, loading.weights_fingerprint(model_path(config), config.model.revision))
+        require_sealed(folder, *adapters.ADAPTER_FILES)
+        return Source(folder, False, None, _base_fingerprint(config))
+    runs.read_manifest(trained, "train", "sft")  # the model card cites what it seals
     folder = tuned_weights(config, trained)
     sealed = runs.read_manifest(folder, "weights", verify=False)["fields"]
     base = sealed["base"]["base"]
-    if not is_full and (found := loading.weights_fingerprint(model_path(config), config.model.revision)) != base:
+    if not is_full and (found := _base_fingerprint(config)) != base:
         raise UserError(
             f"{folder}: was trained on base weights {base}, and {config.model.model_name_or_path} now holds {found}. "
             "An adapter belongs to its base: put the old one back, or name it with model.revision in the run's "
             "config.yaml."
         )
     return Source(folder, is_full, sealed["step"], base)
+
+
+def _base_fingerprint(config: RunConfig) -> str:
+    return loading.weights_fingerprint(model_path(config), config.model.revision, hash_again=True)
 
 
 def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list[str], CardFacts]:
@@ -114,6 +121,7 @@ def export_adapter(config: RunConfig, source: Source, folder: Path) -> tuple[lis
             "adapter; set export.adapter_only=false."
         )
     settings, weights = adapters.ADAPTER_FILES
+    require_sealed(source.folder, settings, weights)
     content = runs.read_json(source.folder / settings)
     content["base_model_name_or_path"] = config.model.model_name_or_path
     content["revision"] = config.model.revision
@@ -200,7 +208,7 @@ def model_card(config: RunConfig, trained: Path | None, source: Source, facts: C
     """README.md of the export."""
     results, sealed = {}, None
     if trained is not None:
-        place = trained / "evaluation" / "results.json"
+        place = sealed_file(trained, "evaluation/results.json")
         results = runs.read_json(place) if place.exists() else {}
         sealed = runs.read_manifest(trained, "train", "sft")
     licence = config.export.license or base_licence(config)

@@ -46,6 +46,7 @@ def run_harness(
     import lm_eval
 
     from laddpo.evaluation.harness_model import HarnessModel
+    from laddpo.evaluation.kept_answers import KeptAnswers
 
     encoder = encoder_for(config, loaded.tokenizer)
     evaluation = config.evaluation
@@ -61,6 +62,10 @@ def run_harness(
         autocast=loaded.denoiser.autocast,
     )
     folder.mkdir(parents=True, exist_ok=True)
+    name = f"harness_{label}_{answers_key(config, loaded, weights)}"
+    if earlier := sorted(folder.glob(f"{name}*.db")):
+        print(f"note: {earlier[0]}: answers that an earlier version kept are not read; they are made again.")
+    KeptAnswers(folder / f"{name}.jsonl").put_before(model)
     try:
         return lm_eval.simple_evaluate(
             model=model,
@@ -68,7 +73,6 @@ def run_harness(
             num_fewshot=evaluation.shots or None,
             limit=evaluation.limit,
             task_manager=_manager(config),
-            use_cache=str(folder / f"harness_{label}_{answers_key(config, loaded, weights)}"),
             apply_chat_template=config.data.template != "plain" and bool(loaded.tokenizer.chat_template),
             bootstrap_iters=0,
             random_seed=config.seed,

@@ -59,13 +59,14 @@ def model_path(config: RunConfig) -> str:
     return str(shipped) if not Path(given).expanduser().is_dir() and shipped.is_dir() else given
 
 
-def check_before_loading(config: RunConfig) -> None:
+def check_before_loading(config: RunConfig, hash_again: bool = False) -> None:
     """Refuse what cannot work before minutes go by: what this machine lacks, a model that cannot be had, a starting
-    adapter that does not fit it."""
+    adapter that does not fit it. `hash_again`, or verify=true: base weights that are no longer what they were."""
     problems: list[str] = []
     for check in (
         check_machine,
         lambda config: loading.load_tokenizer(model_path(config), config.model.revision),
+        *([_hash_weights] if hash_again or config.verify else []),
         _check_adapter,
     ):
         try:
@@ -73,7 +74,11 @@ def check_before_loading(config: RunConfig) -> None:
         except UserError as error:
             problems += error.problems
     if problems:
-        raise UserError(*problems)
+        raise UserError(*dict.fromkeys(problems))
+
+
+def _hash_weights(config: RunConfig) -> None:
+    loading.weights_fingerprint(model_path(config), config.model.revision, hash_again=True)
 
 
 def load(config: RunConfig, machine: Machine) -> Loaded:

@@ -115,7 +115,7 @@ def sample_fields(config: RunConfig, questions: list) -> dict:
         "sampler": settings,
         "encoding": encoder_for(config, load_tokenizer(path, revision)).fields(),
         "weights": {
-            "base": weights_fingerprint(path, revision),
+            "base": weights_fingerprint(path, revision, hash_again=config.verify),
             **(adapter_identity(Path(adapter)) if adapter else {"adapter": "none"}),
         },
         "quantization": dataclasses.asdict(config.quantization),

@@ -16,8 +16,9 @@ from laddpo.evaluation import page
 from laddpo.evaluation.plots import evaluation_plot, margins_plot, panel_plots
 from laddpo.evaluation.sweeps import SweepJob, SweepTable, number_text, sweep_plot, sweep_table
 from laddpo.evaluation.tables import before_after_rows, example_pairs, is_share, sweep_rows
+from laddpo.seals import CheckedLines, read_checked, read_checked_text, sealed_file
 from laddpo.settings import ReportSettings
-from laddpo.sweep import SWEEP_FILE
+from laddpo.sweep import SWEEP_FILE, SWEEP_KEYS
 
 FIRST_METRICS = ("exact_match", "reward_accuracy")
 LOWER_IS_BETTER = ("loss", "std_error", "variance", "kl", "chosen_fall")
@@ -66,7 +67,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     problems = []
     for folder in folders:
         if (folder / SWEEP_FILE).exists():
-            jobs = runs.read_json(folder / SWEEP_FILE)["jobs"]
+            jobs = read_checked(folder / SWEEP_FILE, SWEEP_KEYS)["jobs"]
             found += [_sweep_job(folder, job) for job in jobs]
         elif (folder / "config.yaml").exists():
             found.append(read_run(folder))
@@ -84,11 +85,14 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 def read_run(folder: Path) -> Run:
     """A training run with its evaluation, or an evaluation by itself. Unfinished ones are read as far as they go."""
     evaluation = folder / "evaluation" if (folder / "evaluation").is_dir() else folder
-    results, manifest = evaluation / "results.json", folder / runs.MANIFEST
+    manifest = folder / runs.MANIFEST
     settings = folder / "config.yaml"
     found = runs.unsealed(manifest) if manifest.exists() else None
     is_ours = isinstance(found, dict) and isinstance(found.get("kind"), str)
     sealed = runs.read_manifest(folder, found["kind"]) if is_ours else {}
+    if not is_ours:
+        _require_logged(folder)
+    results = _of_evaluation(folder, evaluation, "results.json")
     return Run(
         name=folder.name,
         folder=folder,
@@ -102,11 +106,24 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def _of_evaluation(folder: Path, evaluation: Path, name: str) -> Path:
+    """A file of the run's evaluation, which the run's own manifest seals."""
+    return sealed_file(folder, (evaluation / name).relative_to(folder).as_posix())
+
+
+def _require_logged(folder: Path) -> None:
+    """An unfinished run has no manifest, but its newest checkpoint seals the metrics up to its step."""
+    log, newest = folder / "metrics.jsonl", sorted((folder / "checkpoints").glob("step_*/state.json"))[-1:]
+    if newest and log.exists() and (newest[0].parent / runs.MANIFEST).exists():
+        state = runs.read_json(sealed_file(newest[0].parent, newest[0].name))
+        runs.JsonLines(log).require(state["metrics"])
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
     """config.yaml of any version, as data."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = yaml.safe_load(read_checked_text(path))
+    except yaml.YAMLError as error:
         raise UserError(
             f"{path}: is not a whole yaml file ({' '.join(str(error).split())}); restore it, or leave the run out."
         ) from error
@@ -267,7 +284,8 @@ def _run_blocks(run: Run, example_count: int, plots: Path) -> list[str]:
     if blocks[0]:
         evaluation_plot(run.results, plots / "evaluation.png")
         blocks.append(page.wide_picture(plots / "evaluation.png", "base and tuned with intervals"))
-    margins = [row["margin"] for row in runs.JsonLines(run.evaluation / "pairs.jsonl").read()]
+    pairs = _of_evaluation(run.folder, run.evaluation, "pairs.jsonl")
+    margins = [row["margin"] for row in runs.JsonLines(pairs).read()]
     if margins:
         margins_plot(margins, plots / "margins.png")
         blocks.append(page.gallery([("reward margins of held-out pairs", plots / "margins.png")]))
@@ -294,7 +312,7 @@ def _run_blocks(run: Run, example_count: int, plots: Path) -> list[str]:
 
 
 def _example_blocks(run: Run, count: int) -> list[str]:
-    records = runs.JsonLines(run.evaluation / "items.jsonl").read()
+    records = CheckedLines(_of_evaluation(run.folder, run.evaluation, "items.jsonl")).read()
     blocks = []
     for task in dict.fromkeys(record["task"] for record in records) if count else ():
         sides = [[r for r in records if r["task"] == task and r["model"] == model] for model in ("base", "tuned")]

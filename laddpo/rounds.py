@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from laddpo import runs
+from laddpo.seals import CheckedLines, sealed_file
 from laddpo.settings import RunConfig
 from laddpo.signals import StopFlag
 
@@ -38,6 +39,7 @@ def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFla
         found = [(place / name).exists() for name in (runs.MANIFEST, "config.yaml")] if ranks.is_main else None
         is_finished, is_resumed = ranks.broadcast(found)
         if is_finished:
+            _require_whole(config, place)
             print(f"round {number} of {config.data.rounds}: done before, {place}")
         else:
             print(f"\nround {number} of {config.data.rounds}, from {start or 'the base model'}: {place}")
@@ -46,6 +48,14 @@ def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFla
         start = str(place / ADAPTER)
     if ranks.is_main:
         finish_rounds(folder, config.data.rounds, config.seed)
+
+
+def _require_whole(config: RunConfig, place: Path) -> None:
+    """A finished round is what it sealed: its results are compared, and the next round starts from its weights."""
+    from laddpo.tuned import tuned_weights
+
+    runs.read_manifest(place, "train")
+    tuned_weights(config, place)
 
 
 def finish_rounds(folder: Path, count: int, seed: int) -> None:
@@ -57,6 +67,7 @@ def finish_rounds(folder: Path, count: int, seed: int) -> None:
     records = [_round_record(folder, place) for place in places]
     with runs.replaced_folder(folder / ADAPTER) as target:
         shutil.copytree(places[-1] / ADAPTER, target, dirs_exist_ok=True)
+        runs.read_manifest(target, "weights")
     write_evaluation(places[0], places[-1], folder, seed)
     content = {"rounds": records, **compare_rounds(folder, count, seed)}
     runs.write_json(folder / ROUNDS_FILE, content)
@@ -86,7 +97,7 @@ def _round_record(folder: Path, place: Path) -> dict[str, Any]:
     """What a round did: its manifest's fields, which link it to its pairs and its start, and what was sampled."""
     from laddpo.sweep import find_results
 
-    manifest = runs.read_manifest(place, "train", verify=False)
+    manifest = runs.read_manifest(place, "train")
     assert manifest is not None, f"{place}: a round that is not finished"
     return {
         "folder": place.relative_to(folder).as_posix(),
@@ -106,7 +117,7 @@ def write_evaluation(first: Path, last: Path, folder: Path, seed: int) -> None:
     from laddpo.evaluation.stats import compare
 
     before, after = _answers(first, "base"), _answers(last, "tuned")
-    place = last / "evaluation" / "results.json"
+    place = sealed_file(last, "evaluation/results.json")
     of_tasks = {n: e for n, e in (runs.read_json(place) if place.exists() else {}).items() if "task" in e}
     results: dict[str, Any] = {}
     for name, entry in of_tasks.items():
@@ -130,7 +141,7 @@ def write_evaluation(first: Path, last: Path, folder: Path, seed: int) -> None:
 
 def _answers(run: Path, model: str) -> dict[tuple[str, str], dict[str, Any]]:
     """The records of `model` (base or tuned) in a run's evaluation, by task and problem."""
-    records = runs.JsonLines(run / "evaluation" / "items.jsonl").read()
+    records = CheckedLines(sealed_file(run, "evaluation/items.jsonl")).read()
     return {(record["task"], record["id"]): record for record in records if record["model"] == model}
 
 

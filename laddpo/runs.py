@@ -147,8 +147,12 @@ class JsonLines:
     def __init__(self, path: Path):
         self.path = path
 
+    def line(self, record: Mapping[str, Any]) -> str:
+        """The record as the log has it."""
+        return json.dumps(record, allow_nan=False) + "\n"
+
     def append(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(record, allow_nan=False) + "\n"
+        line = self.line(record)
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             fd = open_own(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -171,7 +175,7 @@ class JsonLines:
     def rewind(self, keep) -> None:
         """Drop a torn last line and every record for which `keep(record)` is false."""
         records = [record for record in self.read() if keep(record)]
-        write_text(self.path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+        write_text(self.path, "".join(self.line(record) for record in records))
 
     def sync(self) -> None:
         """Make what was appended durable: a power cut takes no record that others rely on."""
@@ -192,13 +196,17 @@ class JsonLines:
         if size and not self.path.exists():
             print(f"{self.path}: is missing; going on without the records of the steps before.")
             return
-        content = self.path.read_bytes()[:size] if size else b""
+        write_bytes(self.path, self.require(sealed))
+
+    def require(self, sealed: Mapping[str, Any]) -> bytes:
+        """The bytes that `seal` described; `UserError` when the log no longer begins with them."""
+        content = self.path.read_bytes()[: sealed["bytes"]] if sealed["bytes"] else b""
         if hashlib.sha256(content).hexdigest() != sealed["sha256"]:
             raise UserError(
                 f"{self.path}: differs from what the checkpoint sealed (truncated or changed). Restore it, or remove "
                 "it to go on without the records of the steps before."
             )
-        write_bytes(self.path, content)
+        return content
 
 
 @contextlib.contextmanager
@@ -313,23 +321,6 @@ def read_manifest(folder: Path, *kinds: str, verify: bool = True) -> dict | None
                     CURES.get(manifest["kind"], f"Remove the folder {folder} and run again; it will be made anew."),
                 )
     return manifest
-
-
-def require_sealed(folder: Path, digests: Mapping[str, str]) -> None:
-    """Where a folder has a manifest with checksums, of whatever kind, these of its files must be those it sealed.
-
-    `digests`: sha256 of files as they are now. A manifest.json of another program is none of ours.
-    """
-    path = folder / MANIFEST
-    content = unsealed(path) if path.exists() else None
-    sealed = content.get("files") if isinstance(content, dict) else None
-    for name, digest in digests.items():
-        entry = sealed.get(name) if isinstance(sealed, dict) else None
-        if isinstance(entry, dict) and entry.get("sha256", digest) != digest:
-            raise UserError(
-                f"{folder / name}: differs from what {MANIFEST} beside it sealed. Copy the folder anew; if it was "
-                f"changed on purpose, remove that {MANIFEST}."
-            )
 
 
 def provenance() -> dict[str, Any]:

@@ -81,7 +81,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     )
     from laddpo.tuned import tuned_weights
 
-    inputs.check_before_loading(config)
+    inputs.check_before_loading(config, hash_again=not config.sft.from_scratch)
     is_evaluated = config.sft.examples == "chosen" and config.evaluation.at_end
     test_tasks = open_tasks(config) if is_evaluated else []
     tokenizer = load_tokenizer(inputs.model_path(config), config.model.revision)

@@ -112,16 +112,30 @@ def study_folder(config: RunConfig, run_folder: Path) -> Path:
 def refuse_other_arms(config: RunConfig, folder: Path) -> None:
     """Refuse to go on where finished arms, asked for or not, have other settings than the page would say."""
     from laddpo import runs
-    from laddpo.sweep import begun_otherwise, problems_by_job
+    from laddpo.sweep import begun_otherwise, damages, problems_by_job
 
     found = {
-        place.name: begun_otherwise(place, arm_overrides(config, arm, seed))
+        place.name: [
+            *damages(place, "train", "sft"),
+            *(problem for inner in sorted(place.glob("round_*")) for problem in damages(inner, "train")),
+            *begun_otherwise(place, arm_overrides(config, arm, seed)),
+            *_job_is_gone(place),
+        ]
         for arm in config.study.arms
         for seed in config.study.seeds
         if ((place := folder / f"{arm.name}-{seed}") / runs.MANIFEST).exists()
     }
     if problems := problems_by_job(found, f"of {len(found)} finished"):
         raise UserError(*problems)
+
+
+def _job_is_gone(place: Path) -> list[str]:
+    """An arm's job.json is written before its run starts."""
+    from laddpo.sweep import JOB_FILE
+
+    if (place / JOB_FILE).exists():
+        return []
+    return [f"{place / JOB_FILE}: is gone, so the arm's settings are not known. Restore it, or remove {place}."]
 
 
 def arm_overrides(config: RunConfig, arm: StudyArm, seed: int) -> list[str]:
@@ -132,6 +146,7 @@ def arm_overrides(config: RunConfig, arm: StudyArm, seed: int) -> list[str]:
 def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) -> list[str]:
     """Run each job that is not finished; the names of those that failed. Raises `Stopped` after a signal."""
     from laddpo import runs
+    from laddpo.seals import write_checked
     from laddpo.sweep import JOB_FILE, Sweep, child_command, forward_signals, run_child
 
     failed = []
@@ -144,7 +159,7 @@ def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) 
             print(f"{number} of {len(jobs)}: {place.name}", flush=True)
             sweep = Sweep(arm.stage, config_name, config_dir, [], folder, is_resumed=True)
             overrides = arm_overrides(config, arm, seed)
-            runs.write_json(place / JOB_FILE, {"overrides": overrides})
+            write_checked(place / JOB_FILE, {"overrides": overrides})
             code = run_child(child_command(sweep, overrides, place), place, log=place / "log.txt")
             if code == EXIT_STOPPED or is_stopping():
                 raise Stopped(f"{folder}: stopped.", f"Run the same command with resume=true output_dir={folder}.")

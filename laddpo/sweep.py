@@ -35,10 +35,12 @@ from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserEr
 from laddpo.folders import owned, refuse_others
 from laddpo.locks import open_own
 from laddpo.pathchecks import path_problem
-from laddpo.runs import JsonLines, read_json, write_json, write_text
+from laddpo.runs import MANIFEST, JsonLines, read_json, read_manifest, write_json, write_text
+from laddpo.seals import read_checked, sealed_file, write_checked
 
 SWEEP_FILE = "sweep.json"
 JOB_FILE = "job.json"
+JOB_KEYS, SWEEP_KEYS = ("overrides", "exit_code"), ("stage", "jobs")
 PROCESS_FILE = "process.json"
 
 
@@ -142,6 +144,7 @@ def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
             problems = list(error.problems)
         if sweep.is_resumed:
             problems += begun_otherwise(sweep.folder / str(number), overrides)
+            problems += damages(sweep.folder / str(number), sweep.stage)
         found[number] = problems
     if problems := problems_by_job(found, f"of {len(jobs)}"):
         raise UserError(*problems)
@@ -150,7 +153,12 @@ def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
 def begun_otherwise(folder: Path, overrides: Sequence[str]) -> list[str]:
     """The problem, if it is one, that the job in this folder was begun with other overrides."""
     path = folder / JOB_FILE
-    held, wanted = read_json(path)["overrides"] if path.exists() else overrides, list(overrides)
+    if not path.exists():
+        return []
+    try:
+        held, wanted = read_checked(path, JOB_KEYS)["overrides"], list(overrides)
+    except UserError as error:
+        return list(error.problems)
     if held == wanted:
         return []
     was, now = ([text for text in a if text not in b] for a, b in ((held, wanted), (wanted, held)))
@@ -159,6 +167,16 @@ def begun_otherwise(folder: Path, overrides: Sequence[str]) -> list[str]:
     begun = f"was begun with {' '.join(was)}, " if was else "was begun "
     asked = f"{'not with' if was else 'without'} {' '.join(now)}" if now else "which is not asked for now"
     return [f"{folder.parent}: {begun}{asked}; repeat the same command, or choose another output_dir."]
+
+
+def damages(folder: Path, *kinds: str) -> list[str]:
+    """What of a finished job is no longer what it sealed: its results are gathered, and it is not run again."""
+    try:
+        if (folder / MANIFEST).exists():
+            read_manifest(folder, *(KINDS.get(kind, kind) for kind in kinds))
+    except UserError as error:
+        return list(error.problems)
+    return []
 
 
 def problems_by_job(found: Mapping[Any, Sequence[str]], among: str) -> list[str]:
@@ -209,12 +227,12 @@ class JobTask:
         folder = Path(os.path.relpath(hydra.runtime.output_dir))
         overrides = [str(text) for text in hydra.overrides.task]
         done = folder / JOB_FILE
-        if self.sweep.is_resumed and done.exists() and read_json(done)["exit_code"] == EXIT_DONE:
+        if self.sweep.is_resumed and done.exists() and read_checked(done, JOB_KEYS)["exit_code"] == EXIT_DONE:
             print(f"job {hydra.job.num}: done before, {folder}", flush=True)
         else:
             print(f"job {hydra.job.num}{f' of {self.count}' if self.count else ''}: {' '.join(overrides)}", flush=True)
             code = run_child(child_command(self.sweep, overrides, folder), folder)
-            write_json(done, {"overrides": overrides, "exit_code": code})
+            write_checked(done, {"overrides": overrides, "exit_code": code})
             if code == EXIT_STOPPED:
                 _stop_requested.set()
         return objective(find_results(folder))
@@ -295,12 +313,12 @@ def find_results(folder: Path) -> dict[str, Any]:
     """
     from laddpo.evaluation.studies import round_folders
 
-    for path in (folder / "results.json", folder / "evaluation" / "results.json"):
-        if path.exists():
+    for name in ("results.json", "evaluation/results.json"):
+        if (path := sealed_file(folder, name)).exists():
             return read_json(path)
     found = {}
     rounds = round_folders(folder)
-    log = JsonLines((rounds[-1] if rounds else folder) / "metrics.jsonl").read()
+    log = JsonLines(sealed_file(rounds[-1] if rounds else folder, "metrics.jsonl")).read()
     for name in VALIDATION[:1] if rounds else VALIDATION:
         rows = [record for record in log if record.get(name) is not None]
         if rows:
@@ -322,7 +340,8 @@ def objective(results: dict[str, Any]) -> float:
 
 def write_sweep_file(sweep: Sweep, jobs: list[list[str]]) -> list[dict[str, Any]]:
     """Gather the jobs' folders into sweep.json; a job that was planned and never ran has exit code null."""
-    found = {int(p.parent.name): read_json(p) for p in sweep.folder.glob(f"*/{JOB_FILE}") if p.parent.name.isdigit()}
+    places = [path for path in sweep.folder.glob(f"*/{JOB_FILE}") if path.parent.name.isdigit()]
+    found = {int(path.parent.name): read_checked(path, JOB_KEYS) for path in places}
     numbers = sorted(found.keys() | set(range(len(jobs))))
     records = [
         {
@@ -334,7 +353,7 @@ def write_sweep_file(sweep: Sweep, jobs: list[list[str]]) -> list[dict[str, Any]
         }
         for number in numbers
     ]
-    write_json(sweep.folder / SWEEP_FILE, {"stage": sweep.stage, "jobs": records})
+    write_checked(sweep.folder / SWEEP_FILE, {"stage": sweep.stage, "jobs": records})
     return records
 
 
@@ -398,6 +417,7 @@ class _SweepStopped(BaseException):
 
 
 _stop_requested = threading.Event()
+KINDS = {"evaluate": "evaluation"}  # of the manifest that a stage writes, where it has another name
 VALIDATION = ("validation/exact_match", "validation/loss")
 RESULT_COLUMNS = ("exact_match", "reward_accuracy", *VALIDATION)
 LOWER_IS_BETTER = ("validation/loss",)

@@ -101,7 +101,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         stop_if_asked,
     )
 
-    inputs.check_before_loading(config)
+    inputs.check_before_loading(config, hash_again=True)
     test_tasks = open_tasks(config) if config.evaluation.at_end and not config.dry_run else []
     prepared = open_prepared(config)
     check_enough(config, prepared)

@@ -36,7 +36,10 @@ from laddpo.signals import StopFlag
 from laddpo.tracking import Trackers
 from laddpo.tuned import what_is_left
 
-SEALED = ("config.yaml", "metrics.jsonl", "evaluation/results.json", "evaluation/items.jsonl")  # of a finished run
+SEALED = (  # of a finished run
+    *("config.yaml", "metrics.jsonl"),
+    *("evaluation/results.json", "evaluation/items.jsonl", "evaluation/pairs.jsonl"),
+)
 EXACT_MATCH, LOSS = "validation/exact_match", "validation/loss"
 STEP_ZERO_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}  # relative, for another packing than the reference's
 FAULT_BYTES = 2**30  # trainable weights up to this size go into a report of a fault

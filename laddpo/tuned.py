@@ -82,7 +82,7 @@ def of_other_stages(stage: str, config: RunConfig) -> Iterator[str]:
     """A sentence for each setting that names what only other stages look at: nothing would come of it here."""
     for name, (stages, instead) in READ_ONLY_BY.items():
         value = getattr(config, name)
-        samples_from_it = name == "run" and stage == "prepare" and config.data.source == "onpolicy"
+        samples_from_it = name in ("run", "verify") and stage == "prepare" and config.data.source == "onpolicy"
         if value and stage not in stages and not samples_from_it:
             yield (
                 f"{name} is {_as_written(value)} and {stage} does not read it; {', '.join(stages)} "
@@ -229,7 +229,7 @@ READ_ONLY_BY = {
     "runs": (("report",), ""),
     "prompt": (("generate",), ""),
     "prompts": (("generate",), ""),
-    "verify": (("precompute",), ""),
+    "verify": (("precompute", "train", "sft", "evaluate", "generate", "variance", "export"), ""),
 }
-OF_EVERY_STAGE = ("hardware", "paths", "logger", "output_dir", "resume", "auto", "run", "hydra")
+OF_EVERY_STAGE = ("hardware", "paths", "logger", "output_dir", "resume", "auto", "verify", "run", "hydra")
 IN_PIECES = ("evaluation", "decoding", "hardware", "paths", "hydra")  # of these only what the command line names

@@ -121,10 +121,13 @@ def measure_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, 
     }
     table = summarise(list(measured.values()), config.dpo.beta, np.random.default_rng(config.seed))
     result = {**facts, "settings": table, "techniques": tried}
+    (folder / runs.MANIFEST).unlink(missing_ok=True)
     write_config(config, folder)  # which makes the folder a run's: until here nothing could be gone on with
     runs.write_json(folder / "variance.json", result)
     runs.write_text(folder / "variance.md", variance_report.markdown_page(result))
     variance_report.variance_plot(result, folder / "variance.png")
+    sealed = ["config.yaml", "variance.json", "variance.md"]
+    runs.write_manifest(folder, "variance", {"run": config.run}, sealed, **runs.provenance())
     print()
     print(variance_report.terminal_table(result))
     print(f"\nvariance.md, variance.json and variance.png: {folder}")

@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 0,
     "foreign_logs": 0,
     "runs": 0,
+    "seals": 0,
     "redaction": 0,
     "signals": 0,
     "linears": 0,

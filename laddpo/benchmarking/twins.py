@@ -16,6 +16,7 @@ from torch import Tensor
 from laddpo.errors import RunFault
 from laddpo.models.adapters import ADAPTER_FILES
 from laddpo.runs import JsonLines
+from laddpo.seals import sealed_file
 
 SAME = (  # of both runs: the steps, and nothing that would be looked at on the way
     "hardware.precision=fp32",
@@ -50,6 +51,7 @@ def train_nano(overrides: Sequence[str], folder: Path, data: Path) -> None:
 
 def trained(folder: Path) -> Trained:
     """What such a run left."""
-    losses = [row["loss"] for row in JsonLines(folder / "metrics.jsonl").read() if "loss" in row]
-    adapter = load_file(folder / "adapter_last" / ADAPTER_FILES[1])
+    rows = JsonLines(sealed_file(folder, "metrics.jsonl")).read()
+    losses = [row["loss"] for row in rows if "loss" in row]
+    adapter = load_file(sealed_file(folder / "adapter_last", ADAPTER_FILES[1]))
     return Trained(losses, torch.cat([adapter[name].flatten() for name in sorted(adapter)]))

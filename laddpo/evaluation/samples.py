@@ -21,6 +21,7 @@ from laddpo.errors import Stopped
 from laddpo.folders import refuse_others
 from laddpo.preference.onpolicy import Question
 from laddpo.preference.pairs import Prompt, user_prompt
+from laddpo.seals import CheckedLines
 from laddpo.signals import StopFlag
 
 KIND, SAMPLES, PARTS = "samples", "samples.jsonl", "parts"
@@ -63,10 +64,10 @@ def collect_samples(
     with runs.locked(mine, check=own):
         if is_finished(folder):  # by another process, while this one waited
             return folder / SAMPLES
-        log = runs.JsonLines(mine / "answers.jsonl")
+        log = CheckedLines(mine / "answers.jsonl", say)
         log.rewind(lambda record: len(record["answers"]) == count)
         own = questions[rank::world]
-        done = _done(folder, count)
+        done = _done(folder, count, say)
         missing = sum(question.text not in done for question in own)
         say(f"sampling {count} answers to each of {missing:,} of {len(own):,} questions into {folder}")
         with tqdm(total=len(own), initial=len(own) - missing, unit="questions", desc="sampling", disable=None) as bar:
@@ -96,9 +97,9 @@ def _answer(sample: Sample, batch: Sequence[Question], count: int, done: dict, l
             log.append({"question": question.text, "answers": done[question.text]})
 
 
-def _done(folder: Path, count: int) -> dict[str, list[str]]:
+def _done(folder: Path, count: int, say: Callable[[str], None]) -> dict[str, list[str]]:
     """Answers by question in the files of all processes, of this run or an earlier one of another size."""
-    records = [r for path in sorted(folder.glob(f"{PARTS}/*/answers.jsonl")) for r in runs.JsonLines(path).read()]
+    records = [r for path in sorted(folder.glob(f"{PARTS}/*/answers.jsonl")) for r in CheckedLines(path, say).read()]
     return {record["question"]: record["answers"] for record in records if len(record["answers"]) == count}
 
 
@@ -109,7 +110,7 @@ def _gather(
     done: dict[str, list[str]] = {}
 
     def is_whole() -> bool:
-        done.update(_done(folder, count))
+        done.update(_done(folder, count, lambda text: None))  # another process may be writing its last line
         return all(question.text in done for question in questions)
 
     _wait(is_whole, stop, folder)

@@ -21,6 +21,7 @@ from laddpo.evaluation.figures import DARK, PALE, RULE, drawn, new_figure, save_
 from laddpo.evaluation.stats import DRIFT, Difference, mean_with_error, paired_shares
 from laddpo.evaluation.sweeps import number_text
 from laddpo.evaluation.tables import markdown, points_text
+from laddpo.seals import CheckedLines, sealed_file
 
 BASE = "base"  # the model before training, as what an arm is compared with
 EXACT_MATCH = "validation/exact_match"
@@ -70,6 +71,7 @@ def read_outcome(folder: Path, seed: int) -> Outcome | None:
     """A finished run of train (one round or several) or sft; None when it is not finished."""
     if not (folder / runs.MANIFEST).exists():
         return None
+    runs.read_manifest(folder, "train", "sft")
     rounds = round_folders(folder)
     first, last = (rounds[0], rounds[-1]) if rounds else (folder, folder)
     base, tuned = right_by_item(first, "base"), right_by_item(last, "tuned")
@@ -83,7 +85,7 @@ def round_folders(run: Path) -> list[Path]:
 
 def right_by_item(run: Path, model: str) -> dict[str, bool]:
     """Which test problems a run's evaluation found right for `model` (base or tuned), by task and problem."""
-    records = runs.JsonLines(run / "evaluation" / "items.jsonl").read()
+    records = CheckedLines(sealed_file(run, "evaluation/items.jsonl")).read()
     return {f"{r['task']}/{r['id']}": bool(r["correct"]) for r in records if r["model"] == model}
 
 
@@ -213,8 +215,8 @@ def _compared(arm: Arm, other: Arm | None) -> dict[str, Any] | None:
 
 def _facts(first: Path, last: Path) -> dict[str, float]:
     """Numbers about a run; of several rounds lengths are those of the first's start and the last's end."""
-    rows = runs.JsonLines(last / "metrics.jsonl").read()
-    manifest = runs.read_manifest(last, "train", "sft", verify=False)
+    rows = runs.JsonLines(sealed_file(last, "metrics.jsonl")).read()
+    manifest = runs.read_manifest(last, "train", "sft")
     if manifest is None:
         raise UserError(f"{last}: has no {runs.MANIFEST}, expected a finished round; go on with resume={last.parent}.")
     fields = manifest["fields"]
@@ -241,7 +243,7 @@ def _facts(first: Path, last: Path) -> dict[str, float]:
 
 
 def _results(run: Path) -> dict[str, Any]:
-    path = run / "evaluation" / "results.json"
+    path = sealed_file(run, "evaluation/results.json")
     return runs.read_json(path) if path.exists() else {}
 
 

@@ -2,7 +2,8 @@
 
 A `Task` is a list of items and a grader. `run_task` appends each item's record to items.jsonl as it goes and continues
 an interrupted run: an item whose record has the same fingerprint (prompt, answer, model, sampler) is not generated
-again. Models are not imported here; `generate` is any callable from a list of prompts to a list of texts.
+again, unless its line is damaged. `CheckedLines.finish` ends the file. Models are not imported here; `generate` is any
+callable from a list of prompts to a list of texts.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from laddpo.preference.pairs import Message, Prompt, prompt_rows, user_prompt
 from laddpo.preference.word_problems import INSTRUCTION as GSM8K_INSTRUCTION
 from laddpo.preference.word_problems import word_problems
 from laddpo.runs import JsonLines, fingerprint
+from laddpo.seals import CheckedLines
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def run_task(
     labels = {"task": task.name, **(labels or {})}
     prints = {item.id: fingerprint(_item_fields(item, fields)) for item in task.items}
     assert len(prints) == len(task.items), f"task {task.name}: {len(task.items) - len(prints)} items share an id"
-    log = JsonLines(items_path) if items_path else SilentLines()
+    log = CheckedLines(items_path, say) if items_path else SilentLines()
     done, stale = _take_finished(log, labels, prints, task.grader.name) if ranks.is_main else ({}, 0)
     if stale:
         say(f"{items_path}: {stale} items of {labels} came from other settings or another model and are generated anew")

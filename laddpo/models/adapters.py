@@ -24,6 +24,7 @@ from laddpo.linears import ALL_LINEAR, match_linears, unknown_target
 from laddpo.models import lora
 from laddpo.models.families import find_family
 from laddpo.models.lora import ADAPTER as NAME
+from laddpo.seals import note_once, require_sealed
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PREFIX = "base_model.model."
@@ -116,12 +117,13 @@ def load_adapter(model, path: str | Path) -> None:
     file = Path(path).expanduser() / ADAPTER_FILES[1]
     if not file.exists():
         raise _missing(file)
-    runs.require_sealed(file.parent, {file.name: runs.file_sha256(file)})
+    require_sealed(file.parent, file.name)
     load_adapter_state(model, load_file(str(file)), str(file))
 
 
 def adapter_identity(folder: Path) -> dict[str, Any]:
     """What the values of an adapter's model depend on beside its base: the matrices, and how they are scaled."""
+    require_sealed(folder, *ADAPTER_FILES)
     settings = runs.read_json(folder / ADAPTER_FILES[0])
     return {
         "adapter": runs.file_sha256(folder / ADAPTER_FILES[1]),
@@ -141,7 +143,9 @@ def check_adapter_files(folder: Path, linears: Mapping[str, tuple[int, int]]) ->
     file = folder / ADAPTER_FILES[1]
     if not file.exists():
         raise _missing(file)
-    runs.require_sealed(folder, {file.name: runs.file_sha256(file)})
+    require_sealed(folder, file.name)
+    if not (folder / runs.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
+        note_once(f"{folder}: has no {runs.MANIFEST}, unlike every adapter of a run; its files are read unchecked.")
     try:
         with safe_open(str(file), "pt") as content:
             shapes = {name: content.get_slice(name).get_shape() for name in sorted(content.keys())}
@@ -280,9 +284,10 @@ def _missing(file: Path) -> UserError:
 def _read_settings(folder: Path) -> Path:
     """The adapter's settings file, which is there, whole, and of LoRA matrices alone."""
     file = folder / ADAPTER_FILES[0]
+    if folder.is_dir():
+        require_sealed(folder, *ADAPTER_FILES)
     if not file.exists():
         raise _missing(file)
-    runs.require_sealed(folder, {file.name: runs.file_sha256(file)})
     content = runs.read_json(file)
     if content.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {content.get('peft_type')!r}; expected 'LORA'. Choose a LoRA adapter.")

@@ -18,14 +18,21 @@ import torch
 
 from laddpo import runs
 from laddpo.core.ranks import placed_like
-from laddpo.errors import UserError
+from laddpo.errors import Damaged, UserError
 from laddpo.models.families import Family, find_family
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
 from laddpo.preference.special_text import MASK_TOKEN
+from laddpo.seals import require_sealed, sealed_digests
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 WEIGHTS = "*.safetensors"
+# Every name in a checkpoint folder that the model's loader and the tokenizer's open when it is there.
+READ_FOR_MODEL = ("config.json", "generation_config.json", "adapter_*", "model*.safetensors", "*.index.json")
+READ_FOR_TOKENIZER = (
+    *("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja"),
+    *("vocab.*", "merges.txt", "processor_config.json", "preprocessor_config.json", "spiece.model"),
+)
 
 
 def load_model(
@@ -44,6 +51,7 @@ def load_model(
     pickled or incomplete weights, and for options that this implementation does not compute.
     """
     folder = checkpoint_folder(path, revision, [*SMALL_FILES, WEIGHTS])
+    require_sealed(folder, *READ_FOR_MODEL)
     config, family = read_config(folder)
     require_safetensors(folder)
     require_fitting_weights(folder, config, family)
@@ -79,6 +87,7 @@ def load_tokenizer(path: str, revision: str | None = None):
     from transformers import AutoTokenizer
 
     folder = checkpoint_folder(path, revision, SMALL_FILES)
+    require_sealed(folder, *READ_FOR_TOKENIZER)
     if not (folder / "tokenizer.json").exists():
         raise UserError(
             f"{folder}: has no tokenizer.json; expected a fast tokenizer beside the model. "
@@ -97,6 +106,7 @@ def load_tokenizer(path: str, revision: str | None = None):
 def copy_tokenizer(path: str, revision: str | None, target: Path) -> list[str]:
     """Copy a checkpoint's tokenizer files byte for byte beside weights made from it. Returns their names."""
     folder = checkpoint_folder(path, revision, SMALL_FILES)
+    require_sealed(folder, *TOKENIZER_FILES)
     files = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern))]
     for file in files:
         runs.write_bytes(target / file.name, file.read_bytes())
@@ -121,6 +131,7 @@ def read_config(folder: Path):
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder}: has no config.json; expected a checkpoint folder. Check model.model_name_or_path.")
+    require_sealed(folder, path.name)
     content = runs.read_json(path)
     family = find_family(content, str(path))
     return family.config_class.from_dict(content), family
@@ -173,6 +184,7 @@ def load_weights(model, folder: Path) -> None:
     """Overwrite the weights of an unquantised model with those of a checkpoint folder; all must fit."""
     from safetensors.torch import load_file
 
+    require_sealed(folder, *READ_FOR_MODEL)
     own = model.state_dict()
     unseen = set(own)
     with torch.no_grad():
@@ -262,34 +274,61 @@ def weight_files(folder: Path) -> list[Path]:
     return [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
 
 
-def weights_fingerprint(path: str, revision: str | None = None) -> str:
+def weights_fingerprint(path: str, revision: str | None = None, hash_again: bool = False) -> str:
     """What stands for the base weights in every key: `commit:<hash>` from the hub, else `sha256:<of the local files>`.
 
-    Local digests are remembered by (path, size, mtime in ns), so that 16 GB are read once.
+    Digests of files that a manifest seals are the manifest's: loading the files compares them. Others are remembered by
+    path, size, times and inode, so that 16 GB are read once. `hash_again` reads them all the same, and raises `Damaged`
+    where the content is not what was remembered, or what the hub's cache calls it.
     """
     folder = checkpoint_folder(path, revision, ["config.json"])
     if not Path(path).expanduser().is_dir() and re.fullmatch(r"[0-9a-f]{40}", folder.name):
+        for file in weight_files(folder) if hash_again else ():
+            _require_content_of_name(file)
         return f"commit:{folder.name}"
-    digests = {f.name: _remembered_sha256(f) for f in [folder / "config.json", *weight_files(folder)] if f.exists()}
-    runs.require_sealed(folder, digests)
+    sealed = sealed_digests(folder)
+    digests = {
+        f.name: sealed.get(f.name) or _remembered_sha256(f, hash_again)
+        for f in [folder / "config.json", *weight_files(folder)]
+        if f.exists()
+    }
     if len(digests) < 2:
         require_safetensors(folder)
         raise UserError(f"{folder}: has no config.json; expected a checkpoint folder. Check model.model_name_or_path.")
     return f"sha256:{hashlib.sha256(runs.canonical_json(digests).encode()).hexdigest()}"
 
 
-def _remembered_sha256(file: Path) -> str:
+def _require_content_of_name(file: Path) -> None:
+    """A large file of the hub's cache is a link to a file that is named by its sha256."""
+    name = file.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", name) and runs.file_sha256(file) != name:
+        raise Damaged(
+            f"{file}: its content does not have the sha256 by which the hub's cache names it.",
+            f"Remove {file.resolve()} and download the model again.",
+        )
+
+
+def _remembered_sha256(file: Path, hash_again: bool) -> str:
     file = file.resolve()
     stat = file.stat()
-    key = runs.fingerprint({"path": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns})
+    names = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+    key = runs.fingerprint({"path": str(file), **{name: getattr(stat, name) for name in names}})
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    memory = Path(root) / "laddpo" / "sha256" / key
+    memory, known = Path(root) / "laddpo" / "sha256" / key, ""
     if not memory.is_absolute():  # there is no home
         return runs.file_sha256(file)
-    with contextlib.suppress(OSError):
-        if re.fullmatch(r"[0-9a-f]{64}", known := memory.read_text(encoding="ascii")):
-            return known
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        known = memory.read_text(encoding="ascii")
+    is_known = re.fullmatch(r"[0-9a-f]{64}", known) is not None
+    if is_known and not hash_again:
+        return known
     digest = runs.file_sha256(file)
+    if is_known and digest != known:
+        raise Damaged(
+            f"{file}: its content changed while its size, times and inode stayed the same: sha256 {digest}, before "
+            f"{known}. The disk may be faulty.",
+            f"Get the file again; if it is right as it is, remove {memory}.",
+        )
     with contextlib.suppress(UserError, OSError):  # a read-only home costs time, not the run
         runs.write_text(memory, digest)
     return digest

@@ -24,6 +24,7 @@ from laddpo.preference.compression import open_plain
 from laddpo.preference.json_arrays import read_json_array
 from laddpo.preference.strict_json import decode_line, one_line, parse_object
 from laddpo.runs import file_sha256
+from laddpo.seals import require_if_sealed
 
 
 @dataclass
@@ -76,6 +77,7 @@ def read_rows(
 def open_checked(path: Path, log: ReadLog) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked, once it is known to be a regular readable file; complains if it changes meanwhile."""
     with readable(path) as before, path.open("rb") as raw:
+        require_if_sealed(path)
         yield open_plain(path, raw, log.warn)
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):

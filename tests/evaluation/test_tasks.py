@@ -8,7 +8,7 @@ from laddpo.errors import UserError
 from laddpo.evaluation.grading import FunctionGrader
 from laddpo.evaluation.tasks import Item, Task, TaskOptions, load_task, run_task
 from laddpo.preference.pairs import user_prompt
-from laddpo.runs import JsonLines
+from laddpo.seals import CheckedLines
 
 
 class Adder:
@@ -60,7 +60,7 @@ def test_records_hold_prompt_answer_text_and_verdict_in_the_order_of_the_items(t
         "text": "7",
         "grader": "equality",
     }
-    assert JsonLines(tmp_path / "items.jsonl").read() == records
+    assert CheckedLines(tmp_path / "items.jsonl").read() == records
 
 
 def test_an_interrupted_run_continues_and_ends_as_an_uninterrupted_one(tmp_path):
@@ -105,7 +105,7 @@ def test_other_weights_replace_records_of_the_same_label_and_say_so(tmp_path):
     run(Adder(), sums(), path, labels={"model": "tuned"})
     records, said = run(Adder(wrong=["1+1"]), sums(), path, {"weights": "b"}, labels={"model": "tuned"})
     assert [record["correct"] for record in records].count(False) == 1
-    assert JsonLines(path).read() == records
+    assert CheckedLines(path).read() == records
     assert "10 items" in said[0] and "generated anew" in said[0]
 
 
@@ -116,7 +116,7 @@ def test_base_and_tuned_share_a_file(tmp_path):
     again = Adder()
     assert run(again, sums(), path, {"weights": "a"}, labels={"model": "base"})[0] == base
     assert again.batches == []
-    assert JsonLines(path).read() == base + tuned
+    assert CheckedLines(path).read() == base + tuned
 
 
 def test_a_larger_limit_adds_items_and_a_smaller_one_keeps_them_on_disk(tmp_path):
@@ -126,7 +126,7 @@ def test_a_larger_limit_adds_items_and_a_smaller_one_keeps_them_on_disk(tmp_path
     assert len(run(generate, sums(10), path)[0]) == 10
     assert generate.batches == [["8+8", "9+9"]]
     assert len(run(Adder(), sums(2), path)[0]) == 2
-    assert len(JsonLines(path).read()) == 10
+    assert len(CheckedLines(path).read()) == 10
 
 
 def test_another_grader_grades_stored_texts_without_generating(tmp_path):
@@ -136,8 +136,8 @@ def test_another_grader_grades_stored_texts_without_generating(tmp_path):
     generate = Adder()
     records, _ = run(generate, lenient, path)
     assert generate.batches == [] and all(record["correct"] for record in records)
-    assert {record["grader"] for record in JsonLines(path).read()} == {"lenient"}
-    assert len(JsonLines(path).read()) == 10
+    assert {record["grader"] for record in CheckedLines(path).read()} == {"lenient"}
+    assert len(CheckedLines(path).read()) == 10
 
 
 def test_a_generate_function_that_loses_a_text_is_caught(tmp_path):
