@@ -1,8 +1,8 @@
 """How sealed files are read: each one is compared with its seal before its content is used.
 
-A finished folder has a manifest with the sha256 of its files: `sealed_file` compares one file, `require_sealed` all that a
-loader would open. What is written before there is a manifest carries its own check: `CheckedLines` for logs that are
-continued later, `write_checked` for small JSON files, `with_check` for yaml text.
+A finished folder has a manifest with the sha256 of its files: `sealed_file` compares one file, `require_sealed` all
+that a loader would open. What is written before there is a manifest carries its own check: `CheckedLines` for logs
+that are continued later, `write_checked` for small JSON files, `with_check` for yaml text.
 """
 
 from __future__ import annotations
