@@ -87,7 +87,7 @@ ROUNDS = (
 ROUNDS += ("data.sampling.samples=4", "data.sampling.gen_length=4", "data.sampling.block_length=4")
 ROUNDS += ("data.sampling.steps=4", "data.sampling.confidence_threshold=null", "data.sampling.temperature=1")
 SWEEP = ("-m", "seed=42,7", *KEPT, "output_dir=sweep", "resume=true")
-ARMS = "study.arms=[{name: default}, {name: other, overrides: [dpo.loss=ipo]}]"
+ARMS = "study.arms=[{name: default}, {name: other, overrides: ['dpo.loss=ipo']}]"
 STUDY = (BARE, ARMS, "study.name=two", "study.seeds=[42]", "output_dir=study", "resume=true")
 
 

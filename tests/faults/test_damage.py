@@ -241,14 +241,18 @@ def test_some_damages_are_noticed(artifacts, tally, tmp_path):
     damage_all(artifacts, SUBSET, tmp_path, tally("some of the damages", "all artifacts"))
 
 
-MADE_AGAIN = (  # what a command rightly finds undone, so that it does it again
-    (runs.MANIFEST, "deleted"),  # a folder without a manifest is unfinished, by definition
-    ("items.jsonl", "deleted"),  # of an unfinished evaluation: no answer is there yet
-    ("items.jsonl", "truncated"),  # at the end of a line: the evaluation was stopped earlier
-    ("answers.jsonl", "deleted"),
-    ("answers.jsonl", "truncated"),
-    ("sweep.json", None),  # written from the jobs' folders when they are done
-    ("job.json", "deleted"),  # of a sweep: written when a job is done; the run in its folder says that it is finished
+BY_DESIGN = (  # (kind, command, file, damage), None for any: the command rightly finds this undone and does it again
+    (None, None, runs.MANIFEST, "deleted"),  # a folder without a manifest is unfinished, by definition
+    ("unfinished evaluation", None, "items.jsonl", "deleted"),  # no answer is there yet
+    ("unfinished evaluation", None, "items.jsonl", "truncated"),  # at the end of a line: it was stopped earlier
+    ("unfinished samples", None, "answers.jsonl", "deleted"),
+    ("unfinished samples", None, "answers.jsonl", "truncated"),
+    ("sweep", "train -m resume=", "sweep.json", None),  # only written, from the jobs' folders
+    ("sweep", "train -m resume=", "job.json", "deleted"),  # the job starts again, and says that its run is finished
+    ("unfinished evaluation", "evaluate resume=", "config.yaml", None),  # only written
+    # a whole config.yaml of another unfinished folder: nothing binds it to this one, and going on compares its settings
+    ("unfinished evaluation", "report run=", "config.yaml", "swapped"),
+    ("unfinished run", "report run=", "config.yaml", "swapped"),
 )
 REPORTED = ("note: ", "checkpoint ", "is missing; going on without")  # beginnings of a line, or what a line holds
 NOT_SEALED = {  # what these folders hold beside, and why no manifest names it
@@ -284,11 +288,12 @@ def verdict(folders: Folders, kind: Kind, command: Command, name: str, how: str)
         return "refused" if lines else f"refused without its name: {outcome.log[-300:]}"
     if outcome.status != 0:
         return f"exit code {outcome.status}: {outcome.log[-300:]}"
-    if kind.same and (different := folders.differing(kind)):
+    if kind.same and not command.name.startswith("report") and (different := folders.differing(kind)):
         return f"another result: {different}"
     if any(mark in line for mark in REPORTED for line in lines if named in line):
         return "noted"
-    if any(named == other and way in (how, None) for other, way in MADE_AGAIN):
+    asked = (kind.name, command.name, named, how)
+    if any(all(a in (b, None) for a, b in zip(row, asked, strict=True)) for row in BY_DESIGN):
         return "made again"
     return "silent"
 
