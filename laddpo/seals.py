@@ -1,8 +1,8 @@
 """How sealed files are read: each one is compared with its seal before its content is used.
 
-A finished folder has a manifest with the sha256 of its files: `sealed_file` compares one file, `require_sealed` all that a
-loader would open. What is written before there is a manifest carries its own check: `CheckedLines` for logs that are
-continued later, `write_checked` for small JSON files, `with_check` for yaml text.
+A finished folder has a manifest with the sha256 of its files: `sealed_file` compares one file, `require_sealed` all
+that a loader would open. What is written before there is a manifest carries its own check: `CheckedLines` for logs
+that are continued later, `write_checked` for small JSON files, `with_check` for yaml text.
 """
 
 from __future__ import annotations
@@ -112,16 +112,16 @@ def write_checked(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_checked(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """What `write_checked` wrote. `keys` are all that it may hold. Raises `Damaged` when its seal does not hold.
+    """What `write_checked` wrote. `keys` are all that it may hold. Raises `Damaged` for another content.
 
     Without a seal it is a file of an earlier version: that is one note.
     """
     content = runs.read_json(path)
     bare = {name: value for name, value in content.items() if name != SEAL} if isinstance(content, dict) else None
-    if bare is not None and SEAL not in content and bare.keys() <= set(keys):
-        note_once(f"{path.name} of an earlier version carries no seal, so it is read unchecked.")
-    elif bare is None or runs.with_seal(bare) != content:
+    if bare is None or not bare.keys() <= set(keys) or (SEAL in content and runs.with_seal(bare) != content):
         raise Damaged(f"{path}: is damaged (its seal does not hold).", "Restore it from a copy, or remove it.")
+    if SEAL not in content:
+        note_once(f"{path.name} of an earlier version carries no seal, so it is read unchecked.")
     return bare
 
 

@@ -1,4 +1,6 @@
-"""A thousand truncations, flipped bits, swapped and missing files over every artifact: all noticed, none read."""
+"""Truncated, flipped, swapped and missing files: a thousand before the readers of every artifact, and each kind of
+damage of every sealed file of every kind of folder before every command that reads it. All are noticed, none is used.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,9 @@ from laddpo.errors import UserError
 from laddpo.models import adapters
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.reporting import read_run
+from tests.faults.sealed import DAMAGES as WAYS
+from tests.faults.sealed import KINDS as FOLDERS
+from tests.faults.sealed import Command, Folders, Kind, damage_file, like, opened
 
 DAMAGES = 1000
 SUBSET = 60
@@ -234,3 +239,128 @@ def test_a_thousand_damages_are_all_noticed(artifacts, tally, tmp_path):
 
 def test_some_damages_are_noticed(artifacts, tally, tmp_path):
     damage_all(artifacts, SUBSET, tmp_path, tally("some of the damages", "all artifacts"))
+
+
+BY_DESIGN = (  # (kind, command, file, damage), None for any: the command rightly finds this undone and does it again
+    (None, None, runs.MANIFEST, "deleted"),  # a folder without a manifest is unfinished, by definition
+    ("unfinished evaluation", None, "items.jsonl", "deleted"),  # no answer is there yet
+    ("unfinished evaluation", None, "items.jsonl", "truncated"),  # at the end of a line: it was stopped earlier
+    ("unfinished samples", None, "answers.jsonl", "deleted"),
+    ("unfinished samples", None, "answers.jsonl", "truncated"),
+    ("sweep", "train -m resume=", "sweep.json", None),  # only written, from the jobs' folders
+    ("sweep", "train -m resume=", "job.json", "deleted"),  # the job starts again, and says that its run is finished
+    ("unfinished evaluation", "evaluate resume=", "config.yaml", None),  # only written
+    # a whole config.yaml of another unfinished folder: nothing binds it to this one, and going on compares its settings
+    ("unfinished evaluation", "report run=", "config.yaml", "swapped"),
+    ("unfinished run", "report run=", "config.yaml", "swapped"),
+)
+REPORTED = ("note: ", "checkpoint ", "is missing; going on without")  # beginnings of a line, or what a line holds
+NOT_SEALED = {  # what these folders hold beside, and why no manifest names it
+    "timing.jsonl": "clocks and memory; shown, and in no comparison",
+    "events.out.tfevents": "TensorBoard's; only written",
+    "samples/": "texts for people; only written",
+    "plots/": "pictures; only written",
+    ".png": "pictures; only written",
+    ".lock": "who holds the folder",
+    "log.txt": "what a job printed; only written",
+    "process.json": "a job's number while it runs",
+    "rounds.md": "the table of rounds.json for people; only written",
+    "sweep.md": "the table of sweep.json for people; only written",
+    "study.": "the page of a study; written from its arms each time",
+    "examples_": "answers for people; only written",
+}
+
+
+@pytest.fixture(scope="module")
+def folders(bench) -> Folders:
+    return Folders(bench)
+
+
+def verdict(folders: Folders, kind: Kind, command: Command, name: str, how: str) -> str:
+    """What came of the command: refused, noted, made again, or what is wrong."""
+    outcome = folders.command(command.stage, *command.overrides, stand_ins=command.stand_ins)
+    named = name.rpartition("/")[2]
+    place = Path(kind.folder, name).parent.name if named == runs.MANIFEST else named
+    lines = [line for line in outcome.log.splitlines() if place in line]
+    if "Traceback" in outcome.log:
+        return f"a traceback: {outcome.log[-600:]}"
+    if outcome.status == 2:
+        return "refused" if lines else f"refused without its name: {outcome.log[-300:]}"
+    if outcome.status != 0:
+        return f"exit code {outcome.status}: {outcome.log[-300:]}"
+    if kind.same and not command.name.startswith("report") and (different := folders.differing(kind)):
+        return f"another result: {different}"
+    if any(mark in line for mark in REPORTED for line in lines if named in line):
+        return "noted"
+    asked = (kind.name, command.name, named, how)
+    if any(all(a in (b, None) for a, b in zip(row, asked, strict=True)) for row in BY_DESIGN):
+        return "made again"
+    return "silent"
+
+
+def fill_row(folders: Folders, kind: Kind, command: Command, line, draw: random.Random, cells: int | None) -> None:
+    """Damage each file that the command opens in each way, or only `cells` of these, before the command runs."""
+    for name in kind.needs:
+        folders.need(name)
+    folders.put_back()
+    folder = folders.place / kind.folder
+    with opened(folder) as read:
+        outcome = folders.command(command.stage, *command.overrides, stand_ins=command.stand_ins)
+    folders.put_back()
+    line.runs += 1
+    assert outcome.status == 0, f"{kind.name}: {command.name} on whole folders:\n{outcome.log}"
+    files = kind.damaged_files(folders.place)
+    assert files, f"{kind.name}: no file"
+    row = [(name, how) for name in files if name in read for how in WAYS]
+    came = dict.fromkeys(("refused", "noted", "made again"), 0)
+    for name, how in row if cells is None else draw.sample(row, min(cells, len(row))):
+        others = like(folder / name, name, folders.place / kind.twin)
+        if damage_file(folder / name, how, others, draw):
+            line.runs, line.faults = line.runs + 1, line.faults + 1
+            found = verdict(folders, kind, command, name, how)
+            if found in came:
+                came[found] += 1
+            else:
+                line.silent.append(f"{kind.name}: {name} {how} before {command.name}: {found}")
+        folders.put_back()
+    counts = ", ".join(f"{count} {name}" for name, count in came.items() if count)
+    line.note = f"{sum(name in read for name in files)} of {len(files)} files read; {counts or 'none damaged'}"
+
+
+@pytest.mark.faults
+def test_every_damage_of_what_is_sealed_is_noticed_by_every_command_that_reads_it(folders, tally):
+    draw = random.Random(63)
+    for kind in FOLDERS:
+        for command in kind.commands:
+            fill_row(folders, kind, command, tally(f"damaged: {kind.name}", command.name), draw, None)
+
+
+def test_some_damages_are_noticed_by_some_commands(folders, tally):
+    draw = random.Random(64)
+    cheap = [kind for kind in FOLDERS if kind.name in CHEAP]
+    for kind in cheap:
+        command = draw.choice(kind.commands)
+        fill_row(folders, kind, command, tally(f"damaged: {kind.name}", command.name), draw, 3)
+
+
+@pytest.mark.faults
+def test_every_file_that_is_left_is_sealed_or_listed(folders):
+    """A file of a finished folder that neither its manifest nor the file itself vouches for has a reason."""
+    for name in (name for kind in FOLDERS for name in kind.needs):
+        folders.need(name)
+    sealed = {
+        (folders.place / kind.folder / name).resolve() for kind in FOLDERS for name in kind.damaged_files(folders.place)
+    }
+    for name in ("run", "sft", "full", "rounds", "evaluation", "export", "variance", "sweep", "study"):
+        for path in sorted((folders.place / name).rglob("*")):
+            own = (
+                {f"{runs.MANIFEST}", *json.loads(manifest.read_bytes()).get("files", {})}
+                if (manifest := path.parent / runs.MANIFEST).exists()
+                else set()
+            )
+            text = path.relative_to(folders.place / name).as_posix()
+            if path.is_file() and path.resolve() not in sealed and path.name not in own:
+                assert any(part in text for part in NOT_SEALED), f"{name}/{text} is read unchecked or useless"
+
+
+CHEAP = ("run of train", "adapter", "prepared", "reference", "unfinished run", "its checkpoints", "variance")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 
 @pytest.fixture
 def caches(monkeypatch):
-    """The names of the caches that the harness is given, in the order of its calls; it answers nothing."""
+    """The names of the logs that the harness's answers are kept in, in the order of its calls; it asks nothing."""
     given: list[str] = []
     names = ("lm_eval", "lm_eval.tasks", "laddpo.evaluation.harness_model")
     harness, tasks, model = modules = [ModuleType(name) for name in names]
@@ -28,11 +27,20 @@ def caches(monkeypatch):
         def match_tasks(self, names):
             return names
 
-    def simple_evaluate(*, use_cache, **_):
-        given.append(Path(use_cache).name)
+    class HarnessModel:
+        loglikelihood = loglikelihood_rolling = generate_until = None
+
+        def __init__(self, *_, **__):
+            pass
+
+        def set_cache_hook(self, hook):
+            self.log = hook.log.path.name
+
+    def simple_evaluate(*, model, **_):
+        given.append(model.log)
         return {"results": {"sums": {"acc,none": 0.5}}}
 
-    tasks.TaskManager, harness.simple_evaluate, model.HarnessModel = TaskManager, simple_evaluate, lambda *_, **__: None
+    tasks.TaskManager, harness.simple_evaluate, model.HarnessModel = TaskManager, simple_evaluate, HarnessModel
     return given
 
 
