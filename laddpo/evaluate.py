@@ -27,7 +27,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
             "Add run=outputs/train/<run>, or evaluation=arithmetic."
         )
 
-    from laddpo import inputs
+    from laddpo import inputs, pins
     from laddpo.compose import write_config
     from laddpo.core.ranks import here
     from laddpo.machine import find_machine
@@ -43,15 +43,20 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
         require_harness(config)
     tasks = open_tasks(config)
+    prepared = open_prepared(config) if tuned else None
+    if tuned:
+        pins.require_inputs_of(tuned, config, prepared.content)
     way = f"output_dir={run_folder} resume=true"
     with held(run_folder), told_to_resume(run_folder, way), stop_on_signal() as stop:
         if here().is_main:
             unseal(run_folder)
+            if not tuned:
+                pins.hold(run_folder, pins.make(config), config)
             write_config(config, run_folder)
         loaded = inputs.load(config, find_machine(config))
         if tuned:
             inputs.make_trainable(config, loaded)
-            evaluate_run(config, tuned, run_folder, open_prepared(config), loaded, stop, tasks)
+            evaluate_run(config, tuned, run_folder, prepared, loaded, stop, tasks)
         else:
             evaluate_base(config, run_folder, loaded, stop, tasks)
         if here().is_main:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from laddpo import runs
 from laddpo.errors import RunFault, UserError
-from laddpo.inputs import encoder_for, model_path
+from laddpo.inputs import encoder_for
 from laddpo.modelcard import CardFacts, card_text
 from laddpo.models import adapters, loading
+from laddpo.pins import check_adapter, model_path, require_inputs_of
 from laddpo.preference.pairs import user_prompt
 from laddpo.settings import RunConfig
 from laddpo.tuned import tuned_weights
@@ -50,17 +51,12 @@ def find_weights(config: RunConfig, trained: Path | None) -> Source:
         folder = Path(config.adapter.path)
         if not (folder / adapters.ADAPTER_FILES[0]).exists():
             raise UserError(f"adapter.path is {str(folder)!r}: no adapter in PEFT's layout is there; check the path.")
+        check_adapter(config)
         return Source(folder, False, None, loading.weights_fingerprint(model_path(config), config.model.revision))
     folder = tuned_weights(config, trained)
+    require_inputs_of(folder, config, is_export=True)
     sealed = runs.read_manifest(folder, "weights", verify=False)["fields"]
-    base = sealed["base"]["base"]
-    if not is_full and (found := loading.weights_fingerprint(model_path(config), config.model.revision)) != base:
-        raise UserError(
-            f"{folder}: was trained on base weights {base}, and {config.model.model_name_or_path} now holds {found}. "
-            "An adapter belongs to its base: put the old one back, or name it with model.revision in the run's "
-            "config.yaml."
-        )
-    return Source(folder, is_full, sealed["step"], base)
+    return Source(folder, is_full, sealed["step"], sealed["base"]["base"])
 
 
 def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list[str], CardFacts]:

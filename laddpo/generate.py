@@ -20,7 +20,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Answer every prompt with the base and, with `run`, with the tuned model."""
     texts = wanted_prompts(config)
 
-    from laddpo import inputs, runs
+    from laddpo import inputs, pins, runs
     from laddpo.answering import answerer
     from laddpo.machine import find_machine
     from laddpo.preference.pairs import user_prompt
@@ -28,6 +28,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
     tuned = tuned_weights(config, Path(config.run)) if config.run else None
     inputs.check_before_loading(config)
+    if tuned:
+        pins.require_inputs_of(tuned, config)
     loaded = inputs.load(config, find_machine(config))
     prompts = [user_prompt(text) for text in texts]
     answers: dict[str, list[str]] = {}

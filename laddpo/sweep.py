@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,18 @@ from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import laddpo
+from laddpo.begun import JOB_FILE, begun_otherwise, overrides_to_resume, problems_by_job, trained_otherwise
 from laddpo.compose import compose_tree, settings_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
+from laddpo.resuming import read_command, write_command
 from laddpo.runs import JsonLines, locked, read_json, write_json, write_text
+from laddpo.tuned import AT_ONCE
 
 SWEEP_FILE = "sweep.json"
-JOB_FILE = "job.json"
 PROCESS_FILE = "process.json"
 
 
@@ -57,10 +60,14 @@ def run_sweep(
     """Check all jobs, run them, and report; the exit code is 0 only if every job's is. `tree`: what they share."""
     own, rest = split_overrides(hydra, overrides)
     folder, is_resumed = sweep_folder(own, Path(tree.paths.outputs_dir))
+    if is_resumed and (kept := overrides_to_resume(folder, stage, rest)) != rest:
+        rest, tree = kept, compose_tree(hydra, config_name, kept, RunMode.MULTIRUN)
     sweep = Sweep(stage, config_name, config_dir, rest, folder, is_resumed)
     jobs = planned_jobs(hydra, sweep, tree)
     check_jobs(hydra, sweep, jobs)
     with locked(folder, wait=False):
+        if not read_command(folder):
+            write_command(folder, rest, stage=stage)
         print(f"sweep of {len(jobs) if jobs else 'jobs chosen as it goes'} in {folder}", flush=True)
         launch = [*sweep.overrides, *_hydra_settings(sweep)]
         task = JobTask(sweep, len(jobs) if jobs else None)
@@ -134,6 +141,7 @@ def planned_jobs(hydra: Hydra, sweep: Sweep, tree: DictConfig) -> list[list[str]
 def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
     """Refuse the sweep before its first job when any job's settings are wrong; equal problems are named once."""
     found: dict[int, list[str]] = {}
+    pinned: dict[str, Any] = {}
     for number, overrides in enumerate(jobs):
         try:
             problems = settings_problems(compose_tree(hydra, sweep.config_name, overrides))[1]
@@ -141,35 +149,10 @@ def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
             problems = list(error.problems)
         if sweep.is_resumed:
             problems += begun_otherwise(sweep.folder / str(number), overrides)
+            problems += trained_otherwise(sweep.folder / str(number), pinned)
         found[number] = problems
     if problems := problems_by_job(found, f"of {len(jobs)}"):
         raise UserError(*problems)
-
-
-def begun_otherwise(folder: Path, overrides: Sequence[str]) -> list[str]:
-    """The problem, if it is one, that the job in this folder was begun with other overrides."""
-    path = folder / JOB_FILE
-    held, wanted = read_json(path)["overrides"] if path.exists() else overrides, list(overrides)
-    if held == wanted:
-        return []
-    was, now = ([text for text in a if text not in b] for a, b in ((held, wanted), (wanted, held)))
-    if not was and not now:  # the same ones in another order
-        was, now = held, wanted
-    begun = f"was begun with {' '.join(was)}, " if was else "was begun "
-    asked = f"{'not with' if was else 'without'} {' '.join(now)}" if now else "which is not asked for now"
-    return [f"{folder.parent}: {begun}{asked}; repeat the same command, or choose another output_dir."]
-
-
-def problems_by_job(found: Mapping[Any, Sequence[str]], among: str) -> list[str]:
-    """Each problem once, with the first five of the jobs that have it."""
-    where: dict[str, list[str]] = {}
-    for job, problems in found.items():
-        for problem in problems:
-            where.setdefault(problem, []).append(str(job))
-    return [
-        f"{problem} (job {', '.join(jobs[:5])}{', ...' if len(jobs) > 5 else ''} {among})"
-        for problem, jobs in where.items()
-    ]
 
 
 def _hydra_settings(sweep: Sweep) -> list[str]:
@@ -225,7 +208,7 @@ def child_command(sweep: Sweep, overrides: Sequence[str], folder: Path) -> list[
     if sweep.config_dir is not None:
         flags += ["--config-dir", sweep.config_dir]
     own = [f"output_dir={quoted(str(folder))}", "hydra.mode=RUN"]
-    if sweep.is_resumed:
+    if sweep.is_resumed and sweep.stage not in AT_ONCE:
         own.append("resume=true")
     return [sys.executable, "-m", f"laddpo.{sweep.stage}", *flags, *overrides, *own]
 

@@ -26,6 +26,7 @@ from laddpo.preference.special_text import MASK_TOKEN
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 WEIGHTS = "*.safetensors"
+SHARD = re.compile(r"model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
 
 
 def load_model(
@@ -259,7 +260,8 @@ def require_fitting_weights(folder: Path, config, family: Family) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the model: model.safetensors, else its shards. Others in the folder are not read."""
     whole = folder / "model.safetensors"
-    return [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
+    shards = (path for path in folder.glob("model-*.safetensors") if SHARD.fullmatch(path.name))
+    return [whole] if whole.exists() else sorted(shards)
 
 
 def weights_fingerprint(path: str, revision: str | None = None) -> str:
