@@ -8,7 +8,7 @@ from typing import Any
 
 from laddpo.errors import UserError
 from laddpo.resuming import read_command
-from laddpo.runs import MANIFEST, read_json
+from laddpo.runs import read_json
 
 JOB_FILE = "job.json"
 # Settings of which a job's result knows nothing, as overrides begin.
@@ -45,20 +45,6 @@ def begun_otherwise(folder: Path, overrides: Sequence[str]) -> list[str]:
     begun = f"was begun with {' '.join(was)}, " if was else "was begun "
     asked = f"{'not with' if was else 'without'} {' '.join(now)}" if now else "which is not asked for now"
     return [f"{folder.parent}: {begun}{asked}; repeat the same command, or choose another output_dir."]
-
-
-def trained_otherwise(folder: Path, pinned: dict[str, Any]) -> list[str]:
-    """The problems, if there are any, that a finished job was trained on other inputs than the next ones would be.
-    `pinned` keeps what was found, for jobs of the same inputs."""
-    if not (folder / MANIFEST).exists() or not (folder / "config.yaml").exists():
-        return []
-    from laddpo.resuming import require_unchanged
-
-    try:
-        require_unchanged(folder, pinned)
-    except UserError as error:
-        return list(error.problems)
-    return []
 
 
 def problems_by_job(found: Mapping[Any, Sequence[str]], among: str) -> list[str]:

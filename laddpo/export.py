@@ -30,6 +30,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         raise UserError(f"output_dir is {str(run_folder)!r}, which holds an export; choose another folder.")
 
     from laddpo import exporting
+    from laddpo.pins import of_folder
 
     trained = Path(config.run) if config.run else None
     if config.export.push_to_hub:
@@ -42,6 +43,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
             files, facts = exporting.export_merged(config, source, run_folder)
         runs.write_text(run_folder / "README.md", exporting.model_card(config, trained, source, facts))
         fields = {"step": source.step, "base": source.base, "adapter_only": config.export.adapter_only}
+        if config.export.adapter_only and (pinned := of_folder(source.folder)):
+            fields["pins"] = pinned
         runs.write_manifest(run_folder, "export", fields, [*files, "README.md"], **runs.provenance())
     if config.export.push_to_hub:
         exporting.push(run_folder, config.export.push_to_hub, config.export.private)

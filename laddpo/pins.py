@@ -6,6 +6,7 @@ run, compares them with the inputs as they are now. What an older folder lacks i
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from laddpo import runs
+from laddpo.compose import plain_settings, read_config
 from laddpo.config import CONF_DIR
 from laddpo.errors import UserError
 from laddpo.settings import RunConfig
@@ -113,8 +115,6 @@ def of_run(folder: Path) -> Pins | None:
 
 def require_resumable(folder: Path, now: Mapping[str, Any], config: RunConfig) -> None:
     """Before a run goes on: its inputs are those that its newest checkpoint was trained on."""
-    from laddpo.compose import read_config
-
     stored = of_run(folder)
     if stored is None:
         return
@@ -125,6 +125,35 @@ def require_resumable(folder: Path, now: Mapping[str, Any], config: RunConfig) -
             f"which {config.model.model_name_or_path} could be known for the same. Leave it out."
         )
     require_same(folder, stored, now, config)
+
+
+def require_like_siblings(folder: Path, now: Mapping[str, Any], config: RunConfig) -> None:
+    """A job of a sweep or a study: the finished jobs beside it were trained on the same inputs, as far as their
+    settings name the same."""
+    if not any((folder / name).exists() for name in MARKS_OF_A_JOB):
+        return
+    ours = dataclasses.asdict(config)
+    for place in sorted(path.parent for path in folder.parent.glob(f"*/{runs.MANIFEST}")):
+        stored = of_folder(place) if place != folder and (place / "config.yaml").exists() else None
+        if not stored or "tokenizer" not in stored:  # none, or of an earlier version
+            continue
+        theirs = plain_settings(place / "config.yaml")
+        shared = [
+            name
+            for name in now
+            if name in stored and all(_setting(ours, key) == _setting(theirs, key) for key in NAMED_BY[name])
+        ]
+        if config.data.source == "onpolicy":  # rows that the model of each job answered
+            shared = [name for name in shared if name != "data"]
+        if now["base"].startswith(RANDOM):  # which follow from the seed
+            shared = [name for name in shared if name != "base"]
+        require_same(place, stored, {name: now[name] for name in shared}, config, OF_A_JOB)
+
+
+def _setting(tree: Mapping[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def require_inputs_of(weights: Path, config: RunConfig, data: str | None = None, is_export: bool = False) -> None:
@@ -231,6 +260,18 @@ def _check_named_base(file: Path, config: RunConfig) -> None:
         )
 
 
+MARKS_OF_A_JOB = ("job.json", "process.json")
+OF_A_JOB = "The jobs of a sweep share their inputs. Restore it as it was, or start a new sweep."
+BASE_KEYS = ("model.model_name_or_path", "model.revision", "sft.from_scratch")
+NAMED_BY = {  # by pin: the settings that name what it stands for
+    "base": BASE_KEYS,
+    "config": BASE_KEYS,
+    "tokenizer": BASE_KEYS,
+    "template": (*BASE_KEYS, "data.template"),
+    "adapter": ("adapter.path",),
+    "adapter_scaling": ("adapter.path",),
+    "data": (*BASE_KEYS, "data", "sft", "seed"),
+}
 RESTORE = "Restore it as it was, or start a new run with it."
 # By pin: what it stands for, the setting that names it, what to do. In the order in which they are named.
 INPUTS = {

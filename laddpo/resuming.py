@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from laddpo import runs
-from laddpo.compose import read_config
+from laddpo.compose import plain_settings, read_config
 from laddpo.config import find_problems
 from laddpo.core.ranks import here, launched
 from laddpo.errors import Stopped, UserError
@@ -110,29 +110,6 @@ def check_finished(config: RunConfig, folder: Path, kind: str) -> None:
     refuse_longer_training(config, folder)
     tuned_weights(config, folder)
     print(f"{folder}: this run is finished; nothing was changed.")
-
-
-def require_unchanged(run: Path, pinned: dict[str, Any]) -> None:
-    """A finished run beside which others will be set: its inputs are still those that it was trained on.
-
-    `pinned` keeps the fingerprints of inputs as they are now, so that equal ones are taken once.
-    """
-    from laddpo import pins
-
-    stored = pins.of_folder(run)
-    if not stored:
-        return
-    config = read_config(run)
-    of_rows = config.data.source != "onpolicy" and not str(stored.get("data", pins.OF_EXAMPLES)).startswith(
-        pins.OF_EXAMPLES
-    )
-    inputs = (config.model, config.adapter.path, config.data, config.seed, config.paths.data_dir)
-    key = f"{of_rows} {inputs}"
-    if key not in pinned:
-        from laddpo.prepare import open_prepared
-
-        pinned[key] = pins.make(config, open_prepared(config).content if of_rows else None)
-    pins.require_same(run, stored, pinned[key], config)
 
 
 def refuse_longer_training(config: RunConfig, folder: Path) -> None:
@@ -269,7 +246,7 @@ def _newest_unfinished(asked: Asked, earlier: Path) -> Iterator[Path]:
 def _differs(path: Path, wanted: dict[str, Any]) -> bool:
     """Whether a plain value in this file is another one. What cannot be read or is not there decides nothing."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        tree = plain_settings(path)
     except (yaml.YAMLError, OSError, ValueError):
         return False
     for name, value in wanted.items():

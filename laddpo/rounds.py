@@ -32,7 +32,9 @@ def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFla
 
     ranks = here()
     if ranks.is_main:
-        pins.hold(folder, pins.make(config, questions_pin(config)), config)
+        pinned = pins.make(config, questions_pin(config))
+        pins.require_like_siblings(folder, pinned, config)
+        pins.hold(folder, pinned, config)
         write_config(config, folder)
     start = config.adapter.path
     for number in range(1, config.data.rounds + 1):
@@ -67,6 +69,8 @@ def finish_rounds(folder: Path, count: int, seed: int) -> None:
     runs.write_text(folder / "rounds.md", text + "\n")
     print("\n" + text)
     fields = {"rounds": [record["manifest"] for record in records]}
+    if "pins" in records[0]["manifest"]:
+        fields["pins"] = records[0]["manifest"]["pins"]
     runs.write_manifest(folder, "train", fields, [ROUNDS_FILE, *runs.present(folder, SEALED)], **runs.provenance())
 
 

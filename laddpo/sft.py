@@ -90,6 +90,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     examples = chosen_examples(prepared.train) if prepared else corpus_examples(config, tokenizer)
     data = prepared.content if prepared else pins.examples_pin(examples)
     pinned = pins.make(config, data, config.sft.from_scratch)
+    pins.require_like_siblings(folder, pinned, config)
     if is_resumed:
         pins.require_resumable(folder, pinned, config)
     if config.sft.pad_to:

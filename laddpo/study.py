@@ -137,11 +137,10 @@ def study_folder(config: RunConfig, run_folder: Path) -> Path:
 def refuse_other_arms(config: RunConfig, folder: Path) -> None:
     """Refuse to go on where finished arms, asked for or not, have other settings than the page would say."""
     from laddpo import runs
-    from laddpo.begun import begun_otherwise, problems_by_job, trained_otherwise
+    from laddpo.begun import begun_otherwise, problems_by_job
 
-    pinned: dict = {}
     found = {
-        place.name: [*begun_otherwise(place, arm_overrides(config, arm, seed)), *trained_otherwise(place, pinned)]
+        place.name: begun_otherwise(place, arm_overrides(config, arm, seed))
         for arm in config.study.arms
         for seed in config.study.seeds
         if ((place := folder / f"{arm.name}-{seed}") / runs.MANIFEST).exists()

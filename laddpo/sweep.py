@@ -31,7 +31,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import laddpo
-from laddpo.begun import JOB_FILE, begun_otherwise, overrides_to_resume, problems_by_job, trained_otherwise
+from laddpo.begun import JOB_FILE, begun_otherwise, overrides_to_resume, problems_by_job
 from laddpo.compose import compose_tree, settings_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
 from laddpo.resuming import read_command, write_command
@@ -141,7 +141,6 @@ def planned_jobs(hydra: Hydra, sweep: Sweep, tree: DictConfig) -> list[list[str]
 def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
     """Refuse the sweep before its first job when any job's settings are wrong; equal problems are named once."""
     found: dict[int, list[str]] = {}
-    pinned: dict[str, Any] = {}
     for number, overrides in enumerate(jobs):
         try:
             problems = settings_problems(compose_tree(hydra, sweep.config_name, overrides))[1]
@@ -149,7 +148,6 @@ def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
             problems = list(error.problems)
         if sweep.is_resumed:
             problems += begun_otherwise(sweep.folder / str(number), overrides)
-            problems += trained_otherwise(sweep.folder / str(number), pinned)
         found[number] = problems
     if problems := problems_by_job(found, f"of {len(jobs)}"):
         raise UserError(*problems)

@@ -104,6 +104,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     prepared = open_prepared(config)
     check_enough(config, prepared)
     pinned = pins.make(config, prepared.content)
+    pins.require_like_siblings(folder, pinned, config)
     if is_resumed:
         pins.require_resumable(folder, pinned, config)
     lengths = inputs.data_lengths(config, prepared)
