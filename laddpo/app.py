@@ -14,6 +14,7 @@ import argparse
 import codecs
 import contextlib
 import contextvars
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -34,7 +35,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import laddpo
-from laddpo.compose import compose_tree, group_settings, open_hydra, to_run_config, typed_settings
+from laddpo.compose import compose_tree, config_from, group_settings, open_hydra, to_run_config, typed_settings
 from laddpo.config import find_problems, unlikely_settings
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest
 from laddpo.folders import FOREIGN, KINDS, OF_A_RUN, refuse_others, what_is
@@ -44,7 +45,7 @@ from laddpo.pathchecks import cannot_use, of_this_process
 from laddpo.redaction import redact
 from laddpo.runs import disk_message
 from laddpo.settings import RunConfig
-from laddpo.tuned import MAY_CHANGE, of_other_stages, other_decoding, settings_of_run
+from laddpo.tuned import MAY_CHANGE, begun_evaluation, of_other_stages, other_decoding, settings_of_run
 
 WITH_STEPS = ("train", "sft")  # stages whose `resume` finds a run and its checkpoints
 # what this command line set, for stages that take the rest from an earlier run
@@ -157,11 +158,13 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
 
             refuse_sweep()
             return run_sweep(hydra, stage, args.config_name, args.config_dir, args.overrides, tree)
-        config = settings_for(hydra, stage, tree, args.overrides)
+        config = settings_for(hydra, stage, tree, args.overrides, args.config_name)
         given_overrides.set(tuple(args.overrides))
     with joined(stage, config) as ranks:
         if ranks is None:
             return EXIT_DONE
+        if ranks.world > 1 and stage in WITH_STEPS and config.resume != "false":  # rank 0 says what goes on, and how
+            config = config_from(ranks.broadcast(dataclasses.asdict(config)))
         folder = Path(ranks.broadcast(str(run_folder(stage, config)) if ranks.is_main else None))
         if ranks.is_main:
             is_of_run = config.run is not None and stage in MAY_CHANGE
@@ -171,17 +174,29 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
         return _call(main or importlib.import_module(f"laddpo.{stage}").main, config, folder)
 
 
-def settings_for(hydra: Hydra, stage: str, tree: DictConfig, overrides: list[str]) -> RunConfig:
-    """The checked settings of a stage; those of the run that it works on, where it works on one."""
+def settings_for(
+    hydra: Hydra, stage: str, tree: DictConfig, overrides: list[str], config_name: str = "config"
+) -> RunConfig:
+    """The checked settings of a stage; those of the run that it works on or goes on with, where there is one."""
     typed = typed_settings(tree)
     is_of_run = typed.config.run is not None and stage in MAY_CHANGE
-    contradictions = [] if is_of_run else find_problems(typed.config, typed.broken, typed.given)
+    begun = begun_evaluation(typed.config) if stage == "evaluate" else None
+    resumed = None
+    if stage in WITH_STEPS and typed.config.resume != "false" and not typed.problems:
+        from laddpo.resuming import Asked, resumed_settings
+
+        def compose_without(others: Sequence[str]) -> RunConfig:
+            return typed_settings(compose_tree(hydra, config_name, list(others))).config
+
+        resumed = resumed_settings(Asked(typed.config, tuple(overrides), compose_without), stage)
+    is_stored = is_of_run or begun is not None or resumed is not None
+    contradictions = [] if is_stored else find_problems(typed.config, typed.broken, typed.given)
     problems = [*typed.problems, *contradictions, *of_other_stages(stage, typed.config)]
     if problems:
         raise UserError(*problems)
-    if not is_of_run:
-        return typed.config
-    return settings_of_run(stage, typed.config, overrides, functools.partial(group_settings, hydra))
+    if is_of_run or begun is not None:
+        return settings_of_run(stage, typed.config, overrides, functools.partial(group_settings, hydra), begun)
+    return resumed or typed.config
 
 
 def _call(main: Main, config: RunConfig, folder: Path) -> int:
@@ -210,12 +225,14 @@ def _print_into_nothing() -> None:
 def run_folder(stage: str, config: RunConfig) -> Path:
     """The folder this run owns: `output_dir` when given, else outputs/<stage>/<date-time-name>. Not created here.
 
-    A stage without steps goes on in the folder that `resume` names; those with steps look for it themselves
-    (laddpo/resuming.py). Rank 0 of a launch asks for all of them.
+    A stage goes on in the folder that `resume` names; for one with steps laddpo/resuming.py has found it by now. Rank 0
+    of a launch asks for all of them.
     """
-    if config.output_dir is not None:
+    if stage in WITH_STEPS and config.resume not in ("true", "false"):
+        folder = Path(config.resume)
+    elif config.output_dir is not None:
         folder = Path(config.output_dir)
-    elif stage not in WITH_STEPS and config.resume not in ("true", "false"):
+    elif config.resume not in ("true", "false"):
         folder = Path(config.resume)
         if not (folder / "config.yaml").is_file():
             raise UserError(

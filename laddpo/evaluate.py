@@ -27,7 +27,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
             "Add run=outputs/train/<run>, or evaluation=arithmetic."
         )
 
-    from laddpo import inputs
+    from laddpo import inputs, pins
     from laddpo.compose import write_config
     from laddpo.core.ranks import here
     from laddpo.machine import find_machine
@@ -43,16 +43,21 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
         require_harness(config)
     tasks = open_tasks(config)
+    prepared = open_prepared(config) if tuned else None
+    if tuned:
+        pins.require_inputs_of(tuned, config, prepared.content)
     way = f"output_dir={run_folder} resume=true"
     is_resumed, shown = config.resume != "false", []
     with held(run_folder, "evaluation", is_resumed), told_to_resume(run_folder, way), stop_on_signal() as stop:
         if here().is_main:
             unseal(run_folder)
+            if not tuned:
+                pins.hold(run_folder, pins.make(config), config)
             write_config(config, run_folder)
         loaded = inputs.load(config, find_machine(config))
         if tuned:
             inputs.make_trainable(config, loaded)
-            evaluate_run(config, tuned, run_folder, open_prepared(config), loaded, stop, tasks, shown.append)
+            evaluate_run(config, tuned, run_folder, prepared, loaded, stop, tasks, shown.append)
         else:
             evaluate_base(config, run_folder, loaded, stop, tasks, shown.append)
         if here().is_main:

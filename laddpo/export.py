@@ -29,6 +29,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
     from laddpo import exporting
     from laddpo.folders import owned
+    from laddpo.pins import of_folder
 
     trained = Path(config.run) if config.run else None
     if config.export.push_to_hub:
@@ -41,6 +42,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
             files, facts = exporting.export_merged(config, source, run_folder)
         runs.write_text(run_folder / "README.md", exporting.model_card(config, trained, source, facts))
         fields = {"step": source.step, "base": source.base, "adapter_only": config.export.adapter_only}
+        if config.export.adapter_only and (pinned := of_folder(source.folder)):
+            fields["pins"] = pinned
         runs.write_manifest(run_folder, "export", fields, [*files, "README.md"], **runs.provenance())
     if not facts.is_adapter:
         print(f"loaded again: {facts.tensors} tensors byte for byte, logits equal")

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from laddpo import runs
 from laddpo.errors import RunFault, UserError
-from laddpo.inputs import encoder_for, model_path
+from laddpo.inputs import encoder_for
 from laddpo.modelcard import CardFacts, card_text
 from laddpo.models import adapters, loading
+from laddpo.pins import check_adapter, model_path, require_inputs_of
 from laddpo.preference.pairs import user_prompt
 from laddpo.seals import require_sealed, sealed_file
 from laddpo.settings import RunConfig
@@ -51,19 +52,16 @@ def find_weights(config: RunConfig, trained: Path | None) -> Source:
         folder = Path(config.adapter.path)
         if not (folder / adapters.ADAPTER_FILES[0]).exists():
             raise UserError(f"adapter.path is {str(folder)!r}: no adapter in PEFT's layout is there; check the path.")
+        check_adapter(config)
         require_sealed(folder, *adapters.ADAPTER_FILES)
         return Source(folder, False, None, _base_fingerprint(config))
     runs.read_manifest(trained, "train", "sft")  # the model card cites what it seals
     folder = tuned_weights(config, trained)
+    require_inputs_of(folder, config, is_export=True)
     sealed = runs.read_manifest(folder, "weights", verify=False)["fields"]
-    base = sealed["base"]["base"]
-    if not is_full and (found := _base_fingerprint(config)) != base:
-        raise UserError(
-            f"{folder}: was trained on base weights {base}, and {config.model.model_name_or_path} now holds {found}. "
-            "An adapter belongs to its base: put the old one back, or name it with model.revision in the run's "
-            "config.yaml."
-        )
-    return Source(folder, is_full, sealed["step"], base)
+    if not is_full:
+        _base_fingerprint(config)
+    return Source(folder, is_full, sealed["step"], sealed["base"]["base"])
 
 
 def _base_fingerprint(config: RunConfig) -> str:

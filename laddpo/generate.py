@@ -20,12 +20,14 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Answer every prompt with the base and, with `run`, with the tuned model."""
     texts = wanted_prompts(config)
 
-    from laddpo import inputs, runs
+    from laddpo import inputs, pins, runs
     from laddpo.folders import owned
     from laddpo.tuned import tuned_weights
 
     tuned = tuned_weights(config, Path(config.run)) if config.run else None
     inputs.check_before_loading(config)
+    if tuned:
+        pins.require_inputs_of(tuned, config)
     with owned(run_folder, "generations", config.resume != "false"):
         answers = answer_prompts(config, texts, tuned)
         rows = [{"prompt": text, **{name: found[i] for name, found in answers.items()}} for i, text in enumerate(texts)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from laddpo.config import CONF_DIR, check_machine
+from laddpo.config import check_machine
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import Item
 from laddpo.core.objectives import DpoObjective
@@ -29,6 +29,7 @@ from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.offload import keep_embeddings_on_host
 from laddpo.models.sharding import ShardedDenoiser, shard_model
+from laddpo.pins import check_adapter, model_path
 from laddpo.planning import Lengths, model_shape, prepared_lengths
 from laddpo.preference.arithmetic import Difficulty
 from laddpo.preference.encode import EncodedPair, TextEncoder
@@ -52,13 +53,6 @@ class Loaded:
     weights: dict[str, str]
 
 
-def model_path(config: RunConfig) -> str:
-    """A local folder from the working directory or beside the installed conf/, else the hub id as given."""
-    given = config.model.model_name_or_path
-    shipped = CONF_DIR.parent / given
-    return str(shipped) if not Path(given).expanduser().is_dir() and shipped.is_dir() else given
-
-
 def check_before_loading(config: RunConfig, hash_again: bool = False) -> None:
     """Refuse what cannot work before minutes go by: what this machine lacks, a model that cannot be had, a starting
     adapter that does not fit it. `hash_again`, or verify=true: base weights that are no longer what they were."""
@@ -68,6 +62,7 @@ def check_before_loading(config: RunConfig, hash_again: bool = False) -> None:
         lambda config: loading.load_tokenizer(model_path(config), config.model.revision),
         *([_hash_weights] if hash_again or config.verify else []),
         _check_adapter,
+        check_adapter,
     ):
         try:
             check(config)

@@ -1,32 +1,69 @@
 """Which folder a training run writes to, and whether it goes on where an earlier one stopped.
 
-`resume` is false (a new run), true (output_dir, else the newest unfinished run of equal settings) or a run's folder.
+`resume` is false (a new run), true (output_dir, else the newest unfinished run with which the command line agrees) or a
+run's folder. A run that goes on takes the settings of its folder: only what the command line names is compared.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Iterator
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from laddpo import runs
-from laddpo.compose import read_config
-from laddpo.core.ranks import here
+from laddpo.compose import plain_settings, read_config
+from laddpo.config import find_problems
+from laddpo.core.ranks import here, launched
 from laddpo.errors import Stopped, UserError
 from laddpo.folders import owned
 from laddpo.planning import pairs_per_process, pairs_per_step
+from laddpo.ranges import leaves
+from laddpo.redaction import redact
 from laddpo.settings import RunConfig
 
 # What a resumed run may change: where it runs, how it reports, how often it saves, and how long it trains. What is
 # recommended for a model is where other settings take their values from: those are compared. Of a step's pairs the
-# number is compared and not its factors, which change no value.
+# number is compared and not its factors, which change no value. Where the base lies may change: its weights are pinned.
 MAY_CHANGE = (
     "output_dir", "resume", "auto", "verify", "run", "runs", "dry_run", "logging_steps", "save_", "logger.", "paths.",
-    "model.recommended.", "hardware.", "evaluation.at_end", "optim.max_train_steps", "optim.num_train_epochs",
-    "optim.per_device_train_batch_size", "optim.gradient_accumulation_steps",
+    "model.recommended.", "model.model_name_or_path", "model.revision", "hardware.", "evaluation.at_end",
+    "optim.max_train_steps", "optim.num_train_epochs", "optim.per_device_train_batch_size",
+    "optim.gradient_accumulation_steps",
 )  # fmt: skip
+OWN = ("output_dir", "resume", "hydra")  # keys that say where, and nothing of the run
+WHERE = ("model.model_name_or_path", "model.revision")  # by which a search tells runs of one model from another's
+MAY_CHANGE_GROUPS = ("hardware", "logger", "paths")
+PLACES = ("adapter.path", "model.model_name_or_path", "data.dataset_name", "run")
+_ABSENT = object()
+COMMAND = "command.json"  # in a run's folder: what the command line named when the run began
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A command line: its settings as composed, its overrides, and what composes the same line without some of them."""
+
+    config: RunConfig
+    overrides: tuple[str, ...]
+    compose_without: Callable[[Sequence[str]], RunConfig]
+
+    def names(self, override: str) -> list[str]:
+        """The settings that an override names: one, or all of a group; none of an experiment, which may set any."""
+        key = f"{override_key(override)}."
+        return [name for name, _ in leaves(self.config) if f"{name}.".startswith(key) or key.startswith(f"{name}.")]
+
+
+def override_key(override: str) -> str:
+    """`dpo.beta` of `+dpo.beta=1`."""
+    return re.split(r"[=\[@]", override.lstrip("+~"))[0]
 
 
 @dataclass(frozen=True)
@@ -38,15 +75,32 @@ class RunPlace:
     is_finished: bool = False
 
 
-def find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:
-    """Decide from `resume`; of several processes rank 0 does.
-
-    Raises `UserError` listing the differing settings when the run there is another one.
-    """
+def find_run(config: RunConfig, new_folder: Path) -> RunPlace:
+    """Where the run writes; `resume` is a folder by now if it goes on. Of several processes rank 0 looks."""
     ranks = here()
-    found = _find_run(config, new_folder, stage) if ranks.is_main else None
-    folder, *rest = ranks.broadcast([str(found.folder), found.is_resumed, found.is_finished] if found else None)
-    return RunPlace(Path(folder), *rest)
+    if config.resume in ("true", "false"):
+        return RunPlace(new_folder)
+    folder = Path(config.resume)
+    is_finished = ranks.broadcast((folder / runs.MANIFEST).exists() if ranks.is_main else None)
+    return RunPlace(folder, is_resumed=True, is_finished=is_finished)
+
+
+def keep_command(place: RunPlace, overrides: Iterable[str]) -> None:
+    """Write what the command line names into the folder of a run that begins."""
+    if here().is_main and not place.is_resumed:
+        write_command(place.folder, overrides)
+
+
+def write_command(folder: Path, overrides: Iterable[str], **more: Any) -> None:
+    """command.json of a run, a sweep or a study: what the command line named when it began."""
+    named = [redact(text) for text in overrides if override_key(text).split(".")[0] not in OWN]
+    runs.write_json(folder / COMMAND, {**more, "overrides": named})
+
+
+def read_command(folder: Path) -> dict[str, Any]:
+    """What `write_command` wrote; an earlier version wrote nothing."""
+    path = folder / COMMAND
+    return runs.read_json(path) if path.exists() else {}
 
 
 def check_finished(config: RunConfig, folder: Path, kind: str) -> None:
@@ -124,67 +178,174 @@ def told_to_resume(folder: Path, way: str | None = None) -> Iterator[None]:
     except Stopped as stopped:
         if not (folder / "config.yaml").exists():
             raise
-        has_steps = any(folder.glob("checkpoints/step_*")) or any(folder.glob("round_*/checkpoints/step_*"))
+        from laddpo.core.checkpoint import step_folders
+        from laddpo.evaluation.studies import round_folders
+
+        has_steps = any(step_folders(place / "checkpoints") for place in (folder, *round_folders(folder)))
         again = "" if way or has_steps else " It has no checkpoint yet and starts at step 0 again."
         cure = f"Continue with the same command and {way or f'resume={folder}'}.{again}"
         raise Stopped(stopped.found, cure) from None
 
 
-def _find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:
+def resumed_settings(asked: Asked, stage: str) -> RunConfig | None:
+    """The settings with which a run goes on, `resume` being its folder; None when there is no run to go on with.
+
+    Raises `UserError` listing what the command line names otherwise than the run has it.
+    """
+    config = asked.config
     if config.resume == "false":
-        return RunPlace(new_folder)
+        return None
+    given = None if config.output_dir is None else Path(config.output_dir)
     if config.resume != "true":
         folder = Path(config.resume)
         if not (folder / "config.yaml").exists():
             raise UserError(f"resume is {config.resume!r}, which holds no run (no config.yaml); check the path.")
-        return _existing(config, folder)
-    if config.output_dir is not None:
-        folder = Path(config.output_dir)
-        if (folder / "config.yaml").exists():
-            return _existing(config, folder)
-        print(f"resume=true, but {folder} holds no run yet; starting a new one there.")
-        return RunPlace(folder)
+        if given is not None and given.resolve() != folder.resolve():
+            raise UserError(
+                f"resume is {config.resume!r} and output_dir is {config.output_dir!r}; expected one folder. A run goes "
+                "on in its own; leave output_dir out."
+            )
+        return _existing(asked, folder)
+    if given is not None:
+        if (given / "config.yaml").exists():
+            return _existing(asked, given)
+        _say(f"resume=true, but {given} holds no run yet; starting a new one there.")
+        return None
     earlier = Path(config.paths.outputs_dir) / stage
-    for config_file in sorted(earlier.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        folder = config_file.parent
-        if (folder / runs.MANIFEST).exists():
-            continue
+    for folder in _newest_unfinished(asked, earlier):
         try:
             stored = _read_run(folder)
         except UserError as error:
-            print(f"note: resume=true: passing over an unfinished run. {error}")
+            _say(f"note: resume=true: passing over an unfinished run. {error}")
             continue
-        if not changed_settings(stored, config):
-            print(f"resume=true: going on with {folder}")
-            return RunPlace(folder, is_resumed=True)
-    print(f"resume=true, but {earlier} has no unfinished run of these settings; starting a new one.")
-    return RunPlace(new_folder)
+        merged, differences = _merge(asked, folder, stored, WHERE)
+        if not differences:
+            _say(f"resume=true: going on with {folder}")
+            return _checked(merged, stored)
+    _say(f"resume=true, but {earlier} has no unfinished run of these settings; starting a new one.")
+    return None
 
 
-def _existing(config: RunConfig, folder: Path) -> RunPlace:
-    differences = changed_settings(_read_run(folder), config)
+def _say(text: str) -> None:
+    if launched().is_main:
+        print(text)
+
+
+def _newest_unfinished(asked: Asked, earlier: Path) -> Iterator[Path]:
+    """Unfinished runs, newest first, but for those whose config.yaml, read as plain data, already says otherwise.
+
+    Reading settings with their types takes thirty times as long.
+    """
+    named = {name for text in asked.overrides for name in asked.names(text) if name == override_key(text)}
+    wanted = {name: value for name, value in leaves(asked.config) if name in named and not may_change(name, WHERE)}
+    wanted = {name: value for name, value in wanted.items() if isinstance(value, str | int | float | bool)}
+    found = {}
+    for path in earlier.glob("*/config.yaml"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            found[path] = path.stat().st_mtime_ns
+    for path in sorted(found, key=lambda path: found[path], reverse=True):
+        if (path.parent / runs.MANIFEST).exists() or _differs(path, wanted):
+            continue
+        yield path.parent
+
+
+def _differs(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a plain value in this file is another one. What cannot be read or is not there decides nothing."""
+    try:
+        tree = plain_settings(path)
+    except (yaml.YAMLError, OSError, ValueError):
+        return False
+    for name, value in wanted.items():
+        found = tree
+        for key in name.split("."):
+            found = found.get(key, _ABSENT) if isinstance(found, dict) else _ABSENT
+        if isinstance(found, str | int | float | bool | None) and not _is_same(name, found, value):
+            return True
+    return False
+
+
+def _existing(asked: Asked, folder: Path) -> RunConfig:
+    stored = _read_run(folder)
+    merged, differences = _merge(asked, folder, stored)
     if differences:
         raise UserError(
             f"{folder}: is a run of other settings:\n  " + "\n  ".join(differences) + "\n"
-            "Give the same settings, or start a new run with resume=false. A resumed run may change logger, "
-            "logging_steps, save_*, hardware (but its precision), evaluation.at_end, the number of steps, and how a "
-            "step's pairs are split up."
+            "Leave them out: a run that goes on takes its folder's settings. Or start a new run with resume=false. "
+            "A resumed run may change logger, logging_steps, save_*, hardware (but its precision), evaluation.at_end, "
+            "the place of its base model, the number of steps, and how a step's pairs are split up."
         )
-    return RunPlace(folder, is_resumed=True, is_finished=(folder / runs.MANIFEST).exists())
+    return _checked(merged, stored)
 
 
-def changed_settings(stored: RunConfig, wanted: RunConfig) -> list[str]:
-    """`key: stored a, now b` for every setting that a resumed run may not change."""
-    lines = runs.differing_fields(dataclasses.asdict(stored), dataclasses.asdict(wanted))
-    kept = [line for line in lines if not line.startswith(MAY_CHANGE) or line.startswith("hardware.precision")]
-    wanted = _counted_like(stored, wanted)
-    if pairs_per_step(stored) != pairs_per_step(wanted):
-        kept.append(
-            f"pairs per step: stored {_product(stored)}, now {_product(wanted)} (optim.per_device_train_batch_size x "
+def _checked(merged: RunConfig, stored: RunConfig) -> RunConfig:
+    """The settings, if nothing in them contradicts the rest. What the run had from its beginning is no problem."""
+    known = find_problems(stored)
+    if problems := [problem for problem in find_problems(merged) if problem not in known]:
+        raise UserError(*problems)
+    return merged
+
+
+def _merge(asked: Asked, folder: Path, stored: RunConfig, fixed: tuple[str, ...] = ()) -> tuple[RunConfig, list[str]]:
+    """The run's settings with what the command line may change, and `key: stored a, now b` for what it may not, which
+    `fixed` adds to."""
+    has, wanted = dict(leaves(stored)), dict(leaves(asked.config))
+    merged = copy.deepcopy(stored)
+    merged.hardware.processes = asked.config.hardware.processes
+    differences = []
+    for name in _named(asked, folder, has, wanted):
+        if _is_same(name, has[name], wanted[name]):
+            continue
+        if may_change(name, fixed):
+            *groups, last = name.split(".")
+            setattr(operator.attrgetter(".".join(groups))(merged) if groups else merged, last, wanted[name])
+        else:
+            differences += runs.differing_fields({name: _plain(has[name])}, {name: _plain(wanted[name])})
+    merged.resume = str(folder)
+    counted = _counted_like(stored, merged)
+    if pairs_per_step(stored) != pairs_per_step(counted):
+        differences.append(
+            f"pairs per step: stored {_product(stored)}, now {_product(counted)} (optim.per_device_train_batch_size x "
             "optim.gradient_accumulation_steps x processes; with the first two as stored and without "
             "hardware.processes, the number is kept in any number of processes)"
         )
-    return kept
+    return merged, differences
+
+
+def _named(asked: Asked, folder: Path, has: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """The settings that the command line names: by their keys, by a group, or because others take their values from
+    what it names. A group that was chosen as it is now when the run began is as it was, whatever is in its file now."""
+    begun = set(read_command(folder).get("overrides", ()))
+    named: set[str] = set()
+    others = []
+    for override in asked.overrides:
+        key, names = override_key(override), asked.names(override)
+        is_kept = key not in names and key not in MAY_CHANGE_GROUPS and redact(override) in begun
+        if key.split(".")[0] in OWN or is_kept:
+            continue
+        named.update(names)
+        if not names or any(not _is_same(name, has[name], wanted[name]) for name in names):
+            others.append(override)
+    if others:
+        without = dict(leaves(asked.compose_without([text for text in asked.overrides if text not in others])))
+        named.update(name for name, value in wanted.items() if value != without[name])
+    return sorted(name for name in named if name.split(".")[0] not in OWN and not name.startswith("model.recommended."))
+
+
+def may_change(name: str, fixed: tuple[str, ...] = ()) -> bool:
+    """Whether a resumed run may have another value of this setting."""
+    return name.startswith(MAY_CHANGE) and not name.startswith(("hardware.precision", *fixed))
+
+
+def _is_same(name: str, stored: Any, wanted: Any) -> bool:
+    is_place = name in PLACES and isinstance(stored, str) and isinstance(wanted, str)
+    return _plain(stored) == _plain(wanted) or (is_place and os.path.realpath(stored) == os.path.realpath(wanted))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back."""
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _product(config: RunConfig) -> str:

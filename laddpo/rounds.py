@@ -25,6 +25,7 @@ TrainRun = Callable[[RunConfig, Path, bool, StopFlag], None]  # settings, folder
 
 def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFlag) -> None:
     """Run the rounds that are not finished yet, each by `train`, then compare them."""
+    from laddpo import pins
     from laddpo.compose import write_config
     from laddpo.core.budget import release_memory
     from laddpo.core.ranks import here
@@ -32,6 +33,9 @@ def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFla
 
     ranks = here()
     if ranks.is_main:
+        pinned = pins.make(config, questions_pin(config))
+        pins.require_like_siblings(folder, pinned, config)
+        pins.hold(folder, pinned, config)
         write_config(config, folder)
     start = config.adapter.path
     for number in range(1, config.data.rounds + 1):
@@ -68,14 +72,38 @@ def finish_rounds(folder: Path, count: int, seed: int) -> None:
     with runs.replaced_folder(folder / ADAPTER) as target:
         shutil.copytree(places[-1] / ADAPTER, target, dirs_exist_ok=True)
         runs.read_manifest(target, "weights")
+        _pin_like_the_first(target, places[0])
     write_evaluation(places[0], places[-1], folder, seed)
     content = {"rounds": records, **compare_rounds(folder, count, seed)}
     runs.write_json(folder / ROUNDS_FILE, content)
     text = rounds_text(content)
     runs.write_text(folder / "rounds.md", text + "\n")
     fields = {"rounds": [record["manifest"] for record in records]}
+    if "pins" in records[0]["manifest"]:
+        fields["pins"] = records[0]["manifest"]["pins"]
     runs.write_manifest(folder, "train", fields, [ROUNDS_FILE, *runs.present(folder, SEALED)], **runs.provenance())
     print("\n" + text)
+
+
+def _pin_like_the_first(adapter: Path, first: Path) -> None:
+    """The settings of the whole run name what its first round started from: so do the pins of its adapter."""
+    from laddpo import pins
+
+    manifest = runs.unsealed(adapter / runs.MANIFEST)
+    if "pins" in manifest["fields"]:
+        fields = {**manifest["fields"], "pins": pins.of_folder(first)}
+        runs.write_manifest(adapter, "weights", fields, list(manifest["files"]), **manifest["provenance"])
+
+
+def questions_pin(config: RunConfig) -> str | None:
+    """What stands for the questions of all rounds, where they are asked of a file."""
+    from laddpo.onpolicy import open_questions
+
+    if config.data.source != "onpolicy" or config.data.dataset_name is None:
+        return None
+    sampling = dataclasses.replace(config.data.sampling, first_question=0, num_questions=None)
+    asked = open_questions(dataclasses.replace(config, data=dataclasses.replace(config.data, sampling=sampling)))
+    return runs.fingerprint({"questions": [[question.text, question.answer] for question in asked]})
 
 
 def config_of_round(config: RunConfig, number: int, start: str | None, folder: Path) -> RunConfig:

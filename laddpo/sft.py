@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laddpo.app import run_stage
+from laddpo.app import given_overrides, run_stage
 from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one SFT run in `run_folder`, or in the run that `resume` names."""
-    from laddpo.resuming import check_finished, find_run, held, step_processes, told_to_resume
+    from laddpo.resuming import check_finished, find_run, held, keep_command, step_processes, told_to_resume
     from laddpo.signals import stop_on_signal
 
     if config.dry_run:
@@ -45,18 +45,19 @@ def main(config: RunConfig, run_folder: Path) -> None:
             f"best_metric is {config.best_metric!r}, which is measured on preference pairs, and sft has none; expected "
             "auto, exact_match or none."
         )
-    place = find_run(config, run_folder, "sft")
+    place = find_run(config, run_folder)
     if place.is_finished:
         check_finished(config, place.folder, "sft")
     else:
         with held(place.folder, "sft", place.is_resumed), told_to_resume(place.folder), stop_on_signal() as stop:
+            keep_command(place, given_overrides.get())
             train(step_processes(config, place), place.folder, place.is_resumed, stop)
     print(place.folder)
 
 
 def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     """Everything between the settings and the finished run folder."""
-    from laddpo import inputs, runs
+    from laddpo import inputs, pins, runs
     from laddpo.compose import write_config
     from laddpo.core.elbo import ElboEstimator
     from laddpo.core.loop import train_loop
@@ -87,6 +88,11 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     tokenizer = load_tokenizer(inputs.model_path(config), config.model.revision)
     prepared = open_prepared(config) if config.sft.examples == "chosen" else None
     examples = chosen_examples(prepared.train) if prepared else corpus_examples(config, tokenizer)
+    data = prepared.content if prepared else pins.examples_pin(examples)
+    pinned = pins.make(config, data, config.sft.from_scratch)
+    pins.require_like_siblings(folder, pinned, config)
+    if is_resumed:
+        pins.require_resumable(folder, pinned, config)
     if config.sft.pad_to:
         examples = padded(examples, config.sft.pad_to, config.data.max_length, tokenizer.eos_token_id, config.seed)
     machine = find_machine(config, example_lengths(config, examples))
@@ -109,7 +115,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     optim = config.optim
     at_step = resume_step(folder) if is_resumed else None
     with (
-        run_outputs(config, folder, loaded, at_step, validation) as outputs,
+        run_outputs(config, folder, loaded, at_step, validation, pinned) as outputs,
         fault_reports(folder, parameters, config.seed, ranks),
     ):
         state = train_loop(
@@ -145,6 +151,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         "best_value": state.best_value,
         "data": prepared.manifest["fingerprint"] if prepared else "corpus",
         "start": loaded.weights,
+        "pins": pinned,
     }
     runs.write_manifest(folder, "sft", fields, runs.present(folder, SEALED), **runs.provenance())
     if shown:

@@ -10,10 +10,11 @@ study.png; they can be read while it goes on.
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 
-from laddpo.app import run_stage
+from laddpo.app import given_overrides, run_stage
 from laddpo.datachecks import reader_row
 from laddpo.errors import EXIT_DONE, EXIT_STOPPED, RunFault, Stopped, UserError, nearest
 from laddpo.settings import RunConfig
@@ -26,11 +27,16 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Run what is missing, arm by arm within each seed, and write the page after each."""
     from laddpo.compose import write_config
     from laddpo.folders import owned
+    from laddpo.resuming import write_command
 
-    arms = wanted_arms(config)
     folder = study_folder(config, run_folder)
-    with owned(folder, "study", config.resume != "false"):
+    is_resumed = config.resume != "false"
+    if is_resumed:
+        config = settings_of_study(config, folder)
+    arms = wanted_arms(config)
+    with owned(folder, "study", is_resumed):
         refuse_other_arms(config, folder)
+        write_command(folder, given_overrides.get(), stage="study")
         write_config(config, folder)
         jobs = [(arm, seed) for seed in config.study.seeds for arm in arms]
         print(f"study {config.study.name}: {len(arms)} arms x {len(config.study.seeds)} seeds in {folder}", flush=True)
@@ -46,6 +52,28 @@ def main(config: RunConfig, run_folder: Path) -> None:
         )
 
 
+def settings_of_study(config: RunConfig, folder: Path) -> RunConfig:
+    """Those of a study that goes on: what it was begun with, where this command line says nothing else. Arms that are
+    finished are held against it."""
+    from laddpo.compose import read_config
+    from laddpo.resuming import override_key, read_command
+
+    if not (folder / "config.yaml").exists():
+        return config
+    given = given_overrides.get()
+    named = {override_key(text) for text in given}
+    kept = read_command(folder).get("overrides", ())
+    begun = {override_key(text): text for text in kept if override_key(text) not in (*named, "study.only")}
+    given_overrides.set((*begun.values(), *given))
+    stored = read_config(folder).study
+    study, names = (config.study, begun) if "study" in named else (stored, named)
+    source = stored if "study" in named else config.study
+    for name in [key.partition(".")[2] for key in names if key.startswith("study.")]:
+        setattr(study, name, getattr(source, name))
+    study.only = config.study.only
+    return dataclasses.replace(config, study=study)
+
+
 def wanted_arms(config: RunConfig) -> list[StudyArm]:
     """The arms of the study, or those that study.only names. `UserError` with all that is wrong with the study."""
     study = config.study
@@ -58,8 +86,6 @@ def wanted_arms(config: RunConfig) -> list[StudyArm]:
 
 def _seeds_elsewhere(study: StudySettings) -> list[str]:
     """A seed outside of study.seeds would be dropped: every arm runs with each of those."""
-    from laddpo.app import given_overrides
-
     places = {
         "the command line": given_overrides.get(),
         "study.settings": study.settings,
@@ -112,7 +138,8 @@ def study_folder(config: RunConfig, run_folder: Path) -> Path:
 def refuse_other_arms(config: RunConfig, folder: Path) -> None:
     """Refuse to go on where finished arms, asked for or not, have other settings than the page would say."""
     from laddpo import runs
-    from laddpo.sweep import begun_otherwise, damages, problems_by_job
+    from laddpo.begun import begun_otherwise, problems_by_job
+    from laddpo.sweep import damages
 
     found = {
         place.name: [
@@ -146,8 +173,9 @@ def arm_overrides(config: RunConfig, arm: StudyArm, seed: int) -> list[str]:
 def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) -> list[str]:
     """Run each job that is not finished; the names of those that failed. Raises `Stopped` after a signal."""
     from laddpo import runs
+    from laddpo.begun import JOB_FILE
     from laddpo.seals import write_checked
-    from laddpo.sweep import JOB_FILE, Sweep, child_command, forward_signals, run_child
+    from laddpo.sweep import Sweep, child_command, forward_signals, run_child
 
     failed = []
     config_name, config_dir = root_config()
@@ -175,8 +203,6 @@ def shared_overrides(config: RunConfig, arm: StudyArm | None = None) -> list[str
 
     An arm that names data of its own goes without what only the study's source would read.
     """
-    from laddpo.app import given_overrides
-
     given = [text for text in given_overrides.get() if text.lstrip("+~").split("=")[0].split(".")[0] not in OWN]
     shared = [*config.study.settings, *given]
     has_own_data = arm is not None and any(text.startswith("data=") for text in arm.overrides)
@@ -194,8 +220,6 @@ def root_config() -> tuple[str, str | None]:
 
 def asked_of(config: RunConfig) -> list[str]:
     """The arguments that make this study again, wherever its folder is and whatever was already there."""
-    from laddpo.app import given_overrides
-
     name, folder = root_config()
     flags = [] if name == "config" else ["--config-name", name]
     if folder is not None:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,23 @@ from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import laddpo
+from laddpo.begun import JOB_FILE, JOB_KEYS, begun_otherwise, overrides_to_resume, problems_by_job
 from laddpo.compose import compose_tree, settings_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
 from laddpo.folders import owned, refuse_others
 from laddpo.locks import open_own
 from laddpo.pathchecks import path_problem
+from laddpo.resuming import read_command, write_command
 from laddpo.runs import MANIFEST, JsonLines, read_json, read_manifest, write_json, write_text
 from laddpo.seals import read_checked, sealed_file, write_checked
+from laddpo.tuned import AT_ONCE
 
 SWEEP_FILE = "sweep.json"
-JOB_FILE = "job.json"
-JOB_KEYS, SWEEP_KEYS = ("overrides", "exit_code"), ("stage", "jobs")
+SWEEP_KEYS = ("stage", "jobs")
 PROCESS_FILE = "process.json"
 
 
@@ -62,10 +65,14 @@ def run_sweep(
     """Check all jobs, run them, and report; the exit code is 0 only if every job's is. `tree`: what they share."""
     own, rest = split_overrides(hydra, overrides)
     folder, is_resumed = sweep_folder(own, Path(tree.paths.outputs_dir))
+    if is_resumed and (kept := overrides_to_resume(folder, stage, rest)) != rest:
+        rest, tree = kept, compose_tree(hydra, config_name, kept, RunMode.MULTIRUN)
     sweep = Sweep(stage, config_name, config_dir, rest, folder, is_resumed)
     jobs = planned_jobs(hydra, sweep, tree)
     check_jobs(hydra, sweep, jobs)
     with owned(folder, "sweep", is_resumed):
+        if not read_command(folder):
+            write_command(folder, rest, stage=stage)
         print(f"sweep of {len(jobs) if jobs else 'jobs chosen as it goes'} in {folder}", flush=True)
         launch = [*sweep.overrides, *_hydra_settings(sweep)]
         task = JobTask(sweep, len(jobs) if jobs else None)
@@ -150,25 +157,6 @@ def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
         raise UserError(*problems)
 
 
-def begun_otherwise(folder: Path, overrides: Sequence[str]) -> list[str]:
-    """The problem, if it is one, that the job in this folder was begun with other overrides."""
-    path = folder / JOB_FILE
-    if not path.exists():
-        return []
-    try:
-        held, wanted = read_checked(path, JOB_KEYS)["overrides"], list(overrides)
-    except UserError as error:
-        return list(error.problems)
-    if held == wanted:
-        return []
-    was, now = ([text for text in a if text not in b] for a, b in ((held, wanted), (wanted, held)))
-    if not was and not now:  # the same ones in another order
-        was, now = held, wanted
-    begun = f"was begun with {' '.join(was)}, " if was else "was begun "
-    asked = f"{'not with' if was else 'without'} {' '.join(now)}" if now else "which is not asked for now"
-    return [f"{folder.parent}: {begun}{asked}; repeat the same command, or choose another output_dir."]
-
-
 def damages(folder: Path, *kinds: str) -> list[str]:
     """What of a finished job is no longer what it sealed: its results are gathered, and it is not run again."""
     try:
@@ -177,18 +165,6 @@ def damages(folder: Path, *kinds: str) -> list[str]:
     except UserError as error:
         return list(error.problems)
     return []
-
-
-def problems_by_job(found: Mapping[Any, Sequence[str]], among: str) -> list[str]:
-    """Each problem once, with the first five of the jobs that have it."""
-    where: dict[str, list[str]] = {}
-    for job, problems in found.items():
-        for problem in problems:
-            where.setdefault(problem, []).append(str(job))
-    return [
-        f"{problem} (job {', '.join(jobs[:5])}{', ...' if len(jobs) > 5 else ''} {among})"
-        for problem, jobs in where.items()
-    ]
 
 
 def _hydra_settings(sweep: Sweep) -> list[str]:
@@ -244,7 +220,7 @@ def child_command(sweep: Sweep, overrides: Sequence[str], folder: Path) -> list[
     if sweep.config_dir is not None:
         flags += ["--config-dir", sweep.config_dir]
     own = [f"output_dir={quoted(str(folder))}", "hydra.mode=RUN"]
-    if sweep.is_resumed:
+    if sweep.is_resumed and sweep.stage not in AT_ONCE:
         own.append("resume=true")
     return [sys.executable, "-m", f"laddpo.{sweep.stage}", *flags, *overrides, *own]
 

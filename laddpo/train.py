@@ -13,15 +13,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from laddpo.app import run_stage
+from laddpo.app import given_overrides, run_stage
 from laddpo.settings import RunConfig
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one run in `run_folder`, or in the run that `resume` names."""
-    from laddpo.resuming import check_finished, find_run, held, step_processes, told_to_resume
+    from laddpo.resuming import check_finished, find_run, held, keep_command, step_processes, told_to_resume
 
-    place = find_run(config, run_folder, "train")
+    place = find_run(config, run_folder)
     if place.is_finished:
         check_finished(config, place.folder, "train")
         print(place.folder)
@@ -33,6 +33,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         return
     with held(place.folder, "train", place.is_resumed), told_to_resume(place.folder), stop_on_signal() as stop:
         config = step_processes(config, place)
+        keep_command(place, given_overrides.get())
         if config.data.rounds > 1:
             from laddpo.rounds import train_rounds
 
@@ -76,7 +77,7 @@ def dry_run(config: RunConfig, folder: Path) -> None:
 
 def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     """Everything between the settings and the finished run folder."""
-    from laddpo import inputs, runs
+    from laddpo import inputs, pins, runs
     from laddpo.compose import write_config
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
@@ -105,6 +106,10 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     test_tasks = open_tasks(config) if config.evaluation.at_end and not config.dry_run else []
     prepared = open_prepared(config)
     check_enough(config, prepared)
+    pinned = pins.make(config, prepared.content)
+    pins.require_like_siblings(folder, pinned, config)
+    if is_resumed:
+        pins.require_resumable(folder, pinned, config)
     lengths = inputs.data_lengths(config, prepared)
     machine = find_machine(config, lengths)
     print(f"machine: {machine}")
@@ -148,7 +153,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     memory = StepMemory(machine, loaded.model, optimizer, step_tokens)
     at_step = resume_step(folder) if is_resumed else None
     with (
-        run_outputs(config, folder, loaded, at_step, validation) as outputs,
+        run_outputs(config, folder, loaded, at_step, validation, pinned) as outputs,
         fault_reports(folder, parameters, config.seed, ranks),
     ):
         state = train_loop(
@@ -185,6 +190,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             "stopped_early": state.stopped_early,
             "data": prepared.manifest["fingerprint"],
             "start": loaded.weights,
+            "pins": pinned,
         },
         runs.present(folder, SEALED),
         **runs.provenance(),

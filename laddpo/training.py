@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from laddpo import inputs, runs
 from laddpo.answering import VALIDATION_LIMIT, answer_ids, answer_task, open_task
-from laddpo.core.checkpoint import save_tensors, step_folders
+from laddpo.core.checkpoint import save_tensors, step_folders, step_of
 from laddpo.core.gradient import Item, lockstep
 from laddpo.core.loop import LoopSettings, step_items
 from laddpo.core.objectives import reference_draws
@@ -90,7 +91,12 @@ def longest_pairs(pairs, count: int) -> list:
 
 @contextlib.contextmanager
 def run_outputs(
-    config: RunConfig, folder: Path, loaded: Loaded, resume_step: int | None, validation: Validation | None = None
+    config: RunConfig,
+    folder: Path,
+    loaded: Loaded,
+    resume_step: int | None,
+    validation: Validation | None = None,
+    pins: Mapping[str, Any] | None = None,
 ) -> Iterator[RunOutputs]:
     """Where the loop writes: weights, metrics, sample answers, and the trackers, closed at the end."""
     is_full = config.adapter.kind == "full"
@@ -112,7 +118,7 @@ def run_outputs(
                 files += loading.copy_tokenizer(inputs.model_path(config), config.model.revision, target)
             else:
                 files = adapters.save_adapter(loaded.model, target, state)
-            fields = {"step": step, "base": loaded.weights}
+            fields = {"step": step, "base": loaded.weights, "pins": dict(pins or {})}
             runs.write_manifest(target, "weights", fields, files, **runs.provenance())
 
     settings = dataclasses.asdict(config.logger)
@@ -134,6 +140,7 @@ def run_outputs(
             save_last=lambda step: save(last, step),
             track=lambda metrics, step: trackers.scalars(step, metrics),
             writes=ranks.is_main,
+            pins=pins or {},
         )
 
 
@@ -182,7 +189,7 @@ def _write_fault(folder: Path, facts: Mapping[str, object], weights: Mapping[str
 def resume_step(folder: Path) -> int:
     """The step that a resumed run goes on from, for the trackers: the newest checkpoint's by its name."""
     newest = step_folders(folder / "checkpoints")[:1]
-    return int(newest[0].name.removeprefix("step_")) if newest else 0
+    return step_of(newest[0]) if newest else 0
 
 
 @dataclass

@@ -21,8 +21,22 @@ from laddpo.ranges import leaves
 from laddpo.settings import RunConfig
 
 
+def begun_evaluation(asked: RunConfig) -> Path | None:
+    """The folder of an evaluation that `resume` goes on with; None where nothing was begun. `UserError` for a folder of
+    another kind."""
+    if asked.resume == "false" or (asked.resume == "true" and asked.output_dir is None):
+        return None
+    folder = Path(asked.output_dir if asked.resume == "true" else asked.resume)
+    runs.read_manifest(folder, "evaluation", verify=False)
+    return folder if (folder / "config.yaml").is_file() else None
+
+
 def settings_of_run(
-    stage: str, asked: RunConfig, overrides: Sequence[str], group_settings: Callable[[str, str], DictConfig]
+    stage: str,
+    asked: RunConfig,
+    overrides: Sequence[str],
+    group_settings: Callable[[str, str], DictConfig],
+    begun: Path | None = None,
 ) -> RunConfig:
     """What a stage of MAY_CHANGE works with: the settings of the run that `asked.run` names, and of the command line
     what the stage may change. UserError with everything else that the command line sets to something else, or with
@@ -30,16 +44,19 @@ def settings_of_run(
 
     The arithmetic (hardware.precision) stays the run's unless it is named itself. `group_settings(group, option)` is
     what an option sets; what it takes from other groups (evaluation=default: the data's tasks) it takes from the run.
+    `begun`: the folder of an evaluation that goes on, whose settings are taken in the place of the run's.
     """
     from laddpo.compose import read_config
 
-    stored = read_config(Path(asked.run))
-    refuse_decided(stage, asked, stored, overrides)
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    stored = read_config(begun or Path(asked.run))
+    if begun is not None:
+        asked = _of_begun(asked, stored, begun, keys)
+    refuse_decided(stage, asked, stored, overrides, begun)
     merged = copy.deepcopy(stored)
     for name in (*MAY_CHANGE[stage], *OF_EVERY_STAGE):
         if name not in IN_PIECES:
             setattr(merged, name, getattr(asked, name))
-    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     options = {key: text.partition("=")[2] for key, text in zip(keys, overrides, strict=True)}
     for group in ("evaluation", "decoding"):  # a way of decoding goes over that of an evaluation
         if options.get(group, "null") != "null":
@@ -50,13 +67,25 @@ def settings_of_run(
     elif "hardware" in keys:
         merged.hardware = dataclasses.replace(asked.hardware, precision=stored.hardware.precision)
     for key in keys:
-        if key.startswith(("evaluation.", "hardware.", "paths.")):
+        if key.startswith(("evaluation.", "hardware.", "paths.", *PLACES_OF_BASE)):
             group, name = re.split(r"[.\[]", key)[:2]
             setattr(getattr(merged, group), name, getattr(getattr(asked, group), name))
     known = find_problems(stored)
     if problems := [problem for problem in find_problems(merged) if problem not in known]:
         raise UserError(*problems)
     return merged
+
+
+def _of_begun(asked: RunConfig, stored: RunConfig, begun: Path, keys: Sequence[str]) -> RunConfig:
+    """`asked` with the run that the evaluation in `begun` is of, and with what nobody named as it has it."""
+    if asked.run is not None and (stored.run is None or Path(asked.run).resolve() != Path(stored.run).resolve()):
+        raise UserError(
+            f"run is {asked.run!r}, and the evaluation in {begun} is of {stored.run or 'a base model'}; expected the "
+            "same. Leave run out, or choose another output_dir."
+        )
+    named = {key.split(".")[0] for key in keys}
+    kept = {name: getattr(stored, name) for name in ("logger", "auto") if name not in named}
+    return dataclasses.replace(asked, run=stored.run, **kept)
 
 
 def other_decoding(config: RunConfig, overrides: Sequence[str]) -> list[str]:
@@ -80,6 +109,8 @@ def other_decoding(config: RunConfig, overrides: Sequence[str]) -> list[str]:
 
 def of_other_stages(stage: str, config: RunConfig) -> Iterator[str]:
     """A sentence for each setting that names what only other stages look at: nothing would come of it here."""
+    if stage in AT_ONCE and config.resume != "false":
+        yield f"resume is {config.resume} and {stage} keeps nothing to go on with; it starts anew; leave resume out."
     for name, (stages, instead) in READ_ONLY_BY.items():
         value = getattr(config, name)
         samples_from_it = name in ("run", "verify") and stage == "prepare" and config.data.source == "onpolicy"
@@ -90,14 +121,17 @@ def of_other_stages(stage: str, config: RunConfig) -> Iterator[str]:
             )
 
 
-def refuse_decided(stage: str, asked: RunConfig, stored: RunConfig, overrides: Sequence[str]) -> None:
-    """Name the overrides that a stored run decides otherwise: they would have no effect."""
+def refuse_decided(
+    stage: str, asked: RunConfig, stored: RunConfig, overrides: Sequence[str], begun: Path | None = None
+) -> None:
+    """Name the overrides that a stored run, or the evaluation in `begun`, decides otherwise: they would have no
+    effect."""
     may_change = (*MAY_CHANGE[stage], *OF_EVERY_STAGE)
     wanted, found = dict(leaves(asked)), dict(leaves(stored))
     given, has = [], []
     for override in overrides:
         key = re.split(r"[=\[]", override.lstrip("+~"))[0]
-        if re.split("[./]", key)[0] in may_change:
+        if re.split("[./]", key)[0] in may_change or key in PLACES_OF_BASE:
             continue
         concerned = [name for name in wanted if f"{name}.".startswith(f"{key}.")]
         for name in concerned or wanted:  # an experiment may set anything
@@ -106,6 +140,12 @@ def refuse_decided(stage: str, asked: RunConfig, stored: RunConfig, overrides: S
                 given.append(override)
                 has.append(f"{name}={_as_written(found[name])}")
                 break
+    if given and begun is not None:
+        raise UserError(
+            f"{', '.join(given)}: given beside the evaluation in {begun}, which was begun with {', '.join(has)}. Leave "
+            f"it out, or choose another output_dir; an evaluation that goes on takes "
+            f"{', '.join(_patterns(may_change))}."
+        )
     if given:
         raise UserError(
             f"{', '.join(given)}: given beside run={asked.run}, which was made with {', '.join(has)}; a finished run "
@@ -231,5 +271,7 @@ READ_ONLY_BY = {
     "prompts": (("generate",), ""),
     "verify": (("precompute", "train", "sft", "evaluate", "generate", "variance", "export"), ""),
 }
+PLACES_OF_BASE = ("model.model_name_or_path", "model.revision")  # what lies there is compared by its fingerprint
+AT_ONCE = ("generate", "variance", "benchmark")  # stages that keep nothing to go on with
 OF_EVERY_STAGE = ("hardware", "paths", "logger", "output_dir", "resume", "auto", "verify", "run", "hydra")
 IN_PIECES = ("evaluation", "decoding", "hardware", "paths", "hydra")  # of these only what the command line names

@@ -22,7 +22,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if config.run is None:
         raise UserError("run is not set; expected the folder of a finished run: run=outputs/train/<run>.")
 
-    from laddpo import inputs
+    from laddpo import inputs, pins
     from laddpo.folders import owned
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
@@ -37,6 +37,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         at_once(stop, nothing, "The same command starts anew."),
     ):
         prepared = open_prepared(config)
+        pins.require_inputs_of(tuned, config, prepared.content)
         loaded = inputs.load(config, find_machine(config, inputs.data_lengths(config, prepared)))
         parameters = list(inputs.make_trainable(config, loaded).values())
         measure_run(config, tuned, run_folder, prepared, loaded, parameters)

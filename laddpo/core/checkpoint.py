@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
 
     A damaged one is renamed to `.corrupt-…` and named in a warning; when only damaged ones exist, `UserError`.
     """
+    if foreign := sorted(path.name for path in checkpoints.glob("step_*") if step_of(path) is None):
+        print(f"note: {checkpoints}: no checkpoints by their names, and ignored: {', '.join(foreign)}.")
     damaged = []
     for folder in step_folders(checkpoints):
         try:
@@ -143,14 +146,15 @@ def restore(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], optimizer: to
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders, newest first; unfinished and quarantined ones have other names."""
-    return sorted(checkpoints.glob("step_*"), reverse=True)
+    """Checkpoint folders, newest first; unfinished and quarantined ones have other names, and so do a user's copies."""
+    folders = [folder for folder in checkpoints.glob("step_*") if step_of(folder) is not None]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name, or None where there is none."""
-    number = folder.name.removeprefix("step_")
-    return int(number) if number.isdigit() else None
+    """The step in a checkpoint folder's name, or None when it is no name of a checkpoint."""
+    number = re.fullmatch(r"step_([0-9]+)", folder.name)
+    return int(number[1]) if number else None
 
 
 def quarantine(folder: Path) -> Path:

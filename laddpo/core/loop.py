@@ -353,7 +353,7 @@ def _save(
         state.step,
         parameters,
         optimizer,
-        {"loop": vars(state), "metrics": outputs.metrics.seal()},
+        {"loop": vars(state), "metrics": outputs.metrics.seal(), "pins": dict(outputs.pins)},
         settings.save_total_limit,
         outputs.writes,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from laddpo.runs import JsonLines
 class RunOutputs:
     """Where a run writes. `save_best` and `save_last` write the weights; `track` copies scalars to the trackers.
 
+    `pins`: fingerprints of what the run is trained on, for its checkpoints.
+
     Of several ranks all call everything, for sharded weights are gathered together; one with `writes` false keeps none.
     """
 
@@ -23,6 +25,7 @@ class RunOutputs:
     save_last: Callable[[int], None]
     track: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None
     writes: bool = True
+    pins: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def metrics(self) -> JsonLines:

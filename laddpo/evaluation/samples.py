@@ -7,6 +7,7 @@ to its question and its number, so neither batch nor process decides them. Model
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -99,7 +100,8 @@ def _answer(sample: Sample, batch: Sequence[Question], count: int, done: dict, l
 
 def _done(folder: Path, count: int, say: Callable[[str], None]) -> dict[str, list[str]]:
     """Answers by question in the files of all processes, of this run or an earlier one of another size."""
-    records = [r for path in sorted(folder.glob(f"{PARTS}/*/answers.jsonl")) for r in CheckedLines(path, say).read()]
+    parts = [path for path in sorted((folder / PARTS).glob("*")) if re.fullmatch(r"[0-9]+-of-[0-9]+", path.name)]
+    records = [record for part in parts for record in CheckedLines(part / "answers.jsonl", say).read()]
     return {record["question"]: record["answers"] for record in records if len(record["answers"]) == count}
 
 

@@ -8,6 +8,7 @@ Choices belong to the validation column.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,8 @@ def read_outcome(folder: Path, seed: int) -> Outcome | None:
 
 def round_folders(run: Path) -> list[Path]:
     """The folders of a run's rounds in their order; none where it has no rounds."""
-    return sorted(run.glob("round_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+    numbered = [(re.fullmatch(r"round_([0-9]+)", path.name), path) for path in run.glob("round_*")]
+    return [path for _, path in sorted((int(found[1]), path) for found, path in numbered if found)]
 
 
 def right_by_item(run: Path, model: str) -> dict[str, bool]:

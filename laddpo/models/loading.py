@@ -33,6 +33,7 @@ READ_FOR_TOKENIZER = (
     *("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.jinja"),
     *("vocab.*", "merges.txt", "processor_config.json", "preprocessor_config.json", "spiece.model"),
 )
+SHARD = re.compile(r"model-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
 
 
 def load_model(
@@ -271,7 +272,8 @@ def require_fitting_weights(folder: Path, config, family: Family) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the model: model.safetensors, else its shards. Others in the folder are not read."""
     whole = folder / "model.safetensors"
-    return [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors"))
+    shards = (path for path in folder.glob("model-*.safetensors") if SHARD.fullmatch(path.name))
+    return [whole] if whole.exists() else sorted(shards)
 
 
 def weights_fingerprint(path: str, revision: str | None = None, hash_again: bool = False) -> str:

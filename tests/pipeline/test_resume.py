@@ -244,7 +244,7 @@ def test_a_checkpoint_of_an_older_version_ends_resume_in_one_message(stages, cap
     capsys.readouterr()
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false", "resume=true") == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(said) == 1 and "state.json: has the keys 'loop', 'optimizer', 'step', expected also metrics" in said[0]
+    assert len(said) == 1 and "state.json: has the keys 'loop'," in said[0] and "expected also metrics" in said[0]
     assert "Finish the run with that version" in said[0]
 
 
