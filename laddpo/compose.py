@@ -36,13 +36,8 @@ from laddpo.redaction import find_secrets, redact
 from laddpo.runs import file_sha256, require_sealed, write_text
 from laddpo.settings import RunConfig
 
-HOME_PATHS = (
-    *PATHS,
-    "run",
-    "prompts",
-    "evaluation.dataset_name",
-    "evaluation.harness_dir",
-)  # in which a ~ at the beginning is the user's home
+# in these a ~ at the beginning is the user's home
+HOME_PATHS = (*PATHS, "run", "prompts", "evaluation.dataset_name", "evaluation.harness_dir")
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "config", config_dir: str | None = None) -> RunConfig:
