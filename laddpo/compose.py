@@ -39,13 +39,8 @@ from laddpo.runs import write_text
 from laddpo.seals import read_checked_text, sealed_file, with_check
 from laddpo.settings import RunConfig
 
-HOME_PATHS = (
-    *PATHS,
-    "run",
-    "prompts",
-    "evaluation.dataset_name",
-    "evaluation.harness_dir",
-)  # in which a ~ at the beginning is the user's home
+# in these a ~ at the beginning is the user's home
+HOME_PATHS = (*PATHS, "run", "prompts", "evaluation.dataset_name", "evaluation.harness_dir")
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "config", config_dir: str | None = None) -> RunConfig:

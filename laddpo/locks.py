@@ -93,10 +93,11 @@ def _locked_file(folder: Path, wait: bool) -> tuple[int, bool]:
 def _write_holder(fd: int) -> None:
     """Who holds the lock, for people. A file with other content, or one with several names, is left as it is."""
     with contextlib.suppress(OSError):  # a full disk is for what matters to say
-        if os.fstat(fd).st_nlink == 1 and os.pread(fd, 8, 0) in (b"", b"process "):
+        if os.fstat(fd).st_nlink == 1 and os.read(fd, 8) in (b"", b"process "):
             holder = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-            os.truncate(fd, 0)
-            os.pwrite(fd, holder.encode(errors="replace"), 0)
+            os.ftruncate(fd, 0)
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.write(fd, holder.encode(errors="replace"))
 
 
 def _flock(fd: int, folder: Path, wait: bool) -> None:

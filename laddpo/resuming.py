@@ -163,7 +163,7 @@ def held(folder: Path, kind: str, is_resumed: bool = False) -> Iterator[None]:
     if not here().is_main:
         yield
         return
-    with owned(folder, kind, is_resumed) as found:
+    with owned(folder, kind, is_resumed, "the run's folder" if is_resumed else "output_dir") as found:
         if found.is_finished and kind in ("train", "sft"):
             raise UserError(f"{folder}: another process finished this run meanwhile. Nothing was changed.")
         yield

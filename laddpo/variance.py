@@ -31,16 +31,14 @@ def main(config: RunConfig, run_folder: Path) -> None:
     tuned = moved_weights(config)
     inputs.check_before_loading(config)
     nothing = f"{run_folder}: stopped; nothing was written."  # all is written at the end
-    with (
-        owned(run_folder, "variance", config.resume != "false"),
-        stop_on_signal() as stop,
-        at_once(stop, nothing, "The same command starts anew."),
-    ):
-        prepared = open_prepared(config)
-        pins.require_inputs_of(tuned, config, prepared.content)
-        loaded = inputs.load(config, find_machine(config, inputs.data_lengths(config, prepared)))
-        parameters = list(inputs.make_trainable(config, loaded).values())
-        measure_run(config, tuned, run_folder, prepared, loaded, parameters)
+    with owned(run_folder, "variance", config.resume != "false"), stop_on_signal() as stop:
+        with at_once(stop, nothing, "The same command starts anew."):
+            prepared = open_prepared(config)
+            pins.require_inputs_of(tuned, config, prepared.content)
+            loaded = inputs.load(config, find_machine(config, inputs.data_lengths(config, prepared)))
+            parameters = list(inputs.make_trainable(config, loaded).values())
+            result = measure_run(config, tuned, prepared, loaded, parameters)
+        write_result(config, result, run_folder)
     print(run_folder)
 
 
@@ -59,13 +57,11 @@ def moved_weights(config: RunConfig) -> Path:
     return folder
 
 
-def measure_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, parameters: list) -> None:
+def measure_run(config: RunConfig, tuned: Path, prepared, loaded, parameters: list) -> dict:
     """Reference values of all settings first, then the policy with the weights in `tuned` under the same masks."""
     import numpy as np
     from tqdm.auto import tqdm
 
-    from laddpo import runs
-    from laddpo.compose import write_config
     from laddpo.evaluation import techniques, variance_report
     from laddpo.evaluation.variance import SETTINGS, drift, measure, reference_values, summarise
     from laddpo.inputs import objective_of
@@ -121,7 +117,15 @@ def measure_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, 
         "drift": drift(best),
     }
     table = summarise(list(measured.values()), config.dpo.beta, np.random.default_rng(config.seed))
-    result = {**facts, "settings": table, "techniques": tried}
+    return {**facts, "settings": table, "techniques": tried}
+
+
+def write_result(config: RunConfig, result: dict, folder: Path) -> None:
+    """The page, its numbers and its picture; then the table for the terminal."""
+    from laddpo import runs
+    from laddpo.compose import write_config
+    from laddpo.evaluation import variance_report
+
     (folder / runs.MANIFEST).unlink(missing_ok=True)
     write_config(config, folder)  # which makes the folder a run's: until here nothing could be gone on with
     runs.write_json(folder / "variance.json", result)

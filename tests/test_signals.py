@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from laddpo.signals import stop_on_signal
+from laddpo.errors import Stopped
+from laddpo.signals import at_once, stop_on_signal
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 posix = pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
@@ -43,6 +44,27 @@ def test_a_second_signal_ends_the_process_at_once_with_code_75():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60, capture_output=True)
     assert done.returncode == 75
+
+
+@posix
+def test_work_that_polls_nothing_is_ended_where_it_is_and_says_what_is_left():
+    said = pytest.raises(Stopped, match=r"nothing was written\. Give it again\.")
+    with said, stop_on_signal() as stop, at_once(stop, "nothing was written.", "Give it again."):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("went on")
+        except KeyboardInterrupt:
+            raise ValueError from None  # what a library may make of it
+    assert stop.name == "SIGTERM"
+    with pytest.raises(Stopped), at_once(stop, "stopped before.", "Again."):
+        pytest.fail("began after the signal")
+    with pytest.raises(ValueError), stop_on_signal() as stop, at_once(stop, "stopped.", "Again."):
+        raise ValueError
+    with stop_on_signal() as stop:
+        with at_once(stop, "stopped.", "Again."):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)  # after the block it is a flag again
+        assert stop
 
 
 def test_outside_the_main_thread_the_flag_stays_false():

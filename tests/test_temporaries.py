@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from laddpo.temporaries import HOST, remove_orphans, temporary_beside
+from laddpo import temporaries
+from laddpo.temporaries import HOST, make_folder, move_to, open_file, process_space, remove_orphans, temporary_beside
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +74,88 @@ def test_what_cannot_be_removed_stays_and_stops_nothing(tmp_path, dead):
     remove_orphans(tmp_path)
     tmp_path.chmod(0o700)
     assert path.exists()
+
+
+# Containers: one host name, the same process numbers, another boot or process namespace
+
+ELSEWHERE = """
+import sys
+from pathlib import Path
+from laddpo import temporaries
+temporaries.process_space = lambda: "c0ffee00"
+temporaries.start_of = lambda process: 1
+place = Path(sys.argv[1])
+(place / "replaced").mkdir()
+with temporaries.temporary_beside(place / "made") as made, temporaries.temporary_beside(place / "file") as file:
+    with temporaries.temporary_beside(place / "replaced", "old") as old:
+        temporaries.make_folder(made)
+        with temporaries.open_file(file, "w") as stream:
+            temporaries.move_to(place / "replaced", old)
+            stream.write("half")
+            stream.flush()
+            print("made", flush=True)
+            sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(temporaries.fcntl is None, reason="this platform has no such locks")
+def test_what_another_container_is_making_stays_until_that_is_gone(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", ELSEWHERE, str(tmp_path)], cwd=REPOSITORY, **pipes)
+    try:
+        assert process.stdout.readline() == "made\n"
+        made = sorted(path.name for path in tmp_path.iterdir())
+        assert len(made) == 3 and all(f".{HOST}.c0ffee00.1-" in name for name in made)
+        remove_orphans(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == made
+    finally:
+        process.kill()
+        process.communicate()
+    remove_orphans(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["replaced"], "what was being replaced is back"
+
+
+def named(folder: Path, process: int, space: str, start: int) -> Path:
+    path = folder / f".tmp-{process}.{HOST}.{space}.{start}-a"
+    path.mkdir()
+    return path
+
+
+def test_a_process_number_says_nothing_without_boot_namespace_and_start(tmp_path, monkeypatch):
+    here, parent = process_space(), os.getppid()
+    alive = named(tmp_path, parent, here, temporaries.start_of(parent))
+    reused = named(tmp_path, parent, here, temporaries.start_of(parent) + 1)
+    remove_orphans(tmp_path)
+    assert alive.exists() and not reused.exists()
+    elsewhere = named(tmp_path, parent, "c0ffee00", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(temporaries, "fcntl", None)  # without locks nothing tells whether its maker lives
+        remove_orphans(tmp_path)
+        assert elsewhere.exists()
+    remove_orphans(tmp_path)
+    assert not elsewhere.exists() and alive.exists()
+
+
+def test_temporaries_are_made_again_when_they_were_taken_for_orphans_before_they_were_locked(tmp_path, monkeypatch):
+    hold, tries = temporaries._hold, []
+
+    def removed_first(path, *arguments, **named):
+        if not tries:
+            temporaries.remove(path)
+        tries.append(path)
+        return hold(path, *arguments, **named)
+
+    monkeypatch.setattr(temporaries, "_hold", removed_first)
+    with temporary_beside(tmp_path / "a") as folder:
+        make_folder(folder)
+        assert folder.is_dir() and len(tries) == 2
+    tries.clear()
+    with temporary_beside(tmp_path / "a") as file, open_file(file, "wb") as stream:
+        stream.write(b"whole")
+        stream.flush()
+        assert file.read_bytes() == b"whole" and len(tries) == 2
+    (tmp_path / "a").mkdir()
+    with temporary_beside(tmp_path / "a", "old") as old:
+        move_to(tmp_path / "a", old)
+        assert old.is_dir()
+    assert list(tmp_path.iterdir()) == []

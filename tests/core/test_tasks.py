@@ -108,6 +108,49 @@ def test_a_stop_stores_everything_computed_so_far(denoiser, pairs, store):
     assert fill(denoiser, again, windows) == (6 - sum(done)) * 2 * 2
 
 
+def test_a_stop_inside_a_window_is_answered_before_the_next_micro_step_and_keeps_the_windows_before(
+    denoiser, pairs, store, monkeypatch
+):
+    from laddpo.core import gradient
+
+    stop, draw_values, scored = StopFlag(), gradient._draw_values, []
+
+    def counted(denoiser, items):
+        scored.append([item.id for item in items])
+        stop.name = "SIGTERM" if len(scored) == 3 else None
+        return draw_values(denoiser, items)
+
+    monkeypatch.setattr(gradient, "_draw_values", counted)
+    monkeypatch.setattr(gradient, "pack_items", lambda items, budget: [[i] for i in range(len(items))])
+    windows = [(pairs[:2], range(2)), (pairs[2:], range(2))]
+    with pytest.raises(Stopped, match="stopped by SIGTERM; 2 pairs are stored"):
+        fill(denoiser, store, windows, stop=stop)
+    assert scored == [["pair-0"], ["pair-1"], ["pair-2"]]
+    assert len(ReferenceStore(store.folder, store.fields)) == 2
+
+
+def test_a_stop_ends_the_scoring_of_held_out_pairs_before_the_next_micro_step(denoiser, pairs, monkeypatch):
+    from laddpo.core import gradient
+    from laddpo.evaluation.margins import score_preferences
+
+    stop, scored = StopFlag(), []
+    estimator, objective = ElboEstimator(diffusion_samples=2), DpoObjective("sigmoid", 0.1)
+    items = [pair_item(pair, estimator, range(2), np.zeros((2, 2))) for pair in pairs]
+
+    def counted(denoiser, members):
+        scored.append(1)
+        stop.name = "SIGTERM"
+        return torch.zeros(len(members), 2, 2, dtype=torch.float64)
+
+    monkeypatch.setattr(gradient, "_draw_values", counted)
+    monkeypatch.setattr(gradient, "pack_items", lambda items, budget: [[i] for i in range(len(items))])
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        score_preferences(denoiser, items, objective, 1, BUDGET, stop=stop)
+    assert scored == [1]
+    stop.name = None
+    assert score_items(denoiser, items, BUDGET).shape == (6, 2, 2), "outside, a signal ends no scoring"
+
+
 @pytest.mark.parametrize("pairs_per_shard", [1, 3, 100])
 def test_the_size_of_shards_changes_no_value(denoiser, pairs, store, pairs_per_shard):
     fill(denoiser, store, [([pair], range(2)) for pair in pairs], pairs_per_shard=pairs_per_shard)

@@ -196,7 +196,7 @@ def test_a_run_of_the_other_stage_is_not_gone_on_with(stages, interrupted, capsy
     before = (interrupted / "metrics.jsonl").read_bytes()
     assert stages.run("sft", "evaluation.at_end=false", f"resume={interrupted}") == 2
     shown = capsys.readouterr().err
-    assert "step_0000006: is of a run on pairs, expected one on rows" in shown and "Traceback" not in shown
+    assert "which holds a run of train (unfinished)" in shown and "Traceback" not in shown
     assert (interrupted / "metrics.jsonl").read_bytes() == before
 
 
