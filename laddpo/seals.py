@@ -44,6 +44,16 @@ def sealed_file(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def damages(folder: Path) -> list[str]:
+    """The problem, if there is one, that a finished folder is no longer what its manifest sealed."""
+    try:
+        for name in sealed_digests(folder):
+            sealed_file(folder, name)
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
 def require_if_sealed(path: Path) -> None:
     """Compare a file of any origin with its seal if a manifest of ours beside it names it. Raises `Damaged`."""
     try:

@@ -112,12 +112,12 @@ def study_folder(config: RunConfig, run_folder: Path) -> Path:
 def refuse_other_arms(config: RunConfig, folder: Path) -> None:
     """Refuse to go on where finished arms, asked for or not, have other settings than the page would say."""
     from laddpo import runs
-    from laddpo.sweep import begun_otherwise, damages, problems_by_job
+    from laddpo.seals import damages
+    from laddpo.sweep import begun_otherwise, problems_by_job
 
     found = {
         place.name: [
-            *damages(place, "train", "sft"),
-            *(problem for inner in sorted(place.glob("round_*")) for problem in damages(inner, "train")),
+            *(problem for part in (place, *sorted(place.glob("round_*"))) for problem in damages(part)),
             *begun_otherwise(place, arm_overrides(config, arm, seed)),
             *_job_is_gone(place),
         ]

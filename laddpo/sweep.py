@@ -32,8 +32,8 @@ from omegaconf import DictConfig
 import laddpo
 from laddpo.compose import compose_tree, settings_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
-from laddpo.runs import MANIFEST, JsonLines, locked, read_json, read_manifest, write_json, write_text
-from laddpo.seals import read_checked, sealed_file, write_checked
+from laddpo.runs import JsonLines, locked, read_json, write_json, write_text
+from laddpo.seals import damages, read_checked, sealed_file, write_checked
 
 SWEEP_FILE = "sweep.json"
 JOB_FILE = "job.json"
@@ -143,7 +143,7 @@ def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
             problems = list(error.problems)
         if sweep.is_resumed:
             problems += begun_otherwise(sweep.folder / str(number), overrides)
-            problems += damages(sweep.folder / str(number), sweep.stage)
+            problems += damages(sweep.folder / str(number))
         found[number] = problems
     if problems := problems_by_job(found, f"of {len(jobs)}"):
         raise UserError(*problems)
@@ -166,16 +166,6 @@ def begun_otherwise(folder: Path, overrides: Sequence[str]) -> list[str]:
     begun = f"was begun with {' '.join(was)}, " if was else "was begun "
     asked = f"{'not with' if was else 'without'} {' '.join(now)}" if now else "which is not asked for now"
     return [f"{folder.parent}: {begun}{asked}; repeat the same command, or choose another output_dir."]
-
-
-def damages(folder: Path, *kinds: str) -> list[str]:
-    """What of a finished job is no longer what it sealed: its results are gathered, and it is not run again."""
-    try:
-        if (folder / MANIFEST).exists():
-            read_manifest(folder, *(KINDS.get(kind, kind) for kind in kinds))
-    except UserError as error:
-        return list(error.problems)
-    return []
 
 
 def problems_by_job(found: Mapping[Any, Sequence[str]], among: str) -> list[str]:
@@ -226,7 +216,7 @@ class JobTask:
         folder = Path(os.path.relpath(hydra.runtime.output_dir))
         overrides = [str(text) for text in hydra.overrides.task]
         done = folder / JOB_FILE
-        if self.sweep.is_resumed and done.exists() and read_checked(done, JOB_KEYS)["exit_code"] == EXIT_DONE:
+        if self.sweep.is_resumed and done.exists() and read_checked(done, JOB_KEYS).get("exit_code") == EXIT_DONE:
             print(f"job {hydra.job.num}: done before, {folder}", flush=True)
         else:
             print(f"job {hydra.job.num}{f' of {self.count}' if self.count else ''}: {' '.join(overrides)}", flush=True)
@@ -416,7 +406,6 @@ class _SweepStopped(BaseException):
 
 
 _stop_requested = threading.Event()
-KINDS = {"evaluate": "evaluation"}  # of the manifest that a stage writes, where it has another name
 VALIDATION = ("validation/exact_match", "validation/loss")
 RESULT_COLUMNS = ("exact_match", "reward_accuracy", *VALIDATION)
 LOWER_IS_BETTER = ("validation/loss",)
