@@ -68,7 +68,7 @@ def find_lengths(config: RunConfig):
 
 def _prepared(config: RunConfig):
     """The prepared pairs of this configuration, if they are there: their key needs the tokenizer, a local one."""
-    from laddpo.errors import UserError
+    from laddpo.errors import Damaged, UserError
 
     if not any((Path(config.paths.data_dir) / "prepared").glob(f"{config.data.source}-*/manifest.json")):
         return None
@@ -80,7 +80,9 @@ def _prepared(config: RunConfig):
     try:
         # auto: nothing is sampled to find out
         folder = find_prepared(*_arguments(dataclasses.replace(config, auto=False)))
-        return PreparedPairs.load(folder, verify=False) if folder else None
+        return PreparedPairs.load(folder) if folder else None
+    except Damaged:
+        raise
     except UserError:
         return None
 

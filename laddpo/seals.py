@@ -34,14 +34,22 @@ def sealed_file(folder: Path, name: str) -> Path:
     Raises `Damaged` naming the file. Without a manifest, as in an unfinished folder, nothing is compared. A manifest of
     an earlier version may not name the file: that is one note.
     """
-    manifest = folder / MANIFEST
-    content = runs.unsealed(manifest) if manifest.exists() else None
-    if isinstance(content, dict) and isinstance(content.get("files"), dict):
-        if name in content["files"]:
-            _compare(folder, name, content)
-        elif (folder / name).exists():
-            note_once(f"{folder / name}: is not in {MANIFEST} (an earlier version wrote it), so it is read unchecked.")
+    sealed = sealed_digests(folder)
+    if name in sealed:
+        _compare(folder, name, sealed[name])
+    elif sealed and (folder / name).exists():
+        note_once(f"{folder / name}: is not in {MANIFEST} (an earlier version wrote it), so it is read unchecked.")
     return folder / name
+
+
+def damages(folder: Path) -> list[str]:
+    """The problem, if there is one, that a finished folder is no longer what its manifest sealed."""
+    try:
+        for name in sealed_digests(folder):
+            sealed_file(folder, name)
+    except UserError as error:
+        return list(error.problems)
+    return []
 
 
 def require_if_sealed(path: Path) -> None:
@@ -54,26 +62,23 @@ def require_if_sealed(path: Path) -> None:
         sealed_file(path.parent, path.name)
 
 
-def require_sealed(folder: Path, *patterns: str) -> dict[str, str]:
-    """Compare the files of `folder` that match `patterns` with its manifest; sha256 by name of those that it names.
+def require_sealed(folder: Path, *patterns: str) -> None:
+    """Compare the files of `folder` that match `patterns` with its manifest.
 
     Raises `Damaged` for a file that differs or is gone. In a folder of weights a matching file that the manifest does
     not name is refused: a loader would open it. A manifest.json of another program, or none, means no comparison.
     """
-    sealed = sealed_digests(folder)
-    manifest = folder / MANIFEST
-    content = runs.unsealed(manifest) if sealed else {}
-    chosen = {name: digest for name, digest in sealed.items() if _matches(name, patterns)}
-    for name in chosen:
-        _compare(folder, name, content)
-    if content.get("kind") in OURS:
+    sealed, manifest = sealed_digests(folder), folder / MANIFEST
+    for name, digest in sealed.items():
+        if _matches(name, patterns):
+            _compare(folder, name, digest)
+    if sealed and runs.unsealed(manifest).get("kind") in OURS:
         there = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
         if added := [name for name in there if name not in sealed and _matches(name, patterns)]:
             raise UserError(
                 f"{folder / added[0]}: is not among the files that {MANIFEST} beside it sealed, and loading the folder "
                 f"would read it. Remove it; if it was added on purpose, remove {manifest}."
             )
-    return chosen
 
 
 def sealed_digests(folder: Path) -> dict[str, str]:
@@ -90,10 +95,11 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _compare(folder: Path, name: str, content: Mapping[str, Any]) -> None:
-    file, entry = folder / name, content["files"][name]
-    if not file.is_file() or runs.file_sha256(file) != entry.get("sha256"):
-        cure = runs.CURES.get(content.get("kind"), "Copy the folder again from where it is whole.")
+def _compare(folder: Path, name: str, digest: str) -> None:
+    file = folder / name
+    if not file.is_file() or runs.file_sha256(file) != digest:
+        kind = runs.unsealed(folder / MANIFEST).get("kind")
+        cure = runs.CURES.get(kind, "Copy the folder again from where it is whole.")
         raise Damaged(
             f"{file}: differs from what {MANIFEST} sealed (missing, truncated or changed).",
             f"{cure} If it was changed on purpose, remove {folder / MANIFEST}.",

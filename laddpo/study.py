@@ -139,12 +139,11 @@ def refuse_other_arms(config: RunConfig, folder: Path) -> None:
     """Refuse to go on where finished arms, asked for or not, have other settings than the page would say."""
     from laddpo import runs
     from laddpo.begun import begun_otherwise, problems_by_job
-    from laddpo.sweep import damages
+    from laddpo.seals import damages
 
     found = {
         place.name: [
-            *damages(place, "train", "sft"),
-            *(problem for inner in sorted(place.glob("round_*")) for problem in damages(inner, "train")),
+            *(problem for part in (place, *sorted(place.glob("round_*"))) for problem in damages(part)),
             *begun_otherwise(place, arm_overrides(config, arm, seed)),
             *_job_is_gone(place),
         ]

@@ -38,8 +38,8 @@ from laddpo.folders import owned, refuse_others
 from laddpo.locks import open_own
 from laddpo.pathchecks import path_problem
 from laddpo.resuming import read_command, write_command
-from laddpo.runs import MANIFEST, JsonLines, read_json, read_manifest, write_json, write_text
-from laddpo.seals import read_checked, sealed_file, write_checked
+from laddpo.runs import JsonLines, read_json, write_json, write_text
+from laddpo.seals import damages, read_checked, sealed_file, write_checked
 from laddpo.tuned import AT_ONCE
 
 SWEEP_FILE = "sweep.json"
@@ -151,20 +151,12 @@ def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
             problems = list(error.problems)
         if sweep.is_resumed:
             problems += begun_otherwise(sweep.folder / str(number), overrides)
-            problems += damages(sweep.folder / str(number), sweep.stage)
+            problems += damages(sweep.folder / str(number))
         found[number] = problems
     if problems := problems_by_job(found, f"of {len(jobs)}"):
         raise UserError(*problems)
 
 
-def damages(folder: Path, *kinds: str) -> list[str]:
-    """What of a finished job is no longer what it sealed: its results are gathered, and it is not run again."""
-    try:
-        if (folder / MANIFEST).exists():
-            read_manifest(folder, *(KINDS.get(kind, kind) for kind in kinds))
-    except UserError as error:
-        return list(error.problems)
-    return []
 
 
 def _hydra_settings(sweep: Sweep) -> list[str]:
@@ -203,7 +195,7 @@ class JobTask:
         folder = Path(os.path.relpath(hydra.runtime.output_dir))
         overrides = [str(text) for text in hydra.overrides.task]
         done = folder / JOB_FILE
-        if self.sweep.is_resumed and done.exists() and read_checked(done, JOB_KEYS)["exit_code"] == EXIT_DONE:
+        if self.sweep.is_resumed and done.exists() and read_checked(done, JOB_KEYS).get("exit_code") == EXIT_DONE:
             print(f"job {hydra.job.num}: done before, {folder}", flush=True)
         else:
             print(f"job {hydra.job.num}{f' of {self.count}' if self.count else ''}: {' '.join(overrides)}", flush=True)
@@ -393,7 +385,6 @@ class _SweepStopped(BaseException):
 
 
 _stop_requested = threading.Event()
-KINDS = {"evaluate": "evaluation"}  # of the manifest that a stage writes, where it has another name
 VALIDATION = ("validation/exact_match", "validation/loss")
 RESULT_COLUMNS = ("exact_match", "reward_accuracy", *VALIDATION)
 LOWER_IS_BETTER = ("validation/loss",)

@@ -56,6 +56,9 @@ class Parent:
         import torch
 
         torch.set_num_threads(1)
+        from laddpo.evaluation import figures
+
+        figures.save_png = _draw_nothing  # before the modules that draw take it from there
         from laddpo import app, train
         from laddpo.evaluation import plots
         from laddpo.preference import preparation

@@ -147,13 +147,12 @@ SAMPLE = Command("prepare data=onpolicy", "prepare", [*ROUNDS, "rounds=1"], ["an
 SAMPLE_REST = Command(SAMPLE.name, "prepare", [*SAMPLE.overrides, "paths.data_dir=half_data"], ["any_grader"])
 RESUME_SWEEP = Command("train -m resume=", "train", SWEEP, ["jobs"])
 RESUME_STUDY = Command("study resume=", "study", STUDY, ["jobs"])
+PREPARED = [Command("prepare", "prepare", []), Command("plan", "plan", []), *STORED]
 UNFINISHED = ("unfinished", OTHER)
 KINDS = [
     Kind("run of train", RUN, OTHER, READERS, [RUN, OTHER]),
     Kind("adapter", "run/adapter", "other/adapter", [*READERS, *by_path("run/adapter")], [RUN, OTHER]),
-    Kind(
-        "prepared", "data/prepared", "other_data/prepared", [*STORED, Command("prepare", "prepare", [])], [RUN, OTHER]
-    ),
+    Kind("prepared", "data/prepared", "other_data/prepared", PREPARED, [RUN, OTHER]),
     Kind("reference", "data/reference", "other_data/reference", STORED, [RUN, OTHER]),
     Kind("unfinished run", "unfinished", OTHER, GO_ON, UNFINISHED, ["config.yaml", "metrics.jsonl"]),
     Kind("its checkpoints", "unfinished/checkpoints", "other/checkpoints", GO_ON, UNFINISHED),
@@ -243,7 +242,7 @@ class Folders:
         self.made: set[str] = set()
 
     def command(self, stage: str, *overrides: str, stand_ins: Sequence[str] = ()) -> Outcome:
-        return self.bench.run(stage, self.place, overrides=list(overrides), stand_ins=list(stand_ins))
+        return self.bench.run(stage, self.place, overrides=list(overrides), stand_ins=list(stand_ins), limit=250)
 
     def need(self, name: str) -> None:
         """Make the folder and all that it is made of, once."""
