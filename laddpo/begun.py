@@ -12,7 +12,10 @@ from laddpo.runs import read_json
 
 JOB_FILE = "job.json"
 # Settings of which a job's result knows nothing, as overrides begin.
-CHANGE_NO_RESULT = ("logger", "logging_steps=", "save_", "paths.", "auto=", "hardware.threads=", "hardware.vram_gib=")
+CHANGE_NO_RESULT = (
+    *("logger", "logging_steps=", "save_", "paths.", "auto=", "hardware.threads=", "hardware.vram_gib="),
+    *("hydra.launcher", "hydra/launcher"),
+)
 
 
 def overrides_to_resume(folder: Path, stage: str, given: list[str]) -> list[str]:
