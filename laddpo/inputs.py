@@ -60,7 +60,7 @@ def check_before_loading(config: RunConfig) -> None:
     for check in (
         check_machine,
         lambda config: loading.load_tokenizer(model_path(config), config.model.revision),
-        _check_adapter,
+        check_adapter_fits,
         check_adapter,
     ):
         try:
@@ -357,7 +357,7 @@ def measured_items(
     return items, estimator.block
 
 
-def _check_adapter(config: RunConfig) -> None:
+def check_adapter_fits(config: RunConfig) -> None:
     """`adapter.path` against the shape of the model, before there is a model."""
     if config.adapter.path:
         shape = model_shape(config)
