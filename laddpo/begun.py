@@ -13,7 +13,10 @@ from laddpo.seals import read_checked
 JOB_FILE = "job.json"
 JOB_KEYS = ("overrides", "exit_code")
 # Settings of which a job's result knows nothing, as overrides begin.
-CHANGE_NO_RESULT = ("logger", "logging_steps=", "save_", "paths.", "auto=", "hardware.threads=", "hardware.vram_gib=")
+CHANGE_NO_RESULT = (
+    *("logger", "logging_steps=", "save_", "paths.", "auto=", "hardware.threads=", "hardware.vram_gib="),
+    *("hydra.launcher", "hydra/launcher"),
+)
 
 
 def overrides_to_resume(folder: Path, stage: str, given: list[str]) -> list[str]:

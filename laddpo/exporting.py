@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laddpo import runs
 from laddpo.errors import RunFault, UserError
-from laddpo.inputs import encoder_for
+from laddpo.inputs import check_adapter_fits, encoder_for
 from laddpo.modelcard import CardFacts, card_text
 from laddpo.models import adapters, loading
 from laddpo.pins import check_adapter, model_path, require_inputs_of
@@ -52,6 +52,7 @@ def find_weights(config: RunConfig, trained: Path | None) -> Source:
         folder = Path(config.adapter.path)
         if not (folder / adapters.ADAPTER_FILES[0]).exists():
             raise UserError(f"adapter.path is {str(folder)!r}: no adapter in PEFT's layout is there; check the path.")
+        check_adapter_fits(config)
         check_adapter(config)
         require_sealed(folder, *adapters.ADAPTER_FILES)
         return Source(folder, False, None, _base_fingerprint(config))

@@ -61,7 +61,7 @@ def check_before_loading(config: RunConfig, hash_again: bool = False) -> None:
         check_machine,
         lambda config: loading.load_tokenizer(model_path(config), config.model.revision),
         *([_hash_weights] if hash_again or config.verify else []),
-        _check_adapter,
+        check_adapter_fits,
         check_adapter,
     ):
         try:
@@ -362,7 +362,7 @@ def measured_items(
     return items, estimator.block
 
 
-def _check_adapter(config: RunConfig) -> None:
+def check_adapter_fits(config: RunConfig) -> None:
     """`adapter.path` against the shape of the model, before there is a model."""
     if config.adapter.path:
         shape = model_shape(config)

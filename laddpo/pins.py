@@ -161,10 +161,12 @@ def require_inputs_of(weights: Path, config: RunConfig, data: str | None = None,
 
     An export of a whole model takes nothing from its base but the tokenizer.
     """
-    now = make(config, data)
-    if is_export and config.adapter.kind == "full":
+    stored = of_folder(weights) or {}
+    is_whole = is_export and config.adapter.kind == "full"
+    now = make(config, data, from_scratch=is_whole or str(stored.get("base", "")).startswith(RANDOM))
+    if is_whole:
         now = {name: now[name] for name in ("tokenizer", "template")}
-    require_same(weights, of_folder(weights) or {}, now, config)
+    require_same(weights, stored, now, config)
 
 
 def check_adapter(config: RunConfig) -> None:
@@ -188,7 +190,9 @@ def hold(folder: Path, now: Pins, config: RunConfig) -> None:
     """Keep the pins in a folder that is worked on in parts, or compare them with those that it keeps."""
     path = folder / PINS_FILE
     if path.exists():
-        require_same(folder, runs.unsealed(path)["fields"], now, config)
+        kept = runs.unsealed(path)
+        runs.require_keys(path, kept, ["fields"], f"Remove {path} if the inputs are as they were.")
+        require_same(folder, kept["fields"], now, config)
         return
     if (folder / "config.yaml").exists():
         require_same(folder, {}, now, config)
@@ -209,8 +213,6 @@ def _comparable(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Pins:
     held = dict(stored)
     if str(held.get("data", "")).startswith(OF_EXAMPLES) != str(now.get("data", "")).startswith(OF_EXAMPLES):
         held["data"] = now.get("data")
-    if str(held.get("base", "")).startswith(RANDOM) and not str(now.get("base", "")).startswith(RANDOM):
-        held |= {name: now.get(name) for name in ("base", "config")}
     if "adapter" in held:
         held.setdefault("adapter_scaling", "none")
     if "base" in held:  # that of a local base has the bytes of config.json in it

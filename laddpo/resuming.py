@@ -93,7 +93,7 @@ def keep_command(place: RunPlace, overrides: Iterable[str]) -> None:
 
 def write_command(folder: Path, overrides: Iterable[str], **more: Any) -> None:
     """command.json of a run, a sweep or a study: what the command line named when it began."""
-    named = [redact(text) for text in overrides if override_key(text).split(".")[0] not in OWN]
+    named = [redact(text) for text in overrides if override_key(text) not in ("output_dir", "resume")]
     runs.write_json(folder / COMMAND, {**more, "overrides": named})
 
 

@@ -157,8 +157,6 @@ def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
         raise UserError(*problems)
 
 
-
-
 def _hydra_settings(sweep: Sweep) -> list[str]:
     """Hydra keeps to deciding and launching: no log files, no .hydra folders, job folders below the sweep's."""
     settings = {

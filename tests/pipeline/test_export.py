@@ -162,7 +162,7 @@ def test_a_base_that_changed_since_training_is_refused(stages, trained, capsys):
     try:
         loading.save_model(model, stages.model)
         assert export(stages, trained, "merged")[0] == 2
-        assert "now holds sha256:" in capsys.readouterr().err
+        assert "now sha256:" in capsys.readouterr().err
     finally:
         (stages.model / "model.safetensors").write_bytes(before)
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from laddpo.app import cli
+from laddpo.errors import UserError
 from laddpo.reporting import find_runs
 from laddpo.sweep import find_results, objective
 
@@ -128,6 +129,22 @@ def test_a_run_of_rounds_goes_on_where_it_stopped(two_rounds, tmp_path, capsys):
     adapters = [folder / "round_2" / "adapter" / "adapter_model.safetensors" for folder in (run, copy)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
     assert read(copy / "rounds.json")["against_base"] == read(run / "rounds.json")["against_base"]
+
+
+def test_a_run_of_rounds_is_pinned_to_what_its_settings_name(two_rounds):
+    from laddpo import pins
+    from laddpo.compose import read_config
+    from laddpo.prepare import open_prepared
+
+    run, _ = two_rounds
+    config = read_config(run)
+    pins.require_inputs_of(run / "adapter", config, open_prepared(config).content)
+    assert pins.of_folder(run) == pins.of_folder(run / "adapter") == pins.of_folder(run / "round_1")
+    assert pins.of_folder(run / "round_2")["adapter"] != "none"
+    now = pins.make(config)
+    pins.hold(run, now, config)
+    with pytest.raises(UserError, match=r"the base model's weights or config\.json changed"):
+        pins.hold(run, {**now, "base": "sha256:0"}, config)
 
 
 def test_the_control_takes_the_forwards_of_dpo_and_ends_with_the_same_evaluation(two_rounds, tmp_path, capsys):
