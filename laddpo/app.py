@@ -35,6 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 import laddpo
 from laddpo.compose import compose_tree, group_settings, open_hydra, to_run_config, typed_settings
 from laddpo.config import find_problems, unlikely_settings
+from laddpo.datachecks import sft_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest
 from laddpo.launch import joined, leave, refuse_sweep, speaks
 from laddpo.mistakes import config_groups, unresolved
@@ -148,7 +149,8 @@ def settings_for(hydra: Hydra, stage: str, tree: DictConfig, overrides: list[str
     typed = typed_settings(tree)
     is_of_run = typed.config.run is not None and stage in MAY_CHANGE
     contradictions = [] if is_of_run else find_problems(typed.config, typed.broken, typed.given)
-    problems = [*typed.problems, *contradictions, *of_other_stages(stage, typed.config)]
+    of_sft = sft_problems(typed.config, typed.given) if stage == "sft" else ()
+    problems = [*typed.problems, *contradictions, *of_other_stages(stage, typed.config), *of_sft]
     if problems:
         raise UserError(*problems)
     if not is_of_run:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from laddpo.core.ranks import Ranks, whole
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import NonFiniteStep, RunFault, Stopped
+from laddpo.evaluation.heldout import row_losses
 from laddpo.evaluation.margins import score_preferences
 from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
 from laddpo.inputs import Loaded
@@ -87,9 +89,15 @@ def longest_pairs(pairs, count: int) -> list:
 
 @contextlib.contextmanager
 def run_outputs(
-    config: RunConfig, folder: Path, loaded: Loaded, resume_step: int | None, validation: Validation | None = None
+    config: RunConfig,
+    folder: Path,
+    loaded: Loaded,
+    resume_step: int | None,
+    validation: Validation | None = None,
+    more_fields: Mapping[str, object] = MappingProxyType({}),
 ) -> Iterator[RunOutputs]:
-    """Where the loop writes: weights, metrics, sample answers, and the trackers, closed at the end."""
+    """Where the loop writes: weights, metrics, sample answers, and the trackers, closed at the end. `more_fields` go
+    into the manifest of the weights."""
     is_full = config.adapter.kind == "full"
     best, last = (inputs.MODEL, inputs.MODEL_LAST) if is_full else (inputs.ADAPTER, inputs.ADAPTER_LAST)
 
@@ -109,7 +117,7 @@ def run_outputs(
                 files += loading.copy_tokenizer(inputs.model_path(config), config.model.revision, target)
             else:
                 files = adapters.save_adapter(loaded.model, target, state)
-            fields = {"step": step, "base": loaded.weights}
+            fields = {"step": step, "base": loaded.weights, **more_fields}
             runs.write_manifest(target, "weights", fields, files, **runs.provenance())
 
     settings = dataclasses.asdict(config.logger)
@@ -184,8 +192,8 @@ def resume_step(folder: Path) -> int:
 
 @dataclass
 class Validation:
-    """Held-out pairs and problems, measured during training. `show(step, text)` takes a few answers as they are now;
-    where no task is answered they are made for `prompts`."""
+    """Held-out pairs (DPO) or rows (SFT) and problems, measured during training. `show(step, text)` takes a few answers
+    as they are now; where no task is answered they are made for `prompts`."""
 
     config: RunConfig
     loaded: Loaded
@@ -195,17 +203,18 @@ class Validation:
     stop: StopFlag | None = None
     prompts: list[np.ndarray] = field(default_factory=list)
     show: Callable[[int, str], None] = lambda step, text: None
+    rows: Sequence[Item] = ()
 
     @property
     def is_wanted(self) -> bool:
-        return bool(self.items or self.tasks)
+        return bool(self.items or self.rows or self.tasks)
 
     @property
     def best_metric(self) -> str | None:
         """What chooses the checkpoint: exact match where the data has a grader, else the validation loss."""
         if self.config.best_metric != "auto":
             return None if self.config.best_metric == "none" else f"validation/{self.config.best_metric}"
-        return EXACT_MATCH if self.tasks else LOSS if self.items else None
+        return EXACT_MATCH if self.tasks else LOSS if self.items or self.rows else None
 
     def measure(self, step: int) -> dict[str, float]:
         """Validation metrics of the model as it is now."""
@@ -216,6 +225,10 @@ class Validation:
             ranks = self.loaded.machine.ranks
             scores = score_preferences(self.loaded.denoiser, self.items, objective, self.block, budget, ranks)
             metrics.update(scores.metrics())
+        if self.rows:
+            machine = self.loaded.machine
+            losses = row_losses(self.loaded.denoiser, self.rows, machine.token_budget, machine.ranks)
+            metrics[LOSS] = float(losses.mean())
         # answers of a model on its way are in no file: they are made within one evaluation, or anew
         records = [
             answer_task(self.config, self.loaded, task, None, {}, "validation", self.stop) for task in self.tasks

@@ -128,10 +128,16 @@ def prepare_examples(
 
 
 def find_prepared(
-    prepared_dir: Path, name: str, parts: Sequence[Part], encoder: TextEncoder, rules: Rules
+    prepared_dir: Path,
+    name: str,
+    parts: Sequence[Part],
+    encoder: TextEncoder,
+    rules: Rules,
+    find_source: Callable[[str], Source] = open_source,
 ) -> Path | None:
-    """The finished folder of these preference pairs, or None when they are still to be prepared."""
-    fields = prepared_fields(parts, [open_source(part.source) for part in parts], encoder, rules)
+    """The finished folder of these rows, or None when they are still to be prepared. `find_source`: open_source for
+    preference pairs, open_corpus for SFT examples."""
+    fields = prepared_fields(parts, [find_source(part.source) for part in parts], encoder, rules)
     folder = prepared_folder(prepared_dir, name, fields)
     return folder if (folder / MANIFEST).exists() else None
 
