@@ -38,7 +38,7 @@ def unread_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
 
 
 def sft_examples(config: RunConfig) -> str:
-    """What sft trains on: `corpus` (generated), `rows` (of the data) or `chosen` (the chosen side of prepared pairs)."""
+    """What sft trains on: `corpus` (generated), `rows` (of the data) or `chosen` (the chosen side of pairs)."""
     if config.sft.examples != "auto":
         return config.sft.examples
     return "corpus" if has_corpus(config) else "rows"
@@ -71,8 +71,8 @@ def sft_problems(config: RunConfig, given: Collection[str]) -> Iterator[str]:
     for name in ("num_examples", "mistake_share", "drill_share"):
         if f"sft.{name}" in given and name not in read:
             yield (
-                f"sft.{name} is {getattr(config.sft, name)} and {TRAINED_ON[examples]}, which it does not change. Leave "
-                f"it out{' (data.random_sample_size takes a number of rows)' if name == 'num_examples' else ''}."
+                f"sft.{name} is {getattr(config.sft, name)} and {TRAINED_ON[examples]}, which it does not change. "
+                f"Leave it out{' (data.random_sample_size takes a number of rows)' if name == 'num_examples' else ''}."
             )
 
 

@@ -88,9 +88,9 @@ def seal(folder: Path, run: str | None, weights: dict) -> None:
 def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, stop, tasks=None) -> dict:
     """Base against the weights of a run in `tuned` (tuned_weights); returns the content of results.json.
 
-    `prepared` are the pairs of the run, or the examples of an sft on rows. Several ranks divide the pairs and the answers; rank 0 writes what one process would. The model in `loaded` must
-    already carry the run's adapter (or be trainable as a whole); its weights are replaced. `tasks` are those of
-    open_tasks, where they are open already.
+    `prepared` are the pairs of the run, or the examples of an sft on rows. Several ranks divide the pairs and the
+    answers; rank 0 writes what one process would. The model in `loaded` must already carry the run's adapter (or be
+    trainable as a whole); its weights are replaced. `tasks` are those of open_tasks, where they are open already.
     """
     from laddpo import runs
     from laddpo.answering import answer_task
