@@ -74,7 +74,7 @@ def heat_table(sweep: SweepTable) -> str:
         for column in columns:
             cell = cells.get((row, column))
             if cell is None or cell.mean is None:
-                line += f"<td>{'failed' if cell else ''}</td>"
+                line += f"<td>{text(cell.state_text) if cell else ''}</td>"
                 continue
             share = (cell.mean - low) / (high - low) if high > low else 0.4
             grey = round(240 - 170 * (share if sweep.is_higher_better else 1 - share))

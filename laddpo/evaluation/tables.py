@@ -37,9 +37,15 @@ def is_share(name: str, entry: Mapping[str, Any]) -> bool:
 
 
 def sweep_markdown(table: SweepTable) -> str:
-    """A sweep as a Markdown table, best first; a tie of the best is said below it."""
-    rows = markdown(*sweep_rows(table))
-    return f"{rows}\n\n{table.tie_text}." if table.tie_text else rows
+    """A sweep as a Markdown table of what is ranked, best first; then a tie of the best, and the jobs that are not
+    ranked."""
+    header, rows = sweep_rows(table)
+    blocks = [markdown(header, rows) if rows else f"No finished job has {table.metric}."]
+    if table.tie_text:
+        blocks.append(f"{table.tie_text}.")
+    if table.unranked:
+        blocks += ["Not ranked:", markdown(*unranked_rows(table))]
+    return "\n\n".join(blocks)
 
 
 def examples_text(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]], count: int = 8) -> str:
@@ -115,18 +121,26 @@ def _before_after_row(name: str, entry: Mapping[str, Any]) -> list[str]:
 
 
 def sweep_rows(table: SweepTable) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a sweep, best first."""
+    """Header and rows of what is ranked in a sweep, best first."""
     header = [*(table.keys or ("job",)), table.metric, "interval", "runs"]
-    return header, [_sweep_row(cell) for cell in table.sorted_cells()]
+    return header, [_sweep_row(cell) for cell in table.sorted_cells() if cell.mean is not None]
+
+
+def unranked_rows(table: SweepTable) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the jobs that are listed apart: how they ended, and what they measured on the way."""
+    header = ["job", *table.keys, "state", "measured so far"]
+    rows = []
+    for job in table.unranked:
+        settings = (str(job.overrides.get(key, "default")) for key in table.keys)
+        rows.append([job.folder or "-", *settings, job.state or "no value", job.measured or "-"])
+    return header, rows
 
 
 def _sweep_row(cell: SweepCell) -> list[str]:
-    finished = [job for job in cell.jobs if job.value is not None]
-    unknown = "" if cell.mean is None else "–"
-    interval = unknown if cell.interval is None else "[{}, {}]".format(*map(number_text, cell.interval))
-    runs = f"{len(finished)}" if len(finished) == len(cell.jobs) else f"{len(finished)} of {len(cell.jobs)}"
-    value = "failed" if cell.mean is None else number_text(cell.mean)
-    return [*(map(number_text, cell.values) if cell.values else ["default"]), value, interval, runs]
+    ranked = [job for job in cell.jobs if job.is_ranked]
+    interval = "–" if cell.interval is None else "[{}, {}]".format(*map(number_text, cell.interval))
+    runs = f"{len(ranked)}" if len(ranked) == len(cell.jobs) else f"{len(ranked)} of {len(cell.jobs)}"
+    return [*(map(number_text, cell.values) if cell.values else ["default"]), number_text(cell.mean), interval, runs]
 
 
 def shortened(text: str) -> str:
