@@ -43,6 +43,7 @@ from laddpo.redaction import redact
 from laddpo.runs import disk_message
 from laddpo.settings import RunConfig
 from laddpo.tuned import MAY_CHANGE, of_other_stages, other_decoding, settings_of_run
+from laddpo.visible import visible
 
 WITH_STEPS = ("train", "sft")  # stages whose `resume` finds a run and its checkpoints
 # what this command line set, for stages that take the rest from an earlier run
@@ -140,7 +141,7 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
             is_of_run = config.run is not None and stage in MAY_CHANGE
             notes = other_decoding(config, args.overrides) if is_of_run else unlikely_settings(config, stage)
             for note in notes:
-                print(f"note: {note}", file=sys.stderr)
+                print(f"note: {visible(note)}", file=sys.stderr)
         return _call(main or importlib.import_module(f"laddpo.{stage}").main, config, folder)
 
 
@@ -231,7 +232,7 @@ def _check_folder(folder: Path, config: RunConfig, stage: str) -> None:
 
 def _print_traceback() -> None:
     speaks()  # counts: what the other processes of a launch will say of it is not needed
-    sys.stderr.write(redact(traceback.format_exc()))
+    sys.stderr.write(visible(redact(traceback.format_exc())))
 
 
 def _print_problems(error: UserError) -> None:
@@ -239,7 +240,7 @@ def _print_problems(error: UserError) -> None:
         return
     count = len(error.problems)
     head = "" if count == 1 else f"{count} problems, nothing was run:\n"
-    print(redact(head + "\n".join(f"error: {problem}" for problem in error.problems)), file=sys.stderr)
+    print(visible(redact(head + "\n".join(f"error: {problem}" for problem in error.problems))), file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):

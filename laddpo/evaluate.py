@@ -15,6 +15,7 @@ from laddpo.app import run_stage
 from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 from laddpo.tuned import base_model, tuned_weights, use_weights
+from laddpo.visible import visible
 
 EXAMPLES = "examples"  # field of a manifest: "rows" where sft trained on the rows of the data
 TRAINING_SAMPLE = 64  # training pairs on which reward accuracy is measured, too
@@ -162,7 +163,7 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks) -> dict:
         return results
     for name, entry in _harness_results(harness, None, config.seed).items():
         results[name] = entry
-        print(f"{name}: {entry['base']:.4g}")
+        print(f"{visible(name)}: {entry['base']:.4g}")
     runs.write_json(folder / "results.json", results)
     return results
 

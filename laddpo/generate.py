@@ -14,6 +14,7 @@ from pathlib import Path
 from laddpo.app import run_stage
 from laddpo.errors import UserError
 from laddpo.settings import RunConfig
+from laddpo.visible import visible
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
@@ -43,7 +44,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     for row in rows:
         print()
         for name, text in row.items():
-            print(f"{name:>6}  {text}")
+            print(f"{name:>6}  {visible(text)}")
     run_folder.mkdir(parents=True, exist_ok=True)
     runs.write_text(run_folder / "generations.jsonl", "".join(runs.canonical_json(row) + "\n" for row in rows))
     print(f"\n{run_folder}")

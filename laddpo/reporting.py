@@ -190,7 +190,8 @@ def report_page(found: Sequence[Run], settings: ReportSettings, plots: Path) -> 
 
 
 def _heading(run: Run) -> str:
-    return ", ".join([run.name, *(f"{key}={value}" for key, value in list(run.overrides.items())[:4])])
+    state = [] if run.is_finished else [run.state]
+    return ", ".join([run.name, *(f"{key}={value}" for key, value in list(run.overrides.items())[:4]), *state])
 
 
 def _sorted(found: Sequence[Run], metric: str | None, is_higher_better: bool) -> list[Run]:

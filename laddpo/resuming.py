@@ -17,6 +17,7 @@ from laddpo.core.ranks import here
 from laddpo.errors import Stopped, UserError
 from laddpo.planning import pairs_per_process, pairs_per_step
 from laddpo.settings import RunConfig
+from laddpo.visible import visible
 
 # What a resumed run may change: where it runs, how it reports, how often it saves, and how long it trains. What is
 # recommended for a model is where other settings take their values from: those are compared. Of a step's pairs the
@@ -146,7 +147,7 @@ def _find_run(config: RunConfig, new_folder: Path, stage: str) -> RunPlace:
         try:
             stored = _read_run(folder)
         except UserError as error:
-            print(f"note: resume=true: passing over an unfinished run. {error}")
+            print(visible(f"note: resume=true: passing over an unfinished run. {error}"))
             continue
         if not changed_settings(stored, config):
             print(f"resume=true: going on with {folder}")

@@ -37,6 +37,7 @@ from laddpo.settings import RunConfig
 from laddpo.signals import StopFlag
 from laddpo.tracking import Trackers
 from laddpo.tuned import what_is_left
+from laddpo.visible import visible
 
 SEALED = ("config.yaml", "metrics.jsonl", "evaluation/results.json", "evaluation/items.jsonl")  # of a finished run
 EXACT_MATCH, LOSS = "validation/exact_match", "validation/loss"
@@ -237,7 +238,7 @@ class Validation:
             shares = [sum(record["correct"] for record in of_task) / len(of_task) for of_task in records]
             metrics[EXACT_MATCH] = sum(shares) / len(shares)
         if samples := self._samples(records):
-            self.show(step, samples)
+            self.show(step, visible(samples))
         return metrics
 
     def _samples(self, records: list[list[dict]]) -> str:

@@ -21,6 +21,7 @@ FLOORS = {
     "signals": 0,
     "linears": 0,
     "temporaries": 0,
+    "visible": 0,
     "settings": 0,
     "stagesettings": 0,
     "ranges": 0,

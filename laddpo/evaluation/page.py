@@ -14,6 +14,7 @@ from typing import Any
 
 from laddpo.evaluation.sweeps import SweepTable, number_text
 from laddpo.evaluation.tables import shortened
+from laddpo.visible import visible
 
 
 def page(title: str, summary: str, blocks: Sequence[str]) -> str:
@@ -30,7 +31,8 @@ def page(title: str, summary: str, blocks: Sequence[str]) -> str:
 
 
 def text(value: Any) -> str:
-    return html.escape(str(value))
+    """Text from anywhere as HTML, control characters shown."""
+    return html.escape(visible(str(value)))
 
 
 def section(title: str, *blocks: str) -> str:

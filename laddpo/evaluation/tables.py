@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laddpo.evaluation.sweeps import SweepCell, SweepTable, number_text
+from laddpo.visible import visible
 
 Record = Mapping[str, Any]
 
@@ -55,7 +56,7 @@ def examples_text(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str
     """
     blocks = []
     for before, after in example_pairs(base, tuned, count):
-        lines = [f"prompt  {shortened(before['prompt'])}", f"gold    {before['answer']}"]
+        lines = [f"prompt  {shortened(before['prompt'])}", f"gold    {visible(str(before['answer']))}"]
         for name, record in (("base ", before), ("tuned", after)):
             lines.append(f"{name} {'✓' if record['correct'] else '✗'} {shortened(record['text'])}")
         blocks.append("\n".join(lines))
@@ -71,7 +72,7 @@ def example_pairs(base: Sequence[Record], tuned: Sequence[Record], count: int) -
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, the first to the left and the others to the right, under a ruled header."""
-    table = [list(header), *[list(row) for row in rows]]
+    table = [[visible(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -80,14 +81,15 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(cells).rstrip()
 
     rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([line(header), rule, *[line(row) for row in rows]])
+    return "\n".join([line(table[0]), rule, *map(line, table[1:])])
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as a Markdown table; pipes inside cells are escaped."""
+    """The same as a Markdown table; what would end a cell, or be HTML, is escaped."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        plain = (visible(" ".join(cell.splitlines())).replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+        return "| " + " | ".join(plain) + " |"
 
     marks = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join([line(header), "|" + "|".join(marks) + "|", *[line(row) for row in rows]])
@@ -144,6 +146,6 @@ def _sweep_row(cell: SweepCell) -> list[str]:
 
 
 def shortened(text: str) -> str:
-    """One paragraph, cut at EXAMPLE_CHARACTERS; line breaks are indented under the label."""
+    """One paragraph, cut at EXAMPLE_CHARACTERS; line breaks are indented under the label, control characters shown."""
     cut = text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + f" … ({len(text)} characters)"
-    return cut.strip().replace("\n", "\n        ")
+    return visible(cut.strip()).replace("\n", "\n        ")
