@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,6 @@ MORE_THAN_MATRICES = (
     "monteclora_config",
 )
 STARTS_BESIDE_THE_BASE = ("gaussian", "orthogonal", "eva")
-MOST_REPEATS = 3  # in a pattern of layers: with more, matching a name may take minutes
 
 
 def missing_file(file: Path) -> UserError:
@@ -88,46 +88,46 @@ def require_own_rank(file: Path, taken: Mapping[str, Any]) -> None:
         )
 
 
-def _is_simple_pattern(pattern: str) -> bool:
-    """Whether matching a name takes a bounded time: a regular expression that repeats single characters alone, and few
-    of them without a limit."""
+def _steps(pattern: str) -> float:
+    """At most how many ways there are to match a name of NAME_LETTERS by this regular expression. Infinity for what
+    cannot be counted: a repeat of more than one character, a look-around, a reference."""
     try:
         from re import _parser as parser  # its place since Python 3.11
     except ImportError:
         import sre_parse as parser
 
-    try:
-        tree = parser.parse(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    repeats = 0
-
-    def is_simple(part: Any) -> bool:
-        nonlocal repeats
+    def of(part: Any) -> float:
+        ways = 1.0
         for name, value in part:
             kind = str(name)
             if kind in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-                repeats += 1
-                if len(value[2]) != 1 or str(value[2][0][0]) not in ("ANY", "IN", "LITERAL", "NOT_LITERAL"):
-                    return False
+                is_single = len(value[2]) == 1 and str(value[2][0][0]) in ("ANY", "IN", "LITERAL", "NOT_LITERAL")
+                ways *= NAME_LETTERS if is_single else math.inf
             elif kind == "BRANCH":
-                if not all(map(is_simple, value[1])):
-                    return False
+                ways *= sum(map(of, value[1]))
             elif kind == "SUBPATTERN":
-                if not is_simple(value[-1]):
-                    return False
+                ways *= of(value[-1])
             elif kind not in ("ANY", "AT", "IN", "LITERAL", "NOT_LITERAL"):
-                return False
-        return True
+                return math.inf
+        return ways
 
-    return is_simple(tree) and repeats <= MOST_REPEATS
+    try:
+        return of(parser.parse(pattern))
+    except (re.error, OverflowError, RecursionError):
+        return math.inf
 
 
-PATTERN = Kind(
-    f"text of at most 10,000 letters that is a name or a regular expression with at most {MOST_REPEATS} repeats, each "
-    "of a single character",
-    lambda value: isinstance(value, str) and len(value) <= 10_000 and _is_simple_pattern(value),
-)
+def pattern_of(most_steps: int) -> Kind:
+    """A name, or a regular expression that matches one or not within so many steps."""
+    return Kind(
+        "a name, or a regular expression that repeats single characters alone, a few times",
+        lambda value: isinstance(value, str) and len(value) <= 10_000 and _steps(value) <= most_steps,
+    )
+
+
+NAME_LETTERS = 64  # of a module
+PATTERN = pattern_of(NAME_LETTERS**3)
+KEY = pattern_of(NAME_LETTERS**2)  # PEFT puts a repeat before it
 MODULE = Kind("the name of a module", lambda value: isinstance(value, str) and re.fullmatch(r"\w{1,100}", value))
 NAMES = either(PATTERN, listed(text(1000)))
 # The fields of adapter_config.json that are taken. What PEFT may be told beside them (modules to import, files, ways to
@@ -141,8 +141,8 @@ ADAPTER_FIELDS: dict[str, Kind] = {
     "fan_in_fan_out": only(False),
     "target_modules": NAMES,
     "exclude_modules": optional(NAMES),
-    "rank_pattern": optional(mapped(whole(1, 2**16), PATTERN)),
-    "alpha_pattern": optional(mapped(number(0, 1e6), PATTERN)),
+    "rank_pattern": optional(mapped(whole(1, 2**16), KEY)),
+    "alpha_pattern": optional(mapped(number(0, 1e6), KEY)),
     "layers_to_transform": optional(either(whole(0, 2**10), listed(whole(0, 2**10)))),
     "layers_pattern": optional(either(MODULE, listed(MODULE))),
     "base_model_name_or_path": optional(text(10_000)),

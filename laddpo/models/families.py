@@ -36,9 +36,9 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
     architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "(none)"
     if architecture in FAMILIES:
         return FAMILIES[architecture]
-    reason = UNSUPPORTED.get(architecture, f"model_type {config.get('model_type')!r} is not known here")
+    reason = UNSUPPORTED.get(architecture, f"model_type {config.get('model_type')!r:.60} is not known here")
     raise UserError(
-        f"{where}: the architecture is {architecture} ({reason}); supported: {', '.join(FAMILIES)}. "
+        f"{where}: the architecture is {architecture:.60} ({reason}); supported: {', '.join(FAMILIES)}. "
         "Choose a LLaDA checkpoint, or add a row to FAMILIES in laddpo/models/families.py with a model whose forward "
         "takes `lengths`, `rows` and `targets`."
     )

@@ -138,4 +138,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Of any size: a whole number may be too large for a float, and compares with one all the same."""
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))

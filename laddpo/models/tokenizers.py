@@ -57,7 +57,11 @@ def _settings(folder: Path) -> dict[str, Any]:
     own = _read(folder / TOKENIZER, TOKENIZER_FIELDS)
     listed_tokens = content.pop("added_tokens_decoder", None)
     if listed_tokens is None:  # an older layout, or a newer one: the tokens stand in the other files
-        content |= {name: _token(value, special=True) for name, value in _special_tokens(folder).items()}
+        special = _read(folder / SPECIAL_TOKENS, SPECIAL_FIELDS)
+        more = special.pop("additional_special_tokens", None)
+        if more and not {"additional_special_tokens", "extra_special_tokens"} & content.keys():
+            content["additional_special_tokens"] = more
+        content |= {name: _token(value, is_special=True) for name, value in special.items()}
         listed_tokens = {token["id"]: token for token in own.get("added_tokens", [])}
     tokens = {int(place): _token(token) for place, token in listed_tokens.items()}
     by_text = {str(token): token for token in tokens.values()}
@@ -82,22 +86,18 @@ def _read(path: Path, table: Mapping[str, Kind]) -> dict[str, Any]:
     return checked(path, read_settings(path), table) if path.exists() else {}
 
 
-def _special_tokens(folder: Path) -> dict[str, Any]:
-    return _read(folder / SPECIAL_TOKENS, dict.fromkeys(NAMED_TOKENS, optional(TOKEN)))
-
-
 def _content(value: Any) -> str:
-    return value["content"] if isinstance(value, dict) else value
+    return value["content"] if isinstance(value, dict) else str(value)
 
 
-def _token(value: Any, special: bool | None = None) -> Any:
+def _token(value: Any, is_special: bool = False) -> Any:
     """An AddedToken of an object that describes one; a text stays a text."""
     from tokenizers import AddedToken
 
     if not isinstance(value, dict):
         return value
     named = {name: inner for name, inner in value.items() if name in ("content", *TOKEN_FLAGS)}
-    return AddedToken(**named, **({} if special is None else {"special": special}))
+    return AddedToken(**{**named, "special": True} if is_special else named)
 
 
 TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
@@ -121,6 +121,10 @@ SETTINGS_FIELDS: dict[str, Kind] = {
     "padding_side": only("left", "right"),
     "split_special_tokens": FLAG,
     "truncation_side": only("left", "right"),
+}
+SPECIAL_FIELDS: dict[str, Kind] = {
+    **dict.fromkeys(NAMED_TOKENS, optional(TOKEN)),
+    "additional_special_tokens": optional(listed(TOKEN)),
 }
 TOKENIZER_FIELDS: dict[str, Kind] = {
     "added_tokens": listed(fields({"id": whole(0, MOST_ID), "content": text(1000)}, _FLAGS)),

@@ -1,7 +1,7 @@
 """SFT examples out of rows: a prompt with a response, a whole conversation, or the chosen side of a pair.
 
-`read_example(row, rules, warn, to_pair)` looks at one row. A response column wins over messages, and messages win over
-the chosen side. `chosen_sides(pairs)` makes examples of pairs that a source has put together itself.
+`read_example(row, rules, warn, to_pair)` looks at one row. A response column wins over the chosen side, and that over a
+conversation. `chosen_sides(pairs)` makes examples of pairs that a source has put together itself.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def read_example(row: dict, rules: RowRules, warn: Warn, to_pair: ToPair) -> tup
     """The prompt and the response to learn. `to_pair` reads rows that hold a pair. Raises RowError."""
     if row.get(rules.column("response")) is not None:
         return explicit_example(row, rules, warn)
-    if row.get(MESSAGES) is not None:
+    chosen, is_named = rules.column("chosen"), rules.columns.get("response") not in (None, "response")
+    if row.get(chosen) is None and row.get(MESSAGES) is not None and not is_named:
         return _conversation(row[MESSAGES], MESSAGES, rules, warn)
-    chosen = rules.column("chosen")
-    if row.get(chosen) is None or rules.columns.get("response") not in (None, "response"):
+    if row.get(chosen) is None or is_named:
         get_field(row, "response", rules)  # raises: says what is missing, and which field may be meant
     warn("rows without a response, of which the chosen side is learned")
     if row.get(rules.column("rejected")) is not None:

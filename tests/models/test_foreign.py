@@ -41,6 +41,7 @@ MODEL = [
     ("max_sequence_length", "-4096", "a whole number"),
     ("rope_theta", "NaN", "a number above 0"),
     ("rope_theta", '"500000"', "a number above 0"),
+    ("rope_theta", "9" * 4000, "a number above 0"),
     ("rope_theta", "0", "a number above 0"),
     ("rms_norm_eps", "-1e-5", "a number above 0"),
     ("rms_norm_eps", "true", "a number above 0"),
@@ -113,6 +114,8 @@ ADAPTER = [
     ("target_modules", '"(.*)*x"', "target_modules"),
     ("target_modules", '"(a|a)*b"', "target_modules"),
     ("target_modules", '".*.*.*.*x"', "target_modules"),
+    ("target_modules", json.dumps("(.|.)" * 40 + "x"), "target_modules"),
+    ("target_modules", '"(?=a)a"', "target_modules"),
     ("target_modules", '"("', "target_modules"),
     ("target_modules", "7", "target_modules"),
     ("target_modules", "null", "target_modules"),
@@ -120,6 +123,7 @@ ADAPTER = [
     ("rank_pattern", '{"q_proj": 1000000}', "rank_pattern"),
     ("rank_pattern", '{"q_proj": 60000}', "has rank 2"),
     ("rank_pattern", '{"(a+)+b": 2}', "rank_pattern"),
+    ("rank_pattern", '{".*.*.*b": 2}', "rank_pattern"),
     ("alpha_pattern", '{"q_proj": "4"}', "alpha_pattern"),
     ("layers_to_transform", '["0"]', "layers_to_transform"),
     ("layers_pattern", '"(a+)+"', "layers_pattern"),
@@ -255,10 +259,18 @@ def test_a_tokenizer_is_the_one_that_transformers_makes_of_the_files(nano):
         {"extra_special_tokens": ["<|eot_id|>", "<one>"], "additional_special_tokens": None},
         {"added_tokens_decoder": listed},
         {"added_tokens_decoder": new, "eos_token": {**special, "__type": "AddedToken"}},
+        {"additional_special_tokens": []},
         {"chat_template": [{"name": "default", "template": "{{ messages }}"}]},
     ):
         (nano / "tokenizer_config.json").write_text(json.dumps({**settings, **change}))
-        (nano / "special_tokens_map.json").write_text(json.dumps({"sep_token": special, "pad_token": "<|endoftext|>"}))
+        special_tokens = {
+            "sep_token": special,
+            "pad_token": "<|endoftext|>",
+            "cls_token": {**special, "special": False},
+        }
+        (nano / "special_tokens_map.json").write_text(
+            json.dumps({**special_tokens, "additional_special_tokens": ["<n>"]})
+        )
         theirs, ours = transformers.PreTrainedTokenizerFast.from_pretrained(str(nano)), load_tokenizer(str(nano))
         assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str(), change
         for name in ("all_special_ids", "special_tokens_map", "chat_template", "added_tokens_decoder", "name_or_path"):

@@ -45,6 +45,7 @@ SHAPES = [
     (PAIR, {}, ("p", "c")),
     ({**PAIR, "response": "a"}, {}, ("p", "a")),
     ({**PAIR, "response": None}, {}, ("p", "c")),
+    ({**PAIR, "messages": [user("p")]}, {}, ("p", "c")),
     ({"prompt": "p", "chosen": "c"}, {}, ("p", "c")),
     ({"chosen": [user("p"), assistant("c")], "rejected": [user("p"), assistant("r")]}, {}, ("p", "c")),
     ({"chosen": [user("p"), assistant("c")]}, {}, ("p", "c")),
@@ -68,6 +69,7 @@ BAD = [
     ({"response": "a"}, {}, ("prompt", "DATA-01")),
     ({"messages": [user("p")]}, {}, ("messages", "DATA-65")),
     ({"messages": "p"}, {}, ("messages", "DATA-12")),
+    ({"messages": [user("p"), assistant("a")]}, {"columns": {"response": "output"}}, ("output", "DATA-01")),
     ({"messages": [user("p"), {"role": "robot", "content": "a"}]}, {}, ("messages[1].role", "DATA-63")),
 ]
 
