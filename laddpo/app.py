@@ -37,6 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 import laddpo
 from laddpo.compose import compose_tree, config_from, group_settings, open_hydra, to_run_config, typed_settings
 from laddpo.config import find_problems, unlikely_settings
+from laddpo.datachecks import sft_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest
 from laddpo.folders import FOREIGN, KINDS, OF_A_RUN, refuse_others, what_is
 from laddpo.launch import joined, leave, refuse_sweep, speaks
@@ -46,6 +47,7 @@ from laddpo.redaction import redact
 from laddpo.runs import disk_message
 from laddpo.settings import RunConfig
 from laddpo.tuned import MAY_CHANGE, begun_evaluation, of_other_stages, other_decoding, settings_of_run
+from laddpo.visible import visible
 
 WITH_STEPS = ("train", "sft")  # stages whose `resume` finds a run and its checkpoints
 # what this command line set, for stages that take the rest from an earlier run
@@ -170,7 +172,7 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
             is_of_run = config.run is not None and stage in MAY_CHANGE
             notes = other_decoding(config, args.overrides) if is_of_run else unlikely_settings(config, stage)
             for note in notes:
-                print(f"note: {note}", file=sys.stderr)
+                print(f"note: {visible(note)}", file=sys.stderr)
         return _call(main or importlib.import_module(f"laddpo.{stage}").main, config, folder)
 
 
@@ -191,7 +193,8 @@ def settings_for(
         resumed = resumed_settings(Asked(typed.config, tuple(overrides), compose_without), stage)
     is_stored = is_of_run or begun is not None or resumed is not None
     contradictions = [] if is_stored else find_problems(typed.config, typed.broken, typed.given)
-    problems = [*typed.problems, *contradictions, *of_other_stages(stage, typed.config)]
+    of_sft = sft_problems(typed.config, typed.given) if stage == "sft" and not is_stored else ()
+    problems = [*typed.problems, *contradictions, *of_other_stages(stage, typed.config), *of_sft]
     if problems:
         raise UserError(*problems)
     if is_of_run or begun is not None:
@@ -267,7 +270,7 @@ def _check_folder(folder: Path, config: RunConfig, stage: str) -> None:
 
 def _print_traceback() -> None:
     speaks()  # counts: what the other processes of a launch will say of it is not needed
-    sys.stderr.write(redact(traceback.format_exc()))
+    sys.stderr.write(visible(redact(traceback.format_exc())))
 
 
 def _print_problems(error: UserError) -> None:
@@ -275,7 +278,7 @@ def _print_problems(error: UserError) -> None:
         return
     count = len(error.problems)
     head = "" if count == 1 else f"{count} problems, nothing was run:\n"
-    print(redact(head + "\n".join(f"error: {problem}" for problem in error.problems)), file=sys.stderr)
+    print(visible(redact(head + "\n".join(f"error: {problem}" for problem in error.problems))), file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -37,6 +37,45 @@ def unread_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
             )
 
 
+def sft_examples(config: RunConfig) -> str:
+    """What sft trains on: `corpus` (generated), `rows` (of the data) or `chosen` (the chosen side of pairs)."""
+    if config.sft.examples != "auto":
+        return config.sft.examples
+    return "corpus" if has_corpus(config) else "rows"
+
+
+def has_corpus(config: RunConfig) -> bool:
+    """Whether the data are generated here: data=arithmetic, or data=word_problems without a file of questions."""
+    data = config.data
+    is_words = data.source == "onpolicy" and data.problems == "word_problems" and data.dataset_name is None
+    return data.source == "arithmetic" or is_words
+
+
+def sft_problems(config: RunConfig, given: Collection[str]) -> Iterator[str]:
+    """A sentence or two for each setting of `sft` that contradicts the data, or that these examples do not read."""
+    examples, source = sft_examples(config), config.data.source
+    if examples == "corpus" and not has_corpus(config):
+        yield (
+            f"sft.examples is 'corpus' and data.source is {source!r}: the generated corpus would be trained on, and no "
+            "row of the data. Leave sft.examples out to train on the rows, or write data=arithmetic for the corpus."
+        )
+        return
+    parts = {part.source for part in config.data.mixture} if source == "mixture" else set()
+    read = {
+        "corpus": {"num_examples", "mistake_share"},
+        "rows": {"num_examples", "mistake_share"} if "arithmetic" in parts else set(),
+        "chosen": set(),
+    }[examples]
+    if examples == "corpus" and config.data.problems == "word_problems":
+        read = read | {"drill_share"}
+    for name in ("num_examples", "mistake_share", "drill_share"):
+        if f"sft.{name}" in given and name not in read:
+            yield (
+                f"sft.{name} is {getattr(config.sft, name)} and {TRAINED_ON[examples]}, which it does not change. "
+                f"Leave it out{' (data.random_sample_size takes a number of rows)' if name == 'num_examples' else ''}."
+            )
+
+
 def reader_row(key: str) -> str | None:
     """The row of READ_BY that a setting belongs to, if only some sources read it."""
     return next((name for name in READ_BY if f"{key}.".startswith(f"data.{name}.")), None)
@@ -74,6 +113,11 @@ def onpolicy_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
+TRAINED_ON = {  # what sft trains on, in words
+    "corpus": "sft trains on the generated corpus",
+    "rows": "sft trains on the rows of the data",
+    "chosen": "sft trains on the chosen side of prepared pairs",
+}
 # Those of files or of the hub.
 ROWS = ("jsonl", "hh_rlhf", "ultrafeedback", "orca_dpo_pairs", "laddpo_public", "graded_candidates", "onpolicy")
 OF_EACH_PART = ("dataset_name", "dataset_split", "revision", "columns", "format")

@@ -8,13 +8,16 @@ Writes results.json, items.jsonl (one object per answer, resumable), pairs.jsonl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from laddpo.app import run_stage
 from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 from laddpo.tuned import base_model, tuned_weights, use_weights
+from laddpo.visible import visible
 
+EXAMPLES = "examples"  # field of a manifest: "rows" where sft trained on the rows of the data
 TRAINING_SAMPLE = 64  # training pairs on which reward accuracy is measured, too
 SEALED = ("config.yaml", "results.json", "items.jsonl", "pairs.jsonl")
 
@@ -31,7 +34,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.compose import write_config
     from laddpo.core.ranks import here
     from laddpo.machine import find_machine
-    from laddpo.prepare import open_prepared
+    from laddpo.prepare import open_examples, open_prepared
     from laddpo.resuming import held, told_to_resume
     from laddpo.signals import stop_on_signal
 
@@ -43,8 +46,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
         require_harness(config)
     tasks = open_tasks(config)
-    prepared = open_prepared(config) if tuned else None
+    prepared = None
     if tuned:
+        prepared = open_examples(config) if learned_rows(tuned) else open_prepared(config)
         pins.require_inputs_of(tuned, config, prepared.content)
     way = f"output_dir={run_folder} resume=true"
     is_resumed, shown = config.resume != "false", []
@@ -63,6 +67,13 @@ def main(config: RunConfig, run_folder: Path) -> None:
         if here().is_main:
             seal(run_folder, config.run, loaded.weights)
     print(*shown, run_folder, sep="\n")  # once nothing of it can be lost
+
+
+def learned_rows(weights: Path) -> bool:
+    """Whether the run that kept these weights was an sft on the rows of the data, which hold no pairs."""
+    from laddpo import runs
+
+    return runs.read_manifest(weights, "weights", verify=False)["fields"].get(EXAMPLES) == "rows"
 
 
 def unseal(folder: Path) -> None:
@@ -86,23 +97,23 @@ def seal(folder: Path, run: str | None, weights: dict) -> None:
 def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, stop, tasks=None, say=print) -> dict:
     """Base against the weights of a run in `tuned` (tuned_weights); returns the content of results.json.
 
-    Several ranks divide the pairs and the answers; rank 0 writes what one process would. The model in `loaded` must
-    already carry the run's adapter (or be trainable as a whole); its weights are replaced. `tasks` are those of
-    open_tasks, where they are open already. `say` takes what is only for people, once all is written.
+    `prepared` are the pairs of the run, or the examples of an sft on rows. Several ranks divide the pairs and the
+    answers; rank 0 writes what one process would. The model in `loaded` must already carry the run's adapter (or be
+    trainable as a whole); its weights are replaced. `tasks` are those of open_tasks, where they are open already. `say`
+    takes what is only for people, once all is written.
     """
-    from laddpo import inputs, runs
+    from laddpo import runs
     from laddpo.answering import answer_task
     from laddpo.evaluation.plots import evaluation_plot
     from laddpo.evaluation.tables import before_after_table, examples_text
+    from laddpo.preference.prepared import PreparedExamples
     from laddpo.seals import CheckedLines
 
     results: dict = {}
-    margins, is_main = None, loaded.machine.ranks.is_main
-    held_out = list(prepared.validation)[: config.evaluation.num_pairs]
-    seen = training_sample(config, prepared)
+    is_main = loaded.machine.ranks.is_main
+    measure_base = _measure_rows if isinstance(prepared, PreparedExamples) else _measure_pairs
     with base_model(config, loaded):
-        items, block = inputs.measured_items(config, prepared, loaded, held_out, stop, "held-out pairs")
-        seen_items, _ = inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs of the evaluation")
+        measure_tuned = measure_base(config, prepared, loaded, folder, stop)
         tasks = open_tasks(config) if tasks is None else tasks
         harness = _harness(config, loaded, folder, "base", loaded.weights, stop)
         base_records = {
@@ -110,12 +121,8 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
             for task in tasks
         }
     use_weights(config, loaded, tuned)
-    if held_out:
-        scores, margins = _measure_pairs(config, loaded, items, block, held_out, folder, stop)
-        results.update(scores)
-    results["reward_accuracy_on_training_pairs"] = _compare_accuracy(
-        config, _scores(config, loaded, seen_items, block, stop), seen
-    )
+    found, margins = measure_tuned()
+    results.update(found)
     digest = {**loaded.weights, "tuned": runs.read_manifest(tuned, "weights", verify=False)["files"]}  # checked above
     for task in tasks:
         records = answer_task(config, loaded, task, folder / "items.jsonl", digest, "tuned", stop)
@@ -168,7 +175,7 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=prin
         return results
     for name, entry in _harness_results(harness, None, config.seed).items():
         results[name] = entry
-        say(f"{name}: {entry['base']:.4g}")
+        say(f"{visible(name)}: {entry['base']:.4g}")
     CheckedLines(folder / "items.jsonl").finish()
     runs.write_json(folder / "results.json", results)
     return results
@@ -255,7 +262,58 @@ def training_sample(config: RunConfig, prepared) -> list:
     return [prepared.train[i] for i in indices]
 
 
-def _measure_pairs(config: RunConfig, loaded, items, block: int, pairs, folder: Path, stop):
+def _measure_pairs(config: RunConfig, prepared, loaded, folder: Path, stop) -> Callable[[], tuple]:
+    """The reference's values of held-out and training pairs, by the base model; gives the measure of the tuned one:
+    entries of results.json, and the margins of the held-out pairs."""
+    from laddpo.inputs import measured_items
+
+    held_out = list(prepared.validation)[: config.evaluation.num_pairs]
+    seen = training_sample(config, prepared)
+    items, block = measured_items(config, prepared, loaded, held_out, stop, "held-out pairs")
+    seen_items, _ = measured_items(config, prepared, loaded, seen, stop, "training pairs of the evaluation")
+
+    def measure_tuned():
+        results, margins = {}, None
+        if held_out:
+            results, margins = _measure_held_out(config, loaded, items, block, held_out, folder, stop)
+        seen_scores = _scores(config, loaded, seen_items, block, stop)
+        return {**results, "reward_accuracy_on_training_pairs": _compare_accuracy(config, seen_scores, seen)}, margins
+
+    return measure_tuned
+
+
+def _measure_rows(config: RunConfig, prepared, loaded, folder: Path, stop) -> Callable[[], tuple]:
+    """The loss per token of the base model on held-out and training rows; gives the measure of the tuned one."""
+    from laddpo.evaluation.heldout import measured_rows, row_losses
+
+    count = config.evaluation.num_pairs
+    sets = {
+        "held_out_loss": (list(prepared.validation)[:count], prepared.validation.column("group")[:count]),
+        "training_rows_loss": (training_sample(config, prepared), None),
+    }
+    items = {
+        name: measured_rows(rows, config.evaluation.diffusion_samples, config.seed)
+        for name, (rows, _) in sets.items()
+        if rows
+    }
+    machine = loaded.machine
+
+    def losses() -> dict:
+        return {
+            name: list(row_losses(loaded.denoiser, of_set, machine.token_budget, machine.ranks, stop))
+            for name, of_set in items.items()
+        }
+
+    base = losses()
+
+    def measure_tuned():
+        tuned = losses()
+        return {n: _compare(base[n], tuned[n], config.seed, sets[n][1], is_share=False) for n in base}, None
+
+    return measure_tuned
+
+
+def _measure_held_out(config: RunConfig, loaded, items, block: int, pairs, folder: Path, stop):
     """Entries of results.json for the held-out pairs, and the margins of the tuned model."""
     from laddpo import runs
     from laddpo.evaluation.margins import length_buckets

@@ -14,6 +14,7 @@ from pathlib import Path
 from laddpo.app import run_stage
 from laddpo.errors import UserError
 from laddpo.settings import RunConfig
+from laddpo.visible import visible
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
@@ -35,7 +36,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     for row in rows:
         print()
         for name, text in row.items():
-            print(f"{name:>6}  {text}")
+            print(f"{name:>6}  {visible(text)}")
     print(f"\n{run_folder}")
 
 

@@ -233,6 +233,8 @@ def request_of(config: RunConfig, part: MixturePart, grader=None) -> Request:
         pairs_per_question=data.pairs_per_question,
         grader=grader,
         balance_lengths=data.balance_lengths,
+        num_examples=config.sft.num_examples,
+        mistake_share=config.sft.mistake_share,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from laddpo.datachecks import sft_examples
 from laddpo.evaluation.tables import before_after_rows, markdown
 from laddpo.preference.locate import HUB_ID, has_file_name
 from laddpo.redaction import redact
@@ -81,10 +82,12 @@ def _origin(config, facts, sealed, base, step, name, licence, is_sft) -> str:
     fields = (sealed or {}).get("fields", {})
     data = ", ".join(part["data"] for part in fields.get("rounds", [fields]) if "data" in part)
     rows = shown_path(config.data.dataset_name) if config.data.dataset_name else config.data.source
-    if is_sft and config.sft.examples == "corpus":
+    examples = sft_examples(config) if is_sft else "pairs"
+    if examples == "corpus":
         trained_on = f"{config.sft.num_examples:,} generated examples (sft.examples=corpus, seed {config.seed})"
     else:
-        trained_on = f"{rows}, fingerprint of the prepared pairs `{data or 'not recorded by this run'}`"
+        kind = "rows" if examples == "rows" else "pairs"
+        trained_on = f"{rows}, fingerprint of the prepared {kind} `{data or 'not recorded by this run'}`"
     lines = [
         f"base: {name}{f', revision {config.model.revision}' if config.model.revision else ''} (weights `{base}`)",
         f"licence: {licence or 'the base names none; its terms apply'}",

@@ -17,6 +17,7 @@ from laddpo import runs
 from laddpo.compose import plain_settings, read_config
 from laddpo.config import CONF_DIR
 from laddpo.errors import UserError
+from laddpo.seals import sealed_file
 from laddpo.settings import RunConfig
 
 PINS_FILE = "pins.json"  # of a folder that is worked on in parts: an evaluation, a run of several rounds
@@ -102,8 +103,7 @@ def of_run(folder: Path) -> Pins | None:
 
     for place in step_folders(folder / "checkpoints"):
         try:
-            runs.require_sealed(place, {STATE: runs.file_sha256(place / STATE)})
-            state = runs.read_json(place / STATE)
+            state = runs.read_json(sealed_file(place, STATE))
         except (UserError, OSError):  # set aside when the run goes on
             continue
         if "pins" in state:

@@ -35,34 +35,60 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def open_prepared(config: RunConfig):
     """The prepared pairs of this configuration: found, or made now with auto=true."""
-    from laddpo.errors import UserError
     from laddpo.preference.preparation import find_prepared
 
     if not config.auto and find_prepared(*_arguments(config)) is None:
-        raise UserError(
-            f"{Path(config.paths.data_dir) / 'prepared'}: these data are not prepared yet and auto is false. "
-            "Run python -m laddpo.prepare with the same settings, or set auto=true."
-        )
+        raise _not_prepared(config, "Run python -m laddpo.prepare with the same settings, or set auto=true.")
     return prepare(config)
+
+
+def open_examples(config: RunConfig):
+    """The prepared SFT examples of this configuration: found, or made now with auto=true."""
+    from laddpo.preference.preparation import find_prepared, prepare_examples
+    from laddpo.preference.sources import open_corpus
+
+    folder, source, *rest = arguments = _arguments(config)
+    examples = (folder, f"{source}-examples", *rest)  # pairs of the same rows have a folder of their own
+    if not config.auto and find_prepared(*examples, open_corpus) is None:
+        _close_graders(arguments)
+        raise _not_prepared(config, "Run this once with auto=true.")
+    return _prepared(config, prepare_examples, examples)
 
 
 def prepare(config: RunConfig):
     """The finished folder as `PreparedPairs`."""
-    from laddpo.core.ranks import here
-    from laddpo.errors import UserError
     from laddpo.preference.preparation import prepare_pairs
 
-    arguments = _arguments(config)
+    return _prepared(config, prepare_pairs, _arguments(config))
+
+
+def _prepared(config: RunConfig, make: Callable, arguments: tuple):
+    """What `make` prepares: on rank 0 first, whose folder the other processes find."""
+    from laddpo.core.ranks import here
+    from laddpo.errors import UserError
+
     try:
-        with here().main_first():  # the other processes find what rank 0 prepared
-            prepared = prepare_pairs(*arguments, evaluation_prompts(config))
+        with here().main_first():
+            prepared = make(*arguments, evaluation_prompts(config))
     finally:
-        for part in arguments[2]:
-            if part.request.grader is not None:
-                part.request.grader.close()
+        _close_graders(arguments)
     if not len(prepared.train):
-        raise UserError(f"{prepared.folder}: holds no pair for training; its report.json says what became of the rows.")
+        raise UserError(f"{prepared.folder}: holds no row for training; its report.json says what became of the rows.")
     return prepared
+
+
+def _close_graders(arguments: tuple) -> None:
+    for part in arguments[2]:
+        if part.request.grader is not None:
+            part.request.grader.close()
+
+
+def _not_prepared(config: RunConfig, cure: str):
+    from laddpo.errors import UserError
+
+    return UserError(
+        f"{Path(config.paths.data_dir) / 'prepared'}: these data are not prepared yet and auto is false. {cure}"
+    )
 
 
 def check_enough(config: RunConfig, prepared) -> None:

@@ -185,7 +185,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "evaluation.grader": ("auto", "exact", "number", "math", "contains"),
     "export.dtype": ("fp32", "bf16", "fp16"),
     "logger.wandb_mode": ("online", "offline", "disabled"),
-    "sft.examples": ("corpus", "chosen"),
+    "sft.examples": ("auto", "corpus", "chosen"),
     "variance.settings": (
         "naive",
         "one time, many masks",

@@ -19,8 +19,11 @@ from laddpo.evaluation.tables import before_after_rows, example_pairs, is_share,
 from laddpo.seals import CheckedLines, read_checked, read_checked_text, sealed_file
 from laddpo.settings import ReportSettings
 from laddpo.sweep import SWEEP_FILE, SWEEP_KEYS
+from laddpo.sweepresults import job_state
 
-FIRST_METRICS = ("exact_match", "reward_accuracy")
+FIRST_METRICS = ("exact_match", "reward_accuracy", "held_out_loss")
+VALIDATION = ("validation/exact_match", "validation/loss")
+FINISHED = "finished"
 LOWER_IS_BETTER = ("loss", "std_error", "variance", "kl", "chosen_fall")
 HEAT_KEYS = ("dpo.beta", "dpo.diffusion_samples")
 NOT_COMPARED = ("output_dir", "resume", "run", "runs", "paths.", "logger.", "export.", "report.", "auto")
@@ -28,7 +31,7 @@ NOT_COMPARED = ("output_dir", "resume", "run", "runs", "paths.", "logger.", "exp
 
 @dataclass
 class Run:
-    """One run's folder, read. `overrides`: what tells it from the others; `is_finished`: its manifest is there."""
+    """One run's folder, read. `overrides`: what tells it from the others; `state`: how it ended, in words."""
 
     name: str
     folder: Path
@@ -38,22 +41,29 @@ class Run:
     results: dict[str, Any]
     evaluation: Path
     fields: dict[str, Any]
-    is_finished: bool
+    state: str
     overrides: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_finished(self) -> bool:
+        return self.state == FINISHED
+
     def value(self, metric: str) -> float | None:
-        """The metric as results.json has it, else the last one of the validation pairs."""
+        """The metric as results.json has it; with `validation/` before it, the last one logged during training."""
         entry = self.results.get(metric)
         if isinstance(entry, Mapping):
             return entry.get("tuned", entry.get("base"))
-        logged = [row[f"validation/{metric}"] for row in self.metrics if f"validation/{metric}" in row]
-        return logged[-1] if logged else None
+        logged = [row[metric] for row in self.metrics if row.get(metric) is not None]
+        return logged[-1] if logged and metric.startswith("validation/") else None
+
+    def rank(self, metric: str | None) -> float | None:
+        """The value by which it is compared with other runs; None where it is not finished or not measured."""
+        return self.value(metric) if metric and self.is_finished else None
 
     def measured(self) -> list[str]:
         """Names that `value` knows."""
         compared = [n for n, e in self.results.items() if isinstance(e, Mapping) and ("tuned" in e or "base" in e)]
-        logged = {key for row in self.metrics for key in row if key.startswith("validation/")}
-        return [*compared, *(key.removeprefix("validation/") for key in sorted(logged))]
+        return [*compared, *sorted({key for row in self.metrics for key in row if key.startswith("validation/")})]
 
     def interval(self, metric: str) -> tuple[float, float] | None:
         entry = self.results.get(metric)
@@ -93,6 +103,7 @@ def read_run(folder: Path) -> Run:
     if not is_ours:
         _require_logged(folder)
     results = _of_evaluation(folder, evaluation, "results.json")
+    is_finished = manifest.exists() or (evaluation == folder and results.exists())
     return Run(
         name=folder.name,
         folder=folder,
@@ -102,7 +113,7 @@ def read_run(folder: Path) -> Run:
         results=runs.read_json(results) if results.exists() else {},
         evaluation=evaluation,
         fields=sealed["fields"] if is_ours else {},
-        is_finished=manifest.exists() or results.exists(),
+        state=FINISHED if is_finished else "not finished",
     )
 
 
@@ -113,9 +124,11 @@ def _of_evaluation(folder: Path, evaluation: Path, name: str) -> Path:
 
 def _require_logged(folder: Path) -> None:
     """An unfinished run has no manifest, but its newest checkpoint seals the metrics up to its step."""
-    log, newest = folder / "metrics.jsonl", sorted((folder / "checkpoints").glob("step_*/state.json"))[-1:]
-    if newest and log.exists() and (newest[0].parent / runs.MANIFEST).exists():
-        state = runs.read_json(sealed_file(newest[0].parent, newest[0].name))
+    from laddpo.core.checkpoint import STATE, step_folders
+
+    log, newest = folder / "metrics.jsonl", step_folders(folder / "checkpoints")[:1]
+    if newest and log.exists() and (newest[0] / runs.MANIFEST).exists():
+        state = runs.read_json(sealed_file(newest[0], STATE))
         runs.JsonLines(log).require(state["metrics"])
 
 
@@ -135,6 +148,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _sweep_job(folder: Path, job: Mapping[str, Any]) -> Run:
     run = read_run(folder / job["folder"])
     run.name = f"{folder.name}/{job['folder']}"
+    run.state = job_state(job["exit_code"], bool(run.settings))
     run.overrides = dict(text.lstrip("+").split("=", 1) for text in job["overrides"] if "=" in text)
     return run
 
@@ -153,9 +167,11 @@ def _tell_apart(found: Sequence[Run]) -> None:
 
 
 def chosen_metric(found: Sequence[Run], wanted: str | None) -> str | None:
-    """`wanted`, else the first usual result that any run has; None where nothing was measured."""
+    """`wanted`, else the first usual result that any finished run has; None where there is none."""
     known = list(dict.fromkeys(name for run in found for name in run.measured()))
     if wanted is not None:
+        if wanted not in known and f"validation/{wanted}" in known:
+            return f"validation/{wanted}"
         if wanted not in known:
             guess = nearest(wanted, known)
             hint = f"did you mean {guess}?" if guess else "choose one of them."
@@ -163,8 +179,10 @@ def chosen_metric(found: Sequence[Run], wanted: str | None) -> str | None:
                 f"report.metric is {wanted!r}; these runs measured: {', '.join(known) or 'nothing'}; {hint}"
             )
         return wanted
-    of_tasks = [name for name in known if name.endswith("/exact_match")]
-    return next((name for name in (FIRST_METRICS[0], *of_tasks, *FIRST_METRICS[1:]) if name in known), None)
+    known = list(dict.fromkeys(name for run in found if run.is_finished for name in run.measured()))
+    of_tasks = [name for name in known if name.endswith("/exact_match") and name not in VALIDATION]
+    usual = (FIRST_METRICS[0], *of_tasks, *FIRST_METRICS[1:], *VALIDATION)
+    return next((name for name in usual if name in known), None)
 
 
 def report_page(found: Sequence[Run], settings: ReportSettings, plots: Path) -> str:
@@ -185,33 +203,70 @@ def report_page(found: Sequence[Run], settings: ReportSettings, plots: Path) -> 
     title = found[0].name if len(found) == 1 else f"{len(found)} runs"
     unfinished = sum(not run.is_finished for run in found)
     summary = f"Sorted by {metric}. " if metric and len(found) > 1 else ""
-    summary += f"{unfinished} of {len(found)} unfinished. " if unfinished else ""
+    summary += f"{unfinished} of {len(found)} unfinished, listed apart. " if unfinished and len(found) > 1 else ""
+    summary += f"This run is {found[0].state}. " if unfinished and len(found) == 1 else ""
     return page.page(title, summary + "Intervals are 95%; base is the model before training.", blocks)
 
 
 def _heading(run: Run) -> str:
-    return ", ".join([run.name, *(f"{key}={value}" for key, value in list(run.overrides.items())[:4])])
+    state = [] if run.is_finished else [run.state]
+    return ", ".join([run.name, *(f"{key}={value}" for key, value in list(run.overrides.items())[:4]), *state])
 
 
 def _sorted(found: Sequence[Run], metric: str | None, is_higher_better: bool) -> list[Run]:
     def key(run: Run) -> tuple[bool, float]:
-        value = run.value(metric) if metric else None
+        value = run.rank(metric)
         return value is None, 0.0 if value is None else -value if is_higher_better else value
 
     return sorted(found, key=key)
 
 
 def _overview(found: Sequence[Run], metric: str | None, is_higher_better: bool) -> str:
-    """One line for each run, best first."""
+    """One line for each run, best first; then, apart from them, the runs that are not ranked."""
+    if len(found) == 1:
+        of_run = _run_rows if found[0].is_finished else _rest_rows
+        return page.section("Result", page.table(*of_run(found, metric)))
+    ranked = [run for run in _sorted(found, metric, is_higher_better) if run.rank(metric) is not None]
+    rest = [run for run in found if run not in ranked]
+    blocks = [page.table(*_run_rows(ranked, metric), 0)] if ranked else []
+    if rest:
+        why = f"Not ranked: no final {metric.replace('_', ' ')}." if metric else "Not ranked: no result is final."
+        blocks += [page.paragraph(why), page.table(*_rest_rows(rest, metric))]
+    return page.section("Runs", *blocks)
+
+
+def _varied(found: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(key for run in found for key in run.overrides))[:6]
+
+
+def _rest_rows(found: Sequence[Run], metric: str | None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of runs that are not ranked: how they ended, and what they measured so far."""
+    varied = _varied(found)
+    header = ["run", *(key.rsplit(".", 1)[-1].replace("_", " ") for key in varied), "state", "step"]
+    rows = []
+    for run in found:
+        steps = [row["step"] for row in run.metrics if "step" in row]
+        settings = [str(run.overrides.get(key, "-")) for key in varied]
+        rows.append([run.name, *settings, run.state, str(steps[-1]) if steps else "-"])
+    for name in dict.fromkeys((*([metric] if metric else []), *FIRST_METRICS, *VALIDATION)):
+        if any(run.value(name) is not None for run in found):
+            header.append(f"{name.replace('_', ' ')}{' so far' if name.startswith('validation/') else ''}")
+            for run, row in zip(found, rows, strict=True):
+                row.append(_change(run, name))
+    return header, rows
+
+
+def _run_rows(found: Sequence[Run], metric: str | None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of runs in their order."""
     shown = [name for name in dict.fromkeys((metric, *FIRST_METRICS, "reward_margin")) if name]
     shown = [name for name in shown if any(run.value(name) is not None for run in found)]
-    varied = list(dict.fromkeys(key for run in found for key in run.overrides))[:6] if len(found) > 1 else []
+    varied = _varied(found) if len(found) > 1 else []
     header = ["run", *(key.rsplit(".", 1)[-1].replace("_", " ") for key in varied)]
     for name in shown:
         header += [name.replace("_", " "), "interval"] if name == metric else [name.replace("_", " ")]
     header += ["loss", "chosen fall", "step kept", "peak GiB", "minutes"]
     rows = []
-    for run in _sorted(found, metric, is_higher_better):
+    for run in found:
         row = [run.name, *(str(run.overrides.get(key, "-")) for key in varied)]
         for name in shown:
             row.append(_change(run, name))
@@ -230,9 +285,7 @@ def _overview(found: Sequence[Run], metric: str | None, is_higher_better: bool) 
         rows.append(row)
     empty = [i for i in range(1, len(header)) if all(row[i] == "-" for row in rows)]
     header, *rows = ([cell for i, cell in enumerate(row) if i not in empty] for row in (header, *rows))
-    return page.section(
-        "Runs" if len(found) > 1 else "Result", page.table(header, rows, 0 if len(found) > 1 and metric else None)
-    )
+    return header, rows
 
 
 def _change(run: Run, name: str) -> str:
@@ -254,7 +307,11 @@ def _logged(run: Run, name: str) -> str:
 
 def _comparison(found: Sequence[Run], metric: str, is_higher_better: bool, plots: Path) -> str:
     """Heat maps and lines over what varied."""
-    jobs = [SweepJob(run.overrides, run.value(metric), run.interval(metric), str(run.folder)) for run in found]
+    jobs = []
+    for run in found:
+        value = run.rank(metric)
+        state = f"{FINISHED}, without {metric}" if run.is_finished and value is None else run.state
+        jobs.append(SweepJob(run.overrides, value, run.interval(metric), str(run.folder), state))
     whole = sweep_table(jobs, metric, is_higher_better)
     if not whole.keys:
         return ""

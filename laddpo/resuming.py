@@ -29,6 +29,7 @@ from laddpo.planning import pairs_per_process, pairs_per_step
 from laddpo.ranges import leaves
 from laddpo.redaction import redact
 from laddpo.settings import RunConfig
+from laddpo.visible import visible
 
 # What a resumed run may change: where it runs, how it reports, how often it saves, and how long it trains. What is
 # recommended for a model is where other settings take their values from: those are compared. Of a step's pairs the
@@ -216,7 +217,7 @@ def resumed_settings(asked: Asked, stage: str) -> RunConfig | None:
         try:
             stored = _read_run(folder)
         except UserError as error:
-            _say(f"note: resume=true: passing over an unfinished run. {error}")
+            _say(visible(f"note: resume=true: passing over an unfinished run. {error}"))
             continue
         merged, differences = _merge(asked, folder, stored, WHERE)
         if not differences:

@@ -93,7 +93,7 @@ class QuantizationSettings:
 @dataclass
 class Columns:
     """Names of the row fields that hold the texts. `candidates` is a list beside a question, `candidate` one of a file
-    of candidates."""
+    of candidates, `response` the one text that sft learns."""
 
     prompt: str | None = "prompt"
     chosen: str | None = "chosen"
@@ -102,11 +102,12 @@ class Columns:
     answer: str | None = None
     candidates: str | None = "candidates"
     candidate: str | None = "candidate"
+    response: str | None = "response"
 
 
 def unnamed_columns() -> Columns:
     """Columns that nobody named: those that the source knows."""
-    return Columns(prompt=None, chosen=None, rejected=None, candidates=None, candidate=None)
+    return Columns(prompt=None, chosen=None, rejected=None, candidates=None, candidate=None, response=None)
 
 
 @dataclass
@@ -287,7 +288,7 @@ class LoggerSettings:
 
 @dataclass
 class SftSettings:
-    examples: str = "corpus"
+    examples: str = "auto"
     num_examples: int = 20000
     mistake_share: float = 0.6
     drill_share: float = 0.0

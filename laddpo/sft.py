@@ -1,11 +1,13 @@
 """Supervised fine-tuning by the diffusion likelihood: the negative ELBO per token as loss, the same loop as DPO.
 
+    python -m laddpo.sft data=jsonl data.dataset_name=rows.jsonl    trains on the rows of a file: prompt and response
     python -m laddpo.sft experiment=make_llada_nano    makes llada_nano from random weights, minutes on a CPU
     python -m laddpo.sft sft=control                   the control beside every DPO run: the chosen responses alone
 
-`sft.examples=corpus` trains on generated arithmetic with a share of mistaken solutions, `chosen` on the chosen side of
-the prepared pairs; that one ends by evaluating base and tuned model like train. DPO starts from its result by
-adapter.path=<run>/adapter, or model.model_name_or_path=<run>/model.
+`sft.examples=auto` takes the generated corpus where the data are generated, and the rows of the data elsewhere: a
+response, a conversation, or the chosen side of a pair. `corpus` is generated arithmetic with a share of mistaken
+solutions, `chosen` the chosen side of the prepared pairs. Rows and chosen sides end by evaluating base and tuned model.
+DPO starts from the result by adapter.path=<run>/adapter, or model.model_name_or_path=<run>/model.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from laddpo.app import given_overrides, run_stage
+from laddpo.datachecks import sft_examples
 from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 
@@ -40,10 +43,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
             f"rounds is {config.data.rounds}, which only python -m laddpo.train knows; expected 1. Leave it out; the "
             "questions and steps of several rounds are data.sampling.num_questions and optim.max_train_steps."
         )
-    if config.best_metric not in ("auto", "none", "exact_match"):
+    measured = ("auto", "none", "exact_match", *(["loss"] if sft_examples(config) == "rows" else []))
+    if config.best_metric not in measured:
         raise UserError(
             f"best_metric is {config.best_metric!r}, which is measured on preference pairs, and sft has none; expected "
-            "auto, exact_match or none."
+            f"one of {', '.join(measured)}."
         )
     place = find_run(config, run_folder)
     if place.is_finished:
@@ -63,12 +67,13 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
     from laddpo.core.tasks import SftTask
-    from laddpo.evaluate import evaluate_run, open_tasks
+    from laddpo.evaluate import EXAMPLES, evaluate_run, open_tasks
+    from laddpo.evaluation.heldout import measured_rows
     from laddpo.evaluation.plots import training_plot
     from laddpo.machine import find_machine
     from laddpo.models.loading import load_tokenizer
     from laddpo.preference.prepared import chosen_examples
-    from laddpo.prepare import open_prepared
+    from laddpo.prepare import open_examples, open_prepared
     from laddpo.training import (
         SEALED,
         Validation,
@@ -83,11 +88,20 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.tuned import tuned_weights
 
     inputs.check_before_loading(config, hash_again=not config.sft.from_scratch)
-    is_evaluated = config.sft.examples == "chosen" and config.evaluation.at_end
+    kind = sft_examples(config)
+    is_evaluated = kind != "corpus" and config.evaluation.at_end
     test_tasks = open_tasks(config) if is_evaluated else []
     tokenizer = load_tokenizer(inputs.model_path(config), config.model.revision)
-    prepared = open_prepared(config) if config.sft.examples == "chosen" else None
-    examples = chosen_examples(prepared.train) if prepared else corpus_examples(config, tokenizer)
+    prepared, held_out = None, []
+    if kind == "corpus":
+        examples = corpus_examples(config, tokenizer)
+    elif kind == "chosen":
+        prepared = open_prepared(config)
+        examples = chosen_examples(prepared.train)
+    else:
+        prepared = open_examples(config)
+        examples, held_out = prepared.train, list(prepared.validation)[: config.evaluation.num_pairs]
+        check_held_out(config, prepared)
     data = prepared.content if prepared else pins.examples_pin(examples)
     pinned = pins.make(config, data, config.sft.from_scratch)
     pins.require_like_siblings(folder, pinned, config)
@@ -107,15 +121,17 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     estimator = ElboEstimator("count", "low_discrepancy", draws_of(config), config.seed, mask_rounds=sys.maxsize)
     backward = machine.choice.setup.backward
     task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget, backward, ranks)
-    validation = Validation(config, loaded, [], 1, validation_tasks(config), stop=stop)
+    rows = measured_rows(held_out, config.evaluation.diffusion_samples, config.seed)
+    validation = Validation(config, loaded, [], 1, validation_tasks(config), stop=stop, rows=rows)
     settings = loop_settings(config, len(examples), validation.best_metric)
     masks = "mask" if draws_of(config) == 1 else "masks"
-    rows = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} {masks} each"
-    print(f"SFT: {settings.total_steps} steps of {rows}")
+    per_step = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} {masks} each"
+    print(f"SFT on {source_of(config)}: {settings.total_steps} steps of {per_step}")
     optim = config.optim
     at_step = resume_step(folder) if is_resumed else None
+    of_weights = {EXAMPLES: kind} if kind == "rows" else {}
     with (
-        run_outputs(config, folder, loaded, at_step, validation, pinned) as outputs,
+        run_outputs(config, folder, loaded, at_step, validation, pinned, of_weights) as outputs,
         fault_reports(folder, parameters, config.seed, ranks),
     ):
         state = train_loop(
@@ -136,7 +152,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             outputs.metrics.read(),
             folder / "plots" / "training.png",
             timing=outputs.timing.read(),
-            title=f"{config.model.name}: SFT on {config.sft.examples}",
+            title=f"{config.model.name}: SFT on {source_of(config)}",
             best_step=state.best_step if settings.best_metric else None,
         )
     shown: list[str] = []  # for people, once nothing of the run can be lost
@@ -153,9 +169,29 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         "start": loaded.weights,
         "pins": pinned,
     }
+    if kind == "rows":
+        fields[EXAMPLES] = kind
     runs.write_manifest(folder, "sft", fields, runs.present(folder, SEALED), **runs.provenance())
     if shown:
         print("\n".join(shown))
+
+
+def source_of(config: RunConfig) -> str:
+    """What this run trains on, in a few words."""
+    name = config.data.dataset_name or config.data.source
+    return {"corpus": "the generated corpus", "chosen": "chosen responses", "rows": f"the rows of {name}"}[
+        sft_examples(config)
+    ]
+
+
+def check_held_out(config: RunConfig, prepared) -> None:
+    """Refuse a run whose best checkpoint is chosen by held-out rows that are not there."""
+    if config.best_metric == "loss" and not len(prepared.validation):
+        raise UserError(
+            f"{prepared.folder}: holds no validation row and best_metric is 'loss', which is measured on them "
+            f"(DATA-88). Raise data.validation_fraction (it is {config.data.validation_fraction:g}; the split is by "
+            "prompt), or set best_metric=auto."
+        )
 
 
 def draws_of(config: RunConfig) -> int:
@@ -207,7 +243,7 @@ def example_lengths(config: RunConfig, examples: Sequence[EncodedExample]) -> Le
     from laddpo.planning import prepared_lengths
 
     lengths = np.array([(len(example.prompt_ids), len(example.response_ids)) for example in examples])
-    return prepared_lengths(lengths, draws_of(config), f"sft.examples={config.sft.examples}")
+    return prepared_lengths(lengths, draws_of(config), source_of(config))
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) 
             overrides = arm_overrides(config, arm, seed)
             write_checked(place / JOB_FILE, {"overrides": overrides})
             code = run_child(child_command(sweep, overrides, place), place, log=place / "log.txt")
+            runs.write_json(place / JOB_FILE, {"overrides": overrides, "exit_code": code})
             if code == EXIT_STOPPED or is_stopping():
                 raise Stopped(f"{folder}: stopped.", f"Run the same command with resume=true output_dir={folder}.")
             if code != EXIT_DONE:
@@ -229,18 +230,36 @@ def asked_of(config: RunConfig) -> list[str]:
     return [*flags, *given]
 
 
+def run_state(place: Path) -> str:
+    """How a run that is in no number of the page ended."""
+    from laddpo import runs
+    from laddpo.sweep import JOB_FILE
+    from laddpo.sweepresults import job_state
+
+    if (place / runs.MANIFEST).exists():
+        return "finished, without answers of both models to the same problems"
+    job = place / JOB_FILE
+    code = runs.read_json(job).get("exit_code") if job.exists() else None
+    return job_state(code, has_begun=job.exists())
+
+
 def write_page(config: RunConfig, folder: Path) -> dict:
     """study.json, study.md and study.png of what is finished, asked for this time or before."""
     from laddpo import runs
     from laddpo.evaluation import studies
 
     study = config.study
-    read = []
+    read, unfinished = [], []
     for arm in study.arms:
         found = [studies.read_outcome(folder / f"{arm.name}-{seed}", seed) for seed in study.seeds]
         outcomes = [outcome for outcome in found if outcome is not None]
+        for seed, outcome in zip(study.seeds, found, strict=True):
+            if outcome is None:
+                name = f"{arm.name}-{seed}"
+                unfinished.append({"run": name, "state": run_state(folder / name)})
         read.append(studies.Arm(arm.name, arm.factor, arm.stage, arm.overrides, arm.against, outcomes))
     content = studies.study_json(read, [studies.Claim(c.arm, c.against, c.margin) for c in study.claims])
+    content["unfinished"] = unfinished
     content["settings"] = shared_overrides(config)
     title, command = f"Study {study.name}", shlex.join(["python", "-m", "laddpo.study", *asked_of(config)])
     runs.write_json(folder / "study.json", content)

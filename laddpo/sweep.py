@@ -38,8 +38,17 @@ from laddpo.folders import owned, refuse_others
 from laddpo.locks import open_own
 from laddpo.pathchecks import path_problem
 from laddpo.resuming import read_command, write_command
-from laddpo.runs import JsonLines, read_json, write_json, write_text
+from laddpo.runs import JsonLines, read_json, write_json
 from laddpo.seals import damages, read_checked, sealed_file, write_checked
+from laddpo.sweepresults import (
+    LOWER_IS_BETTER,
+    VALIDATION,
+    job_state,
+    jobs_table,
+    objective,
+    picture_sweep,
+    ranking_metric,
+)
 from laddpo.tuned import AT_ONCE
 
 SWEEP_FILE = "sweep.json"
@@ -180,7 +189,8 @@ def quoted(text: str) -> str:
 class JobTask:
     """What Hydra's launcher calls for each job: run it as a child process. Picklable, so that it can run elsewhere.
 
-    Returns the job's number to maximise for sweepers that learn from it; nan when the job failed.
+    Returns the job's number to maximise for sweepers that learn from it: the same measure for all jobs of the sweep,
+    nan for a job that did not finish or does not have it.
     """
 
     sweep: Sweep
@@ -201,7 +211,7 @@ class JobTask:
             write_checked(done, {"overrides": overrides, "exit_code": code})
             if code == EXIT_STOPPED:
                 _stop_requested.set()
-        return objective(find_results(folder))
+        return job_objective(self.sweep.folder, folder)
 
 
 def child_command(sweep: Sweep, overrides: Sequence[str], folder: Path) -> list[str]:
@@ -294,14 +304,17 @@ def find_results(folder: Path) -> dict[str, Any]:
     return found
 
 
-def objective(results: dict[str, Any]) -> float:
-    """The one number to maximise that says how good a job was: the first of RESULT_COLUMNS that it has, losses with
-    their sign changed; nan without any."""
-    for name in RESULT_COLUMNS:
-        value = results.get(name)
-        if isinstance(value, dict) and isinstance(value.get("tuned"), int | float):
-            return float(-value["tuned"] if name in LOWER_IS_BETTER else value["tuned"])
-    return math.nan
+def job_objective(sweep: Path, folder: Path) -> float:
+    """The objective of a job by the measure that ranks its sweep, which is that of the first finished job."""
+    finished = {
+        int(path.parent.name): path.parent
+        for path in sweep.glob(f"*/{JOB_FILE}")
+        if path.parent.name.isdigit() and read_json(path).get("exit_code") == EXIT_DONE
+    }
+    if not any(place.samefile(folder) for place in finished.values()):
+        return math.nan
+    metric = ranking_metric(find_results(finished[number]) for number in sorted(finished))
+    return objective(find_results(folder), [metric] if metric else [])
 
 
 def write_sweep_file(sweep: Sweep, jobs: list[list[str]]) -> list[dict[str, Any]]:
@@ -309,63 +322,22 @@ def write_sweep_file(sweep: Sweep, jobs: list[list[str]]) -> list[dict[str, Any]
     places = [path for path in sweep.folder.glob(f"*/{JOB_FILE}") if path.parent.name.isdigit()]
     found = {int(path.parent.name): read_checked(path, JOB_KEYS) for path in places}
     numbers = sorted(found.keys() | set(range(len(jobs))))
-    records = [
-        {
-            "job": number,
-            "overrides": found[number]["overrides"] if number in found else jobs[number],
-            "exit_code": found[number]["exit_code"] if number in found else None,
-            "folder": str(number),
-            "results": find_results(sweep.folder / str(number)),
-        }
-        for number in numbers
-    ]
+    records = []
+    for number in numbers:
+        folder = sweep.folder / str(number)
+        code = found[number]["exit_code"] if number in found else None
+        records.append(
+            {
+                "job": number,
+                "overrides": found[number]["overrides"] if number in found else jobs[number],
+                "exit_code": code,
+                "state": job_state(code, (folder / "config.yaml").exists()),
+                "folder": str(number),
+                "results": find_results(folder),
+            }
+        )
     write_checked(sweep.folder / SWEEP_FILE, {"stage": sweep.stage, "jobs": records})
     return records
-
-
-def picture_sweep(folder: Path, records: list[dict[str, Any]]) -> None:
-    """sweep.md and plots/sweep.png over the jobs' result: the first of RESULT_COLUMNS that any of them has."""
-    metric = next((name for name in RESULT_COLUMNS if any(name in record["results"] for record in records)), None)
-    if metric is None:
-        return
-    from laddpo.evaluation.sweeps import SweepJob, sweep_plot, sweep_table
-    from laddpo.evaluation.tables import sweep_markdown
-
-    jobs = []
-    for record in records:
-        entry = record["results"].get(metric) or {}
-        overrides = dict(text.lstrip("+").split("=", 1) for text in record["overrides"] if "=" in text)
-        jobs.append(SweepJob(overrides, entry.get("tuned"), entry.get("tuned_interval"), record["folder"]))
-    table = sweep_table(jobs, metric, is_higher_better=metric not in LOWER_IS_BETTER)
-    write_text(folder / "sweep.md", sweep_markdown(table) + "\n")
-    title = f"best {metric.replace('_', ' ')} of a run" if metric in VALIDATION else metric.replace("_", " ")
-    sweep_plot(
-        table, folder / "plots" / "sweep.png", title=title if metric in VALIDATION else f"{title} after training"
-    )
-
-
-def jobs_table(records: list[dict[str, Any]]) -> str:
-    """One line for each job: what was varied, how it ended, what came out."""
-    common = set.intersection(*(set(record["overrides"]) for record in records)) if len(records) > 1 else set()
-    shown = [name for name in RESULT_COLUMNS if name not in VALIDATION or any(name in r["results"] for r in records)]
-    rows = [["job", "settings", "exit", *shown]]
-    for record in records:
-        varied = " ".join(text for text in record["overrides"] if text not in common) or "-"
-        code = "not run" if record["exit_code"] is None else str(record["exit_code"])
-        numbers = [_shown(record["results"].get(name)) for name in shown]
-        rows.append([str(record["job"]), varied, code, *numbers])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def _shown(value: Any) -> str:
-    """`0.512 -> 0.634` of a before-and-after result."""
-    if not isinstance(value, dict):
-        return "-"
-    numbers = [value.get(name) for name in ("base", "tuned")]
-    return " -> ".join(f"{number:.3f}" for number in numbers if isinstance(number, int | float)) or "-"
 
 
 def exit_code(records: list[dict[str, Any]]) -> int:
@@ -383,6 +355,3 @@ class _SweepStopped(BaseException):
 
 
 _stop_requested = threading.Event()
-VALIDATION = ("validation/exact_match", "validation/loss")
-RESULT_COLUMNS = ("exact_match", "reward_accuracy", *VALIDATION)
-LOWER_IS_BETTER = ("validation/loss",)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from laddpo.core.ranks import Ranks, whole
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import NonFiniteStep, RunFault, Stopped
+from laddpo.evaluation.heldout import row_losses
 from laddpo.evaluation.margins import score_preferences
 from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
 from laddpo.inputs import Loaded
@@ -36,6 +38,7 @@ from laddpo.settings import RunConfig
 from laddpo.signals import StopFlag
 from laddpo.tracking import Trackers
 from laddpo.tuned import what_is_left
+from laddpo.visible import visible
 
 SEALED = (  # of a finished run
     *("config.yaml", "metrics.jsonl"),
@@ -97,8 +100,10 @@ def run_outputs(
     resume_step: int | None,
     validation: Validation | None = None,
     pins: Mapping[str, Any] | None = None,
+    more_fields: Mapping[str, object] = MappingProxyType({}),
 ) -> Iterator[RunOutputs]:
-    """Where the loop writes: weights, metrics, sample answers, and the trackers, closed at the end."""
+    """Where the loop writes: weights, metrics, sample answers, and the trackers, closed at the end. `more_fields` go
+    into the manifest of the weights."""
     is_full = config.adapter.kind == "full"
     best, last = (inputs.MODEL, inputs.MODEL_LAST) if is_full else (inputs.ADAPTER, inputs.ADAPTER_LAST)
 
@@ -118,7 +123,7 @@ def run_outputs(
                 files += loading.copy_tokenizer(inputs.model_path(config), config.model.revision, target)
             else:
                 files = adapters.save_adapter(loaded.model, target, state)
-            fields = {"step": step, "base": loaded.weights, "pins": dict(pins or {})}
+            fields = {"step": step, "base": loaded.weights, "pins": dict(pins or {}), **more_fields}
             runs.write_manifest(target, "weights", fields, files, **runs.provenance())
 
     settings = dataclasses.asdict(config.logger)
@@ -194,8 +199,8 @@ def resume_step(folder: Path) -> int:
 
 @dataclass
 class Validation:
-    """Held-out pairs and problems, measured during training. `show(step, text)` takes a few answers as they are now;
-    where no task is answered they are made for `prompts`."""
+    """Held-out pairs (DPO) or rows (SFT) and problems, measured during training. `show(step, text)` takes a few answers
+    as they are now; where no task is answered they are made for `prompts`."""
 
     config: RunConfig
     loaded: Loaded
@@ -205,17 +210,18 @@ class Validation:
     stop: StopFlag | None = None
     prompts: list[np.ndarray] = field(default_factory=list)
     show: Callable[[int, str], None] = lambda step, text: None
+    rows: Sequence[Item] = ()
 
     @property
     def is_wanted(self) -> bool:
-        return bool(self.items or self.tasks)
+        return bool(self.items or self.rows or self.tasks)
 
     @property
     def best_metric(self) -> str | None:
         """What chooses the checkpoint: exact match where the data has a grader, else the validation loss."""
         if self.config.best_metric != "auto":
             return None if self.config.best_metric == "none" else f"validation/{self.config.best_metric}"
-        return EXACT_MATCH if self.tasks else LOSS if self.items else None
+        return EXACT_MATCH if self.tasks else LOSS if self.items or self.rows else None
 
     def measure(self, step: int) -> dict[str, float]:
         """Validation metrics of the model as it is now."""
@@ -227,6 +233,10 @@ class Validation:
             scored = (self.items, objective, self.block, budget, ranks, self.stop)
             scores = score_preferences(self.loaded.denoiser, *scored)
             metrics.update(scores.metrics())
+        if self.rows:
+            machine = self.loaded.machine
+            losses = row_losses(self.loaded.denoiser, self.rows, machine.token_budget, machine.ranks, self.stop)
+            metrics[LOSS] = float(losses.mean())
         # answers of a model on its way are in no file: they are made within one evaluation, or anew
         records = [
             answer_task(self.config, self.loaded, task, None, {}, "validation", self.stop) for task in self.tasks
@@ -235,7 +245,7 @@ class Validation:
             shares = [sum(record["correct"] for record in of_task) / len(of_task) for of_task in records]
             metrics[EXACT_MATCH] = sum(shares) / len(shares)
         if samples := self._samples(records):
-            self.show(step, samples)
+            self.show(step, visible(samples))
         return metrics
 
     def _samples(self, records: list[list[dict]]) -> str:

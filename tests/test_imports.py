@@ -25,6 +25,7 @@ FLOORS = {
     "locks": 0,
     "folders": 0,
     "pathchecks": 0,
+    "visible": 0,
     "settings": 0,
     "stagesettings": 0,
     "ranges": 0,

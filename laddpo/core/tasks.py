@@ -44,6 +44,11 @@ def pair_item(
     return Item(pair.id, sides, reference)
 
 
+def example_item(row: EncodedExample, estimator: ElboEstimator, draws: Sequence[int]) -> Item:
+    """An SFT row under the draws `draws`."""
+    return Item(row.id, (estimator.sequences(row.id, RESPONSE, row.prompt_ids, row.response_ids, draws),))
+
+
 def stored_pair(pair: EncodedPair) -> StoredPair:
     """The address of a pair's reference values: its id and the digest of its tokens."""
     return StoredPair(pair.id, token_digest(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
@@ -126,11 +131,7 @@ class SftTask:
     def items(self, indices: Sequence[int], epoch: int) -> list[Item]:
         """The rows with their draws of this epoch."""
         draws = self.estimator.draw_indices(epoch)
-        rows = [self.examples[i] for i in indices]
-        return [
-            Item(row.id, (self.estimator.sequences(row.id, RESPONSE, row.prompt_ids, row.response_ids, draws),))
-            for row in rows
-        ]
+        return [example_item(self.examples[i], self.estimator, draws) for i in indices]
 
     def accumulate(self, indices: Sequence[int], epoch: int, loss_scale: float) -> dict[str, float]:
         """Gradient of the mean loss of these rows, times `loss_scale`; metrics of the step."""

@@ -6,7 +6,7 @@ can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,15 +82,30 @@ def score_preferences(
 ) -> PreferenceScores:
     """The policy's values on held-out pairs, whose items carry the reference's; several ranks share them out.
 
+    Raises `Stopped` as `score_windows` does.
+    """
+    parts = [draws.cpu() for _, draws in score_windows(denoiser, items, token_budget, ranks, stop)]
+    return PreferenceScores(items, torch.cat(parts), objective, block)
+
+
+def score_windows(
+    denoiser: Denoiser,
+    items: Sequence[Item],
+    token_budget: int | TokenBudget,
+    ranks: Ranks = ALONE,
+    stop: StopFlag | None = None,
+) -> Iterator[tuple[Sequence[Item], Tensor]]:
+    """Items a window at a time, with their per-draw values; several ranks share them out.
+
     Raises `Stopped` after a signal, before the next micro-step; several ranks stop together, before the next window.
     """
-    budget, parts = TokenBudget.of(token_budget), []
+    budget = TokenBudget.of(token_budget)
     with budget.stoppable(stop, ranks):
         for start in range(0, len(items), WINDOW):
             if start and stop is not None and ranks.agree_to_stop(stop):
-                raise Stopped(f"scoring pairs: stopped by {stop.name}.", "Give the command again.")
-            parts.append(score_shared(denoiser, items[start : start + WINDOW], budget, ranks).cpu())
-    return PreferenceScores(items, torch.cat(parts), objective, block)
+                raise Stopped(f"scoring held-out rows: stopped by {stop.name}.", "Give the command again.")
+            window = items[start : start + WINDOW]
+            yield window, score_shared(denoiser, window, budget, ranks)
 
 
 def length_buckets(scores: PreferenceScores, buckets: int = 4) -> list[dict[str, Any]]:

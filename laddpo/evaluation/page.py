@@ -14,6 +14,7 @@ from typing import Any
 
 from laddpo.evaluation.sweeps import SweepTable, number_text
 from laddpo.evaluation.tables import shortened
+from laddpo.visible import visible
 
 
 def page(title: str, summary: str, blocks: Sequence[str]) -> str:
@@ -30,7 +31,8 @@ def page(title: str, summary: str, blocks: Sequence[str]) -> str:
 
 
 def text(value: Any) -> str:
-    return html.escape(str(value))
+    """Text from anywhere as HTML, control characters shown."""
+    return html.escape(visible(str(value)))
 
 
 def section(title: str, *blocks: str) -> str:
@@ -74,7 +76,7 @@ def heat_table(sweep: SweepTable) -> str:
         for column in columns:
             cell = cells.get((row, column))
             if cell is None or cell.mean is None:
-                line += f"<td>{'failed' if cell else ''}</td>"
+                line += f"<td>{text(cell.state_text) if cell else ''}</td>"
                 continue
             share = (cell.mean - low) / (high - low) if high > low else 0.4
             grey = round(240 - 170 * (share if sweep.is_higher_better else 1 - share))

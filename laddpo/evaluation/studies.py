@@ -169,6 +169,9 @@ def study_markdown(content: Mapping[str, Any], title: str, command: str) -> str:
     blocks = [f"# {title}", f"`{command}`", INTRODUCTION]
     if content["missing"]:
         blocks.append(f"Not finished: {', '.join(content['missing'])}.")
+    if content.get("unfinished"):
+        runs_of_it = ", ".join(f"{run['run']} ({run['state']})" for run in content["unfinished"])
+        blocks.append(f"Runs that are in no number below: {runs_of_it}.")
     blocks += ["## What it decides", "\n".join(f"- {claim['text']}" for claim in content["claims"])]
     by_factor: dict[str, list] = {}
     for row in content["arms"]:
@@ -226,7 +229,9 @@ def _facts(first: Path, last: Path) -> dict[str, float]:
     answered = [row for row in rows if EXACT_MATCH in row]
     if answered:
         found["validation_last"] = answered[-1][EXACT_MATCH]
-        found["validation_kept"] = max(row[EXACT_MATCH] for row in answered)
+        at_kept = [row[EXACT_MATCH] for row in answered if row["step"] == found["step_kept"]]
+        if at_kept:  # not the best of another step, which is no checkpoint
+            found["validation_kept"] = at_kept[-1]
     kept = next((row for row in rows if row["step"] == found["step_kept"] and "validation/chosen_fall" in row), None)
     if kept is not None:
         found["chosen_fall"] = kept["validation/chosen_fall"]

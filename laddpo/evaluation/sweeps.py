@@ -1,12 +1,14 @@
 """A sweep as a table and a picture: jobs with overrides and a metric go in, one cell per combination comes out.
 
-Repetitions over seeds are pooled. Two swept keys give a heat map with numbers, one numeric key a line with intervals.
+Only finished jobs that have the metric are ranked; the others are listed apart with their state. Repetitions over seeds
+are pooled. Two swept keys give a heat map with numbers, one numeric key a line with intervals.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +31,19 @@ Value = float | str
 
 @dataclass(frozen=True)
 class SweepJob:
-    """One job: the overrides it ran with, its metric (None: it failed or has none), the metric's interval if known."""
+    """One job: the overrides it ran with, its metric (None: it is not ranked), the metric's interval if known, its
+    state in words, and what else it measured."""
 
     overrides: Mapping[str, Any]
     value: float | None
     interval: tuple[float, float] | None = None
     folder: str = ""
+    state: str = ""
+    measured: str = ""
+
+    @property
+    def is_ranked(self) -> bool:
+        return self.value is not None and math.isfinite(self.value)
 
 
 @dataclass(frozen=True)
@@ -50,12 +59,17 @@ class SweepCell:
     @property
     def spread_text(self) -> str:
         """ "±0.012, 3 runs" for a pooled cell, else nothing."""
-        runs = [job.value for job in self.jobs if job.value is not None]
+        runs = [job.value for job in self.jobs if job.is_ranked]
         if len(runs) < 2:
             return ""
         if len(set(runs)) == 1:
             return f"{len(runs)} equal runs"
         return f"±{mean_with_error(runs).std_error:.2g}, {len(runs)} runs"
+
+    @property
+    def state_text(self) -> str:
+        """How its jobs ended, where none of them is ranked: "failed (exit code 1)", "not started"."""
+        return ", ".join(dict.fromkeys(job.state or "no value" for job in self.jobs)) if self.mean is None else ""
 
     def label(self, keys: Sequence[str]) -> str:
         """ "beta=0.5, loss=ipo": what tells this cell from the others."""
@@ -82,6 +96,17 @@ class SweepTable:
         """The best cell and those that equal it to the last digit, in the order of the table."""
         best = self.best
         return tuple(cell for cell in self.cells if best is not None and cell.mean == best.mean)
+
+    @property
+    def unranked(self) -> list[SweepJob]:
+        """The jobs that are listed apart."""
+        return [job for cell in self.cells for job in cell.jobs if not job.is_ranked]
+
+    @property
+    def unranked_text(self) -> str:
+        """ "not ranked: 1 failed (exit code 1), 2 not started", or nothing."""
+        counts = Counter(job.state or "no value" for job in self.unranked)
+        return "not ranked: " + ", ".join(f"{n} {state}" for state, n in counts.items()) if counts else ""
 
     @property
     def tie_text(self) -> str:
@@ -149,11 +174,11 @@ def number_text(value: Value) -> str:
 
 
 def _cell(values: tuple[Value, ...], jobs: list[SweepJob]) -> SweepCell:
-    known = [job.value for job in jobs if job.value is not None and math.isfinite(job.value)]
+    known = [job.value for job in jobs if job.is_ranked]
     if not known:
         return SweepCell(values, None, None, tuple(jobs))
     if len(known) == 1:
-        interval = next(job.interval for job in jobs if job.value is not None)
+        interval = next(job.interval for job in jobs if job.is_ranked)
         return SweepCell(values, known[0], interval, tuple(jobs))
     mean = mean_with_error(known)
     reach = 2 * mean.std_error
@@ -176,7 +201,7 @@ def _order(value: Value) -> tuple[bool, float, str]:
 
 
 def _draw_heat_map(figure: Figure, table: SweepTable) -> None:
-    """First swept key down, second across; darker is larger; a cell that is missing or failed says so."""
+    """First swept key down, second across; darker is larger; a cell without a finished job says how its jobs ended."""
     row_key, column_key = table.keys
     rows, columns = table.values_of(row_key), table.values_of(column_key)
     means = np.full((len(rows), len(columns)), np.nan)
@@ -188,7 +213,7 @@ def _draw_heat_map(figure: Figure, table: SweepTable) -> None:
     image = axes.imshow(np.ma.masked_invalid(means), cmap="Greys", aspect="auto", **_grey_range(means))
     for cell in table.cells:
         row, column = rows.index(cell.values[0]), columns.index(cell.values[1])
-        text = "failed" if cell.mean is None else number_text(cell.mean)
+        text = textwrap.fill(cell.state_text, 14) if cell.mean is None else number_text(cell.mean)
         if cell.spread_text:
             text += f"\n{cell.spread_text}"
         is_dark = cell.mean is not None and image.norm(cell.mean) > 0.55
@@ -213,7 +238,7 @@ def _draw_heat_map(figure: Figure, table: SweepTable) -> None:
     axes.set_xlabel(column_key, fontsize=9)
     axes.set_ylabel(row_key, fontsize=9)
     framed = f"framed: best, {len(table.winners)} tie" if len(table.winners) > 1 else "framed: best"
-    axes.set_title(f"{table.metric} ({framed})", fontsize=10, loc="left")
+    axes.set_title(f"{table.metric} ({framed})" if table.winners else table.metric, fontsize=10, loc="left")
     for side in axes.spines.values():
         side.set_visible(False)
 
@@ -231,7 +256,7 @@ def _grey_range(means: np.ndarray) -> dict[str, float]:
 def _draw_line(axes: Axes, table: SweepTable) -> None:
     """The metric over one numeric key; a wide range of positive values goes on a log axis."""
     cells = [cell for cell in table.cells if cell.mean is not None]
-    tidy(axes, table.metric)
+    tidy(axes, _title(table))
     x = [cell.values[0] for cell in cells]
     for value, cell in zip(x, cells, strict=True):
         if cell.interval is not None:
@@ -250,6 +275,11 @@ def _draw_line(axes: Axes, table: SweepTable) -> None:
     axes.margins(x=0.12, y=0.15)
 
 
+def _title(table: SweepTable) -> str:
+    """The metric, and which jobs are not in the picture."""
+    return f"{table.metric}\n{textwrap.fill(table.unranked_text, 60)}" if table.unranked else table.metric
+
+
 def _label_lines(table: SweepTable, cell: SweepCell) -> str:
     """A cell's label on as many lines as leave the picture its half."""
     return textwrap.fill(cell.label(table.keys), LABEL_WIDTH, break_on_hyphens=False)
@@ -259,9 +289,9 @@ def _draw_dots(axes: Axes, table: SweepTable) -> None:
     """One row per cell, best first."""
     cells = [cell for cell in table.sorted_cells() if cell.mean is not None]
     if not cells:
-        say_nothing(axes, f"no job has {table.metric}")
+        say_nothing(axes, f"no finished job has {table.metric}")
         return
-    tidy(axes, table.metric)
+    tidy(axes, _title(table))
     for row, cell in enumerate(cells):
         if cell.interval is not None:
             axes.hlines(row, *cell.interval, color=PALE, linewidth=6)

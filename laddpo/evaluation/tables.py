@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laddpo.evaluation.sweeps import SweepCell, SweepTable, number_text
+from laddpo.visible import visible
 
 Record = Mapping[str, Any]
 
@@ -37,9 +38,15 @@ def is_share(name: str, entry: Mapping[str, Any]) -> bool:
 
 
 def sweep_markdown(table: SweepTable) -> str:
-    """A sweep as a Markdown table, best first; a tie of the best is said below it."""
-    rows = markdown(*sweep_rows(table))
-    return f"{rows}\n\n{table.tie_text}." if table.tie_text else rows
+    """A sweep as a Markdown table of what is ranked, best first; then a tie of the best, and the jobs that are not
+    ranked."""
+    header, rows = sweep_rows(table)
+    blocks = [markdown(header, rows) if rows else f"No finished job has {table.metric}."]
+    if table.tie_text:
+        blocks.append(f"{table.tie_text}.")
+    if table.unranked:
+        blocks += ["Not ranked:", markdown(*unranked_rows(table))]
+    return "\n\n".join(blocks)
 
 
 def examples_text(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]], count: int = 8) -> str:
@@ -49,7 +56,7 @@ def examples_text(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str
     """
     blocks = []
     for before, after in example_pairs(base, tuned, count):
-        lines = [f"prompt  {shortened(before['prompt'])}", f"gold    {before['answer']}"]
+        lines = [f"prompt  {shortened(before['prompt'])}", f"gold    {visible(str(before['answer']))}"]
         for name, record in (("base ", before), ("tuned", after)):
             lines.append(f"{name} {'✓' if record['correct'] else '✗'} {shortened(record['text'])}")
         blocks.append("\n".join(lines))
@@ -65,7 +72,7 @@ def example_pairs(base: Sequence[Record], tuned: Sequence[Record], count: int) -
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, the first to the left and the others to the right, under a ruled header."""
-    table = [list(header), *[list(row) for row in rows]]
+    table = [[visible(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -74,14 +81,15 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(cells).rstrip()
 
     rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([line(header), rule, *[line(row) for row in rows]])
+    return "\n".join([line(table[0]), rule, *map(line, table[1:])])
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as a Markdown table; pipes inside cells are escaped."""
+    """The same as a Markdown table; what would end a cell, or be HTML, is escaped."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        plain = (visible(" ".join(cell.splitlines())).replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+        return "| " + " | ".join(plain) + " |"
 
     marks = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join([line(header), "|" + "|".join(marks) + "|", *[line(row) for row in rows]])
@@ -115,21 +123,29 @@ def _before_after_row(name: str, entry: Mapping[str, Any]) -> list[str]:
 
 
 def sweep_rows(table: SweepTable) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a sweep, best first."""
+    """Header and rows of what is ranked in a sweep, best first."""
     header = [*(table.keys or ("job",)), table.metric, "interval", "runs"]
-    return header, [_sweep_row(cell) for cell in table.sorted_cells()]
+    return header, [_sweep_row(cell) for cell in table.sorted_cells() if cell.mean is not None]
+
+
+def unranked_rows(table: SweepTable) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the jobs that are listed apart: how they ended, and what they measured on the way."""
+    header = ["job", *table.keys, "state", "measured so far"]
+    rows = []
+    for job in table.unranked:
+        settings = (str(job.overrides.get(key, "default")) for key in table.keys)
+        rows.append([job.folder or "-", *settings, job.state or "no value", job.measured or "-"])
+    return header, rows
 
 
 def _sweep_row(cell: SweepCell) -> list[str]:
-    finished = [job for job in cell.jobs if job.value is not None]
-    unknown = "" if cell.mean is None else "–"
-    interval = unknown if cell.interval is None else "[{}, {}]".format(*map(number_text, cell.interval))
-    runs = f"{len(finished)}" if len(finished) == len(cell.jobs) else f"{len(finished)} of {len(cell.jobs)}"
-    value = "failed" if cell.mean is None else number_text(cell.mean)
-    return [*(map(number_text, cell.values) if cell.values else ["default"]), value, interval, runs]
+    ranked = [job for job in cell.jobs if job.is_ranked]
+    interval = "–" if cell.interval is None else "[{}, {}]".format(*map(number_text, cell.interval))
+    runs = f"{len(ranked)}" if len(ranked) == len(cell.jobs) else f"{len(ranked)} of {len(cell.jobs)}"
+    return [*(map(number_text, cell.values) if cell.values else ["default"]), number_text(cell.mean), interval, runs]
 
 
 def shortened(text: str) -> str:
-    """One paragraph, cut at EXAMPLE_CHARACTERS; line breaks are indented under the label."""
+    """One paragraph, cut at EXAMPLE_CHARACTERS; line breaks are indented under the label, control characters shown."""
     cut = text if len(text) <= EXAMPLE_CHARACTERS else text[:EXAMPLE_CHARACTERS] + f" … ({len(text)} characters)"
-    return cut.strip().replace("\n", "\n        ")
+    return visible(cut.strip()).replace("\n", "\n        ")

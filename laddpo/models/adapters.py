@@ -22,19 +22,12 @@ from laddpo.errors import UserError
 from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.linears import ALL_LINEAR, match_linears, unknown_target
 from laddpo.models import lora
+from laddpo.models.adapter_settings import ADAPTER_FILES, missing_file, read_adapter_settings, require_own_rank
 from laddpo.models.families import find_family
 from laddpo.models.lora import ADAPTER as NAME
 from laddpo.seals import note_once, require_sealed
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PREFIX = "base_model.model."
-# What an adapter's settings may ask for beside two matrices a layer, and ways to fill these that leave the base alone.
-MORE_THAN_MATRICES = (
-    *("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
-    *("alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "kasa_config", "velora_config"),
-    "monteclora_config",
-)
-STARTS_BESIDE_THE_BASE = ("gaussian", "orthogonal", "eva")
 SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # settings that change values
 
 
@@ -116,7 +109,7 @@ def load_adapter(model, path: str | Path) -> None:
 
     file = Path(path).expanduser() / ADAPTER_FILES[1]
     if not file.exists():
-        raise _missing(file)
+        raise missing_file(file)
     require_sealed(file.parent, file.name)
     load_adapter_state(model, load_file(str(file)), str(file))
 
@@ -124,7 +117,7 @@ def load_adapter(model, path: str | Path) -> None:
 def adapter_identity(folder: Path) -> dict[str, Any]:
     """What the values of an adapter's model depend on beside its base: the matrices, and how they are scaled."""
     require_sealed(folder, *ADAPTER_FILES)
-    settings = runs.read_json(folder / ADAPTER_FILES[0])
+    settings = read_adapter_settings(folder)[1]
     return {
         "adapter": runs.file_sha256(folder / ADAPTER_FILES[1]),
         "adapter_scaling": {name: settings[name] for name in SCALING if settings.get(name)},
@@ -139,10 +132,10 @@ def check_adapter_files(folder: Path, linears: Mapping[str, tuple[int, int]]) ->
     """
     from safetensors import SafetensorError, safe_open
 
-    _read_settings(folder)
+    read_adapter_settings(folder)
     file = folder / ADAPTER_FILES[1]
     if not file.exists():
-        raise _missing(file)
+        raise missing_file(file)
     require_sealed(folder, file.name)
     if not (folder / runs.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
         note_once(f"{folder}: has no {runs.MANIFEST}, unlike every adapter of a run; its files are read unchecked.")
@@ -275,41 +268,14 @@ def _anchored(model, target_modules: str | Sequence[str]) -> str | list[str]:
     return sorted(chosen)
 
 
-def _missing(file: Path) -> UserError:
-    below = file.parent / "adapter"
-    hint = f"did you mean {below}?" if (below / file.name).exists() else "check adapter.path."
-    return UserError(f"{file}: no such file; expected an adapter in PEFT's layout; {hint}")
-
-
-def _read_settings(folder: Path) -> Path:
-    """The adapter's settings file, which is there, whole, and of LoRA matrices alone."""
-    file = folder / ADAPTER_FILES[0]
-    if folder.is_dir():
-        require_sealed(folder, *ADAPTER_FILES)
-    if not file.exists():
-        raise _missing(file)
-    content = runs.read_json(file)
-    if content.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type is {content.get('peft_type')!r}; expected 'LORA'. Choose a LoRA adapter.")
-    more = [name for name in MORE_THAN_MATRICES if content.get(name) not in (None, False, "none", [], {})]
-    start = content.get("init_lora_weights", True)
-    if isinstance(start, str) and start not in STARTS_BESIDE_THE_BASE:
-        more.append(f"init_lora_weights={start!r}, which changes the base's weights too")
-    if more:
-        raise UserError(
-            f"{file}: holds more than LoRA matrices ({', '.join(more)}); expected LoRA matrices alone. "
-            "Merge that adapter into its base with the program that made it, and start from the merged model."
-        )
-    return file
-
-
 def _read_adapter_config(folder: Path, model):
-    from peft import LoraConfig, PeftConfig
+    """PEFT's settings of an adapter, whose layers are named in full."""
+    from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    file = _read_settings(folder)
-    config = PeftConfig.from_pretrained(str(folder))
-    assert isinstance(config, LoraConfig)
+    file, taken = read_adapter_settings(folder)
+    require_own_rank(file, taken)
+    config = LoraConfig(**taken)
     config.inference_mode, config.lora_dropout, config.task_type = False, 0.0, None
     config.init_lora_weights = True  # the values are loaded
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -13,34 +13,41 @@ from typing import Any
 
 from laddpo.errors import UserError
 from laddpo.linears import BLOCKS
+from laddpo.models.foreign import Kind
 from laddpo.models.llada import LLaDAConfig, LLaDAModelLM
+from laddpo.models.llada_config import CONFIG_FIELDS
 
 
 @dataclass(frozen=True)
 class Family:
-    """A supported network. `head`: module that must never be quantised or wrapped; `block`: regex of its blocks."""
+    """A supported network. `head`: module that must never be quantised or wrapped; `block`: regex of its blocks;
+    `fields`: what is taken from its config.json."""
 
     config_class: type
     model_class: type
     head: str
     block: str
+    fields: Mapping[str, Kind]
 
 
 def find_family(config: Mapping[str, Any], where: str) -> Family:
     """The family of a config.json. `where` names the checkpoint in the message. Raises `UserError` if unsupported."""
-    architecture = (config.get("architectures") or ["(none)"])[0]
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "(none)"
     if architecture in FAMILIES:
         return FAMILIES[architecture]
-    reason = UNSUPPORTED.get(architecture, f"model_type {config.get('model_type')!r} is not known here")
+    reason = UNSUPPORTED.get(architecture, f"model_type {config.get('model_type')!r:.60} is not known here")
     raise UserError(
-        f"{where}: the architecture is {architecture} ({reason}); supported: {', '.join(FAMILIES)}. "
+        f"{where}: the architecture is {architecture:.60} ({reason}); supported: {', '.join(FAMILIES)}. "
         "Choose a LLaDA checkpoint, or add a row to FAMILIES in laddpo/models/families.py with a model whose forward "
         "takes `lengths`, `rows` and `targets`."
     )
 
 
 FAMILIES = {
-    "LLaDAModelLM": Family(LLaDAConfig, LLaDAModelLM, "model.transformer.ff_out", rf"{re.escape(BLOCKS)}\.\d+"),
+    "LLaDAModelLM": Family(
+        LLaDAConfig, LLaDAModelLM, "model.transformer.ff_out", rf"{re.escape(BLOCKS)}\.\d+", CONFIG_FIELDS
+    ),
 }
 
 UNSUPPORTED = {

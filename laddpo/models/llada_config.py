@@ -9,6 +9,7 @@ from __future__ import annotations
 from transformers.configuration_utils import PreTrainedConfig
 
 from laddpo.errors import UserError
+from laddpo.models.foreign import FLAG, MOST_ID, Kind, listed, number, only, optional, text, whole
 
 
 class LLaDAConfig(PreTrainedConfig):
@@ -120,3 +121,32 @@ DEAD_OPTIONS = [  # field, values that are supported, how to say so
     ("tie_word_embeddings", (False,), "false"),
     ("weight_tying", (False,), "false"),
 ]
+# The fields that are taken from a checkpoint's config.json. Other spellings (hidden_size for d_model), classes, kernels
+# and files that it may name are not.
+CONFIG_FIELDS: dict[str, Kind] = {
+    "architectures": listed(text(100)),
+    "d_model": whole(1, 2**17),
+    "n_heads": whole(1, 2**12),
+    "n_kv_heads": optional(whole(1, 2**12)),
+    "n_layers": whole(1, 2**10),
+    "mlp_hidden_size": optional(whole(1, 2**20)),
+    "mlp_ratio": whole(1, 2**10),
+    "vocab_size": whole(1, 2**24),
+    "embedding_size": optional(whole(1, 2**24)),
+    "max_sequence_length": whole(1, 2**30),
+    "rope_theta": number(0, 1e15),
+    "rms_norm_eps": number(0, 0.1),
+    "init_fn": text(100),
+    "init_std": number(0, 100),
+    **dict.fromkeys(("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id"), optional(whole(0, MOST_ID))),
+    **{name: optional(only(*allowed)) if allowed else only(None) for name, allowed, _ in DEAD_OPTIONS},
+    # of another place for every token, which the original does not compute either
+    "rope_scaling": only(None),
+    # read by nothing here, and kept for whoever reads our config.json
+    "alibi_bias_max": optional(number(0, 1e6)),
+    "attention_layer_norm_with_affine": optional(FLAG),
+    "flash_attention": optional(FLAG),
+    "init_cutoff_factor": optional(number(0, 1e6)),
+    "precision": optional(text(100)),
+    "use_cache": optional(FLAG),
+}

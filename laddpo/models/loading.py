@@ -20,7 +20,9 @@ from laddpo import runs
 from laddpo.core.ranks import placed_like
 from laddpo.errors import Damaged, UserError
 from laddpo.models.families import Family, find_family
+from laddpo.models.foreign import checked, mapped, read_settings, text
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
+from laddpo.models.tokenizers import build_tokenizer
 from laddpo.preference.special_text import MASK_TOKEN
 from laddpo.seals import require_sealed, sealed_digests
 
@@ -53,6 +55,7 @@ def load_model(
     """
     folder = checkpoint_folder(path, revision, [*SMALL_FILES, WEIGHTS])
     require_sealed(folder, *READ_FOR_MODEL)
+    refuse_adapter_beside(folder)
     config, family = read_config(folder)
     require_safetensors(folder)
     require_fitting_weights(folder, config, family)
@@ -85,8 +88,6 @@ def new_model(config, seed: int):
 
 def load_tokenizer(path: str, revision: str | None = None):
     """The tokenizer of a checkpoint (its own code is never run). Needs no weights."""
-    from transformers import AutoTokenizer
-
     folder = checkpoint_folder(path, revision, SMALL_FILES)
     require_sealed(folder, *READ_FOR_TOKENIZER)
     if not (folder / "tokenizer.json").exists():
@@ -94,14 +95,7 @@ def load_tokenizer(path: str, revision: str | None = None):
             f"{folder}: has no tokenizer.json; expected a fast tokenizer beside the model. "
             "Copy the tokenizer's files into that folder."
         )
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {reason}). config.json, tokenizer.json "
-            "and tokenizer_config.json must be whole and of one checkpoint; copy them anew."
-        ) from error
+    return build_tokenizer(folder)
 
 
 def copy_tokenizer(path: str, revision: str | None, target: Path) -> list[str]:
@@ -128,14 +122,19 @@ def mask_token_id(model_config, tokenizer=None) -> int:
 
 
 def read_config(folder: Path):
-    """The checked config of a checkpoint folder and its family."""
+    """The checked config of a checkpoint folder and its family. Of the file only the fields of its family are taken."""
+    content, path = original_config(folder), folder / "config.json"
+    family = find_family(content, str(path))
+    return family.config_class.from_dict(checked(path, content, family.fields)), family
+
+
+def original_config(folder: Path) -> dict[str, Any]:
+    """All that a checkpoint's config.json holds, unchecked: to be compared or written, never to build or load from."""
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder}: has no config.json; expected a checkpoint folder. Check model.model_name_or_path.")
     require_sealed(folder, path.name)
-    content = runs.read_json(path)
-    family = find_family(content, str(path))
-    return family.config_class.from_dict(content), family
+    return read_settings(path)
 
 
 def save_model(model, folder: Path, shard_bytes: int = 4 * 2**30, state: Mapping | None = None) -> list[str]:
@@ -233,13 +232,24 @@ def require_safetensors(folder: Path) -> None:
         )
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        wanted = set(runs.read_json(index).get("weight_map", {}).values())
+        content = checked(index, read_settings(index), {"weight_map": mapped(text(1000))})
+        wanted = set(content.get("weight_map", {}).values())
         missing = sorted(wanted - {f.name for f in files})
         if missing:
             raise UserError(
                 f"{folder}: {len(missing)} of {len(wanted)} weight shards are missing, first {missing[0]}. "
                 "The download was cut off: run it again."
             )
+
+
+def refuse_adapter_beside(folder: Path) -> None:
+    """transformers puts an adapter that lies in a model's folder on the model, by the adapter's own settings."""
+    file = folder / "adapter_config.json"
+    if file.exists():
+        raise UserError(
+            f"{file}: an adapter lies in the folder of a model; expected the model alone. Move the adapter's files "
+            "into a folder of their own, and name that by adapter.path."
+        )
 
 
 def require_fitting_weights(folder: Path, config, family: Family) -> None:

@@ -37,6 +37,7 @@ from laddpo.preference.selection import choose_rows, choose_validation
 from laddpo.preference.sources import Request, Source, open_corpus, open_source
 from laddpo.preference.spool import Spool
 from laddpo.runs import MANIFEST, atomic_file, differing_fields, fingerprint
+from laddpo.visible import visible
 
 BATCH_ROWS = 256
 
@@ -128,10 +129,16 @@ def prepare_examples(
 
 
 def find_prepared(
-    prepared_dir: Path, name: str, parts: Sequence[Part], encoder: TextEncoder, rules: Rules
+    prepared_dir: Path,
+    name: str,
+    parts: Sequence[Part],
+    encoder: TextEncoder,
+    rules: Rules,
+    find_source: Callable[[str], Source] = open_source,
 ) -> Path | None:
-    """The finished folder of these preference pairs, or None when they are still to be prepared."""
-    fields = prepared_fields(parts, [open_source(part.source) for part in parts], encoder, rules)
+    """The finished folder of these rows, or None when they are still to be prepared. `find_source`: open_source for
+    preference pairs, open_corpus for SFT examples."""
+    fields = prepared_fields(parts, [find_source(part.source) for part in parts], encoder, rules)
     folder = prepared_folder(prepared_dir, name, fields)
     return folder if (folder / MANIFEST).exists() else None
 
@@ -171,7 +178,7 @@ def _find_or_make(job: _Job, prepared_dir: Path, name: str, show: Callable[[str]
         _look_for_leaks(job, found, show)
         return found
     with whole_folder(folder) as building:
-        show(report_table(_make(job, building, fields)))
+        show(visible(report_table(_make(job, building, fields))))
     return job.prepared.load(folder)
 
 
@@ -201,7 +208,7 @@ def _look_for_leaks(job: _Job, found: Prepared, show: Callable[[str], None]) -> 
     groups = np.array([int(group, 16) for group in found.columns["group"]] if rest else [], dtype=np.uint64)
     counted, unknown = count_leaks(groups, rest)
     for line in leak_lines(counts | counted, unknown):
-        show(line)
+        show(visible(line))
     if job.rules.fail_on_leak:
         refuse_leaks(counts | counted)
 

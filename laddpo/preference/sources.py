@@ -14,12 +14,13 @@ from laddpo.errors import UserError, choose
 from laddpo.preference import arithmetic
 from laddpo.preference.badrows import BadRow, RowError
 from laddpo.preference.candidates import Grader, candidate_pairs
+from laddpo.preference.examples import COLUMNS, MESSAGES, chosen_sides, example, read_example
 from laddpo.preference.files import ReadLog, content_sha256, read_rows
 from laddpo.preference.hub import hub_rows
 from laddpo.preference.locate import locate
 from laddpo.preference.onpolicy import sampled_pairs
 from laddpo.preference.pairs import Example, PreferencePair, Prompt, content_digest, prompt_group
-from laddpo.preference.rows import SHAPES, RowRules, check_text, explicit_example, is_blank
+from laddpo.preference.rows import SHAPES, RowRules, check_text, is_blank
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ class Request:
 @dataclass(frozen=True)
 class Source:
     """`read` streams the rows, `identity` lists what they depend on, `split_of` places a prompt where the source itself
-    keeps its splits apart (None: the split is by prompt), `is_graded` says whether pairs carry a gold answer."""
+    keeps its splits apart (None: the split is by prompt), `is_graded` says whether pairs carry a gold answer.
+    `read_examples` streams SFT examples where rows may hold more than pairs."""
 
     read: Callable[[Request, ReadLog], Iterator[PreferencePair | Example | BadRow]]
     identity: Callable[[Request], dict]
     split_of: Callable[[Prompt], str] | None = None
     is_graded: bool = False
+    read_examples: Callable[[Request, ReadLog], Iterator[Example | BadRow]] | None = None
 
 
 def open_source(name: str) -> Source:
@@ -107,20 +110,24 @@ def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iter
         yield PreferencePair(row_id, prompt, chosen, rejected, place, prompt_group(prompt), answer)
 
 
-def read_examples(request: Request, log: ReadLog) -> Iterator[Example | BadRow]:
-    """SFT examples of local files or of the hub: columns prompt and response."""
+def read_examples(request: Request, log: ReadLog, shape: str | None = None) -> Iterator[Example | BadRow]:
+    """SFT examples of local files or of the hub: a response, a conversation, or the chosen side of a pair."""
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
-    for row in raw_rows(request, log, ("prompt", "response")):
+    to_pair = SHAPES[shape or shape_name(request.format)]
+    names = [*COLUMNS, *(["system"] if rules.columns.get("system") else [])]
+    used = {rules.column(name) for name in names}
+    for row in raw_rows(request, log, names):
         if isinstance(row, BadRow):
             yield row
             continue
         place, fields = row
+        for extra in fields.keys() - used:
+            used.add(extra)
+            log.warn(f"column {extra!r} is not used")
         try:
-            prompt, response = explicit_example(fields, rules, log.warn)
+            yield example(*read_example(fields, rules, log.warn, to_pair), place)
         except RowError as error:
             yield error.at(place)
-        else:
-            yield Example(content_digest(prompt, response) + "-0", prompt, response, place)
 
 
 def graded_pairs(request: Request, log: ReadLog) -> Iterator[PreferencePair | BadRow]:
@@ -202,7 +209,7 @@ def rows_identity(request: Request) -> dict:
     """What pairs of files or of the hub depend on: the bytes of the files, not their names or order."""
     files = local_files(request, ReadLog())
     fields = {
-        "columns": {name: column for name, column in sorted(request.columns.items()) if column},
+        "columns": {name: c for name, c in sorted(request.columns.items()) if c and name != "response"},
         "format": request.format,
         "allow_empty_prompt": request.allow_empty_prompt,
         "allow_nul": request.allow_nul,
@@ -263,6 +270,18 @@ def rows_in_shape(shape: str | None = None, **defaults) -> Source:
     return Source(
         read=lambda request, log: read_pairs(completed(request), log, shape),
         identity=lambda request: {"shape": shape, **rows_identity(completed(request))},
+        read_examples=lambda request, log: read_examples(completed(request), log, shape),
+    )
+
+
+def examples_of(source: Source) -> Source:
+    """The SFT examples of a source of pairs: what its rows hold, else the chosen sides."""
+    if source.read_examples is None:
+        return replace(source, read=lambda request, log: chosen_sides(source.read(request, log)))
+    return replace(
+        source,
+        read=source.read_examples,
+        identity=lambda request: {**source.identity(request), "response": request.columns.get("response")},
     )
 
 
@@ -270,7 +289,7 @@ def arithmetic_split(prompt: Prompt) -> str:
     return arithmetic.split_of(prompt[0].content)
 
 
-TEXT_COLUMNS = ("prompt", "chosen", "rejected", "response")
+TEXT_COLUMNS = ("prompt", "chosen", "rejected", "response", MESSAGES)
 SOURCES: dict[str, Source] = {
     "arithmetic": Source(arithmetic_pairs, arithmetic_identity, split_of=arithmetic_split, is_graded=True),
     "jsonl": rows_in_shape(),
@@ -286,6 +305,6 @@ SOURCES: dict[str, Source] = {
     "onpolicy": Source(onpolicy_pairs, onpolicy_identity, is_graded=True),
 }
 CORPORA: dict[str, Source] = {
+    **{name: examples_of(source) for name, source in SOURCES.items()},
     "arithmetic": Source(arithmetic_corpus, corpus_identity),
-    "jsonl": Source(read_examples, rows_identity),
 }

@@ -50,7 +50,8 @@ def test_every_shape_of_sweep_has_a_picture_and_a_table(tmp_path, jobs):
     sweep_plot(table, tmp_path / "p.png", title="a sweep")
     assert len((tmp_path / "p.png").read_bytes()) > 1000
     shown = sweep_markdown(table).split("\n\n")[0]
-    assert len(shown.splitlines()) == 2 + len(table.cells)
+    ranked = [cell for cell in table.cells if cell.mean is not None]
+    assert len(shown.splitlines()) == (2 + len(ranked) if ranked else 1)
 
 
 def test_a_heat_map_grows_with_its_grid(tmp_path):
@@ -68,14 +69,20 @@ def test_equal_runs_are_no_proof_that_runs_do_not_vary():
     assert cell.spread_text == "3 equal runs"
 
 
-def test_failed_jobs_are_counted_in_the_table():
+def test_failed_jobs_are_listed_apart():
     jobs = [SweepJob({"dpo.beta": 1}, 0.5, (0.4, 0.6)), SweepJob({"dpo.beta": 2}, None), SweepJob({"dpo.beta": 0}, 0.7)]
-    assert sweep_markdown(sweep_table(jobs, "exact_match")).splitlines()[:5] == [
+    jobs[1] = SweepJob({"dpo.beta": 2}, None, folder="1", state="failed (exit code 1)", measured="validation/loss 0.1")
+    assert sweep_markdown(sweep_table(jobs, "exact_match")).splitlines() == [
         "| dpo.beta | exact_match | interval | runs |",
         "|---|---:|---:|---:|",
         "| 0 | 0.7 | – | 1 |",
         "| 1 | 0.5 | [0.4, 0.6] | 1 |",
-        "| 2 | failed |  | 0 of 1 |",
+        "",
+        "Not ranked:",
+        "",
+        "| job | dpo.beta | state | measured so far |",
+        "|---|---:|---:|---:|",
+        "| 1 | 2 | failed (exit code 1) | validation/loss 0.1 |",
     ]
 
 

@@ -102,6 +102,7 @@ def test_several_runs_are_sorted_by_the_metric_with_the_settings_that_differ(tmp
 def test_of_loss_and_noise_the_lowest_is_the_best(tmp_path, metric):
     for name, value in (("a", 0.5), ("b", 0.25)):
         write_run(tmp_path / name, value, 2, None)
+        (tmp_path / name / "manifest.json").write_text("{}")  # finished, without a final evaluation
         row = {"step": 3, f"validation/{metric}": value}
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     code, out = report(tmp_path, f"runs=[{tmp_path / 'a'},{tmp_path / 'b'}]", f"report.metric={metric}")
@@ -124,7 +125,8 @@ def write_sweep(folder: Path, more=()) -> None:
             "save_steps=3",
             *[m[number % 2] for m in more],
         ]
-        jobs.append({"job": number, "overrides": overrides, "exit_code": 0, "folder": str(number), "results": {}})
+        code = 1 if value is None else 0
+        jobs.append({"job": number, "overrides": overrides, "exit_code": code, "folder": str(number), "results": {}})
     (folder / "sweep.json").write_text(json.dumps({"stage": "train", "jobs": jobs}))
 
 
@@ -137,7 +139,7 @@ def test_a_sweep_has_a_heat_map_over_beta_and_samples_and_says_what_failed(tmp_p
     at = next(i for i, row in enumerate(page.rows) if row[0].startswith("beta"))
     assert page.rows[at][1:] == ["1", "2", "4"]
     assert [row[0] for row in page.rows[at + 1 : at + 4]] == ["0.5", "1", "2"]
-    assert page.rows[at + 2][2] == "failed"
+    assert page.rows[at + 2][2] == "failed (exit code 1)"
     assert page.rows[at + 3][3] == "0.82"
     assert (out / "plots" / "sweep.png").is_file()
     assert "1 of 9 unfinished" in " ".join(page.words)
@@ -189,3 +191,64 @@ def test_an_evaluation_of_a_base_alone_has_a_page_too(tmp_path):
 
 def page_row(out: Path) -> list[str]:
     return Page(out / "report.html").rows[1]
+
+
+def test_a_validation_number_is_never_ranked_among_final_results(tmp_path, monkeypatch):
+    """A sweep in every state: two finished jobs, and others that had better numbers on their way, or none."""
+    from laddpo.evaluation.sweeps import SweepTable
+    from laddpo.sweep import Sweep, find_results, write_sweep_file
+    from laddpo.sweepresults import picture_sweep
+
+    sweep, betas = tmp_path / "sweep", [0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0]
+    codes = {0: 0, 1: 0, 2: 1, 3: 75, 4: -9, 5: 0}
+    for job, beta in enumerate(betas[:6]):
+        write_run(sweep / str(job), beta, 2, {0: 0.6, 1: 0.8}.get(job))
+        lines = [{"step": step, "loss": 0.1, "validation/exact_match": 0.9 + job / 100} for step in (1, 2)]
+        (sweep / str(job) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        given = {"overrides": [f"dpo.beta={beta}"], "exit_code": codes[job]}
+        (sweep / str(job) / "job.json").write_text(json.dumps(given))
+    (sweep / "5" / "manifest.json").write_text("{}")  # finished, and never evaluated
+    records = write_sweep_file(Sweep("train", "config", None, [], sweep, False), [[f"dpo.beta={b}"] for b in betas])
+    states = ["finished", "finished", "failed (exit code 1)", "stopped", "failed (signal 9)", "finished", "not started"]
+    assert [record["state"] for record in records] == states
+    assert [job["state"] for job in json.loads((sweep / "sweep.json").read_text())["jobs"]] == states
+    assert find_results(sweep / "3")["validation/exact_match"]["tuned"] == 0.93
+
+    drawn, winners = [], SweepTable.winners.fget
+    monkeypatch.setattr(SweepTable, "winners", property(lambda table: drawn.append(table) or winners(table)))
+    picture_sweep(sweep, records)
+    assert [cell.mean for cell in drawn[-1].winners] == [0.8] and (sweep / "plots" / "sweep.png").is_file()
+    ranked, apart = (sweep / "sweep.md").read_text().split("Not ranked:")
+    assert [row.split("|")[1].strip() for row in ranked.splitlines()[2:4]] == ["0.2", "0.1"] and "0.9" not in ranked
+    told = {cells[1]: cells[2:] for row in apart.splitlines()[4:] if len(cells := row.split(" | ")) > 3}
+    assert {beta: cells[0] for beta, cells in told.items()} == dict(
+        zip(map(str, betas[2:]), [*states[2:5], "finished, without exact_match", "not started"], strict=True)
+    )
+    assert told["1.0"][1].startswith("validation/exact_match 0.930")
+
+    code, out = report(tmp_path, f"run={sweep}")
+    assert code == 0
+    page = Page(out / "report.html")
+    first = [row[1] for row in page.rows[1 : page.rows.index(page.rows[0], 1) if page.rows[0] in page.rows[1:] else 3]]
+    assert first == ["0.2", "0.1"]
+    (header,) = [row for row in page.rows if "state" in row]
+    at = page.rows.index(header)
+    apart = {row[1]: dict(zip(header, row, strict=True)) for row in page.rows[at + 1 : at + 6]}
+    assert {beta: row["state"] for beta, row in apart.items()} == dict(
+        zip(map(str, betas[2:]), states[2:], strict=True)
+    )
+    assert apart["1.0"]["validation/exact match so far"] == "93.0%"
+    assert "5 of 7" not in " ".join(page.words) and "4 of 7 unfinished" in " ".join(page.words)
+
+
+def test_a_sweeper_learns_from_the_measure_that_ranks_the_sweep(tmp_path):
+    import math
+
+    from laddpo.sweep import job_objective
+
+    for job, (value, code) in enumerate([(0.6, 0), (None, 1), (None, 0), (0.7, 1), (0.9, 0)]):
+        write_run(tmp_path / str(job), 1.0, 2, value)
+        (tmp_path / str(job) / "metrics.jsonl").write_text('{"step": 1, "validation/exact_match": 0.99}\n')
+        (tmp_path / str(job) / "job.json").write_text(json.dumps({"overrides": [], "exit_code": code}))
+    found = [job_objective(tmp_path, tmp_path / str(job)) for job in range(5)]
+    assert [None if math.isnan(value) else value for value in found] == [0.6, None, None, None, 0.9]

@@ -177,3 +177,4 @@ def test_failed_runs_are_named_with_their_log(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "1 of 1 runs failed: default-1" in shown.err and f"resume=true output_dir={tmp_path / 's'}." in shown.err
     assert "nowhere" in (tmp_path / "s" / "default-1" / "log.txt").read_text()
+    assert "default-1 (failed (exit code 2))" in (tmp_path / "s" / "study.md").read_text()

@@ -1,0 +1,98 @@
+"""What the jobs of a sweep came to: how each ended, and finished jobs ranked by one measure that they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from laddpo.errors import EXIT_DONE, EXIT_STOPPED
+from laddpo.runs import write_text
+
+
+def objective(results: dict[str, Any], columns: Sequence[str] | None = None) -> float:
+    """The one number to maximise that says how good a job was: the first of `columns` (default: RESULT_COLUMNS) that it
+    has, losses with their sign changed; nan without any."""
+    for name in RESULT_COLUMNS if columns is None else columns:
+        value = results.get(name)
+        if isinstance(value, dict) and isinstance(value.get("tuned"), int | float):
+            return float(-value["tuned"] if name in LOWER_IS_BETTER else value["tuned"])
+    return math.nan
+
+
+def ranking_metric(results: Iterable[Mapping[str, Any]]) -> str | None:
+    """What jobs with these results are ranked by: the first of RESULT_COLUMNS that any of them has."""
+    measured = {name for found in results for name in found}
+    return next((name for name in RESULT_COLUMNS if name in measured), None)
+
+
+def job_state(exit_code: int | None, has_begun: bool) -> str:
+    """How a job ended, in words. A job that has begun and left no exit code was killed together with its sweep."""
+    if exit_code is None:
+        return "stopped" if has_begun else "not started"
+    if exit_code in (EXIT_DONE, EXIT_STOPPED):
+        return "finished" if exit_code == EXIT_DONE else "stopped"
+    return f"failed (signal {-exit_code})" if exit_code < 0 else f"failed (exit code {exit_code})"
+
+
+def picture_sweep(folder: Path, records: list[dict[str, Any]]) -> None:
+    """sweep.md and plots/sweep.png over the results of finished jobs: the first of RESULT_COLUMNS that any has."""
+    metric = ranking_metric(record["results"] for record in records if record["exit_code"] == EXIT_DONE)
+    from laddpo.evaluation.sweeps import SweepJob, sweep_plot, sweep_table
+    from laddpo.evaluation.tables import sweep_markdown
+
+    jobs = []
+    for record in records:
+        is_finished = record["exit_code"] == EXIT_DONE
+        entry = (record["results"].get(metric) or {}) if is_finished else {}
+        overrides = dict(text.lstrip("+").split("=", 1) for text in record["overrides"] if "=" in text)
+        state = record.get("state") or job_state(record["exit_code"], has_begun=True)
+        if is_finished and metric and "tuned" not in entry:
+            state += f", without {metric}"
+        numbers = {name: value for name, value in record["results"].items() if _has_tuned(value)}
+        measured = ", ".join(f"{name} {_shown(value)}" for name, value in numbers.items())
+        interval = entry.get("tuned_interval")
+        jobs.append(SweepJob(overrides, entry.get("tuned"), interval, record["folder"], state, measured))
+    table = sweep_table(jobs, metric or "a result", is_higher_better=metric not in LOWER_IS_BETTER)
+    write_text(folder / "sweep.md", sweep_markdown(table) + "\n")
+    if metric is None:
+        return
+    title = f"best {metric.replace('_', ' ')} of a run" if metric in VALIDATION else metric.replace("_", " ")
+    sweep_plot(
+        table, folder / "plots" / "sweep.png", title=title if metric in VALIDATION else f"{title} after training"
+    )
+
+
+def _has_tuned(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("tuned"), int | float)
+
+
+def jobs_table(records: list[dict[str, Any]]) -> str:
+    """One line for each job: what was varied, how it ended, what came out."""
+    common = set.intersection(*(set(record["overrides"]) for record in records)) if len(records) > 1 else set()
+    shown = [name for name in RESULT_COLUMNS if name in ALWAYS_SHOWN or any(name in r["results"] for r in records)]
+    rows = [["job", "settings", "state", *shown]]
+    for record in records:
+        varied = " ".join(text for text in record["overrides"] if text not in common) or "-"
+        state = record.get("state") or job_state(record["exit_code"], has_begun=True)
+        numbers = [_shown(record["results"].get(name)) for name in shown]
+        rows.append([str(record["job"]), varied, state, *numbers])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _shown(value: Any) -> str:
+    """`0.512 -> 0.634` of a before-and-after result."""
+    if not isinstance(value, dict):
+        return "-"
+    numbers = [value.get(name) for name in ("base", "tuned")]
+    return " -> ".join(f"{number:.3f}" for number in numbers if isinstance(number, int | float)) or "-"
+
+
+VALIDATION = ("validation/exact_match", "validation/loss")
+ALWAYS_SHOWN = ("exact_match", "reward_accuracy")
+RESULT_COLUMNS = (*ALWAYS_SHOWN, "held_out_loss", *VALIDATION)
+LOWER_IS_BETTER = ("held_out_loss", "validation/loss")
