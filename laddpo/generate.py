@@ -31,14 +31,16 @@ def main(config: RunConfig, run_folder: Path) -> None:
     loaded = inputs.load(config, find_machine(config))
     prompts = [user_prompt(text) for text in texts]
     answers: dict[str, list[str]] = {}
+    names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    answer = answerer(config, loaded, prompts, names)
     if tuned:
         inputs.make_trainable(config, loaded)
         with base_model(config, loaded):
-            answers["base"] = _answer_all(config, answerer(config, loaded), prompts)
+            answers["base"] = _answer_all(config, answer, prompts)
         use_weights(config, loaded, tuned)
-        answers["tuned"] = _answer_all(config, answerer(config, loaded), prompts)
+        answers["tuned"] = _answer_all(config, answer, prompts)
     else:
-        answers["base"] = _answer_all(config, answerer(config, loaded), prompts)
+        answers["base"] = _answer_all(config, answer, prompts)
     rows = [{"prompt": text, **{name: found[i] for name, found in answers.items()}} for i, text in enumerate(texts)]
     for row in rows:
         print()
@@ -76,7 +78,7 @@ def wanted_prompts(config: RunConfig) -> list[str]:
 
 def _answer_all(config: RunConfig, answer, prompts: list) -> list[str]:
     size = config.evaluation.batch_size
-    return [text for start in range(0, len(prompts), size) for text in answer(prompts[start : start + size])]
+    return [given.text for start in range(0, len(prompts), size) for given in answer(prompts[start : start + size])]
 
 
 if __name__ == "__main__":
