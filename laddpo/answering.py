@@ -6,7 +6,7 @@ Used during training (validation problems) and by `evaluate` (test problems, bas
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from laddpo import runs
 from laddpo.core.gradient import lockstep
-from laddpo.errors import Stopped
-from laddpo.evaluation.sampling import SamplerSettings, generate, until_stop
+from laddpo.errors import Stopped, UserError
+from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, until_stop
 from laddpo.evaluation.tasks import (
     ARC_INSTRUCTION,
     GSM8K_INSTRUCTION,
@@ -28,7 +28,8 @@ from laddpo.evaluation.tasks import (
     run_task,
 )
 from laddpo.inputs import Loaded, difficulty_of, encoder_for
-from laddpo.preference.pairs import prompt_rows
+from laddpo.preference.badrows import LISTED, RowError
+from laddpo.preference.pairs import Prompt, prompt_rows
 from laddpo.settings import RunConfig
 from laddpo.signals import StopFlag
 
@@ -79,20 +80,31 @@ def sampler_settings(config: RunConfig) -> SamplerSettings:
     return SamplerSettings(**chosen, seed=config.seed)
 
 
-def answerer(config: RunConfig, loaded: Loaded) -> Generate:
-    """A function from prompts to texts: the model as it is now, with the run's sampler."""
-    answer = described_answerer(config, loaded)
-    return lambda prompts: [described.text for described in answer(prompts)]
-
-
-def described_answerer(config: RunConfig, loaded: Loaded) -> Generate:
-    """As `answerer`, each text with its length and whether it was ended."""
+def encoded_prompts(config: RunConfig, loaded: Loaded, prompts: Sequence[Prompt], names: Sequence[str]) -> list:
+    """Token ids of all prompts that will be answered. `UserError` names those that cannot be, before any answer."""
     encoder = encoder_for(config, loaded.tokenizer)
+    encoded, problems = [], []
+    for prompt, name in zip(prompts, names, strict=True):
+        try:
+            encoded.append(encoder.encode_prompt(prompt))
+        except RowError as error:
+            problems.append(str(error.at(name)))
+    if problems:
+        more = [f"{len(problems) - LISTED} more prompts cannot be encoded."] if len(problems) > LISTED else []
+        raise UserError(*problems[:LISTED], *more)
+    lengths, positions = [len(ids) for ids in encoded], loaded.model.config.max_sequence_length
+    require_room(lengths, config.evaluation.gen_length, positions, names)
+    return encoded
 
-    def answer(prompts: list) -> list[Answer]:
+
+def answerer(config: RunConfig, loaded: Loaded, prompts: Sequence[Prompt], names: Sequence[str]) -> Generate:
+    """A function from some of these prompts to answers: the model as it is then, with the run's sampler."""
+    encoded = dict(zip(prompts, encoded_prompts(config, loaded, prompts, names), strict=True))
+
+    def answer(asked: list) -> list[Answer]:
         # draws above temperature 0 belong to the question, so they are the same in any batch and after a resume
-        keys = [runs.canonical_json(prompt_rows(prompt)) for prompt in prompts]
-        return described_answers(config, loaded, [encoder.encode_prompt(prompt) for prompt in prompts], keys)
+        keys = [runs.canonical_json(prompt_rows(prompt)) for prompt in asked]
+        return described_answers(config, loaded, [encoded[prompt] for prompt in asked], keys)
 
     return answer
 
@@ -113,6 +125,7 @@ def described_answers(config: RunConfig, loaded: Loaded, prompts: list[np.ndarra
         stop_token_ids=encoder.stop_ids,
         keys=keys,
         autocast=loaded.denoiser.autocast,
+        eos_token_id=encoder.eos_id,
     )
     lengths = [len(until_stop(response, encoder.stop_ids)) for response in responses]
     return [
@@ -136,7 +149,8 @@ def answer_task(
     Raises `Stopped` between two batches after a signal; the same command then goes on with the next batch, or without
     a file begins this task again.
     """
-    answer, ranks = described_answerer(config, loaded), loaded.machine.ranks
+    names = [f"{task.name}, item {item.id}" for item in task.items]
+    answer, ranks = answerer(config, loaded, [item.prompt for item in task.items], names), loaded.machine.ranks
 
     def answer_unless_stopped(prompts: list) -> list[Answer]:
         if ranks.agree_to_stop(stop):

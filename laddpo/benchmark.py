@@ -275,7 +275,7 @@ def _graded(config: RunConfig, machine) -> tuple:
     def answer(picked, settings):
         chosen, names = [prompts[i] for i in picked], [keys[i] for i in picked]
         mask, autocast = loaded.denoiser.mask_token_id, loaded.denoiser.autocast
-        return generate(loaded.model, chosen, settings, mask, encoder.stop_ids, names, autocast)
+        return generate(loaded.model, chosen, settings, mask, encoder.stop_ids, names, autocast, encoder.eos_id)
 
     def grade(answers):
         texts = [encoder.decode_response(ids) for ids in answers]

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from laddpo.datachecks import onpolicy_problems, unread_settings
+from laddpo.decodingchecks import decoding_problems, room_problems
 from laddpo.devicechecks import device_problems, step_problems
 from laddpo.errors import UserError
 from laddpo.foreign_logs import quiet_bitsandbytes
@@ -123,11 +124,8 @@ def _lengths(config: RunConfig) -> Iterator[str]:
             f"hardware.token_budget is {budget} and data.max_length is {longest}; a micro-step must hold the longest "
             f"sequence; raise hardware.token_budget to {longest} or more, or lower data.max_length."
         )
-    if config.evaluation.tasks and config.evaluation.gen_length > limit:
-        yield (
-            f"evaluation.gen_length is {config.evaluation.gen_length}; {name} knows {limit} positions "
-            "(model.shape.max_sequence_length); lower evaluation.gen_length."
-        )
+    if config.evaluation.tasks:
+        yield from room_problems(config.evaluation, "evaluation", limit, name)
 
 
 def _objective(config: RunConfig) -> Iterator[str]:
@@ -231,7 +229,6 @@ def _patience(config: RunConfig, given: Collection[str]) -> Iterator[str]:
 
 def _decoding(config: RunConfig) -> Iterator[str]:
     evaluation = config.evaluation
-    gen, block, steps = evaluation.gen_length, evaluation.block_length, evaluation.steps
     if evaluation.harness == "none":
         yield from (unknown_name("evaluation.tasks", name, TASKS) for name in evaluation.tasks if name not in TASKS)
     of_rows = [name for name in evaluation.tasks if name not in EMBEDDED_TASKS]
@@ -245,26 +242,7 @@ def _decoding(config: RunConfig) -> Iterator[str]:
             "evaluation.tasks has file and evaluation.dataset_name is not set; expected a .jsonl with prompt and "
             "answer on each line; add evaluation.dataset_name=path/to/questions.jsonl."
         )
-    if evaluation.confidence_threshold is not None and evaluation.remasking == "random":
-        yield (
-            f"evaluation.confidence_threshold is {evaluation.confidence_threshold:g} and evaluation.remasking is "
-            f"{evaluation.remasking!r}, which ranks by no confidence; set evaluation.confidence_threshold=null, or "
-            "evaluation.remasking=low_confidence."
-        )
-    if min(gen, block, steps) < 1:
-        return
-    blocks = gen // block
-    if gen % block:
-        fitting = max(b for b in range(1, min(block, gen) + 1) if gen % b == 0)
-        yield (
-            f"evaluation.block_length is {block} and evaluation.gen_length is {gen}; an answer is made of whole "
-            f"blocks; set evaluation.block_length={fitting} or evaluation.gen_length={(blocks + 1) * block}."
-        )
-    elif steps % blocks and evaluation.confidence_threshold is None:
-        yield (
-            f"evaluation.steps is {steps} over {blocks} blocks; each block takes the same number of steps; "
-            f"set evaluation.steps={max(1, steps // blocks) * blocks} or {(steps // blocks + 1) * blocks}."
-        )
+    yield from decoding_problems(evaluation, "evaluation")
 
 
 def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:

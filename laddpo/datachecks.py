@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from laddpo.decodingchecks import decoding_problems, room_problems
 from laddpo.ranges import EMBEDDED_TASKS, leaves
 from laddpo.settings import DataSettings, RunConfig
 
@@ -96,16 +97,8 @@ def onpolicy_problems(config: RunConfig) -> Iterator[str]:
             f"rounds is {data.rounds} and adapter.kind is 'full'; a round starts from the adapter of the one before; "
             "use adapter=lora, or rounds=1."
         )
-    if sampling.confidence_threshold is not None and sampling.remasking == "random":
-        yield (
-            f"data.sampling.confidence_threshold is {sampling.confidence_threshold:g} and data.sampling.remasking is "
-            "'random', which ranks by no confidence; set data.sampling.confidence_threshold=null, or another remasking."
-        )
-    if min(sampling.gen_length, sampling.block_length) < 1 or sampling.gen_length % sampling.block_length:
-        yield (
-            f"data.sampling.block_length is {sampling.block_length} and data.sampling.gen_length is "
-            f"{sampling.gen_length}; an answer is made of whole blocks; change one of them."
-        )
+    yield from decoding_problems(sampling, "data.sampling")
+    yield from room_problems(sampling, "data.sampling", config.model.shape.max_sequence_length, config.model.name)
     if data.dataset_name is not None and set(EMBEDDED_TASKS) & set(config.evaluation.tasks):
         yield (
             f"data.questions (data.dataset_name) is {data.dataset_name!r} and evaluation.tasks has embedded problems; "

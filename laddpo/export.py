@@ -20,11 +20,16 @@ from laddpo.settings import RunConfig
 def main(config: RunConfig, run_folder: Path) -> None:
     """Export the run that `run` names, or the adapter at `adapter.path` on the configured model."""
     from laddpo import runs
+    from laddpo.modelcard import licences
 
     if config.run is None and config.adapter.path is None:
         raise UserError(
             "run is not set; expected the folder of a finished run: run=outputs/train/<run>. An adapter from elsewhere "
             "is named by adapter.path, with its base in model.model_name_or_path."
+        )
+    if config.export.license is not None and not licences(config.export.license):
+        raise UserError(
+            f"export.license is {config.export.license!r}; expected a short name such as mit or apache-2.0. Correct it."
         )
 
     from laddpo import exporting

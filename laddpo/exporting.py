@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from laddpo import runs
 from laddpo.errors import RunFault, UserError
 from laddpo.inputs import check_adapter_fits, encoder_for
-from laddpo.modelcard import CardFacts, card_text
+from laddpo.modelcard import CardFacts, card_text, licences
 from laddpo.models import adapters, loading
 from laddpo.pins import check_adapter, model_path, require_inputs_of
 from laddpo.preference.pairs import user_prompt
@@ -23,6 +25,7 @@ from laddpo.tuned import tuned_weights
 
 PROBES = ("07+15-04=", "What is the capital of France?", "Write one sentence about rivers.", "2, 4, 8, 16,")
 PROBE_MASKS = 16  # masked positions after each probe, where logits are compared
+FRONT_MATTER_CHARACTERS = 2**16  # of a base's model card: where its licence is looked for
 MERGE_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of the largest logit: merging rounds every weight once
 
 
@@ -96,9 +99,11 @@ def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list
         adapters.merge_adapter(model)
         check = compare_logits(before, tuned, probe_logits(model, probes, mask))
         _judge(check, dtype)
+    model.config.mask_token_id = mask  # where config.json leaves it to the tokenizer
     final, digests = probe_logits(model, probes, mask), tensor_digests(model)
     files = loading.save_model(model, folder, int(config.export.shard_gib * 2**30))
-    _settle_code(config, folder)
+    if not config.sft.from_scratch:
+        loading.keep_original_fields(folder, loading.checkpoint_folder(path, revision))
     files += loading.copy_tokenizer(path, revision, folder)
     del model  # two 8B models would not fit beside each other
     again = loading.load_model(str(folder), dtype=dtype, device=device)
@@ -193,16 +198,6 @@ def tensor_digests(model) -> dict[str, str]:
     return digests
 
 
-def _settle_code(config: RunConfig, folder: Path) -> None:
-    """Programs that run a checkpoint's own code find it in the base's repository; a local base's is not referred to."""
-    content = runs.read_json(folder / "config.json")
-    code = content.pop("auto_map", None)
-    if code and not Path(model_path(config)).expanduser().is_dir():
-        name = config.model.model_name_or_path
-        content["auto_map"] = {k: v if "--" in v else f"{name}--{v}" for k, v in code.items()}
-    runs.write_json(folder / "config.json", content)
-
-
 def model_card(config: RunConfig, trained: Path | None, source: Source, facts: CardFacts) -> str:
     """README.md of the export."""
     results, sealed = {}, None
@@ -210,20 +205,24 @@ def model_card(config: RunConfig, trained: Path | None, source: Source, facts: C
         place = sealed_file(trained, "evaluation/results.json")
         results = runs.read_json(place) if place.exists() else {}
         sealed = runs.read_manifest(trained, "train", "sft")
-    licence = config.export.license or base_licence(config)
+    licence = licences(config.export.license) if config.export.license else base_licence(config)
     return card_text(config, facts, results, sealed, source.base, source.step, licence)
 
 
-def base_licence(config: RunConfig) -> str | None:
-    """The licence in the front matter of the base's own model card, or None."""
+def base_licence(config: RunConfig) -> list[str]:
+    """The licences in the front matter of the base's own model card; none where it names none or cannot be read."""
     folder = loading.checkpoint_folder(model_path(config), config.model.revision, ["README.md", "config.json"])
     card = folder / "README.md"
     if not card.exists():
-        return None
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---")
-    lines = parts[1].splitlines() if len(parts) > 2 and not parts[0].strip() else []
-    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("license:")]
-    return found[0] if found else None
+        return []
+    with card.open(encoding="utf-8", errors="replace") as stream:
+        start = stream.read(FRONT_MATTER_CHARACTERS)
+    found = re.match(r"---[ \t]*\n(.*?\n)---[ \t]*(?:\n|$)", start, re.DOTALL)
+    try:
+        content = yaml.safe_load(found.group(1)) if found else None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return []
+    return licences(content.get("license")) if isinstance(content, dict) else []
 
 
 def check_hub_access() -> None:

@@ -50,14 +50,16 @@ def answer_prompts(config: RunConfig, texts: list[str], tuned: Path | None) -> d
 
     loaded = inputs.load(config, find_machine(config))
     prompts = [user_prompt(text) for text in texts]
+    names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    answer = answerer(config, loaded, prompts, names)
     if tuned is None:
-        return {"base": _answer_all(config, answerer(config, loaded), prompts)}
+        return {"base": _answer_all(config, answer, prompts)}
     answers: dict[str, list[str]] = {}
     inputs.make_trainable(config, loaded)
     with base_model(config, loaded):
-        answers["base"] = _answer_all(config, answerer(config, loaded), prompts)
+        answers["base"] = _answer_all(config, answer, prompts)
     use_weights(config, loaded, tuned)
-    answers["tuned"] = _answer_all(config, answerer(config, loaded), prompts)
+    answers["tuned"] = _answer_all(config, answer, prompts)
     return answers
 
 
@@ -88,7 +90,7 @@ def wanted_prompts(config: RunConfig) -> list[str]:
 
 def _answer_all(config: RunConfig, answer, prompts: list) -> list[str]:
     size = config.evaluation.batch_size
-    return [text for start in range(0, len(prompts), size) for text in answer(prompts[start : start + size])]
+    return [given.text for start in range(0, len(prompts), size) for given in answer(prompts[start : start + size])]
 
 
 if __name__ == "__main__":

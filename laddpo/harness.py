@@ -53,9 +53,9 @@ def run_harness(
     model = HarnessModel(
         loaded.model,
         loaded.tokenizer,
+        encoder,
         loaded.denoiser,
         sampler_settings(config),
-        encoder.stop_ids,
         draws=evaluation.elbo_draws,
         token_budget=loaded.machine.token_budget.tokens,
         batch_size=evaluation.batch_size,
@@ -73,7 +73,7 @@ def run_harness(
             num_fewshot=evaluation.shots or None,
             limit=evaluation.limit,
             task_manager=_manager(config),
-            apply_chat_template=config.data.template != "plain" and bool(loaded.tokenizer.chat_template),
+            apply_chat_template=encoder.chat is not None,
             bootstrap_iters=0,
             random_seed=config.seed,
             numpy_random_seed=config.seed,
@@ -97,7 +97,7 @@ def answers_key(config: RunConfig, loaded: Loaded, weights: Mapping[str, Any]) -
             "precision": loaded.machine.precision,
             "sampler": dataclasses.asdict(sampler_settings(config)),
             "elbo_draws": config.evaluation.elbo_draws,
-            "template": config.data.template,
+            "encoding": encoder_for(config, loaded.tokenizer).fields(),
         }
     )
 

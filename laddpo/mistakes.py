@@ -309,6 +309,7 @@ ALLOWED_RESOLVERS = {"oc.env", "oc.select"}  # a secret's name in oc.env is refu
 TYPE_WORDS = {
     "int": "a whole number",
     "float": "a number",
+    "bool | str": "true, false or a name",
     "bool": "true or false",
     "str": "text",
     "list[str]": "a list like [a,b]",

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from laddpo.datachecks import sft_examples
@@ -34,7 +39,7 @@ def card_text(
     sealed: Mapping[str, Any] | None,
     base: str,
     step: int | None,
-    licence: str | None,
+    licence: list[str],
 ) -> str:
     """The whole card in Markdown with the hub's front matter."""
     name = shown_path(config.model.model_name_or_path)
@@ -44,12 +49,12 @@ def card_text(
     method = "supervised fine-tuning" if is_sft else "direct preference optimization"
     sections = [
         _front_matter(config, facts, name, licence, is_sft),
-        f"# {name.rsplit('/', 1)[-1]}, {title}\n\n{what} {name}, a masked-diffusion language model, trained by "
-        f"{method} with laddpo.",
+        f"# {inline(name.rsplit('/', 1)[-1])}, {title}",
+        f"{what} {inline(name)}, a masked-diffusion language model, trained by {method} with laddpo.",
         _origin(config, facts, sealed, base, step, name, licence, is_sft),
         _metrics(results),
-        "## Use\n\n" + (ADAPTER_USE if facts.is_adapter else MERGED_USE).replace("BASE", name),
-        f"## Settings\n\n```yaml\n{_settings(config)}```",
+        "## Use\n\n" + _use(facts.is_adapter, name),
+        "## Settings\n\n" + fenced(_settings(config), "yaml"),
     ]
     return redact("\n\n".join(section for section in sections if section)) + "\n"
 
@@ -60,15 +65,40 @@ def shown_path(path: str) -> str:
     return place.name if place.is_absolute() or path.startswith(("~", "..")) else path
 
 
-def _front_matter(config: RunConfig, facts: CardFacts, name: str, licence: str | None, is_sft: bool) -> str:
-    lines = [f"license: {licence or 'other'}"]
+def licences(value: Any) -> list[str]:
+    """The licences in a card's `license` entry, one name or a list of names; text of any other kind is none."""
+    names = value if isinstance(value, list) else [value]
+    is_name = [isinstance(name, str) and 0 < len(name.strip()) <= 100 and len(name.splitlines()) == 1 for name in names]
+    return [name.strip() for name in names] if all(is_name) else []
+
+
+def inline(text: Any) -> str:
+    """Text of somebody else as one line of Markdown that starts no link, code, emphasis or HTML."""
+    return re.sub(r"([\\`*\[\]<>])", r"\\\1", one_line(text))
+
+
+def one_line(text: Any) -> str:
+    """Text without line breaks and control characters."""
+    return " ".join("".join(character if character.isprintable() else " " for character in str(text)).split())
+
+
+def fenced(text: str, language: str) -> str:
+    """A code block that nothing in the text can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _front_matter(config: RunConfig, facts: CardFacts, name: str, licence: list[str], is_sft: bool) -> str:
+    content: dict[str, Any] = {"license": licence[0] if len(licence) == 1 else licence or "other"}
     if "/" in name and not Path(config.model.model_name_or_path).expanduser().exists():
-        lines += [f"base_model: {name}", f"base_model_relation: {'adapter' if facts.is_adapter else 'finetune'}"]
+        content["base_model"] = one_line(name)
+        content["base_model_relation"] = "adapter" if facts.is_adapter else "finetune"
     if _is_on_hub(config):
-        lines.append(f"datasets: [{config.data.dataset_name}]")
-    lines.append(f"library_name: {'peft' if facts.is_adapter else 'transformers'}")
-    lines.append(f"tags: [{'sft' if is_sft else 'dpo'}, masked-diffusion, llada]")
-    return "---\n" + "\n".join(lines) + "\n---"
+        content["datasets"] = [config.data.dataset_name]
+    content["library_name"] = "peft" if facts.is_adapter else "transformers"
+    content["tags"] = ["sft" if is_sft else "dpo", "masked-diffusion", "llada"]
+    written = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=math.inf)
+    return f"---\n{written}---"
 
 
 def _is_on_hub(config: RunConfig) -> bool:
@@ -81,7 +111,7 @@ def _is_on_hub(config: RunConfig) -> bool:
 def _origin(config, facts, sealed, base, step, name, licence, is_sft) -> str:
     fields = (sealed or {}).get("fields", {})
     data = ", ".join(part["data"] for part in fields.get("rounds", [fields]) if "data" in part)
-    rows = shown_path(config.data.dataset_name) if config.data.dataset_name else config.data.source
+    rows = inline(shown_path(config.data.dataset_name)) if config.data.dataset_name else config.data.source
     examples = sft_examples(config) if is_sft else "pairs"
     if examples == "corpus":
         trained_on = f"{config.sft.num_examples:,} generated examples (sft.examples=corpus, seed {config.seed})"
@@ -89,8 +119,9 @@ def _origin(config, facts, sealed, base, step, name, licence, is_sft) -> str:
         kind = "rows" if examples == "rows" else "pairs"
         trained_on = f"{rows}, fingerprint of the prepared {kind} `{data or 'not recorded by this run'}`"
     lines = [
-        f"base: {name}{f', revision {config.model.revision}' if config.model.revision else ''} (weights `{base}`)",
-        f"licence: {licence or 'the base names none; its terms apply'}",
+        f"base: {inline(name)}{f', revision {inline(config.model.revision)}' if config.model.revision else ''} "
+        f"(weights `{base}`)",
+        f"licence: {', '.join(map(inline, licence)) or 'the base names none; its terms apply'}",
         f"data: {trained_on}",
     ]
     if step is not None:
@@ -115,15 +146,21 @@ def _metrics(results: Mapping[str, Any]) -> str:
         return "## Metrics\n\nNot evaluated."
     note = "Base against tuned with paired 95% intervals, as `python -m laddpo.evaluate` measured them."
     tasks = {e["task"]["name"]: e["task"] for e in results.values() if isinstance(e, Mapping) and "task" in e}
-    details = "".join(f"\n- {n}: " + ", ".join(f"{k} {shown_path(str(v))}" for k, v in t.items() if k != "name")
-                      for n, t in tasks.items())  # fmt: skip
-    return f"## Metrics\n\n{note}\n\n{markdown(header, rows)}\n{details}".rstrip()
+    details = "".join(f"\n- {inline(n)}: " + ", ".join(f"{k} {inline(shown_path(str(v)))}" for k, v in t.items()
+                      if k != "name") for n, t in tasks.items())  # fmt: skip
+    table = markdown(header, [[inline(name), *numbers] for name, *numbers in rows])
+    return f"## Metrics\n\n{note}\n\n{table}\n{details}".rstrip()
 
 
 def _settings(config: RunConfig) -> str:
     names = ("seed", "adapter", "quantization", "data", "dpo", "sft", "optim", "evaluation")
     tree = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
     return OmegaConf.to_yaml(OmegaConf.create(_without_places(tree)))
+
+
+def _use(is_adapter: bool, base: str) -> str:
+    text = ADAPTER_USE if is_adapter else MERGED_USE
+    return text.replace('"BASE"', json.dumps(base)).replace("BASE", shlex.quote(one_line(base)).replace("`", ""))
 
 
 def _without_places(value: Any) -> Any:

@@ -52,7 +52,7 @@ def sampled_file(config: RunConfig, questions: list) -> Path:
         )
     ranks = here()
     with stop_on_signal() as stop:
-        sample = _sampler(config)
+        sample = _sampler(config, questions)
         sampling, size = config.data.sampling, config.evaluation.batch_size
         path = samples.collect_samples(
             sample, questions, sampling.samples, folder, fields, size, stop, ranks.rank, ranks.world
@@ -144,19 +144,21 @@ def pair_grader(config: RunConfig, questions: list):
     return text_grader(config.data.grader, [question.answer for question in questions])
 
 
-def _sampler(config: RunConfig):
-    """A function from prompts and keys to texts, which holds the model."""
+def _sampler(config: RunConfig, questions: list):
+    """A function from prompts to these questions and keys to texts, which holds the model."""
     from laddpo import inputs
-    from laddpo.answering import answer_ids
+    from laddpo.answering import answer_ids, encoded_prompts
     from laddpo.machine import find_machine
+    from laddpo.preference.pairs import user_prompt
 
     inputs.check_before_loading(config)
     config = sampling_config(config)
     loaded = inputs.load(config, find_machine(config))
-    encoder = inputs.encoder_for(config, loaded.tokenizer)
+    prompts = [user_prompt(question.text) for question in questions]
+    names = [f"question {question.text!r}" for question in questions]
+    encoded = dict(zip(prompts, encoded_prompts(config, loaded, prompts, names), strict=True))
 
-    def sample(prompts: list, keys: list[str]) -> list[str]:
-        encoded = {prompt: encoder.encode_prompt(prompt) for prompt in set(prompts)}
-        return answer_ids(config, loaded, [encoded[prompt] for prompt in prompts], keys)
+    def sample(asked: list, keys: list[str]) -> list[str]:
+        return answer_ids(config, loaded, [encoded[prompt] for prompt in asked], keys)
 
     return sample

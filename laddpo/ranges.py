@@ -18,12 +18,14 @@ from laddpo.errors import nearest
 def single_problems(config: Any) -> Iterator[str]:
     """A sentence for each setting of a dataclass tree whose value cannot be meant."""
     for key, value in leaves(config):
-        found = list(_problems(key, value))
+        found = list(setting_problems(key, value))
         yield from found or _depending(key, value, config)
 
 
-def _problems(key: str, value: Any) -> Iterator[str]:
+def setting_problems(key: str, value: Any) -> Iterator[str]:
     """What is wrong with one setting by itself."""
+    if isinstance(value, bool) and key in YES_OR_NAME:
+        return
     values = value if isinstance(value, list) else [value]
     if not all(math.isfinite(x) for x in values if isinstance(x, float)):
         yield f"{key} is {value}; expected a finite number; write one, or null where the key allows it."
@@ -34,7 +36,8 @@ def _problems(key: str, value: Any) -> Iterator[str]:
     elif key in LISTS and len(set(values)) < len(values):
         yield f"{key} is {value}, which names {_first_repeated(values)} twice; each is measured once; write it once."
     elif value is not None and key in CHOICES:
-        yield from (unknown_name(key, name, CHOICES[key]) for name in values if name not in CHOICES[key])
+        known = (*(("true", "false") if key in YES_OR_NAME else ()), *CHOICES[key])
+        yield from (unknown_name(key, name, known) for name in values if name not in CHOICES[key])
     elif value is not None and key in RANGES:
         for number in values:
             yield from _outside(key, number, RANGES[key])
@@ -63,7 +66,7 @@ def _depending(key: str, value: Any, config: Any) -> Iterator[str]:
                     f"experiment=gpu_proof_small or gpu_proof, or leave {part} out of benchmark.parts."
                 )
     elif key == "benchmark.mean" and not value < benchmark.p99 < P99_OVER_MEAN * value:
-        if any(_problems("benchmark.p99", benchmark.p99)):
+        if any(setting_problems("benchmark.p99", benchmark.p99)):
             return
         yield (
             f"benchmark.mean is {value:g} and benchmark.p99 is {benchmark.p99:g}; lengths are log-normal, whose 99th "
@@ -132,6 +135,7 @@ LISTS = {
     "benchmark.plan_tokens": "[256,1024]",
     "variance.draws": "[1,4,8]",
 }
+YES_OR_NAME = ("evaluation.suppress_eos", "data.sampling.suppress_eos")  # true and false, too
 CHOICES: dict[str, tuple[str, ...]] = {
     # validation numbers of which more is better, and the loss
     "best_metric": (
@@ -177,6 +181,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.attention": ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"),
     "hardware.backward": ("auto", "stream", "two_pass", "joint"),
     "hardware.sharding": ("auto", "none", "fsdp"),
+    "evaluation.suppress_eos": ("no", "confidence", "logits"),
+    "data.sampling.suppress_eos": ("no", "confidence", "logits"),
     "evaluation.remasking": ("low_confidence", "certainty", "random"),
     "data.sampling.remasking": ("low_confidence", "certainty", "random"),
     "data.sampling.block_cache": ("none", "prefix", "dual"),
@@ -252,7 +258,9 @@ RANGES: dict[str, Range] = {
     "data.sampling.gen_length": at_least(1, "as long as the answers that are tested"),
     "data.sampling.steps": at_least(1, "as many as gen_length is the slow, exact choice"),
     "data.sampling.block_length": at_least(1, "16 to 32 is usual"),
-    "data.sampling.confidence_threshold": more_than(0, "0.9 is usual, null takes `steps` steps", 1),
+    "data.sampling.confidence_threshold": more_than(
+        0, "0.9 is usual, 1 is one token a step, null takes `steps` steps", 1
+    ),
     "data.num_pairs": at_least(1, "2048 is usual"),
     "data.operand_max": at_least(1, "20 is what llada_nano was trained on"),
     "data.terms": at_least(2, "3 is what llada_nano was trained on", 16),
@@ -293,7 +301,7 @@ RANGES: dict[str, Range] = {
     "evaluation.temperature": at_least(0, "0 takes the most likely token"),
     "evaluation.cfg_scale": at_least(0, "0 turns guidance off"),
     "evaluation.batch_size": at_least(1, "8 is usual"),
-    "evaluation.confidence_threshold": more_than(0, "0.9 is usual, null takes a fixed number of steps", 1),
+    "evaluation.confidence_threshold": more_than(0, "0.9 is usual, 1 is one token a step, null takes `steps` steps", 1),
     "evaluation.samples": at_least(0, "0 shows none"),
     "evaluation.elbo_draws": at_least(1, "128 is LLaDA's own"),
     "export.shard_gib": more_than(0, "4 is usual"),

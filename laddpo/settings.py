@@ -147,7 +147,7 @@ class SamplingSettings:
     gen_length: int = 256
     steps: int = 256
     block_length: int = 32
-    suppress_eos: bool = False
+    suppress_eos: bool | str = False
     block_cache: str = "none"
     instruction: str = ""
 
@@ -263,7 +263,7 @@ class EvaluationSettings:
     temperature: float = 0.0
     cfg_scale: float = 0.0
     remasking: str = "low_confidence"
-    suppress_eos: bool = False
+    suppress_eos: bool | str = False
     confidence_threshold: float | None = None
     stop_early: bool = True
     block_cache: str = "none"

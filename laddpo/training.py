@@ -272,8 +272,16 @@ def open_validation(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, 
     """
     pairs = list(prepared.validation)[: config.evaluation.num_pairs]
     items, block = inputs.measured_items(config, prepared, loaded, pairs, stop, "validation pairs")
+    tasks = validation_tasks(config)
     prompts = list({pair.group: pair.prompt_ids for pair in pairs}.values())
-    return Validation(config, loaded, items, block, validation_tasks(config), stop, prompts)
+    room = loaded.model.config.max_sequence_length - config.evaluation.gen_length
+    fitting = [ids for ids in prompts if len(ids) <= room]
+    if len(fitting) < len(prompts) and config.evaluation.samples and not tasks:
+        print(
+            f"note: {len(prompts) - len(fitting)} of {len(prompts)} validation prompts leave no room for an answer of "
+            f"evaluation.gen_length={config.evaluation.gen_length}; samples show answers to others"
+        )
+    return Validation(config, loaded, items, block, tasks, stop, fitting)
 
 
 def validation_tasks(config: RunConfig) -> list[Task]:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laddpo.errors import UserError, choose
-from laddpo.models.block_cache import KINDS as BLOCK_CACHES
+from laddpo.decodingchecks import sampler_problems
+from laddpo.errors import UserError
 from laddpo.models.block_cache import BlockCache
 
 
@@ -25,12 +25,13 @@ class SamplerSettings:
 
     `steps` over all blocks: fewer commits more tokens at once. `temperature` 0 takes the most likely token; above 0 the
     draws of an item come from `seed` and its key alone. `cfg_scale` above 0 guides away from the answer without prompt.
-    `suppress_eos`: "no"; "confidence" (or true) commits stop tokens after everything else, "logits" never emits them;
-    both hold at any temperature. `confidence_threshold` ignores `steps` and commits every token whose probability
-    exceeds it, at least one a step: faster, not the same tokens. `stop_early` ends an answer whose tokens up to a stop
-    token are all there: the same answer up to it, the rest is filled with the stop token. `block_cache` "prefix" or
-    "dual" keeps keys and values within a block (laddpo/models/block_cache.py): faster, and the same tokens only where
-    every block takes one step.
+    `suppress_eos`: "no" (or false); "confidence" (or true) commits stop tokens after everything else; "logits" never
+    emits the end of text, while an end of turn stays possible, as with the public sampler's switches. Both hold at any
+    temperature. `confidence_threshold` ignores `steps` and commits every token whose probability exceeds it, at least
+    one a step: faster, not the same tokens; 1 commits one token a step. `stop_early` ends an answer whose tokens up to
+    a stop token are all there: the same answer up to it, the rest is filled with the stop token. `block_cache` "prefix"
+    or "dual" keeps keys and values within a block (laddpo/models/block_cache.py): faster, and the same tokens only
+    where every block takes one step.
     `remasking` decides what a step commits: the most probable tokens ("low_confidence": above temperature 0 an unlikely
     draw is drawn again, so answers vary little), the positions that the model is surest of, whatever token was drawn
     there ("certainty"), or "random" ones.
@@ -50,41 +51,8 @@ class SamplerSettings:
     seed: int = 0
 
     def __post_init__(self):
-        problems = []
-        for name in ("gen_length", "steps", "block_length", "batch_size"):
-            if getattr(self, name) < 1:
-                problems.append(f"evaluation.{name} is {getattr(self, name)}; expected at least 1. Raise it.")
-        for name in ("temperature", "cfg_scale"):
-            if not getattr(self, name) >= 0:
-                problems.append(f"evaluation.{name} is {getattr(self, name)}; expected 0 or more. Raise it.")
-        if problems:
+        if problems := sampler_problems(self):
             raise UserError(*problems)
-        if self.gen_length % self.block_length:
-            problems.append(
-                f"evaluation.gen_length is {self.gen_length}, no multiple of evaluation.block_length "
-                f"{self.block_length}; blocks must tile the answer. Change one of them."
-            )
-        elif self.confidence_threshold is None and self.steps % (blocks := self.gen_length // self.block_length):
-            problems.append(
-                f"evaluation.steps is {self.steps}, no multiple of the {blocks} blocks (gen_length / block_length); "
-                f"every block takes the same number of steps. Use {-(-self.steps // blocks) * blocks}."
-            )
-        if self.confidence_threshold is not None and not 0 < self.confidence_threshold < 1:
-            problems.append(
-                f"evaluation.confidence_threshold is {self.confidence_threshold}; expected between 0 and 1, or null "
-                "for a fixed number of steps. 0.9 is usual."
-            )
-        if self.confidence_threshold is not None and self.remasking == "random":
-            problems.append(
-                f"evaluation.confidence_threshold needs remasking=low_confidence; found {self.remasking!r}. Unset one."
-            )
-        if problems:
-            raise UserError(*problems)
-        choose(REMASKING, self.remasking, "evaluation.remasking", "laddpo/evaluation/sampling.py")
-        choose(SUPPRESSION, self.suppression, "evaluation.suppress_eos", "laddpo/evaluation/sampling.py")
-        if self.block_cache not in ("none", *BLOCK_CACHES):
-            known = ", ".join(("none", *BLOCK_CACHES))
-            raise UserError(f"evaluation.block_cache is {self.block_cache!r}; known: {known}. Choose one of them.")
 
     @property
     def suppression(self) -> str:
@@ -107,19 +75,25 @@ def generate(
     stop_token_ids: Sequence[int] = (),
     keys: Sequence[str] | None = None,
     autocast: torch.dtype | None = None,
+    eos_token_id: int | None = None,
 ) -> list[np.ndarray]:
     """One answer per prompt. # int64 [gen_length] each, stop tokens included
 
     `keys` name the items for random draws (their place in the list by default): the same key, seed and prompt give the
-    same draws in any batch. `model` takes `lengths` and `rows` (laddpo/models/llada.py).
+    same draws in any batch. `eos_token_id` ends a text (the model's own by default). `model` takes `lengths` and `rows`
+    (laddpo/models/llada.py). Raises `UserError` before the first answer when a prompt leaves no room for one.
     """
     stops = sorted(set(stop_token_ids), key=list(stop_token_ids).index)
-    if not stops and settings.suppression != "no":
+    eos = [eos_token_id if eos_token_id is not None else model.config.eos_token_id]
+    suppression = SUPPRESSION[settings.suppression]
+    if (suppression.committed_last and not stops) or (suppression.eos_is_never_emitted and eos == [None]):
         raise UserError(
             f"evaluation.suppress_eos is {settings.suppress_eos!r} but the model has no stop token; expected "
             "eos_token_id in config.json or the tokenizer. Name it there, or set suppress_eos=false."
         )
+    forbidden = eos if suppression.eos_is_never_emitted else []
     keys = [str(i) for i in range(len(prompts))] if keys is None else list(keys)
+    require_room([len(p) for p in prompts], settings.gen_length, model.config.max_sequence_length, keys)
     device = next(model.parameters()).device
     answers: list[np.ndarray] = []
     for start in range(0, len(prompts), settings.batch_size):
@@ -127,11 +101,23 @@ def generate(
         tensors = [torch.as_tensor(np.array(p), dtype=torch.long, device=device) for p in prompts[part]]
         generators = [_generator(settings.seed, key, device) for key in keys[part]]
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            batch = _Batch(model, tensors, generators, settings, mask_token_id, stops)
+            batch = _Batch(model, tensors, generators, settings, mask_token_id, stops, forbidden)
             while batch.active:
                 batch.step()
         answers += list(batch.answers.cpu().numpy())
     return answers
+
+
+def require_room(lengths: Sequence[int], gen_length: int, positions: int, names: Sequence[str]) -> None:
+    """`UserError` unless every prompt and its answer fit the model's positions. Callers ask before the first answer."""
+    long = [(length, name) for length, name in zip(lengths, names, strict=True) if length + gen_length > positions]
+    if long:
+        length, name = max(long)
+        raise UserError(
+            f"{len(long)} of {len(lengths)} prompts are too long: {name[:100]} has {length:,} tokens, gen_length adds "
+            f"{gen_length:,}, and the model knows {positions:,} positions (max_sequence_length). Shorten or remove "
+            "these prompts, show fewer examples (evaluation.shots), or lower gen_length."
+        )
 
 
 def until_stop(answer: np.ndarray, stop_token_ids: Sequence[int]) -> np.ndarray:
@@ -143,15 +129,19 @@ def until_stop(answer: np.ndarray, stop_token_ids: Sequence[int]) -> np.ndarray:
 class _Batch:
     """Answers in the making. Every item is at its own block and step; finished ones leave the forward pass."""
 
-    def __init__(self, model, prompts, generators, settings: SamplerSettings, mask: int, stops: list[int]):
+    def __init__(
+        self, model, prompts, generators, settings: SamplerSettings, mask: int, stops: list[int], forbidden: list[int]
+    ):
         self.model, self.prompts, self.generators, self.settings = model, prompts, generators, settings
         self.mask = mask
-        self.stops = torch.tensor(stops, dtype=torch.long, device=prompts[0].device)
+        self.stops, self.forbidden, self.never = (
+            torch.tensor(ids, dtype=torch.long, device=prompts[0].device)
+            for ids in (stops, forbidden, never_emitted(model, mask))
+        )
         self.answers = torch.full((len(prompts), settings.gen_length), mask, device=prompts[0].device)  # [items, G]
         self.block = [0] * len(prompts)
         self.taken = [0] * len(prompts)  # steps taken in the current block
-        self.commits = settings.commits_per_step()
-        self.never = torch.tensor(_never_emitted(model, mask), dtype=torch.long, device=prompts[0].device)
+        self.commits = settings.commits_per_step() if settings.confidence_threshold is None else []
         self.caches = []
         if settings.block_cache != "none":
             free = [[torch.full_like(p, mask) for p in prompts]] if settings.cfg_scale > 0 else []
@@ -229,8 +219,7 @@ class _Batch:
         Writes over `logits`: copies of [R, V] would be most of the memory.
         """
         suppression = SUPPRESSION[self.settings.suppression]
-        if suppression.never_emitted:
-            logits.index_fill_(1, self.stops, -torch.inf)
+        logits.index_fill_(1, self.forbidden, -torch.inf)
         kept = logits[:, self.never]  # these ids cannot be chosen, yet count in the probabilities of the others
         logits.index_fill_(1, self.never, -torch.inf)
         generators = [self.generators[i] for i in self.active]
@@ -310,7 +299,7 @@ def _random(logits: Tensor, tokens: Tensor, generators, rows_per_item: list[int]
     )
 
 
-def _never_emitted(model, mask: int) -> list[int]:
+def never_emitted(model, mask: int) -> list[int]:
     """Ids that are no answer: the mask token, and embedding rows beyond the vocabulary."""
     config = model.config
     return sorted({mask, *range(config.vocab_size, config.embedding_size)})
@@ -323,16 +312,17 @@ def _generator(seed: int, key: str, device: torch.device) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Suppression:
-    """What happens to stop tokens: never emitted, or emitted but committed after everything else in the block."""
+    """What happens to stop tokens: that at the end of a text is never emitted; or all are emitted, but committed after
+    everything else in the block."""
 
-    never_emitted: bool = False
+    eos_is_never_emitted: bool = False
     committed_last: bool = False
 
 
 SUPPRESSION = {
     "no": Suppression(),
     "confidence": Suppression(committed_last=True),
-    "logits": Suppression(never_emitted=True),
+    "logits": Suppression(eos_is_never_emitted=True),
 }
 
 REMASKING: dict[str, Callable[[Tensor, Tensor, list[torch.Generator], list[int]], Tensor]] = {

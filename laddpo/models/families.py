@@ -15,19 +15,36 @@ from laddpo.errors import UserError
 from laddpo.linears import BLOCKS
 from laddpo.models.foreign import Kind
 from laddpo.models.llada import LLaDAConfig, LLaDAModelLM
-from laddpo.models.llada_config import CONFIG_FIELDS
+from laddpo.models.llada_config import AUTO_MAP, CONFIG_FIELDS, INERT, SWITCHES
 
 
 @dataclass(frozen=True)
 class Family:
     """A supported network. `head`: module that must never be quantised or wrapped; `block`: regex of its blocks;
-    `fields`: what is taken from its config.json."""
+    `fields`: what is taken from its config.json.
+
+    What other programs need in a config.json: `code`, the public repository and the classes in it that `auto_map`
+    names; `switches`, the values of the original's switches that this program computes with; `inert`, its other fields.
+    """
 
     config_class: type
     model_class: type
     head: str
     block: str
     fields: Mapping[str, Kind]
+    code: tuple[str, Mapping[str, str]]
+    switches: Mapping[str, Any]
+    inert: Mapping[str, Any]
+
+    def auto_map(self) -> dict[str, str]:
+        """Where a program that runs a checkpoint's own code finds it. This program never does."""
+        repository, classes = self.code
+        return {auto: f"{repository}--{name}" for auto, name in classes.items()}
+
+
+def family_of(model) -> tuple[str, Family]:
+    """The architecture and family of a model; sharding gives its class another name."""
+    return next((name, family) for name, family in FAMILIES.items() if isinstance(model, family.model_class))
 
 
 def find_family(config: Mapping[str, Any], where: str) -> Family:
@@ -46,7 +63,14 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
 
 FAMILIES = {
     "LLaDAModelLM": Family(
-        LLaDAConfig, LLaDAModelLM, "model.transformer.ff_out", rf"{re.escape(BLOCKS)}\.\d+", CONFIG_FIELDS
+        LLaDAConfig,
+        LLaDAModelLM,
+        head="model.transformer.ff_out",
+        block=rf"{re.escape(BLOCKS)}\.\d+",
+        fields=CONFIG_FIELDS,
+        code=("GSAI-ML/LLaDA-8B-Instruct", AUTO_MAP),
+        switches=SWITCHES,
+        inert=INERT,
     ),
 }
 

@@ -6,6 +6,8 @@ this program does not compute.
 
 from __future__ import annotations
 
+import json
+
 from transformers.configuration_utils import PreTrainedConfig
 
 from laddpo.errors import UserError
@@ -74,10 +76,11 @@ class LLaDAConfig(PreTrainedConfig):
 
 def refuse_dead_options(config: LLaDAConfig) -> None:
     """Raise `UserError` for every field that asks for a computation this model does not do."""
+    supported = {name: ((value,), json.dumps(value)) for name, value in SWITCHES.items()} | NULL_OR
     problems = [
         f"model config: {name} is {getattr(config, name)!r}; this LLaDA implementation supports only {expected}. "
         "No published LLaDA uses it; set it so, or train that model elsewhere."
-        for name, allowed, expected in DEAD_OPTIONS
+        for name, (allowed, expected) in sorted(supported.items())
         if getattr(config, name, None) is not None and getattr(config, name) not in allowed
     ]
     if config.d_model % config.n_heads or (config.d_model // config.n_heads) % 2:
@@ -98,29 +101,46 @@ def refuse_dead_options(config: LLaDAConfig) -> None:
         raise UserError(*problems)
 
 
-DEAD_OPTIONS = [  # field, values that are supported, how to say so
-    ("activation_type", ("silu",), "'silu'"),
-    ("alibi", (False,), "false"),
-    ("attention_dropout", (0.0,), "0"),
-    ("attention_layer_norm", (False,), "false"),
-    ("bias_for_layer_norm", (False,), "false"),
-    ("block_group_size", (1,), "1"),
-    ("block_type", ("llama",), "'llama'"),
-    ("clip_qkv", (), "null"),
-    ("embedding_dropout", (0.0,), "0"),
-    ("include_bias", (False,), "false"),
-    ("include_qkv_bias", (False,), "false"),
-    ("input_emb_norm", (False,), "false"),
-    ("layer_norm_type", ("rms",), "'rms'"),
-    ("layer_norm_with_affine", (True,), "true"),
-    ("multi_query_attention", (False,), "false or null"),
-    ("residual_dropout", (0.0,), "0"),
-    ("rope", (True,), "true"),
-    ("rope_full_precision", (True,), "true"),
-    ("scale_logits", (False,), "false"),
-    ("tie_word_embeddings", (False,), "false"),
-    ("weight_tying", (False,), "false"),
-]
+# The original's switches that decide what is computed, each with the one value that this model computes with.
+SWITCHES = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_dropout": 0.0,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "embedding_dropout": 0.0,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "residual_dropout": 0.0,
+    "rope": True,
+    "rope_full_precision": True,
+    "scale_logits": False,
+    "tie_word_embeddings": False,
+    "weight_tying": False,
+}
+# The original's other fields, as LLaDA-8B has them: without effect on what this model computes.
+INERT = {
+    "alibi_bias_max": 8.0,
+    "attention_layer_norm_with_affine": True,
+    "flash_attention": False,
+    "init_cutoff_factor": None,
+    "init_device": "meta",
+    "multi_query_attention": None,
+    "precision": "amp_bf16",
+    "use_cache": False,
+}
+# Fields whose null is no switch: what may stand there, and how to say so.
+NULL_OR = {"clip_qkv": ((), "null"), "multi_query_attention": ((False,), "false or null")}
+AUTO_MAP = {
+    "AutoConfig": "configuration_llada.LLaDAConfig",
+    "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+    "AutoModel": "modeling_llada.LLaDAModelLM",
+}
 # The fields that are taken from a checkpoint's config.json. Other spellings (hidden_size for d_model), classes, kernels
 # and files that it may name are not.
 CONFIG_FIELDS: dict[str, Kind] = {
@@ -139,7 +159,8 @@ CONFIG_FIELDS: dict[str, Kind] = {
     "init_fn": text(100),
     "init_std": number(0, 100),
     **dict.fromkeys(("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id"), optional(whole(0, MOST_ID))),
-    **{name: optional(only(*allowed)) if allowed else only(None) for name, allowed, _ in DEAD_OPTIONS},
+    **{name: optional(only(value)) for name, value in SWITCHES.items()},
+    **{name: optional(only(*allowed)) if allowed else only(None) for name, (allowed, _) in NULL_OR.items()},
     # of another place for every token, which the original does not compute either
     "rope_scaling": only(None),
     # read by nothing here, and kept for whoever reads our config.json

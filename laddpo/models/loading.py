@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.configuration_utils import PreTrainedConfig
 
 from laddpo import runs
 from laddpo.core.ranks import placed_like
 from laddpo.errors import Damaged, UserError
-from laddpo.models.families import Family, find_family
+from laddpo.models.families import Family, family_of, find_family
 from laddpo.models.foreign import checked, mapped, read_settings, text
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
 from laddpo.models.tokenizers import build_tokenizer
@@ -173,11 +174,43 @@ def save_model(model, folder: Path, shard_bytes: int = 4 * 2**30, state: Mapping
 
 
 def config_content(model) -> dict[str, Any]:
-    """What a checkpoint's config.json holds: the model's fields and its weights' dtype, no place of this machine."""
-    content = {key: value for key, value in model.config.to_dict().items() if key not in FOREIGN_FIELDS}
-    # a model made here has no architectures yet, and they are what a reader goes by
-    names = {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
-    return {**content, **names}
+    """What a checkpoint's config.json holds, in the hub's spelling: the model's fields, every switch of the original
+    with the value computed here, where the original's code is, the weights' dtype. No place of this machine."""
+    architecture, family = family_of(model)
+    transformers_own = PreTrainedConfig().to_dict()
+    given = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name not in FOREIGN_FIELDS or (name in transformers_own and value != transformers_own[name])
+    }
+    for place in ("_name_or_path", "transformers_version"):
+        given.pop(place, None)
+    switches = {name: value for name, value in family.switches.items() if given.get(name) is None}
+    dtype = str(model.dtype).removeprefix("torch.")
+    content = {
+        **family.inert,
+        **given,
+        **switches,
+        "architectures": [architecture],
+        "auto_map": family.auto_map(),
+        "dtype": dtype,
+        "torch_dtype": dtype,  # the same for older programs
+    }
+    if version := getattr(model.config, "transformers_version", None):
+        content["transformers_version"] = version
+    return content
+
+
+def keep_original_fields(folder: Path, base: Path) -> None:
+    """Add to the config.json of `folder` the fields of the base's that this program does not compute with.
+
+    Names of code and kernels stay behind: `auto_map`, and what begins with an underscore.
+    """
+    original, content = original_config(base), runs.read_json(folder / "config.json")
+    inert = find_family(content, str(folder)).inert
+    kept = {name: value for name, value in original.items() if name not in content or name in inert}
+    kept = {name: value for name, value in kept.items() if name not in NOT_COPIED and not name.startswith("_")}
+    runs.write_json(folder / "config.json", {**content, **kept})
 
 
 def load_weights(model, folder: Path) -> None:
@@ -373,10 +406,9 @@ def _quiet_small_loads(folder: Path) -> Iterator[None]:
             progress.enable_progress_bar()
 
 
-FOREIGN_FIELDS = (  # transformers' own, without meaning for this model
-    "_name_or_path",
+NOT_COPIED = ("auto_map", "custom_pipelines", "quantization_config")
+FOREIGN_FIELDS = (  # transformers' own, without meaning for this model; written only where a checkpoint gave them
     "chunk_size_feed_forward",
-    "dtype",
     "id2label",
     "is_encoder_decoder",
     "label2id",
@@ -384,5 +416,4 @@ FOREIGN_FIELDS = (  # transformers' own, without meaning for this model
     "output_hidden_states",
     "problem_type",
     "return_dict",
-    "transformers_version",
 )

@@ -80,7 +80,8 @@ class TextEncoder:
             raise UserError("The tokenizer has neither an end-of-turn nor an eos token, so no response could end.")
         self.terminator = terminator
         self.terminator_id: int = self.tokens.special_ids[terminator]
-        self.stop_ids = sorted({self.terminator_id, tokenizer.eos_token_id} - {None})
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.stop_ids = sorted({self.terminator_id, self.eos_id} - {None})
 
     def fields(self) -> dict[str, Any]:
         """What token ids depend on, for fingerprints. Not `max_length`: it decides which rows are left, not their ids

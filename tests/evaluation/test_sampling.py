@@ -28,7 +28,7 @@ def prompts(count=5, seed=0):
 
 def sample(model, items, stops=(EOS, EOT), keys=None, **settings):
     settings = {"gen_length": 12, "steps": 12, "block_length": 6, "stop_early": False, **settings}
-    return generate(model, items, SamplerSettings(**settings), MASK, list(stops), keys)
+    return generate(model, items, SamplerSettings(**settings), MASK, list(stops), keys, eos_token_id=EOS)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def plain_sample(model, prompt, gen_length, steps, block_length, cfg_scale=0.0, 
                 free = model(input_ids=torch.where(is_prompt, MASK, x)).logits[0]
                 logits = free + (cfg_scale + 1) * (logits - free)
             if suppress == "logits":
-                logits[:, [EOS, EOT]] = -torch.inf
+                logits[:, EOS] = -torch.inf
             tokens = logits.argmax(-1)
             if suppress == "confidence":
                 logits[:, [EOS, EOT]] = -torch.inf
@@ -174,7 +174,8 @@ def table(*rows):
 def decode(model, count=1, **settings):
     length = len(model.logits)
     settings = {"gen_length": length, "steps": length, "block_length": length, "stop_early": False, **settings}
-    return generate(model, [np.array([0, 1])] * count, SamplerSettings(**settings), mask_token_id=6, stop_token_ids=[5])
+    ids = {"mask_token_id": 6, "stop_token_ids": [5], "eos_token_id": 5}
+    return generate(model, [np.array([0, 1])] * count, SamplerSettings(**settings), **ids)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.05])
@@ -293,12 +294,13 @@ def test_commits_per_step_are_as_even_as_they_can_be():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gen_length": 10, "block_length": 4}, "no multiple of evaluation.block_length 4"),
-        ({"gen_length": 8, "block_length": 4, "steps": 5}, "no multiple of the 2 blocks.*Use 6"),
+        ({"gen_length": 10, "block_length": 4}, "evaluation.block_length=2 or evaluation.gen_length=12"),
+        ({"gen_length": 8, "block_length": 4, "steps": 5}, "evaluation.steps=4 or 6"),
         ({"remasking": "lowconfidence"}, "did you mean low_confidence"),
         ({"suppress_eos": "always"}, "evaluation.suppress_eos is 'always'"),
-        ({"confidence_threshold": 1.5}, "expected between 0 and 1"),
-        ({"confidence_threshold": 0.9, "remasking": "random"}, "needs remasking=low_confidence"),
+        ({"confidence_threshold": 1.5}, "evaluation.confidence_threshold is 1.5"),
+        ({"confidence_threshold": 0}, "evaluation.confidence_threshold is 0"),
+        ({"confidence_threshold": 0.9, "remasking": "random"}, "evaluation.confidence_threshold=null"),
         ({"temperature": -1}, "temperature is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],

@@ -80,9 +80,9 @@ def test_only_a_dataset_of_the_hub_is_a_dataset_of_the_card(tmp_path, monkeypatc
         (tmp_path / folder).mkdir(parents=True)
     config = compose(["data=jsonl", f"data.dataset_name={name}", "paths.data_dir=stored"])
     sealed = {"fields": {"rounds": [{"data": "first"}, {"data": "second"}]}}
-    card = card_text(config, CardFacts("bf16", "", 0), {}, sealed, "sha256:0", 0, None)
+    card = card_text(config, CardFacts("bf16", "", 0), {}, sealed, "sha256:0", 0, [])
     assert "those kept at step 0 of round 2, each round from the model before it; no evaluation during" in card
-    card = card_text(config, CardFacts("bf16", "", 0), {}, None, "sha256:0", None, None)
+    card = card_text(config, CardFacts("bf16", "", 0), {}, None, "sha256:0", None, [])
     assert (f"datasets: [{name}]" in card) is is_on_hub
     assert ("datasets:" in card.split("---")[1]) is is_on_hub
 

@@ -1,0 +1,65 @@
+"""How likely a model finds an answer: its ELBO, and whether greedy decoding writes it. For lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from laddpo.core.elbo import Denoiser, ElboEstimator, MaskedSequence, draw_logps
+from laddpo.evaluation.sampling import never_emitted
+
+
+class Likelihoods:
+    """`draws`: of each likelihood; `token_budget`: tokens of one forward pass."""
+
+    def __init__(
+        self, model, denoiser: Denoiser, draws: int, seed: int, token_budget: int, autocast: torch.dtype | None = None
+    ):
+        self.model, self.denoiser, self.token_budget, self.autocast = model, denoiser, token_budget, autocast
+        self.estimator = ElboEstimator("complement", "low_discrepancy", max(2, draws + draws % 2), seed)
+
+    @torch.no_grad()
+    def elbo(self, prompt: np.ndarray, response: np.ndarray) -> float:
+        """The mean over the draws; a single token is scored by one pair of draws, which is exact."""
+        if not len(response):
+            return 0.0
+        draws = range(2 if len(response) == 1 else self.estimator.diffusion_samples)
+        name = f"{prompt.tobytes().hex()}/{response.tobytes().hex()}"
+        sequences = self.estimator.sequences(name, "chosen", prompt, response, draws)
+        values = [draw_logps(self.denoiser, part) for part in _parts(sequences, self.token_budget)]
+        return float(torch.cat(values).mean())
+
+    @torch.no_grad()
+    def is_greedy(self, prompt: np.ndarray, response: np.ndarray) -> bool:
+        """Whether one most confident token a step, as long as the response, gives the response; ends at the first
+        token that differs."""
+        device, mask = self.denoiser.device, self.denoiser.mask_token_id
+        never = never_emitted(self.model, mask)
+        wanted = torch.as_tensor(response.astype(np.int64), device=device)
+        ids = torch.cat([torch.as_tensor(prompt.astype(np.int64), device=device), torch.full_like(wanted, mask)])
+        is_open = torch.ones_like(wanted, dtype=torch.bool)
+        while is_open.any():
+            at = is_open.nonzero()[:, 0]
+            with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                logits = self.model(input_ids=ids[None], rows=len(prompt) + at).logits.float()
+            probability = logits.softmax(-1)
+            logits[:, never] = -torch.inf
+            tokens = logits.argmax(-1)
+            surest = probability.gather(1, tokens[:, None])[:, 0].argmax()
+            if tokens[surest] != wanted[at[surest]]:
+                return False
+            ids[len(prompt) + at[surest]] = tokens[surest]
+            is_open[at[surest]] = False
+        return True
+
+
+def _parts(sequences: Sequence[MaskedSequence], token_budget: int) -> list[list[MaskedSequence]]:
+    """Runs of sequences that fit the budget together; a longer one goes alone."""
+    parts: list[list[MaskedSequence]] = [[]]
+    for sequence in sequences:
+        if parts[-1] and sum(s.tokens for s in parts[-1]) + sequence.tokens > token_budget:
+            parts.append([])
+        parts[-1].append(sequence)
+    return parts
