@@ -60,12 +60,12 @@ def model_path(config: RunConfig) -> str:
 
 
 def check_before_loading(config: RunConfig) -> None:
-    """Refuse what cannot work before minutes go by: what this machine lacks, a model that cannot be had, a starting
-    adapter that does not fit it."""
+    """Refuse what cannot work before minutes go by: what this machine lacks, a model that cannot be had, a chat
+    template that cannot be used, a starting adapter that does not fit the model."""
     problems: list[str] = []
     for check in (
         check_machine,
-        lambda config: loading.load_tokenizer(model_path(config), config.model.revision),
+        lambda config: encoder_for(config, loading.load_tokenizer(model_path(config), config.model.revision)),
         _check_adapter,
     ):
         try:

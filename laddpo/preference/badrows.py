@@ -44,11 +44,12 @@ class BadRow:
         return f"{self.place}: {named}{self.problem} ({self.code}). {self.advice}"
 
 
-class RowError(Exception):
-    """Raised while a row is looked at, by code that does not know where the row stands."""
+class RowError(UserError):
+    """Raised while a row is looked at, by code that does not know where the row stands. Where no reader adds the place,
+    as for a prompt on the command line, it ends the stage like any mistake of the user."""
 
     def __init__(self, code: str, field: str, problem: str, advice: str):
-        super().__init__(problem)
+        super().__init__(f"{field}: {problem} ({code}). {advice}" if field else f"{problem} ({code}). {advice}")
         self.code, self.field, self.problem, self.advice = code, field, problem, advice
 
     def at(self, place: str) -> BadRow:
