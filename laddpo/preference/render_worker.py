@@ -203,9 +203,7 @@ def main() -> None:
             if time.monotonic() - armed > 1:  # not at each job: every call starts a thread
                 faulthandler.dump_traceback_later(request["stalled"], exit=True, file=silent)
                 armed = time.monotonic()
-            done.append(
-                outcome(request["seconds"], request["template"], request["variables"], messages, opens_turn)
-            )
+            done.append(outcome(request["seconds"], request["template"], request["variables"], messages, opens_turn))
         faulthandler.cancel_dump_traceback_later()
         answers.write(json.dumps(done).encode() + b"\n")
         answers.flush()

@@ -43,8 +43,8 @@ class ChatTemplate:
         last = asked.split(PROBE)[1]
         if asked == closed and before.strip() and last.strip() != before.strip():
             raise self._unusable(
-                f"it writes {before.strip()!r} before an assistant's text, but not where the answer begins: it does not "
-                "follow add_generation_prompt."
+                f"it writes {before.strip()!r} before an assistant's text, but not where the answer begins: it does "
+                "not follow add_generation_prompt."
             )
         self.trims_responses = not after.startswith(" ")
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
