@@ -57,9 +57,9 @@ def auto_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, str]
     """As explicit_pair; without a prompt column, two conversations that begin with the same turn hold it themselves."""
     sides = [row.get(rules.column(name)) for name in ("chosen", "rejected")]
     has_prompt = rules.column("prompt") != "prompt" or "prompt" in row
-    if not has_prompt and all(isinstance(side, list) and side for side in sides) and sides[0][0] == sides[1][0]:
-        first = sides[0][0]
-        if isinstance(first, dict) and first.get("role") != "assistant":
+    if not has_prompt and all(isinstance(side, list) and side and isinstance(side[0], dict) for side in sides):
+        first, other = ([side[0].get(key) for key in ("role", "content")] for side in sides)
+        if first == other and first[0] != "assistant":
             return implicit_pair(row, rules, warn)
     return explicit_pair(row, rules, warn)
 

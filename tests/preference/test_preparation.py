@@ -309,7 +309,7 @@ def test_a_small_validation_share_of_few_prompts_is_not_empty(tmp_path, tokenize
     assert "fewer than 30" in prepared.said
 
 
-@pytest.mark.parametrize("rows", [make_rows(2), make_rows(2) + [{**make_rows(3)[2], "chosen": "long " * 100}]])
+@pytest.mark.parametrize("rows", [make_rows(2), [*make_rows(2), {**make_rows(3)[2], "chosen": "long " * 100}]])
 def test_a_validation_split_without_a_pair_is_refused_unless_it_is_asked_for(rows, tmp_path, tokenizer):
     """All rows have one prompt; or the prompt that is held out has rows that are too long."""
     path = write_rows(tmp_path / "a.jsonl", rows)
