@@ -28,7 +28,7 @@ def unread_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
         sources = {data.source}
         if data.source == "mixture":
             sources = {part.source for part in data.mixture}
-            if name in OF_EACH_PART:
+            if name.partition(".")[0] in OF_EACH_PART:
                 sources &= {"onpolicy"}  # whose questions `data` names
                 advice = "give it to the parts in data.mixture"
         if not sources & set(readers):
@@ -114,6 +114,7 @@ TRAINED_ON = {  # what sft trains on, in words
 # Those of files or of the hub.
 ROWS = ("jsonl", "hh_rlhf", "ultrafeedback", "orca_dpo_pairs", "laddpo_public", "graded_candidates", "onpolicy")
 OF_EACH_PART = ("dataset_name", "dataset_split", "revision", "columns", "format")
+OF_PAIRS = tuple(name for name in ROWS if name not in ("graded_candidates", "onpolicy"))  # read chosen and rejected
 OWN_ROWS = "write data=jsonl to read rows of your own"
 OWN_ANSWERS = "write data=onpolicy to make pairs of the model's own answers"
 CANDIDATES = "write data=gsm8k_candidates to make pairs of candidates"
@@ -125,6 +126,7 @@ READ_BY: dict[str, tuple[tuple[str, ...], str]] = {
     "revision": (ROWS, OWN_ROWS),
     "columns.candidates": (("graded_candidates",), CANDIDATES),
     "columns.candidate": (("graded_candidates",), CANDIDATES),
+    **{f"columns.{name}": (OF_PAIRS, OWN_ROWS) for name in ("chosen", "rejected", "system", "input")},
     "columns": (ROWS, OWN_ROWS),
     "format": (tuple(name for name in ROWS if name not in ("laddpo_public", "onpolicy")), OWN_ROWS),
     "max_line_bytes": (ROWS, OWN_ROWS),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from pathlib import Path
 
 from laddpo import runs
@@ -85,6 +86,8 @@ def open_questions(config: RunConfig) -> list:
     request = request_of(config, asked)
     rows = raw_rows(request, log)
     found = read_questions(rows, RowRules(request.columns), sampling.instruction, log)
+    for message, count in log.warnings.items():
+        print(f"note: questions of {data.dataset_name}: {count:,} {message}", file=sys.stderr)
     # the same order for the same questions wherever the rows came from; a later round goes on where this one ends
     found.sort(key=lambda question: hashlib.sha256(f"{config.seed}/{question.text}".encode()).digest())
     count = min(count or len(found), len(found))

@@ -92,10 +92,11 @@ class QuantizationSettings:
 
 @dataclass
 class Columns:
-    """Names of the row fields that hold the texts. `candidates` is a list beside a question, `candidate` one of a file
-    of candidates, `response` the one text that sft learns."""
+    """Names of the row fields that hold the texts. `input` is written behind the prompt, `candidates` is a list
+    beside a question, `candidate` one of a file of candidates, `response` the one text that sft learns."""
 
     prompt: str | None = "prompt"
+    input: str | None = None
     chosen: str | None = "chosen"
     rejected: str | None = "rejected"
     system: str | None = None

@@ -44,11 +44,12 @@ class BadRow:
         return f"{self.place}: {named}{self.problem} ({self.code}). {self.advice}"
 
 
-class RowError(Exception):
-    """Raised while a row is looked at, by code that does not know where the row stands."""
+class RowError(UserError):
+    """Raised while a row is looked at, by code that does not know where the row stands. Where no reader adds the place,
+    as for a prompt on the command line, it ends the stage like any mistake of the user."""
 
     def __init__(self, code: str, field: str, problem: str, advice: str):
-        super().__init__(problem)
+        super().__init__(f"{field}: {problem} ({code}). {advice}" if field else f"{problem} ({code}). {advice}")
         self.code, self.field, self.problem, self.advice = code, field, problem, advice
 
     def at(self, place: str) -> BadRow:
@@ -195,9 +196,17 @@ CODES: dict[str, str] = {
     "DATA-74": "text, or text and template together, spell a special token",
     "DATA-75": "the row is longer than data.max_length",
     "DATA-79": "a text is too long to be tokenised",
+    "DATA-88": "no pair is held out for validation",
     "DATA-91": "the path has a form that is not allowed",
     "DATA-83": "the row repeats another",
     "DATA-87": "the prompt is one that a model will be tested on",
     "DATA-93": "the dataset cannot be loaded from the hub",
-    "DATA-95": "the chat template lost text of the row",
+    "DATA-95": "the chat template refuses the row or loses text of it",
+    "DATA-96": "the tokenizer has ids for which the model has no embedding",
+    "DATA-101": "a message has a key that is not read",
+    "DATA-102": "messages are stored as text",
+    "DATA-103": "there are two system texts",
+    "DATA-104": "no row has the column that a setting names",
+    "DATA-105": "an answer has a label instead of a counterpart",
+    "DATA-106": "the response repeats a tag that the template opens",
 }

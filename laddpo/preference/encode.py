@@ -7,7 +7,7 @@ treated by a rule with a name; responses are never cut. Needs a fast tokenizer, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,10 @@ class TextEncoder:
 
     def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """int32 [L]: what stands before the response, in training and in generation alike."""
-        return self._encode_prompts([tuple(messages)])[0]
+        (ids,) = self._encode_prompts_or_errors([tuple(messages)])
+        if isinstance(ids, RowError):
+            raise ids
+        return ids
 
     def encode_response(self, text: str) -> np.ndarray:
         """int32 [L]: the response and its terminator."""
@@ -153,8 +156,12 @@ class TextEncoder:
         self, prompt: Prompt, prompt_ids: np.ndarray, responses: tuple[str, ...], response_ids: tuple[np.ndarray, ...]
     ) -> EncodedRow:
         sides = ("chosen", "rejected") if len(response_ids) == 2 else ("response",)
-        for side, ids in zip(sides, response_ids, strict=True):
+        opening = self.chat.opening if self.chat else None
+        for side, ids, text in zip(sides, response_ids, responses, strict=True):
             self.tokens.refuse_special(ids[:-1].tolist(), side)
+            if opening and text.lstrip().startswith(opening):
+                problem = f"begins with {opening}, which the chat template writes before it: it would stand there twice"
+                raise RowError("DATA-106", side, problem, f"Remove {opening} from the start of the responses.")
         if len(response_ids) == 2 and np.array_equal(*response_ids):
             problem = "has the same tokens as chosen: they differ only in what the template trims"
             raise RowError("DATA-10", "rejected", problem, "Remove the row.")
@@ -176,22 +183,27 @@ class TextEncoder:
         return RowError("DATA-79", "", problem, "Remove the row.")
 
     def _encode_prompts_or_errors(self, prompts: list[Prompt]) -> list[np.ndarray | RowError]:
-        try:
-            return self._encode_prompts(prompts)
-        except RowError as error:
-            if len(prompts) == 1:
-                return [error]
-            return [outcome for prompt in prompts for outcome in self._encode_prompts_or_errors([prompt])]
-
-    def _encode_prompts(self, prompts: list[Prompt]) -> list[np.ndarray]:
         if self.chat is None:
-            bos = [] if self.bos_id is None else [self.bos_id]
-            bodies = self.tokens.encode_plain([plain_prompt(prompt) for prompt in prompts])
-            for body in bodies:
-                self.tokens.refuse_special(body, "prompt")
-            return [np.array(bos + body, dtype=np.int32) for body in bodies]
-        rendered = [self.chat.render(prompt, self.tokens) for prompt in prompts]
-        return [np.array(ids, dtype=np.int32) for ids in self.tokens.encode_rendered(rendered)]
+            return self._encode_all(self._encode_plain_prompts, prompts)
+        rendered = self.chat.render(prompts, self.tokens)
+        encoded = iter(self._encode_all(self.tokens.encode_rendered, [r for r in rendered if isinstance(r, tuple)]))
+        return [next(encoded) if isinstance(outcome, tuple) else outcome for outcome in rendered]
+
+    def _encode_all(self, encode: Callable[[list], list], given: list) -> list[np.ndarray | RowError]:
+        """Each one's ids. When one of a batch is refused, they are encoded one by one to find out which."""
+        try:
+            return [np.array(ids, dtype=np.int32) for ids in encode(given)]
+        except RowError as error:
+            if len(given) == 1:
+                return [error]
+            return [outcome for one in given for outcome in self._encode_all(encode, [one])]
+
+    def _encode_plain_prompts(self, prompts: list[Prompt]) -> list[list[int]]:
+        bos = [] if self.bos_id is None else [self.bos_id]
+        bodies = self.tokens.encode_plain([plain_prompt(prompt) for prompt in prompts])
+        for body in bodies:
+            self.tokens.refuse_special(body, "prompt")
+        return [bos + body for body in bodies]
 
     def _encode_responses(self, texts: list[str]) -> list[np.ndarray]:
         trimmed = [text.strip() if self.chat and self.chat.trims_responses else text for text in texts]
@@ -221,7 +233,7 @@ def keep_prompt_end(encoder: TextEncoder, prompt: Prompt, _: np.ndarray, room: i
 
 
 def need_chat_template(tokenizer: Any) -> ChatTemplate:
-    if not tokenizer.chat_template:
+    if tokenizer.chat_template is None:
         raise UserError(
             "data.template is 'chat', but the tokenizer has no chat template. Set data.template=plain, or use a model "
             "whose tokenizer_config.json has one."
@@ -230,7 +242,7 @@ def need_chat_template(tokenizer: Any) -> ChatTemplate:
 
 
 TEMPLATES = {
-    "auto": lambda tokenizer: ChatTemplate(tokenizer) if tokenizer.chat_template else None,
+    "auto": lambda tokenizer: None if tokenizer.chat_template is None else ChatTemplate(tokenizer),
     "chat": need_chat_template,
     "plain": lambda tokenizer: None,
 }

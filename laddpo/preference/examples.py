@@ -18,7 +18,9 @@ from laddpo.preference.rows import (
     explicit_example,
     get_field,
     is_blank,
+    one_pair_each,
     read_messages,
+    with_system,
 )
 
 ToPair = Callable[[dict, RowRules, Warn], tuple[Prompt, str, str]]
@@ -32,14 +34,16 @@ def read_example(row: dict, rules: RowRules, warn: Warn, to_pair: ToPair) -> tup
         return explicit_example(row, rules, warn)
     chosen, is_named = rules.column("chosen"), rules.columns.get("response") not in (None, "response")
     if row.get(chosen) is None and row.get(MESSAGES) is not None and not is_named:
-        return _conversation(row[MESSAGES], MESSAGES, rules, warn)
+        prompt, response = _conversation(row[MESSAGES], MESSAGES, rules, warn)
+        return with_system(row, prompt, rules, warn), response
     if row.get(chosen) is None or is_named:
         get_field(row, "response", rules)  # raises: says what is missing, and which field may be meant
     warn("rows without a response, of which the chosen side is learned")
     if row.get(rules.column("rejected")) is not None:
-        return to_pair(row, rules, warn)[:2]
+        return to_pair(one_pair_each(row, rules, lambda *_: None)[0], rules, warn)[:2]
     if isinstance(row[chosen], list) and rules.column("prompt") not in row:
-        return _conversation(row[chosen], chosen, rules, warn)
+        prompt, response = _conversation(row[chosen], chosen, rules, warn)
+        return with_system(row, prompt, rules, warn), response
     return explicit_example(row, RowRules({**rules.columns, "response": chosen}, *_flags(rules)), warn)
 
 

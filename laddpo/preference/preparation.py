@@ -32,7 +32,7 @@ from laddpo.preference.prepared import (
     PreparedWriter,
     whole_folder,
 )
-from laddpo.preference.report import ReportBuilder, leak_lines, report_figure, report_table
+from laddpo.preference.report import ReportBuilder, leak_lines, note_lines, report_figure, report_table
 from laddpo.preference.selection import choose_rows, choose_validation
 from laddpo.preference.sources import Request, Source, open_corpus, open_source
 from laddpo.preference.spool import Spool
@@ -40,6 +40,7 @@ from laddpo.runs import MANIFEST, atomic_file, differing_fields, fingerprint
 from laddpo.visible import visible
 
 BATCH_ROWS = 256
+FEW_HELD_OUT = 30  # validation pairs below which their figures say little
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,10 @@ def _find_or_make(job: _Job, prepared_dir: Path, name: str, show: Callable[[str]
         found = job.prepared.load(folder)
         _refuse_other_fields(found, fields)
         show(f"{folder}: already prepared, {len(found.train):,} rows for training, {len(found.validation):,} held out")
+        for line in note_lines(found.report()):
+            show(line)
+        if _wants_validation(job) and not len(found.validation):
+            show("  note            0  pairs are held out for validation: prepared by an earlier version")
         _refuse_too_many_bad(job, found)
         _look_for_leaks(job, found, show)
         return found
@@ -293,6 +298,30 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
     report.bad.stop_if_too_many(job.rules.on_bad_row, job.rules.max_bad_fraction, report.rows["read"])
     if not report.rows["kept"]:
         raise UserError("No row is left to train on:", *report.dropped_examples(), *report.bad.lines())
+    if _wants_validation(job):
+        _check_held_out(report.rows["validation"], report, job.rules, log)
+
+
+def _wants_validation(job: _Job) -> bool:
+    """Whether pairs shall be held out: an SFT corpus is not validated on its rows."""
+    return job.prepared is PreparedPairs and job.rules.validation_fraction > 0
+
+
+def _check_held_out(held_out: int, report: ReportBuilder, rules: Rules, log: ReadLog) -> None:
+    """Refuse a validation split without a pair, unless that was asked for; count one of few pairs."""
+    if not held_out:
+        same = " All of them have one prompt, and the split is by prompt." if report.facts["prompts"] == 1 else ""
+        raise UserError(
+            f"data.validation_fraction is {rules.validation_fraction:g}, and of the {report.rows['kept']:,} pairs kept "
+            f"none is held out for validation (DATA-88).{same} Set data.validation_fraction=0 to train without "
+            "validation, raise it, or give pairs of more prompts."
+        )
+    if held_out < FEW_HELD_OUT:
+        log.warn(
+            f"pairs held out for validation, fewer than {FEW_HELD_OUT}: figures of them are coarse; raise "
+            "data.validation_fraction or give more pairs",
+            held_out,
+        )
 
 
 def _encode_batch(

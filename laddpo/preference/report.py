@@ -139,8 +139,12 @@ def report_table(report: Mapping[str, Any]) -> str:
     lines += leak_lines(report.get("leaks", {}), report.get("leaks_unknown", {}))
     for token, count in report["special_token_text"].items():
         lines.append(f"  note     {count:>8,}  rows with the text {token}, encoded as plain text")
-    lines += [f"  note     {count:>8,}  {message}" for message, count in report["warnings"].items()]
-    return "\n".join(lines)
+    return "\n".join(lines + note_lines(report))
+
+
+def note_lines(report: Mapping[str, Any]) -> list[str]:
+    """The counts of what reading and encoding found doubtful."""
+    return [f"  note     {count:>8,}  {message}" for message, count in report["warnings"].items()]
 
 
 def leak_lines(counts: Mapping[str, int], unknown: Mapping[str, str]) -> list[str]:

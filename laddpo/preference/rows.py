@@ -7,7 +7,6 @@ cannot understand by raising RowError with the field, what was found, what was e
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 from laddpo.errors import nearest
 from laddpo.preference.badrows import RowError
 from laddpo.preference.pairs import ROLES, Message, Prompt, fold
+from laddpo.preference.texts import FIX, check_text, is_blank, kind_of
+from laddpo.preference.unread import refuse_stored_messages, refuse_unread_keys
 
 Warn = Callable[[str], None]
 
@@ -23,7 +24,8 @@ Warn = Callable[[str], None]
 class RowRules:
     """How rows are understood: which column holds what, and which doubtful rows are accepted.
 
-    `columns` maps our names (prompt, chosen, rejected, response, system, answer, candidates, candidate) to the data's.
+    `columns` maps our names (prompt, input, chosen, rejected, response, system, answer, candidates, candidate) to the
+    data's.
     """
 
     columns: Mapping[str, str | None] = field(default_factory=dict)
@@ -46,7 +48,8 @@ def explicit_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, 
     kinds = {isinstance(value, str) for value in (prompt, *responses)}
     if len(kinds) > 1:
         problem = "text and lists of messages are mixed in one row"
-        raise RowError("DATA-58", "", problem, "Give all three as text or all three as messages.")
+        advice = "Set data.format=conversation, which reads both, or give all three as text or all three as messages."
+        raise RowError("DATA-58", "", problem, advice)
     return joined_pair(row, prompt, responses, rules, warn)
 
 
@@ -54,9 +57,9 @@ def auto_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, str]
     """As explicit_pair; without a prompt column, two conversations that begin with the same turn hold it themselves."""
     sides = [row.get(rules.column(name)) for name in ("chosen", "rejected")]
     has_prompt = rules.column("prompt") != "prompt" or "prompt" in row
-    if not has_prompt and all(isinstance(side, list) and side for side in sides) and sides[0][0] == sides[1][0]:
-        first = sides[0][0]
-        if isinstance(first, dict) and first.get("role") != "assistant":
+    if not has_prompt and all(isinstance(side, list) and side and isinstance(side[0], dict) for side in sides):
+        first, other = ([side[0].get(key) for key in ("role", "content")] for side in sides)
+        if first == other and first[0] != "assistant":
             return implicit_pair(row, rules, warn)
     return explicit_pair(row, rules, warn)
 
@@ -79,7 +82,10 @@ def implicit_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, 
             problem = "is text; without a prompt column a list of messages is expected"
             raise RowError("DATA-67", name, problem, hint_for_texts(value))
         sides[name] = read_messages(value, name, rules, warn)
-    return split_at_last_turn(sides["chosen"], sides["rejected"], warn)
+    if mapped_text(row, "input", rules, warn) is not None:
+        refuse_input(rules, "chosen and rejected hold the prompt")
+    prompt, chosen, rejected = split_at_last_turn(sides["chosen"], sides["rejected"], warn)
+    return with_system(row, prompt, rules, warn), chosen, rejected
 
 
 def hh_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, str]:
@@ -96,7 +102,8 @@ def hh_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, str]:
         sides[name] = read_dialogue(text, name)
     if any(a.role == b.role for a, b in zip(sides["chosen"], sides["chosen"][1:], strict=False)):
         warn("dialogues with two turns of one speaker in a row, kept as they are")
-    return split_at_last_turn(sides["chosen"], sides["rejected"], warn)
+    prompt, chosen, rejected = split_at_last_turn(sides["chosen"], sides["rejected"], warn)
+    return with_system(row, prompt, rules, warn), chosen, rejected
 
 
 def explicit_example(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str]:
@@ -116,20 +123,64 @@ def joined_pair(row: dict, prompt: Any, responses: list, rules: RowRules, warn: 
 
 
 def as_prompt(row: dict, value: Any, rules: RowRules, warn: Warn) -> Prompt:
-    """Text becomes one user message; messages must end with the user. A system column, if mapped, goes in front."""
+    """Text becomes one user message, with the text of the input column behind it; messages must end with the user. A
+    system column goes in front. Both columns are read only where they are mapped."""
     if isinstance(value, str):
         check_text(value, "prompt", rules, warn)
-        prompt: Prompt = (Message("user", value),)
+        more = mapped_text(row, "input", rules, warn)
+        prompt: Prompt = (Message("user", value if more is None else f"{value}\n\n{more}"),)
     else:
         prompt = read_messages(value, "prompt", rules, warn)
         if prompt[-1].role != "user":
             problem = f"ends with a {prompt[-1].role} turn, want a user turn"
             raise RowError("DATA-65", "prompt", problem, "Move the last turn into chosen and rejected.")
-    system = row.get(rules.columns.get("system") or "")
-    if isinstance(system, str) and not is_blank(system):
-        check_text(system, "system", rules, warn)
-        prompt = (Message("system", system), *prompt)
-    return prompt
+        if mapped_text(row, "input", rules, warn) is not None:
+            refuse_input(rules, "the prompt is a list of messages")
+    return with_system(row, prompt, rules, warn)
+
+
+def with_system(row: dict, prompt: Prompt, rules: RowRules, warn: Warn) -> Prompt:
+    """The prompt behind the text of the system column, if that is mapped and the row has one."""
+    system = mapped_text(row, "system", rules, warn)
+    if system is None:
+        return prompt
+    if prompt and prompt[0].role == "system":
+        problem = "has a text, and the messages begin with a system turn too: which of them counts cannot be known"
+        advice = "Set data.columns.system=null to keep the turn, or remove the turn."
+        raise RowError("DATA-103", rules.column("system"), problem, advice)
+    return (Message("system", system), *prompt)
+
+
+def mapped_text(row: dict, name: str, rules: RowRules, warn: Warn) -> str | None:
+    """The text of a column that is read only where it is mapped. None: not mapped, or empty, which is counted."""
+    column = rules.columns.get(name)
+    if not column:
+        return None
+    value = row.get(column)
+    if value is None or (isinstance(value, str) and is_blank(value)):
+        warn(f"rows without a text in {column!r} (data.columns.{name})")
+        return None
+    if not isinstance(value, str):
+        raise RowError("DATA-12", column, f"is {kind_of(value)}, want text (data.columns.{name})", FIX)
+    check_text(value, name, rules, warn)
+    return value
+
+
+def refuse_input(rules: RowRules, why: str) -> None:
+    """Raise RowError: the input column has no text of a prompt to stand behind."""
+    advice = "Set data.columns.input=null, or write its text into the last user turn."
+    raise RowError("DATA-58", rules.column("input"), f"cannot be joined to the prompt: {why}", advice)
+
+
+def one_pair_each(row: dict, rules: RowRules, warn: Warn) -> list[dict]:
+    """The row once for each of its rejected answers, when it has a list of them: texts, or lists of messages."""
+    column = rules.column("rejected")
+    answers = row.get(column)
+    is_list = isinstance(answers, list) and bool(answers)
+    if not is_list or not any(all(isinstance(answer, kind) for answer in answers) for kind in (str, list)):
+        return [row]
+    warn("rows with a list of rejected answers, each of which makes a pair")
+    return [{**row, column: answer} for answer in answers]
 
 
 def as_response(value: Any, name: str, prompt: Prompt, rules: RowRules, warn: Warn) -> str:
@@ -175,6 +226,8 @@ def different(chosen: str, rejected: str, warn: Warn) -> tuple[str, str]:
         raise RowError("DATA-09", "rejected", "is the same as chosen: no preference", "Remove the row.")
     if fold(chosen) == fold(rejected):
         warn("pairs whose responses differ only in white space or Unicode normal form")
+    if chosen.lstrip().startswith("<think>") or rejected.lstrip().startswith("<think>"):
+        warn("pairs with a response that begins with <think>: the reasoning is learned as part of it")
     return chosen, rejected
 
 
@@ -200,14 +253,18 @@ def read_messages(value: Any, name: str, rules: RowRules, warn: Warn, is_respons
     for index, message in enumerate(value):
         place = f"{name}[{index}]"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            found = f"has the keys {sorted(message)}" if isinstance(message, dict) else f"is {kind_of(message)}"
+            found = (
+                f"has the keys {sorted(map(str, message))}" if isinstance(message, dict) else f"is {kind_of(message)}"
+            )
             hint = "Rename from/value to role/content." if isinstance(message, dict) and "value" in message else FIX
             raise RowError("DATA-61", place, f"{found}, want an object with role and content", hint)
-        role, content = message["role"], join_parts(message["content"], f"{place}.content")
+        role = message["role"]
         if role not in ROLES:
             meant = ROLE_NAMES.get(str(role).lower()) or nearest(str(role), ROLES) or "user"
-            problem = f"is {role!r}, want one of {', '.join(ROLES)}"
-            raise RowError("DATA-63", f"{place}.role", problem, f"Did you mean {meant}?")
+            hint = TOOL_TURN if role in ("tool", "function") else f"Did you mean {meant}?"
+            raise RowError("DATA-63", f"{place}.role", f"is {role!r}, want one of {', '.join(ROLES)}", hint)
+        refuse_unread_keys(message, ("role", "content"), place, warn)
+        content = join_parts(message["content"], f"{place}.content", warn)
         check_text(content, f"{place}.content", rules, warn)
         messages.append(Message(role, content))
     spoken = [message.role for message in messages if message.role != "system"]
@@ -221,7 +278,7 @@ def read_messages(value: Any, name: str, rules: RowRules, warn: Warn, is_respons
     return tuple(messages)
 
 
-def join_parts(content: Any, place: str) -> str:
+def join_parts(content: Any, place: str, warn: Warn) -> str:
     """Text, or the text parts of a message joined; images and other parts are refused."""
     if isinstance(content, str):
         return content
@@ -232,6 +289,7 @@ def join_parts(content: Any, place: str) -> str:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
         if not isinstance(text, str):
             raise RowError("DATA-62", place, "has a part that is not text", "Only text parts can be used.")
+        refuse_unread_keys(part, ("type", "text"), place, warn)
         texts.append(text)
     return "".join(texts)
 
@@ -240,16 +298,12 @@ def get_field(row: dict, name: str, rules: RowRules) -> Any:
     """The value of one of our columns, which must be there and be text or a list."""
     column = rules.column(name)
     if column not in row:
-        guess = next((key for key in row if str(key).lower() in OTHER_NAMES.get(name, ())), None)
-        guess = name if name in row else guess
-        hint = f"Set data.columns.{name}={guess}." if guess else f"Add the field, or set data.columns.{name}."
-        chosen = row.get(rules.column("chosen"))
-        if name == "prompt" and guess is None and isinstance(chosen, str):
-            hint = hint_for_texts(chosen)
-        elif name == "prompt" and guess is None and isinstance(chosen, list):
-            hint = "Add the field, or set data.format=implicit where chosen and rejected hold the prompt as messages."
+        if name in ("chosen", "rejected") and "label" in row and any(key in row for key in OTHER_NAMES["candidate"]):
+            raise RowError("DATA-105", "", "has one answer and a label, not chosen and rejected", UNPAIRED)
         found = ", ".join(str(key) for key in list(row)[:20])
-        raise RowError("DATA-01", column, f"field missing; found the fields [{found[:200]}]", hint)
+        raise RowError(
+            "DATA-01", column, f"field missing; found the fields [{found[:200]}]", hint_for(row, name, rules)
+        )
     value = row[column]
     if value is None:
         raise RowError("DATA-04", column, "is null", FIX)
@@ -257,7 +311,29 @@ def get_field(row: dict, name: str, rules: RowRules) -> Any:
         raise RowError("DATA-13", column, f"is {kind_of(value)}, want text or a list of messages", FIX)
     if not isinstance(value, (str, list)):
         raise RowError("DATA-12", column, f"is {kind_of(value)}, want text or a list of messages", FIX)
+    if isinstance(value, str):
+        refuse_stored_messages(value, column)
+    elif value and name != "candidates" and all(isinstance(text, str) for text in value):
+        problem = "is a list of texts, want text or a list of messages"
+        raise RowError("DATA-12", column, problem, "Give one text. Only rejected may be a list of several answers.")
     return value
+
+
+def hint_for(row: dict, name: str, rules: RowRules) -> str:
+    """What to do about a column that a row lacks."""
+    guess = next((key for key in row if str(key).lower() in OTHER_NAMES.get(name, ())), None)
+    guess = name if name in row else guess or nearest(rules.column(name), map(str, row))
+    chosen = row.get(rules.column("chosen"))
+    if guess is None and name == "prompt" and isinstance(chosen, str):
+        return hint_for_texts(chosen)
+    if guess is None and name == "prompt" and isinstance(chosen, list):
+        return "Add the field, or set data.format=implicit where chosen and rejected hold the prompt as messages."
+    if guess is None:
+        return f"Add the field, or set data.columns.{name}."
+    more = next((key for key in ("input", "context") if key in row and key != guess), None)
+    if name == "prompt" and more and not rules.columns.get("input"):
+        return f"Set data.columns.prompt={guess} and data.columns.input={more}, which joins the two."
+    return f"Set data.columns.{name}={guess}."
 
 
 def hint_for_texts(chosen: str) -> str:
@@ -266,53 +342,16 @@ def hint_for_texts(chosen: str) -> str:
         return "These are dialogues of Anthropic/hh-rlhf: use data=hh_rlhf."
     return (
         "Give the prompt a field of its own, or name it by data.columns.prompt. Where chosen and rejected begin with "
-        "the prompt, move it there: text does not show where it ends."
+        "the prompt, move it there: text does not show where it ends. For answers to no prompt at all write an empty "
+        "one into each row and set data.allow_empty_prompt=true."
     )
 
 
-def check_text(text: str, name: str, rules: RowRules, warn: Warn) -> None:
-    """Refuse text that cannot be meant or cannot be encoded; count what is only doubtful."""
-    is_prompt = name.split("[")[0] in ("prompt", "system")
-    if not text:
-        if is_prompt and rules.allow_empty_prompt:
-            return
-        raise RowError("DATA-05" if is_prompt else "DATA-07", name, "is empty", FIX)
-    if is_blank(text):
-        code = "DATA-08" if is_prompt else "DATA-07"
-        raise RowError(code, name, "empty after strip: only white space or invisible characters", FIX)
-    if text.isascii() and "\x00" not in text:
-        return
-    if "\x00" in text and not rules.allow_nul:
-        raise RowError("DATA-28", name, f"has the character NUL at {text.index(chr(0))}", "Remove it.")
-    if half := _SURROGATES.search(text):
-        problem = f"has half of a surrogate pair, {half.group()!a}, at character {half.start()}"
-        raise RowError("DATA-29", name, problem, "Write the whole pair, or the character itself.")
-    if _DOUBTFUL.search(text):
-        for message, pattern in DOUBTFUL.items():
-            if pattern.search(text):
-                warn(message)
-    if not unicodedata.is_normalized("NFC", text):
-        warn("texts that are not in Unicode normal form C, kept as they are")
-
-
-def is_blank(text: str) -> bool:
-    """Whether nothing would be seen: white space, zero-width characters, byte order marks, soft hyphens."""
-    return not any(map(_is_visible, text))
-
-
-def _is_visible(character: str) -> bool:
-    return not character.isspace() and character not in _INVISIBLE
-
-
-def kind_of(value: Any) -> str:
-    """A value's kind in the words of JSON, with the value where it is short."""
-    kinds = {type(None): "null", bool: "a boolean", int: "an int", float: "a float", str: "text", list: "a list"}
-    kind = kinds.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
-    shown = str(value)[:40] if isinstance(value, (bool, int, float)) else ""
-    return f"{kind} ({shown})" if shown else kind
-
-
-FIX = "Fix the row or set data.on_bad_row=skip."
+TOOL_TURN = "Turns of tools cannot be used: write the result into a user turn, or remove the row."
+UNPAIRED = (
+    "Unpaired rows cannot be trained on yet. Make pairs of them: where a prompt has both labels, write one row with "
+    "the prompt, a completion of label true as chosen and one of label false as rejected."
+)
 OTHER_NAMES = {
     "prompt": ("question", "instruction", "input", "query", "problem", "prompts", "context"),
     "chosen": (
@@ -331,20 +370,11 @@ OTHER_NAMES = {
     "answer": ("gold", "target", "label", "ground_truth"),
     "response": ("answer", "output", "completion", "target", "solution", "chosen"),
 }
-ROLE_NAMES = {"human": "user", "bot": "assistant", "gpt": "assistant", "model": "assistant", "ai": "assistant"}
-_INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad\u180e \t\r\n\u00a0"
-_SURROGATES = re.compile("[\ud800-\udfff]")
-DOUBTFUL = {
-    "texts with U+FFFD, which an earlier bad decoding leaves": re.compile("\ufffd"),
-    "texts with private-use characters or noncharacters": re.compile(
-        "[\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff]"
-    ),
-    "texts with look-alikes of special tokens, which they are not": re.compile(
-        "＜[|｜]|<｜|[|｜]＞|｜>|<[\u200b-\u200d\u2060]+[|]|<[|]\\w*[\u200b-\u200d\u2060]\\w*[|]>"
-    ),
-    "texts with bidirectional control characters": re.compile("[\u202a-\u202e\u2066-\u2069]"),
+ROLE_NAMES = {
+    "human": "user",
+    "developer": "system",
+    **dict.fromkeys(("bot", "gpt", "model", "ai"), "assistant"),
 }
-_DOUBTFUL = re.compile("|".join(pattern.pattern for pattern in DOUBTFUL.values()))
 SHAPES: dict[str, Callable[[dict, RowRules, Warn], tuple[Prompt, str, str]]] = {
     "auto": auto_pair,
     "explicit": explicit_pair,
@@ -352,3 +382,4 @@ SHAPES: dict[str, Callable[[dict, RowRules, Warn], tuple[Prompt, str, str]]] = {
     "implicit": implicit_pair,
     "hh_rlhf": hh_pair,
 }
+WITHOUT_PROMPT = ("implicit", "hh_rlhf")  # shapes whose chosen and rejected hold the prompt

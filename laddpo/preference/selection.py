@@ -51,5 +51,5 @@ def choose_validation(spool: Spool, rows: np.ndarray, seed: int, fraction: float
         is_held_out[edge] = not is_held_out[edge]
     if fraction > 0 and len(groups) == 1:
         is_held_out[:] = False
-        log.warn("all rows have the same prompt, so none is held out for validation")
+        log.warn("rows that all have the same prompt, so that none is held out for validation", len(rows))
     return is_held_out[member]

@@ -20,7 +20,8 @@ from laddpo.preference.hub import hub_rows
 from laddpo.preference.locate import locate
 from laddpo.preference.onpolicy import sampled_pairs
 from laddpo.preference.pairs import Example, PreferencePair, Prompt, content_digest, prompt_group
-from laddpo.preference.rows import SHAPES, RowRules, check_text, is_blank
+from laddpo.preference.rows import SHAPES, WITHOUT_PROMPT, RowRules, mapped_text, one_pair_each
+from laddpo.preference.unread import OPTIONAL, accounted, refuse_unread_columns
 
 
 @dataclass(frozen=True)
@@ -83,47 +84,45 @@ def open_corpus(name: str) -> Source:
 def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iterator[PreferencePair | BadRow]:
     """Pairs of local files or of the hub, in the shape of `shape` or else of `request.format`."""
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
-    to_pair = SHAPES[shape or shape_name(request.format)]
-    names = ["prompt", "chosen", "rejected", *(name for name in ("system", "answer") if rules.columns.get(name))]
-    used = {rules.column(name) for name in names}
+    shape = shape or shape_name(request.format)
+    readable = [*PAIR_COLUMNS, *OPTIONAL]
+    if shape in WITHOUT_PROMPT:
+        readable = [name for name in readable if name not in ("prompt", "input")]
+    refuse_unread_columns(rules.columns, readable, f"data.format={shape}")
     kind: bool | None = None
-    for row in raw_rows(request, log, names):
+    for row in raw_rows(request, log, [n for n in readable if n in PAIR_COLUMNS or rules.columns.get(n)]):
         if isinstance(row, BadRow):
             yield row
             continue
         place, fields = row
-        for extra in fields.keys() - used:
-            used.add(extra)
-            log.warn(f"column {extra!r} is not used")
         try:
             if request.format == "explicit":
                 kind = same_kind(kind, fields, rules)
-            prompt, chosen, rejected = to_pair(fields, rules, log.warn)
-            gold = fields.get(rules.columns.get("answer") or "")
-            if isinstance(gold, str) and not is_blank(gold):
-                check_text(gold, "answer", rules, log.warn)
+            answer = mapped_text(fields, "answer", rules, log.warn)
         except RowError as error:
             yield error.at(place)
             continue
-        row_id = content_digest(prompt, chosen, rejected) + "-0"
-        answer = gold if isinstance(gold, str) else None
-        yield PreferencePair(row_id, prompt, chosen, rejected, place, prompt_group(prompt), answer)
+        for each in one_pair_each(fields, rules, log.warn):
+            try:
+                prompt, chosen, rejected = SHAPES[shape](each, rules, log.warn)
+            except RowError as error:
+                yield error.at(place)
+                continue
+            row_id = content_digest(prompt, chosen, rejected) + "-0"
+            yield PreferencePair(row_id, prompt, chosen, rejected, place, prompt_group(prompt), answer)
 
 
 def read_examples(request: Request, log: ReadLog, shape: str | None = None) -> Iterator[Example | BadRow]:
     """SFT examples of local files or of the hub: a response, a conversation, or the chosen side of a pair."""
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
     to_pair = SHAPES[shape or shape_name(request.format)]
-    names = [*COLUMNS, *(["system"] if rules.columns.get("system") else [])]
-    used = {rules.column(name) for name in names}
-    for row in raw_rows(request, log, names):
+    readable = [*COLUMNS, *OPTIONAL]
+    refuse_unread_columns(rules.columns, readable, "sft on rows")
+    for row in raw_rows(request, log, [n for n in readable if n not in OPTIONAL or rules.columns.get(n)]):
         if isinstance(row, BadRow):
             yield row
             continue
         place, fields = row
-        for extra in fields.keys() - used:
-            used.add(extra)
-            log.warn(f"column {extra!r} is not used")
         try:
             yield example(*read_example(fields, rules, log.warn, to_pair), place)
         except RowError as error:
@@ -133,7 +132,9 @@ def read_examples(request: Request, log: ReadLog, shape: str | None = None) -> I
 def graded_pairs(request: Request, log: ReadLog) -> Iterator[PreferencePair | BadRow]:
     """Correct over incorrect candidates: columns prompt (the question), answer, candidates."""
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
-    rows, separate = raw_rows(request, log, ("prompt", "answer", "candidates")), ()
+    names = ("prompt", "answer", "candidates")
+    refuse_unread_columns(rules.columns, (*names, "candidate"), "data.source=graded_candidates")
+    rows, separate = raw_rows(request, log, names), ()
     if request.candidates_name:
         separate = raw_rows(replace(request, dataset_name=request.candidates_name), log, ("prompt", "candidate"))
     return candidate_pairs(rows, separate, rules, request.grader, request.pairs_per_question, request.seed, log)
@@ -180,8 +181,10 @@ def raw_rows(
         kind = "json" if request.format == "json" else None
         columns = {name: request.columns.get(name) or name for name in names}
         text = [columns[name] for name in TEXT_COLUMNS if name in columns]
-        return read_rows(files, request.max_line_bytes, log, kind, text, columns.values())
-    return hub_rows(request.dataset_name, request.dataset_split, request.revision, log)
+        rows = read_rows(files, request.max_line_bytes, log, kind, text, columns.values())
+    else:
+        rows = hub_rows(request.dataset_name, request.dataset_split, request.revision, log)
+    return accounted(rows, names, request.columns, request.dataset_name, log.warn)
 
 
 def local_files(request: Request, log: ReadLog) -> list[Path]:
@@ -223,6 +226,8 @@ def rows_identity(request: Request) -> dict:
 def arithmetic_pairs(request: Request, log: ReadLog) -> Iterator[PreferencePair | BadRow]:
     """Generated pairs: the validation share from problems of the validation split, the rest from the training split."""
     num_validation = round(request.num_pairs * request.validation_fraction)
+    if request.validation_fraction > 0 and request.num_pairs > 1:
+        num_validation = max(1, num_validation)
     for split, num_pairs in (("train", request.num_pairs - num_validation), ("validation", num_validation)):
         yield from arithmetic.preference_pairs(split, num_pairs, request.seed, request.difficulty, request.habit)
 
@@ -289,7 +294,8 @@ def arithmetic_split(prompt: Prompt) -> str:
     return arithmetic.split_of(prompt[0].content)
 
 
-TEXT_COLUMNS = ("prompt", "chosen", "rejected", "response", MESSAGES)
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+TEXT_COLUMNS = (*PAIR_COLUMNS, "response", MESSAGES)
 SOURCES: dict[str, Source] = {
     "arithmetic": Source(arithmetic_pairs, arithmetic_identity, split_of=arithmetic_split, is_graded=True),
     "jsonl": rows_in_shape(),

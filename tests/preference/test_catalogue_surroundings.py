@@ -69,7 +69,7 @@ def with_template(folder, template):
 
 
 def special_token_over_the_seam(folder, _):
-    template = "{% for m in messages %}<|mdm_{{ m['content'] }}<|eot_id|>{% endfor %}"
+    template = "{% for m in messages %}{{ '<|mdm_' if m.role == 'user' }}{{ m['content'] }}<|eot_id|>{% endfor %}"
     return lines(folder / "a.jsonl", {**ROW, "prompt": "mask|>"}), with_template(folder, template)
 
 

@@ -207,7 +207,7 @@ def test_both_ways_of_encoding_a_prompt_agree(dream):
         user_prompt("def f(x):\n\n    return  x\n\n\n"),
         user_prompt("é\n🙂 x"),
     ):
-        text, hidden = encoder.chat.render(prompt, encoder.tokens)
+        ((text, hidden),) = encoder.chat.render([prompt], encoder.tokens)
         assert not hidden
         simple, pieces = encoder.tokens.encode_rendered([(text, {}), (text, {"\ue000no\ue000": "no"})])
         assert simple == pieces
@@ -294,7 +294,8 @@ def test_enormous_texts_never_reach_the_tokenizer(nano):
 
 def test_special_tokens_that_text_and_template_spell_together_are_refused(nano):
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    tokenizer.chat_template = "{% for m in messages %}<|mdm_{{ m['content'] }}<|eot_id|>{% endfor %}"
+    opening = "{{ '<|mdm_' if m.role == 'user' }}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{opening}{{{{ m['content'] }}}}<|eot_id|>{{% endfor %}}"
     with pytest.raises(RowError) as caught:
         TextEncoder(tokenizer).encode_prompt(user_prompt("mask|>"))
     assert caught.value.code == "DATA-74"

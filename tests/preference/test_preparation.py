@@ -305,11 +305,29 @@ def test_a_small_validation_share_of_few_prompts_is_not_empty(tmp_path, tokenize
     for seed in range(5):
         prepared = prepare(tmp_path / "out", path, tokenizer, validation_fraction=0.01, seed=seed)
         assert len(prepared.validation) == 2  # one prompt with its two pairs
-    alone = prepare(
-        tmp_path / "out", write_rows(tmp_path / "b.jsonl", make_rows(2)), tokenizer, validation_fraction=0.5
+    assert {count for message, count in prepared.report()["warnings"].items() if "fewer than 30" in message} == {2}
+    assert "fewer than 30" in prepared.said
+
+
+@pytest.mark.parametrize("rows", [make_rows(2), [*make_rows(2), {**make_rows(3)[2], "chosen": "long " * 100}]])
+def test_a_validation_split_without_a_pair_is_refused_unless_it_is_asked_for(rows, tmp_path, tokenizer):
+    """All rows have one prompt; or the prompt that is held out has rows that are too long."""
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    asked = {"truncation": "drop", "max_length": 120, "seed": 0}
+    with pytest.raises(UserError, match=r"none is held out .*DATA-88.*Set data\.validation_fraction=0"):
+        for seed in range(9):  # one of them holds the long row's prompt out
+            prepare(tmp_path / "out", path, tokenizer, **{**asked, "seed": seed}, validation_fraction=0.5)
+    prepared = prepare(tmp_path / "out", path, tokenizer, **asked, validation_fraction=0.0)
+    assert (len(prepared.train), len(prepared.validation)) == (2, 0)
+    assert not any("held out" in message for message in prepared.report()["warnings"])
+
+
+def test_few_generated_pairs_have_one_for_validation_and_notes_are_shown_again(tmp_path, tokenizer):
+    first, again = (
+        prepare(tmp_path, None, tokenizer, "arithmetic", num_pairs=4, validation_fraction=0.05) for _ in "ab"
     )
-    assert len(alone.validation) == 0
-    assert any("none is held out" in message for message in alone.report()["warnings"])
+    assert (len(first.train), len(first.validation)) == (3, 1)
+    assert "already prepared" in again.said and "fewer than 30" in again.said
 
 
 def test_prompts_of_an_evaluation_set_are_counted(tmp_path, tokenizer):
