@@ -81,7 +81,14 @@ def open_questions(config: RunConfig) -> list:
         problems = arithmetic.problems("train", last, config.seed, difficulty_of(config))
         return [Question(problem.text, problem.answer) for problem in problems[first:]]
     log = ReadLog()
-    asked = MixturePart("jsonl", data.dataset_name, data.dataset_split, data.revision, data.columns)
+    asked = MixturePart(
+        "jsonl",
+        data.dataset_name,
+        data.dataset_split,
+        data.revision,
+        data.columns,
+        dataset_config=data.dataset_config,
+    )
     request = request_of(config, asked)
     rows = raw_rows(request, log)
     found = read_questions(rows, RowRules(request.columns), sampling.instruction, log)

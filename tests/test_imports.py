@@ -30,6 +30,7 @@ FLOORS = {
     "datachecks": 0,
     "compose": 0,
     "preference.pairs": 0,
+    "preference.splits": 0,
     "core.noise": 1,
     "core.losses": 1,
     "core.metrics": 1,

@@ -22,16 +22,18 @@ from laddpo.errors import UserError, nearest
 from laddpo.preference.badrows import BadRow, RowError, file_error
 from laddpo.preference.compression import open_plain
 from laddpo.preference.json_arrays import read_json_array
+from laddpo.preference.splits import PACKED_SUFFIXES, SUFFIXES
 from laddpo.preference.strict_json import decode_line, one_line, parse_object
 from laddpo.runs import file_sha256
 
 
 @dataclass
 class ReadLog:
-    """What reading found besides rows: files with their rows, things worth a warning with their counts, the commit of
-    each dataset of the hub, and what else a source has to say for the report."""
+    """What reading found besides rows: files with their rows, unread files with their split, things worth a warning
+    with their counts, the commit of each dataset of the hub, and what else a source has to say for the report."""
 
     files: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
     commits: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -276,9 +278,7 @@ def refuse_other_kinds(path: Path, line: bytes) -> None:
         raise file_error(path, "DATA-57", f"looks like CSV ({text[:60]!r})", "Rename it to .csv.")
 
 
-PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".7z")
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 READERS: dict[str, Callable[..., Iterator[RawRow | BadRow]]] = {
     "jsonl": read_json_lines,
     "json": read_json_array,

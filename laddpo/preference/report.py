@@ -18,6 +18,7 @@ from laddpo.preference.badrows import CODES, EXAMPLES, BadRow, BadRows
 from laddpo.preference.encode import EncodedRow, TextEncoder
 from laddpo.preference.files import ReadLog
 from laddpo.preference.onpolicy import sampling_lines
+from laddpo.preference.splits import NO_SPLIT
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 SAMPLES = 3
@@ -102,6 +103,7 @@ class ReportBuilder:
             "special_token_text": dict(sorted(self._special_text.items())),
             "warnings": dict(sorted(self._log.warnings.items())),
             "files": self._log.files,
+            "files_not_read": self._log.unread,
             "samples": self._samples,
             **self._log.facts,
             **self.facts,
@@ -139,7 +141,19 @@ def report_table(report: Mapping[str, Any]) -> str:
     for token, count in report["special_token_text"].items():
         lines.append(f"  note     {count:>8,}  rows with the text {token}, encoded as plain text")
     lines += [f"  note     {count:>8,}  {message}" for message, count in report["warnings"].items()]
-    return "\n".join(lines)
+    return "\n".join(lines + unread_lines(report["files_not_read"]))
+
+
+def unread_lines(unread: Mapping[str, str]) -> list[str]:
+    """One line for each split whose files were left alone, with their number and the first names."""
+    by_split: dict[str, list[str]] = {}
+    for path, split in unread.items():
+        by_split.setdefault(split, []).append(path)
+    return [
+        f"  not read {len(paths):>8,}  files of {'split ' * (split != NO_SPLIT)}{split}: {', '.join(paths[:3])}"
+        + (" …" if paths[3:] else "")
+        for split, paths in by_split.items()
+    ]
 
 
 def leak_lines(counts: Mapping[str, int], unknown: Mapping[str, str]) -> list[str]:
