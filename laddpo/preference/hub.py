@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from laddpo.errors import UserError, nearest
 from laddpo.preference.files import ReadLog
+from laddpo.preference.strict_json import one_line
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_FILE = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
@@ -30,8 +31,18 @@ def hub_rows(
         pin = f"; set data.revision={commit} to get these again" if commit else ""
         log.warn(f"{dataset_name} is read without data.revision: a later download may give other rows{pin}")
     log.files[name] = len(rows)
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}:{number}", row
+    number = 0
+    try:
+        for row in rows:
+            yield f"{name}:{number + 1}", row
+            number += 1
+    except (MemoryError, GeneratorExit):
+        raise
+    except Exception as error:  # of decoding a value; the kinds depend on what is installed
+        raise UserError(
+            f"{name}: row {number + 1}: cannot be read, {type(error).__name__}: {one_line(error)} (DATA-53). Download "
+            "its data files, save the column as text, and give their path."
+        ) from error
 
 
 def loaded_commit(rows, revision: str | None) -> str | None:

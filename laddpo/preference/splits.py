@@ -14,7 +14,14 @@ from typing import Any
 from laddpo.errors import UserError, nearest
 
 PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 # `datasets` knows these words in the names of files and folders, between the characters of SEPARATORS. It looks for
 # lower case alone; upper case counts here too, or TEST.jsonl would be trained on.
 KEYWORDS = {
