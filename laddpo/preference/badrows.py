@@ -37,7 +37,7 @@ class BadRow:
 
     def __post_init__(self) -> None:
         for name, text in asdict(self).items():
-            object.__setattr__(self, name, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+            object.__setattr__(self, name, printable(text))
 
     def __str__(self) -> str:
         named = f"{self.field}: " if self.field else ""
@@ -57,7 +57,12 @@ class RowError(Exception):
 
 def file_error(path: Path | str, code: str, problem: str, advice: str) -> UserError:
     """The error for a file that cannot be used at all."""
-    return UserError(f"{path}: {problem} ({code}). {advice}")
+    return UserError(printable(f"{path}: {problem} ({code}). {advice}"))
+
+
+def printable(text: object) -> str:
+    """The text with what UTF-8 cannot hold escaped: halves of surrogate pairs, as odd bytes of a file name become."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from laddpo.errors import UserError, nearest
-from laddpo.preference.badrows import BadRow, RowError, file_error
+from laddpo.preference.badrows import BadRow, RowError, file_error, printable
 from laddpo.preference.compression import open_plain
 from laddpo.preference.json_arrays import read_json_array
 from laddpo.preference.splits import PACKED_SUFFIXES, SUFFIXES
@@ -40,6 +40,7 @@ class ReadLog:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def warn(self, message: str, count: int = 1) -> None:
+        message = printable(message)
         self.warnings[message] = self.warnings.get(message, 0) + count
 
 
@@ -63,7 +64,7 @@ def read_rows(
     """
     columns: tuple[Path, tuple[str, ...]] | None = None
     for path in files:
-        rows = 0
+        rows, name = 0, printable(path)
         reader = READERS[kind or file_kind(path)]
         options = {"text_columns": text_columns, "wanted": wanted} if reader in (read_parquet, read_arrow) else {}
         if reader is read_csv:
@@ -73,16 +74,16 @@ def read_rows(
                 rows += 1
                 if reader in SCHEMA_READERS and not isinstance(row, BadRow):
                     columns = same_columns(columns, path, tuple(row[1]))
-                yield row
+                yield row if name == str(path) or isinstance(row, BadRow) else (printable(row[0]), row[1])
         if rows == 0:
             raise file_error(path, "DATA-39", "has 0 rows", "Give a file with at least one row.")
-        log.files[str(path)] = rows
+        log.files[name] = rows
 
 
 @contextmanager
-def open_checked(path: Path, log: ReadLog) -> Iterator[BinaryIO]:
+def open_checked(path: Path, log: ReadLog, key: str = "data.dataset_name") -> Iterator[BinaryIO]:
     """The file's bytes, unpacked, once it is known to be a regular readable file; complains if it changes meanwhile."""
-    with readable(path) as before, path.open("rb") as raw:
+    with readable(path, key) as before, path.open("rb") as raw:
         yield open_plain(path, raw, log.warn)
     after = path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -90,7 +91,7 @@ def open_checked(path: Path, log: ReadLog) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[os.stat_result]:
+def readable(path: Path, key: str = "data.dataset_name") -> Iterator[os.stat_result]:
     """Turns what makes a path unreadable into UserErrors; a pipe or device is refused before it could block."""
     try:
         found = path.stat()
@@ -102,7 +103,7 @@ def readable(path: Path) -> Iterator[os.stat_result]:
         problem = f"may not be read (mode {mode}, we are uid {os.getuid() if hasattr(os, 'getuid') else '?'})"
         raise file_error(path, "DATA-43", problem, "Change its permissions.") from error
     except FileNotFoundError as error:
-        raise missing_file(path) from error
+        raise missing_file(path, key) from error
     except OSError as error:
         raise file_error(path, "DATA-43", f"could not be read: {one_line(error)}", "Check the disk.") from error
 
@@ -113,15 +114,15 @@ def content_sha256(path: Path) -> str:
         return file_sha256(path)
 
 
-def missing_file(path: Path) -> UserError:
-    """Why a path cannot be had: a broken link, or nothing there (naming what is near)."""
+def missing_file(path: Path, key: str = "data.dataset_name") -> UserError:
+    """Why a path that the setting `key` gave cannot be had: a broken link, or nothing there (naming what is near)."""
     if path.is_symlink():
         target = os.readlink(path)
         return file_error(path, "DATA-44", f"is a link to {target!r}, which is not there", "Restore the link's target.")
     siblings = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
     guess = nearest(path.name, siblings)
     hint = f" Did you mean {path.parent / guess}?" if guess else ""
-    return file_error(path, "DATA-41", f"not found from {Path.cwd()}", f"Check data.dataset_name.{hint}")
+    return file_error(path, "DATA-41", f"not found from {Path.cwd()}", f"Check {key}.{hint}")
 
 
 def file_kind(path: Path) -> str:

@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 
 from laddpo.errors import UserError, nearest
-from laddpo.preference.badrows import file_error
+from laddpo.preference.badrows import file_error, printable
 from laddpo.preference.files import ReadLog, missing_file
 from laddpo.preference.splits import (
     DESCRIPTIONS,
@@ -45,7 +45,7 @@ def locate(
             return []
         if path.is_dir():
             files, unread = choose_files(path, files, split, config)
-            log.unread.update(unread)
+            log.unread.update({printable(path): split for path, split in unread.items()})
             return files
         if config is not None:  # of a yaml file: one that the user gave is refused before
             log.warn(f"{dataset_name}: data.dataset_config={config} is not used, files have no configurations")
@@ -67,6 +67,8 @@ def _find(
     for path in candidates:
         if path.is_dir():
             return path, folder_files(path, log, follow_symlinks)
+        if path.is_symlink() and not path.exists():
+            raise missing_file(path)
         if os.path.lexists(path):
             return path, [path]
         is_pattern = re.search(r"[*?\[]", path.name) and path.parent.is_dir()
@@ -99,7 +101,7 @@ def _matched_files(pattern: Path, files: list[Path], split: str | None, log: Rea
         check_shards(files, [path for path in pattern.parent.iterdir() if has_file_name(path.name)])
         return files
     files, unread = choose_files(pattern.parent, files, split)
-    log.unread.update(unread)
+    log.unread.update({printable(path): split for path, split in unread.items()})
     return files
 
 

@@ -257,6 +257,11 @@ def _no_such_split(root: Path, files: Sequence[Path], splits: Splits, split: str
     return f"{key} is {split!r}; {root} has {', '.join(_ordered(splits))} (DATA-70).{rest}{hint}"
 
 
+def has_configurations(root: Path) -> bool:
+    """Whether the folder's README.md tells which files each configuration has."""
+    return bool(_card_configs(root))
+
+
 def _ordered(splits: Splits) -> list[str]:
     return [*(name for name in KEYWORDS if name in splits), *sorted(set(splits) - set(KEYWORDS))]
 
