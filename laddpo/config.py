@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from laddpo.datachecks import onpolicy_problems, unread_settings
+from laddpo.datachecks import file_problems, onpolicy_problems, unread_settings
 from laddpo.decodingchecks import decoding_problems, room_problems
 from laddpo.devicechecks import device_problems, step_problems
 from laddpo.errors import UserError
@@ -57,7 +57,8 @@ def _contradictions(config: RunConfig, wrong_keys: set[str], given: Collection[s
     """Problems between settings, leaving out those that speak of a key whose own value is already refused."""
     parts = (_weights, _lengths, _objective, _data, _schedule, device_problems, _decoding, step_problems)
     found = (problem for part in parts for problem in part(config))
-    for problem in (*found, *_patience(config, given), *unread_settings(config, given)):
+    late = (_patience, unread_settings, file_problems)
+    for problem in (*found, *(problem for check in late for problem in check(config, given))):
         if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in wrong_keys):
             yield problem
 

@@ -1,4 +1,4 @@
-"""Which settings of `data` its source reads, and what those of data=onpolicy contradict; part of the checks of
+"""Which settings of `data` its source reads, and what files and data=onpolicy contradict; part of the checks of
 laddpo/config.py, without torch."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from laddpo.decodingchecks import decoding_problems, room_problems
+from laddpo.preference.splits import contradicted_split, has_file_name
 from laddpo.ranges import EMBEDDED_TASKS, leaves
 from laddpo.settings import DataSettings, RunConfig
 
@@ -106,6 +107,30 @@ def onpolicy_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
+def file_problems(config: RunConfig, given: Collection[str]) -> Iterator[str]:
+    """A sentence for each split or configuration that the user gave beside a single file which contradicts it."""
+    data = config.data
+    parts = {"data": data, **{f"data.mixture[{i}]": part for i, part in enumerate(data.mixture)}}
+    for key, part in parts.items():
+        name = part.dataset_name or ""
+        if not has_file_name(name) or set("*?[") & set(name):
+            continue
+        split, configuration = (
+            getattr(part, field) if part is not data or f"data.{field}" in given else None
+            for field in ("dataset_split", "dataset_config")
+        )
+        if split and (problem := contradicted_split(name, split)):
+            yield (
+                f"{key}.dataset_split is {split!r} and {key}.dataset_name is the file {name!r}: {problem}; leave "
+                f"{key}.dataset_split out, or name another file."
+            )
+        if configuration:
+            yield (
+                f"{key}.dataset_config is {configuration!r} and {key}.dataset_name is the file {name!r}, which has no "
+                f"configurations; leave {key}.dataset_config out."
+            )
+
+
 TRAINED_ON = {  # what sft trains on, in words
     "corpus": "sft trains on the generated corpus",
     "rows": "sft trains on the rows of the data",
@@ -113,7 +138,7 @@ TRAINED_ON = {  # what sft trains on, in words
 }
 # Those of files or of the hub.
 ROWS = ("jsonl", "hh_rlhf", "ultrafeedback", "orca_dpo_pairs", "laddpo_public", "graded_candidates", "onpolicy")
-OF_EACH_PART = ("dataset_name", "dataset_split", "revision", "columns", "format")
+OF_EACH_PART = ("dataset_name", "dataset_split", "dataset_config", "revision", "columns", "format")
 OF_PAIRS = tuple(name for name in ROWS if name not in ("graded_candidates", "onpolicy"))  # read chosen and rejected
 OWN_ROWS = "write data=jsonl to read rows of your own"
 OWN_ANSWERS = "write data=onpolicy to make pairs of the model's own answers"
@@ -123,6 +148,7 @@ CANDIDATES = "write data=gsm8k_candidates to make pairs of candidates"
 READ_BY: dict[str, tuple[tuple[str, ...], str]] = {
     "dataset_name": (ROWS, OWN_ROWS),
     "dataset_split": (ROWS, OWN_ROWS),
+    "dataset_config": (ROWS, OWN_ROWS),
     "revision": (ROWS, OWN_ROWS),
     "columns.candidates": (("graded_candidates",), CANDIDATES),
     "columns.candidate": (("graded_candidates",), CANDIDATES),

@@ -73,11 +73,9 @@ def wanted_prompts(config: RunConfig) -> list[str]:
         return [config.prompt]
     if config.prompts is not None:
         path = Path(config.prompts)
-        if not path.is_file():
-            raise UserError(f"prompts is {config.prompts!r}: no such file; expected text with one prompt a line.")
         from laddpo.preference.files import ReadLog, open_checked, text_lines
 
-        with open_checked(path, ReadLog()) as stream:
+        with open_checked(path, ReadLog(), "prompts") as stream:
             read = [line.rstrip("\r\n") for line in text_lines(path, stream, config.data.max_line_bytes)]
         lines = [line for line in read if line.strip()]
         if not lines:

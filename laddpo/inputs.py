@@ -217,6 +217,7 @@ def request_of(config: RunConfig, part: MixturePart, grader=None) -> Request:
     return Request(
         dataset_name=part.dataset_name,
         dataset_split=part.dataset_split,
+        dataset_config=part.dataset_config,
         revision=part.revision,
         columns=dataclasses.asdict(part.columns),
         format=part.format,

@@ -65,10 +65,12 @@ def sampled_file(config: RunConfig, questions: list) -> Path:
 
 def open_questions(config: RunConfig) -> list:
     """The questions asked: of the file or hub data set, else embedded training problems; never validation or test."""
+    from laddpo.core.ranks import here
     from laddpo.inputs import difficulty_of, request_of
     from laddpo.preference import arithmetic, word_problems
     from laddpo.preference.files import ReadLog
     from laddpo.preference.onpolicy import Question, read_questions
+    from laddpo.preference.report import unread_lines
     from laddpo.preference.rows import RowRules
     from laddpo.preference.sources import raw_rows
 
@@ -82,12 +84,22 @@ def open_questions(config: RunConfig) -> list:
         problems = arithmetic.problems("train", last, config.seed, difficulty_of(config))
         return [Question(problem.text, problem.answer) for problem in problems[first:]]
     log = ReadLog()
-    asked = MixturePart("jsonl", data.dataset_name, data.dataset_split, data.revision, data.columns)
+    asked = MixturePart(
+        "jsonl",
+        data.dataset_name,
+        data.dataset_split,
+        data.revision,
+        data.columns,
+        dataset_config=data.dataset_config,
+    )
     request = request_of(config, asked)
     rows = raw_rows(request, log)
     found = read_questions(rows, RowRules(request.columns), sampling.instruction, log)
-    for message, count in log.warnings.items():
-        print(f"note: questions of {data.dataset_name}: {count:,} {message}", file=sys.stderr)
+    if here().is_main:
+        for message, count in log.warnings.items():
+            print(f"note: questions of {data.dataset_name}: {count:,} {message}", file=sys.stderr)
+        for line in unread_lines(log.unread):
+            print(f"note: {line.strip()}", file=sys.stderr)
     # the same order for the same questions wherever the rows came from; a later round goes on where this one ends
     found.sort(key=lambda question: hashlib.sha256(f"{config.seed}/{question.text}".encode()).digest())
     count = min(count or len(found), len(found))

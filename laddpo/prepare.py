@@ -161,7 +161,15 @@ def _graded_mixture(config: RunConfig) -> list[tuple[MixturePart, Grader | None]
     if data.source == "onpolicy":
         questions = open_questions(config)
         return [(MixturePart(data.source, str(sampled_file(config, questions))), pair_grader(config, questions))]
-    one = MixturePart(data.source, data.dataset_name, data.dataset_split, data.revision, data.columns, data.format)
+    one = MixturePart(
+        data.source,
+        data.dataset_name,
+        data.dataset_split,
+        data.revision,
+        data.columns,
+        data.format,
+        dataset_config=data.dataset_config,
+    )
     return [(part, _grader(config, part.source)) for part in data.mixture or [one]]
 
 

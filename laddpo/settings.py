@@ -122,6 +122,7 @@ class MixturePart:
     columns: Columns = field(default_factory=unnamed_columns)
     format: str = "auto"
     weight: float = 1.0
+    dataset_config: str | None = None
 
 
 @dataclass
@@ -158,6 +159,7 @@ class DataSettings:
     source: str = MISSING
     dataset_name: str | None = None
     dataset_split: str | None = None
+    dataset_config: str | None = None
     revision: str | None = None
     columns: Columns = field(default_factory=Columns)
     mixture: list[MixturePart] = field(default_factory=list)

@@ -36,6 +36,7 @@ FLOORS = {
     "decodingchecks": 0,
     "compose": 0,
     "preference.pairs": 0,
+    "preference.splits": 0,
     "core.noise": 1,
     "core.losses": 1,
     "core.metrics": 1,

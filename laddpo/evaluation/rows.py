@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from laddpo.core.ranks import here
 from laddpo.errors import UserError
 from laddpo.preference.badrows import BadRow
-from laddpo.preference.files import ReadLog, read_rows
+from laddpo.preference.files import ReadLog, missing_file, read_rows
+from laddpo.preference.locate import folder_files
+from laddpo.preference.report import unread_lines
+from laddpo.preference.splits import choose_files, has_configurations
 
 MAX_LINE_BYTES = 16 * 2**20
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -27,7 +34,12 @@ def task_rows(
 ) -> list[dict[str, Any]]:
     """Rows whose `fields` hold what is expected; `UserError` names the file, the line and the field otherwise."""
     path = local_file(source, benchmarks_dir)
-    placed = read_jsonl(path) if path else list(_placed(source, hub_rows(source, subset, split, revision)))
+    if path is None:
+        placed = list(_placed(source, hub_rows(source, subset, split, revision)))
+    elif path.is_dir():
+        placed = _listed(read_rows(folder_split(path, subset, split), MAX_LINE_BYTES, ReadLog()))
+    else:
+        placed = read_jsonl(path)
     for place, row in placed:
         _check_encodable(place, row)
         for key, expected, is_expected in fields:
@@ -65,22 +77,58 @@ def is_choices(value: Any) -> bool:
 
 
 def local_file(source: str, benchmarks_dir: Path | None) -> Path | None:
-    """The file that `source` names as given or inside the benchmarks folder; None when it can only be a hub id."""
-    candidates = [Path(source).expanduser()]
+    """The file or folder that `source` names as given or inside the benchmarks folder; None when it can only be a hub
+    id."""
+    candidates = [Path(os.path.expanduser(source))]
     if benchmarks_dir is not None:
         candidates += [benchmarks_dir / source, benchmarks_dir / f"{source}.jsonl"]
     for path in candidates:
-        if path.is_file():
-            return path
+        with _looked_at(path):
+            if path.is_file() or path.is_dir():
+                return path
+            if path.is_symlink():
+                raise missing_file(path, "evaluation.dataset_name")
     if source.endswith((".jsonl", ".json")):
         raise UserError(f"evaluation.dataset_name: no file {' or '.join(map(str, candidates))}. Correct the path.")
     return None
 
 
+@contextmanager
+def _looked_at(path: Path) -> Iterator[None]:
+    """Turns what makes a path unreadable into a UserError: a folder without permission, a name that is too long."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        found = getattr(error, "filename", None) or path
+        raise UserError(
+            f"evaluation.dataset_name: {found} could not be looked at: {getattr(error, 'strerror', error)} (DATA-43). "
+            "Correct the path, or its permissions."
+        ) from error
+
+
+def folder_split(folder: Path, subset: str | None, split: str) -> list[Path]:
+    """The files of a split of a local data set, in its part `subset` where it has one; the others are listed."""
+    log = ReadLog()
+    with _looked_at(folder):
+        config = subset if subset and has_configurations(folder) else None
+        if subset and config is None and (folder / subset).is_dir():
+            folder = folder / subset
+        files = folder_files(folder, log, follow_symlinks=False)
+        chosen, unread = choose_files(folder, files, split, config, key="evaluation.dataset_name: the split")
+    if here().is_main:
+        for line in [*log.warnings, *unread_lines(unread)]:
+            print(f"note: {line.strip()}", file=sys.stderr)
+    return chosen
+
+
 def read_jsonl(path: Path) -> list[tuple[str, dict]]:
     """(file:line, row) of every line that is not blank; `UserError` names the first that is no object."""
+    return _listed(read_rows([path], MAX_LINE_BYTES, ReadLog(), kind="jsonl"))
+
+
+def _listed(rows: Iterator[tuple[str, dict] | BadRow]) -> list[tuple[str, dict]]:
     placed = []
-    for found in read_rows([path], MAX_LINE_BYTES, ReadLog(), kind="jsonl"):
+    for found in rows:
         if isinstance(found, BadRow):
             raise UserError(str(found))
         placed.append(found)

@@ -283,7 +283,8 @@ def gsm8k_task(options: TaskOptions) -> Task:
     rows = _gsm8k_rows(source, options.split, options)
     shots: Prompt = ()
     if options.shots:
-        worked_source = options.shots_from or (source if not local_file(source, options.benchmarks_dir) else None)
+        found = local_file(source, options.benchmarks_dir)
+        worked_source = options.shots_from or (source if found is None or found.is_dir() else None)
         if worked_source is None:
             raise UserError(
                 f"evaluation.shots is {options.shots} with a local file ({source}); worked examples must come from "

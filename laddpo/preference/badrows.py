@@ -37,7 +37,7 @@ class BadRow:
 
     def __post_init__(self) -> None:
         for name, text in asdict(self).items():
-            object.__setattr__(self, name, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+            object.__setattr__(self, name, printable(text))
 
     def __str__(self) -> str:
         named = f"{self.field}: " if self.field else ""
@@ -58,7 +58,12 @@ class RowError(UserError):
 
 def file_error(path: Path | str, code: str, problem: str, advice: str) -> UserError:
     """The error for a file that cannot be used at all."""
-    return UserError(f"{path}: {problem} ({code}). {advice}")
+    return UserError(printable(f"{path}: {problem} ({code}). {advice}"))
+
+
+def printable(text: object) -> str:
+    """The text with what UTF-8 cannot hold escaped: halves of surrogate pairs, as odd bytes of a file name become."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass
@@ -193,6 +198,9 @@ CODES: dict[str, str] = {
     "DATA-66": "chosen and rejected differ before the last turn",
     "DATA-67": "chosen and rejected share no whole prompt",
     "DATA-68": "a response has several turns",
+    "DATA-70": "the split is not there, or a file is of two splits",
+    "DATA-71": "a part of the data set is missing, or there twice",
+    "DATA-72": "the configuration of the data set is not there",
     "DATA-74": "text, or text and template together, spell a special token",
     "DATA-75": "the row is longer than data.max_length",
     "DATA-79": "a text is too long to be tokenised",

@@ -1,4 +1,4 @@
-"""Reads local files of rows strictly and in bounded memory: JSON lines, JSON arrays, CSV and parquet, packed or not.
+"""Reads local files of rows strictly and in bounded memory: JSON lines, JSON arrays, CSV, parquet, Arrow, or packed.
 
 Every row comes out as a dictionary with its place ("file:line"), every bad one as a BadRow that says what was found,
 what was expected and what to do. What makes a whole file unusable is a UserError. Nothing is repaired in silence and
@@ -19,25 +19,29 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from laddpo.errors import UserError, nearest
-from laddpo.preference.badrows import BadRow, RowError, file_error
+from laddpo.preference.badrows import BadRow, RowError, file_error, printable
 from laddpo.preference.compression import open_plain
 from laddpo.preference.json_arrays import read_json_array
+from laddpo.preference.splits import PACKED_SUFFIXES, SUFFIXES
 from laddpo.preference.strict_json import decode_line, one_line, parse_object
+from laddpo.preference.tables import read_arrow, read_parquet
 from laddpo.runs import file_sha256
 from laddpo.seals import require_if_sealed
 
 
 @dataclass
 class ReadLog:
-    """What reading found besides rows: files with their rows, things worth a warning with their counts, the commit of
-    each dataset of the hub, and what else a source has to say for the report."""
+    """What reading found besides rows: files with their rows, unread files with their split, things worth a warning
+    with their counts, the commit of each dataset of the hub, and what else a source has to say for the report."""
 
     files: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
     commits: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def warn(self, message: str, count: int = 1) -> None:
+        message = printable(message)
         self.warnings[message] = self.warnings.get(message, 0) + count
 
 
@@ -55,28 +59,32 @@ def read_rows(
     """The rows of the files in the given order. Raises UserError for a file that cannot be read as rows at all.
 
     `kind` (a key of READERS) overrules the files' names; `text_columns` must hold text or messages where the file says
-    what its columns hold. Of parquet only the columns `wanted` (None: all) are decoded; rows have None in the rest.
+    what its columns hold.
+
+    Of parquet and Arrow only the columns `wanted` (None: all) are decoded; rows have None in the rest.
     """
     columns: tuple[Path, tuple[str, ...]] | None = None
     for path in files:
-        rows = 0
+        rows, name = 0, printable(path)
         reader = READERS[kind or file_kind(path)]
-        options = {"text_columns": text_columns, "wanted": wanted} if reader is read_parquet else {}
+        options = {"text_columns": text_columns, "wanted": wanted} if reader in (read_parquet, read_arrow) else {}
+        if reader is read_csv:
+            options = {"text_columns": text_columns, "warn": log.warn}
         with open_checked(path, log) as stream:
             for row in reader(path, stream, max_line_bytes, **options):
                 rows += 1
                 if reader in SCHEMA_READERS and not isinstance(row, BadRow):
                     columns = same_columns(columns, path, tuple(row[1]))
-                yield row
+                yield row if name == str(path) or isinstance(row, BadRow) else (printable(row[0]), row[1])
         if rows == 0:
             raise file_error(path, "DATA-39", "has 0 rows", "Give a file with at least one row.")
-        log.files[str(path)] = rows
+        log.files[name] = rows
 
 
 @contextmanager
-def open_checked(path: Path, log: ReadLog) -> Iterator[BinaryIO]:
+def open_checked(path: Path, log: ReadLog, key: str = "data.dataset_name") -> Iterator[BinaryIO]:
     """The file's bytes, unpacked, once it is known to be a regular readable file; complains if it changes meanwhile."""
-    with readable(path) as before, path.open("rb") as raw:
+    with readable(path, key) as before, path.open("rb") as raw:
         require_if_sealed(path)
         yield open_plain(path, raw, log.warn)
     after = path.stat()
@@ -85,7 +93,7 @@ def open_checked(path: Path, log: ReadLog) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[os.stat_result]:
+def readable(path: Path, key: str = "data.dataset_name") -> Iterator[os.stat_result]:
     """Turns what makes a path unreadable into UserErrors; a pipe or device is refused before it could block."""
     try:
         found = path.stat()
@@ -97,7 +105,7 @@ def readable(path: Path) -> Iterator[os.stat_result]:
         problem = f"may not be read (mode {mode}, we are uid {os.getuid() if hasattr(os, 'getuid') else '?'})"
         raise file_error(path, "DATA-43", problem, "Change its permissions.") from error
     except FileNotFoundError as error:
-        raise missing_file(path) from error
+        raise missing_file(path, key) from error
     except OSError as error:
         raise file_error(path, "DATA-43", f"could not be read: {one_line(error)}", "Check the disk.") from error
 
@@ -108,15 +116,15 @@ def content_sha256(path: Path) -> str:
         return file_sha256(path)
 
 
-def missing_file(path: Path) -> UserError:
-    """Why a path cannot be had: a broken link, or nothing there (naming what is near)."""
+def missing_file(path: Path, key: str = "data.dataset_name") -> UserError:
+    """Why a path that the setting `key` gave cannot be had: a broken link, or nothing there (naming what is near)."""
     if path.is_symlink():
         target = os.readlink(path)
         return file_error(path, "DATA-44", f"is a link to {target!r}, which is not there", "Restore the link's target.")
     siblings = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
     guess = nearest(path.name, siblings)
     hint = f" Did you mean {path.parent / guess}?" if guess else ""
-    return file_error(path, "DATA-41", f"not found from {Path.cwd()}", f"Check data.dataset_name.{hint}")
+    return file_error(path, "DATA-41", f"not found from {Path.cwd()}", f"Check {key}.{hint}")
 
 
 def file_kind(path: Path) -> str:
@@ -153,16 +161,40 @@ def read_json_lines(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterat
             yield place, row
 
 
-def read_csv(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawRow | BadRow]:
-    """Comma-separated rows under a header; every field is text. A quoted field may span lines."""
+def read_csv(
+    path: Path,
+    stream: BinaryIO,
+    max_line_bytes: int,
+    text_columns: Sequence[str] = (),
+    warn: Callable[[str], None] = lambda note: None,
+) -> Iterator[RawRow | BadRow]:
+    """Rows under a header, separated by commas, else by what the header shows; every field is text. A quoted field may
+    span lines. NA and the like stand for a missing value: null, and in `text_columns` a bad row."""
     csv.field_size_limit(max_line_bytes)
-    rows = csv.reader(text_lines(path, stream, max_line_bytes), strict=True)
+    before = length = 0  # lines before those that the reader counts, characters of the row at hand
+
+    def lines_of_rows() -> Iterator[str]:
+        nonlocal length
+        for line in text_lines(path, stream, max_line_bytes):
+            length += len(line)
+            if length > max_line_bytes:
+                problem = f"line {before + rows.line_num + 1}: its row is longer than {max_line_bytes:,} characters"
+                raise file_error(path, "DATA-37", problem, "Check its quotes, or raise data.max_line_bytes.")
+            yield line
+
+    lines = lines_of_rows()
+    rows = csv.reader(lines, strict=True)
     try:
         header = next((row for row in rows if any(map(str.strip, row))), [])  # blank lines may stand before it
+        if len(header) == 1 and (separator := next((mark for mark in SEPARATORS if mark in header[0]), None)):
+            warn(f"{path}: its columns are separated by {separator!r}, not by commas, and are read so")
+            header = next(csv.reader(header, delimiter=separator, strict=True))
+            before = rows.line_num
+            rows = csv.reader(lines, delimiter=separator, strict=True)
         if len(set(header)) != len(header):
             raise file_error(path, "DATA-17", f"has a repeated column in its header {header}", "Rename one of them.")
         while True:
-            place = f"{path}:{rows.line_num + 1}"
+            place, length = f"{path}:{before + rows.line_num + 1}", 0
             row = next(rows, None)
             if row is None:
                 return
@@ -171,65 +203,18 @@ def read_csv(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[RawR
             if len(row) != len(header):
                 problem = f"has {len(row)} fields, the header has {len(header)}"
                 yield BadRow(place, "DATA-57", "", problem, "Quote fields that contain commas or line ends.")
-            else:
-                yield place, dict(zip(header, row, strict=True))
+                continue
+            fields: dict[str, Any] = dict(zip(header, row, strict=True))
+            missing = [name for name, text in fields.items() if text.strip() in MISSING]
+            if named := next((name for name in missing if name in text_columns and fields[name].strip()), None):
+                problem = f"is {fields[named]!r}, which stands for a missing value in CSV"
+                yield BadRow(place, "DATA-04", named, problem, "Give a text, or write the row in JSON if it is meant.")
+                continue
+            yield place, fields | {name: None for name in missing if name not in text_columns}
     except csv.Error as error:
-        raise file_error(path, "DATA-57", f"line {rows.line_num}: {error}", "Repair the CSV quoting.") from error
-
-
-def read_parquet(
-    path: Path, stream: BinaryIO, max_line_bytes: int, text_columns: Sequence[str], wanted: Container[str] | None
-) -> Iterator[RawRow | BadRow]:
-    """Rows of a parquet file, batch by batch; the place of a row is its number. Only wanted columns are decoded, rows
-    have None in the rest."""
-    with parquet_file(path) as (pa, parquet):
-        schema = parquet.schema_arrow
-        decoded = [column for column in schema if wanted is None or column.name in wanted]
-        check_schema(pa, path, schema.names, decoded, text_columns)
-        number = 0
-        for batch in parquet.iter_batches(batch_size=1000, columns=[column.name for column in decoded]):
-            columns = dict.fromkeys(schema.names, [None] * len(batch))
-            for column in decoded:
-                try:
-                    columns[column.name] = batch.column(column.name).to_pylist()
-                except (ArithmeticError, ValueError, pa.ArrowException) as error:
-                    rows = f"rows {number + 1:,} to {number + len(batch):,}"
-                    problem = f"column {column.name}: is {column.type} and cannot be read in {rows} ({one_line(error)})"
-                    raise file_error(path, "DATA-53", problem, "Save the column as text.") from error
-            for row in zip(*columns.values(), strict=True):
-                number += 1
-                yield f"{path}:{number}", dict(zip(columns, row, strict=True))
-
-
-def check_schema(pa: Any, path: Path, names: list[str], decoded: Sequence[Any], text_columns: Sequence[str]) -> None:
-    """Refuse a parquet file whose columns cannot be told apart or whose text columns hold something else, before its
-    rows say so one by one."""
-    if len(set(names)) != len(names):
-        raise file_error(path, "DATA-17", f"has a repeated column among {names}", "Rename one of them.")
-    for column in decoded:
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        problem = f"column {column.name}: is {kind}, want string or list<struct<role, content>>"
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            raise file_error(path, "DATA-55", problem, "Save the column as text.")
-        fits = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_nested(kind)
-        fits = fits or pa.types.is_string_view(kind) or pa.types.is_null(kind)
-        if column.name in text_columns and not fits:
-            raise file_error(path, "DATA-53", problem, "Check data.columns.")
-
-
-@contextmanager
-def parquet_file(path: Path) -> Iterator[tuple[Any, Any]]:
-    """pyarrow and the open file; what is wrong with either becomes a UserError."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:  # comes with `datasets`, but may have been left out on purpose
-        raise file_error(path, "DATA-51", "needs pyarrow to be read", "pip install pyarrow") from error
-    try:
-        yield pa, pq.ParquetFile(path)
-    except pa.ArrowException as error:
-        problem = f"is not a whole parquet file ({one_line(error)})"
-        raise file_error(path, "DATA-54", problem, "Copy it again.") from error
+        raise file_error(
+            path, "DATA-57", f"line {before + rows.line_num}: {error}", "Repair the CSV quoting."
+        ) from error
 
 
 def same_columns(
@@ -278,13 +263,14 @@ def refuse_other_kinds(path: Path, line: bytes) -> None:
         raise file_error(path, "DATA-57", f"looks like CSV ({text[:60]!r})", "Rename it to .csv.")
 
 
-PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
+SEPARATORS = (";", "\t", "|")
+MISSING = ("", "nan", "NaN", "NA", "N/A", "<NA>", "#N/A", "null", "NULL")  # as pandas and databases write it
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".7z")
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 READERS: dict[str, Callable[..., Iterator[RawRow | BadRow]]] = {
     "jsonl": read_json_lines,
     "json": read_json_array,
     "csv": read_csv,
     "parquet": read_parquet,
+    "arrow": read_arrow,
 }
-SCHEMA_READERS = (read_csv, read_parquet)
+SCHEMA_READERS = (read_csv, read_parquet, read_arrow)

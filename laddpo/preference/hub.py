@@ -7,21 +7,23 @@ from collections.abc import Iterator
 
 from laddpo.errors import UserError, nearest
 from laddpo.preference.files import ReadLog
+from laddpo.preference.strict_json import one_line
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_FILE = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 
 
 def hub_rows(
-    dataset_name: str, dataset_split: str | None, revision: str | None, log: ReadLog
+    dataset_name: str, dataset_split: str | None, revision: str | None, log: ReadLog, config: str | None = None
 ) -> Iterator[tuple[str, dict]]:
-    """The rows of one split, whole and in order; the place of a row is `dataset[split]:number`.
+    """The rows of one split, whole and in order; the place of a row is `dataset[split]:number`. `config` names one of
+    the dataset's configurations.
 
     Not streamed: a sample and a split by content need every row, and a stream that breaks would look like a short one.
     """
     split = dataset_split or "train"
-    rows = load_split(dataset_name, split, revision)
-    name = f"{dataset_name}[{split}]"
+    rows = load_split(dataset_name, split, revision, config)
+    name = f"{dataset_name}[{f'{config}/' if config else ''}{split}]"
     commit = loaded_commit(rows, revision)
     if commit is not None:
         log.commits[name] = commit
@@ -29,8 +31,18 @@ def hub_rows(
         pin = f"; set data.revision={commit} to get these again" if commit else ""
         log.warn(f"{dataset_name} is read without data.revision: a later download may give other rows{pin}")
     log.files[name] = len(rows)
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}:{number}", row
+    number = 0
+    try:
+        for row in rows:
+            yield f"{name}:{number + 1}", row
+            number += 1
+    except (MemoryError, GeneratorExit):
+        raise
+    except Exception as error:  # of decoding a value; the kinds depend on what is installed
+        raise UserError(
+            f"{name}: row {number + 1}: cannot be read, {type(error).__name__}: {one_line(error)} (DATA-53). Download "
+            "its data files, save the column as text, and give their path."
+        ) from error
 
 
 def loaded_commit(rows, revision: str | None) -> str | None:
@@ -44,7 +56,7 @@ def loaded_commit(rows, revision: str | None) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def load_split(dataset_name: str, split: str, revision: str | None):
+def load_split(dataset_name: str, split: str, revision: str | None, config: str | None = None):
     """The dataset, downloaded or from the cache; one clear UserError when neither has it."""
     try:
         from datasets import load_dataset
@@ -53,10 +65,17 @@ def load_split(dataset_name: str, split: str, revision: str | None):
             f"{dataset_name} is a dataset of the hub; reading it needs the package `datasets`. pip install datasets, "
             f"or set data.dataset_name to a local file."
         ) from error
-    wanted = f"{dataset_name}@{revision or 'newest'}, split {split}"
+    wanted = f"{dataset_name}@{revision or 'newest'}, split {split}" + (f", configuration {config}" if config else "")
     try:
-        return load_dataset(dataset_name, split=split, revision=revision)
+        return load_dataset(dataset_name, *([config] if config else []), split=split, revision=revision)
     except ValueError as error:
+        if configs := _known_configs(error):
+            found = f"is {config!r}" if config else "is not set"
+            guess = nearest(config, configs) if config else None
+            hint = f" Did you mean {guess}?" if guess else " Name one of them."
+            raise UserError(
+                f"data.dataset_config {found}; {dataset_name} has {', '.join(configs)} (DATA-72).{hint}"
+            ) from error
         known = _known_splits(error)
         if known:
             guess = nearest(split, known)
@@ -84,3 +103,9 @@ def _known_splits(error: ValueError) -> list[str]:
     """Split names out of the message of `datasets` for an unknown split."""
     _, mark, names = str(error).partition("Should be one of ")
     return [name.strip(" '\"") for name in names.strip("[]. ").split(",")] if mark else []
+
+
+def _known_configs(error: ValueError) -> list[str]:
+    """Configuration names out of the messages of `datasets` for a missing or an unknown one."""
+    found = re.search(r"(?:available configs: |not found\. Available: )\[(.*?)\]", str(error))
+    return [name.strip(" '\"") for name in found[1].split(",")] if found else []

@@ -19,6 +19,7 @@ from laddpo.preference.badrows import CODES, EXAMPLES, BadRow, BadRows
 from laddpo.preference.encode import EncodedRow, TextEncoder
 from laddpo.preference.files import ReadLog
 from laddpo.preference.onpolicy import sampling_lines
+from laddpo.preference.splits import NO_SPLIT
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 SAMPLES = 3
@@ -103,6 +104,7 @@ class ReportBuilder:
             "special_token_text": dict(sorted(self._special_text.items())),
             "warnings": dict(sorted(self._log.warnings.items())),
             "files": self._log.files,
+            "files_not_read": self._log.unread,
             "samples": self._samples,
             **self._log.facts,
             **self.facts,
@@ -143,8 +145,21 @@ def report_table(report: Mapping[str, Any]) -> str:
 
 
 def note_lines(report: Mapping[str, Any]) -> list[str]:
-    """The counts of what reading and encoding found doubtful."""
-    return [f"  note     {count:>8,}  {message}" for message, count in report["warnings"].items()]
+    """The counts of what reading and encoding found doubtful, and the files that were left alone."""
+    notes = [f"  note     {count:>8,}  {message}" for message, count in report["warnings"].items()]
+    return notes + unread_lines(report.get("files_not_read", {}))
+
+
+def unread_lines(unread: Mapping[str, str]) -> list[str]:
+    """One line for each split whose files were left alone, with their number and the first names."""
+    by_split: dict[str, list[str]] = {}
+    for path, split in unread.items():
+        by_split.setdefault(split, []).append(path)
+    return [
+        f"  not read {len(paths):>8,}  files of {'split ' * (split != NO_SPLIT)}{split}: {', '.join(paths[:3])}"
+        + (" …" if paths[3:] else "")
+        for split, paths in by_split.items()
+    ]
 
 
 def leak_lines(counts: Mapping[str, int], unknown: Mapping[str, str]) -> list[str]:

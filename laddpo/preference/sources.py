@@ -29,14 +29,15 @@ class Request:
     """What is asked of a source; each uses the part that concerns it.
 
     Rows of files and of the hub: `dataset_name` (path, name in `preference_dir`, or hub id), `dataset_split`,
-    `revision`, `columns`, `format` (a shape of rows, or auto), limits. Generated rows: `num_pairs`, `difficulty`,
-    `habit`, `seed`, and the share that validation gets; for a corpus `num_examples` and `mistake_share`. Graded
-    candidates: `candidates_name` (files of candidates, where they do not stand beside their question),
+    `dataset_config`, `revision`, `columns`, `format` (a shape of rows, or auto), limits. Generated rows: `num_pairs`,
+    `difficulty`, `habit`, `seed`, and the share that validation gets; for a corpus `num_examples` and `mistake_share`.
+    Graded candidates: `candidates_name` (files of candidates, where they do not stand beside their question),
     `pairs_per_question`, `grader`; sampled answers also `balance_lengths`.
     """
 
     dataset_name: str | None = None
     dataset_split: str | None = None
+    dataset_config: str | None = None
     revision: str | None = None
     columns: Mapping[str, str | None] = field(default_factory=dict)
     format: str = "auto"
@@ -183,14 +184,21 @@ def raw_rows(
         text = [columns[name] for name in TEXT_COLUMNS if name in columns]
         rows = read_rows(files, request.max_line_bytes, log, kind, text, columns.values())
     else:
-        rows = hub_rows(request.dataset_name, request.dataset_split, request.revision, log)
+        rows = hub_rows(request.dataset_name, request.dataset_split, request.revision, log, request.dataset_config)
     return accounted(rows, names, request.columns, request.dataset_name, log.warn)
 
 
 def local_files(request: Request, log: ReadLog) -> list[Path]:
     if not request.dataset_name:
         raise UserError("data.dataset_name is not set. Give a local path, or a hub id such as org/name.")
-    return locate(request.dataset_name, request.preference_dir, log, request.follow_symlinks)
+    return locate(
+        request.dataset_name,
+        request.preference_dir,
+        log,
+        request.follow_symlinks,
+        request.dataset_split,
+        request.dataset_config,
+    )
 
 
 def same_kind(kind: bool | None, fields: dict, rules: RowRules) -> bool:
@@ -220,6 +228,8 @@ def rows_identity(request: Request) -> dict:
     if files:
         return {**fields, "files": sorted(content_sha256(path) for path in files)}
     hub = {"dataset": request.dataset_name, "split": request.dataset_split or "train", "revision": request.revision}
+    if request.dataset_config is not None:
+        hub["config"] = request.dataset_config
     return {**fields, "hub": hub}
 
 
