@@ -438,8 +438,10 @@ def test_names_in_the_settings_are_those_of_the_tables():
     from laddpo.core.losses import LOSSES
     from laddpo.core.noise import COUNT_SCHEDULES
     from laddpo.core.optim import OPTIMIZERS, SCHEDULES
+    from laddpo.evaluation.sampling import REMASKING, SUPPRESSION
     from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, TASKS
     from laddpo.evaluation.variance import SETTINGS
+    from laddpo.models.block_cache import KINDS
     from laddpo.preference.arithmetic import HABITS
     from laddpo.preference.rows import SHAPES
     from laddpo.preference.sources import SOURCES
@@ -456,6 +458,12 @@ def test_names_in_the_settings_are_those_of_the_tables():
         "data.format": ["json", *SHAPES],
         "hardware.backward": ["auto", *BACKWARD_MODES],
         "variance.settings": SETTINGS,
+        "evaluation.remasking": REMASKING,
+        "evaluation.suppress_eos": SUPPRESSION,
+        "evaluation.block_cache": ["none", *KINDS],
+    }
+    tables |= {
+        key.replace("evaluation", "data.sampling"): row for key, row in tables.items() if key.startswith("evaluation.")
     }
     for key, table in tables.items():
         assert set(CHOICES[key]) == set(table), key
@@ -546,3 +554,33 @@ def test_problems_are_found_without_hydra_too():
     wrong = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, beta=-1.0))
     assert [p.split(" ", 1)[0] for p in find_problems(wrong)] == ["dpo.beta"]
     assert isinstance(wrong, RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("true", "confidence"), ("false", "no"), ("no", "no"), ("confidence", "confidence"), ("logits", "logits")],
+)
+def test_every_way_of_suppressing_stop_tokens_can_be_asked_for(given, meant):
+    from laddpo.answering import sampler_settings
+    from laddpo.onpolicy import sampling_config
+
+    config = compose(["data=onpolicy", f"evaluation.suppress_eos={given}"])
+    assert sampler_settings(config).suppression == sampler_settings(sampling_config(config)).suppression == meant
+
+
+@pytest.mark.parametrize("given", ["logit", "1", "yes"])
+def test_another_word_for_suppressing_stop_tokens_is_refused(given):
+    with pytest.raises(UserError, match=r"evaluation\.suppress_eos is .*true, false"):
+        compose([f"evaluation.suppress_eos={given}"])
+
+
+@pytest.mark.parametrize("group", ["evaluation", "data.sampling"])
+def test_blocks_steps_and_room_are_checked_alike_for_testing_and_sampling(group):
+    for settings, named in (
+        (["gen_length=10", "block_length=4"], "block_length=2"),
+        (["gen_length=8", "block_length=4", "steps=5", "confidence_threshold=null"], "steps=4 or 6"),
+        (["gen_length=4096", "block_length=32", "steps=4096"], "4096 positions"),
+    ):
+        with pytest.raises(UserError) as caught:
+            compose(["data=onpolicy", "evaluation=arithmetic", *[f"{group}.{setting}" for setting in settings]])
+        assert any(f"{group}." in problem and named in problem for problem in caught.value.problems), settings

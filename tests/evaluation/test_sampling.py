@@ -203,6 +203,39 @@ def test_suppressed_stop_tokens_are_never_emitted_at_any_temperature(temperature
     assert 5 not in np.stack(answers)
 
 
+@torch.no_grad()
+def test_logits_forbids_the_end_of_text_alone_and_confidence_holds_back_every_stop_token():
+    """Position 0 wants the end of text (5), position 1 the end of a turn (4), both more than anything else."""
+    model = table((5, 0.9), (4, 0.8), (1, 0.7))
+    written = {}
+    for suppress in ("no", "logits", "confidence"):
+        settings = SamplerSettings(gen_length=3, steps=3, block_length=3, stop_early=False, suppress_eos=suppress)
+        (answer,) = generate(model, [np.array([0, 1])], settings, 6, [4, 5], eos_token_id=5)
+        written[suppress] = answer.tolist()
+    assert written["no"] == written["confidence"] == [5, 4, 1]
+    assert written["logits"][1:] == [4, 1] and written["logits"][0] not in (5, 6)
+
+
+def test_logits_takes_the_models_own_end_of_text_and_refuses_a_model_without_one():
+    model = table((5, 0.9), (1, 0.7))
+    settings = SamplerSettings(gen_length=2, steps=2, block_length=2, suppress_eos="logits", stop_early=False)
+    with pytest.raises(UserError, match=r"eos_token_id in config\.json"):
+        generate(model, [np.array([0, 1])], settings, 6, [5])
+    model.config.eos_token_id = 5
+    assert 5 not in generate(model, [np.array([0, 1])], settings, 6, [5])[0]
+
+
+def test_a_prompt_without_room_for_its_answer_is_refused_before_any_answer():
+    model = table((0, 0.9), (1, 0.8))
+    model.config.max_sequence_length = 6
+    settings = SamplerSettings(gen_length=2, steps=2, block_length=2, batch_size=1)
+    fitting, long = np.zeros(4, int), np.zeros(5, int)
+    with pytest.raises(UserError, match=r"1 of 2 prompts.*second has 5 tokens.*6 positions"):
+        generate(model, [fitting, long], settings, 6, [5], keys=["first", "second"])
+    assert model.calls == 0, "nothing was answered"
+    assert len(generate(model, [np.zeros(2, int)], settings, 6, [5])) == 1
+
+
 def test_true_and_false_mean_confidence_and_no():
     assert SamplerSettings(suppress_eos=True).suppression == "confidence"
     assert SamplerSettings(suppress_eos=False).suppression == "no"
@@ -227,6 +260,66 @@ def test_a_threshold_that_nothing_reaches_equals_one_token_a_step(model):
     one_by_one = sample(model, prompts())
     threshold = sample(model, prompts(), confidence_threshold=0.999999)
     assert all(np.array_equal(a, b) for a, b in zip(one_by_one, threshold, strict=True))
+
+
+def threshold_sample(model, prompt, gen_length, block_length, threshold):
+    """One block after the other; every step commits all tokens above the threshold, or else the surest."""
+    x, commits = torch.cat([torch.as_tensor(prompt).long(), torch.full((gen_length,), MASK)]), []
+    for start in range(len(prompt), len(x), block_length):
+        block = torch.arange(start, start + block_length)
+        while (x[block] == MASK).any():
+            open_at = block[x[block] == MASK]
+            probability, tokens = model(input_ids=x[None]).logits[0, open_at].softmax(-1)[:, :MASK].max(-1)
+            chosen = probability > threshold if (probability > threshold).any() else probability == probability.max()
+            x[open_at[chosen]] = tokens[chosen]
+            commits.append(int(chosen.sum()))
+    return x[len(prompt) :].numpy(), commits
+
+
+@pytest.fixture(scope="module")
+def sure_model(model):
+    """The model with a head six times as large, so that it is sure of some tokens and not of others."""
+    scaled = new_model(model.config, seed=4).double()
+    with torch.no_grad():
+        scaled.model["transformer"]["ff_out"].weight.mul_(6)
+    return scaled
+
+
+@pytest.mark.parametrize("threshold", [0.9, 1.0])
+@pytest.mark.parametrize("block", [12, 4])
+@torch.no_grad()
+def test_a_threshold_that_is_reached_gives_the_tokens_of_a_plain_loop(sure_model, threshold, block):
+    commits = []
+    for prompt, found in zip(
+        prompts(),
+        sample(sure_model, prompts(), block_length=block, confidence_threshold=threshold, steps=1),
+        strict=True,
+    ):
+        wanted, counts = threshold_sample(sure_model, prompt, 12, block, threshold)
+        assert np.array_equal(found, wanted)
+        commits += counts
+    if threshold == 1:
+        assert set(commits) == {1}, "nothing is surer than certain: one token a step"
+    else:
+        assert max(commits) > 2 and 1 in commits, "both branches were taken"
+
+
+@pytest.mark.parametrize("group", ["evaluation", "data.sampling"])
+@pytest.mark.parametrize(("threshold", "is_allowed"), [(0, False), (1e-3, True), (1, True), (1.5, False)])
+def test_settings_and_sampler_agree_on_thresholds(group, threshold, is_allowed):
+    from laddpo.compose import compose
+
+    def is_taken(make):
+        try:
+            make()
+        except UserError as error:
+            assert "confidence_threshold" in str(error)
+            return False
+        return True
+
+    override = f"{group}.confidence_threshold={threshold}"
+    assert is_taken(lambda: compose(["data=onpolicy", override])) is is_allowed
+    assert is_taken(lambda: SamplerSettings(confidence_threshold=threshold)) is is_allowed
 
 
 def test_items_move_through_blocks_at_their_own_pace_under_a_threshold(model):

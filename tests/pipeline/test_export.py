@@ -87,6 +87,69 @@ def test_only_a_dataset_of_the_hub_is_a_dataset_of_the_card(tmp_path, monkeypatc
     assert ("datasets:" in card.split("---")[1]) is is_on_hub
 
 
+EVIL = "mit\ntags: [evil]\n---\n# Evil\n<script>"
+
+
+@pytest.mark.parametrize(
+    ("front", "wanted"),
+    [
+        ("license: apache-2.0\ntags: [x]", ["apache-2.0"]),
+        ("license:\n- mit\n- apache-2.0", ["mit", "apache-2.0"]),
+        ("license: [mit, cc-by-4.0]  # both", ["mit", "cc-by-4.0"]),
+        ("license: 'mit'\ntext: |\n  license: evil", ["mit"]),
+        (f"license: {json.dumps(EVIL)}", []),
+        ("license: {a: b}", []),
+        ("license: [unclosed", []),
+        ("- license", []),
+        ("x: 1", []),
+    ],
+)
+def test_the_bases_licence_is_read_from_its_front_matter_alone(tmp_path, front, wanted):
+    from laddpo.exporting import base_licence
+
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# Base\n\n---\nlicense: other\n---\n")
+    assert base_licence(compose([f"model.model_name_or_path={tmp_path}"])) == wanted
+
+
+def test_nothing_that_others_wrote_leaves_its_place_in_the_card():
+    import dataclasses
+
+    import yaml
+
+    config = compose([])
+    evil = "a/b\n---\n# Evil ```\n<script> [x](y)"
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, model_name_or_path=evil, revision=evil),
+        data=dataclasses.replace(config.data, dataset_name=evil, habit=f"{evil}\n```\n# Evil\n"),
+    )
+    entry = {"base": 0.1, "tuned": 0.2, "difference": 0.1, "interval": [0.0, 0.2], "items": 3}
+    results = {evil: {**entry, "task": {"name": evil, "grader": evil}}}
+    for is_adapter in (False, True):
+        card = card_text(config, CardFacts("bf16", "", 0, is_adapter), results, None, "sha256:0", 0, ["mit", "x: y"])
+        _, front, body = card.split("---\n", 2)
+        assert yaml.safe_load(front)["license"] == ["mit", "x: y"]
+        assert yaml.safe_load(front)["tags"] == ["dpo", "masked-diffusion", "llada"]
+        outside, fence = [], None
+        for line in body.splitlines():
+            ticks = line[: len(line) - len(line.lstrip("`"))]
+            if fence is None and len(ticks) >= 3:
+                fence = ticks
+            elif fence is not None:
+                fence = None if line.strip() == fence else fence
+            else:
+                outside.append(line)
+        assert fence is None, "every code block ends"
+        headings = [line for line in outside if line.startswith("#")]
+        assert headings[1:] == ["## Origin", "## Metrics", "## Use", "## Settings"]
+        assert "---" not in outside and not any(line.lstrip().startswith("<") for line in outside)
+
+
+def test_a_licence_that_is_no_short_name_is_refused(stages, trained, capsys):
+    assert export(stages, trained, "merged", f"export.license={'x' * 101}")[0] == 2
+    assert "export.license" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_narrow_export_rounds_the_sum_once(stages, trained, dtype):
     code, folder = export(stages, trained, dtype, f"export.dtype={dtype}")
@@ -134,6 +197,10 @@ def test_full_fine_tuning_exports_its_own_weights(stages):
     assert code == 0
     kept, written = load_file(run / "model" / "model.safetensors"), load_file(folder / "model.safetensors")
     assert kept.keys() == written.keys() and all(torch.equal(kept[name], written[name]) for name in kept)
+    for place in (run / "model", folder):
+        content = json.loads((place / "config.json").read_text())
+        assert content["rope"] is True and content["weight_tying"] is False and content["block_type"] == "llama"
+        assert content["auto_map"]["AutoModel"] == "GSAI-ML/LLaDA-8B-Instruct--modeling_llada.LLaDAModelLM"
     assert export(stages, run, "none", "export.adapter_only=true")[0] == 2
 
 

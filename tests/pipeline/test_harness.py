@@ -83,11 +83,12 @@ def harness(tiny_model):
     from laddpo.evaluation.sampling import SamplerSettings
     from laddpo.models.denoiser import TransformerDenoiser
     from laddpo.models.loading import load_model, load_tokenizer
+    from laddpo.preference.encode import TextEncoder
 
     model, tokenizer = load_model(str(tiny_model)), load_tokenizer(str(tiny_model))
     denoiser = TransformerDenoiser(model, model.config.mask_token_id)
     sampler = SamplerSettings(gen_length=8, steps=8, block_length=8)
-    return HarnessModel(model, tokenizer, denoiser, sampler, [tokenizer.eos_token_id], draws=512, token_budget=600)
+    return HarnessModel(model, tokenizer, TextEncoder(tokenizer), denoiser, sampler, draws=512, token_budget=600)
 
 
 def request(kind, *arguments):
@@ -104,34 +105,25 @@ def log_probability(harness, prompt, known):
         return harness.model(input_ids=ids).logits[0, len(prompt) :].log_softmax(-1)
 
 
+def ids(harness, context, answer):
+    return harness.requests.prompt_ids(context), harness.requests.answer_ids(context, answer)
+
+
 def test_one_token_is_scored_exactly(harness):
     ((value, _),) = harness.loglikelihood([request("loglikelihood", "01+01=", "2")], disable_tqdm=True)
-    prompt, response = harness._pair("01+01=", "2")
+    prompt, response = ids(harness, "01+01=", "2")
     assert len(response) == 1
     assert value == pytest.approx(float(log_probability(harness, prompt, [None])[0, response[0]]), abs=1e-5)
 
 
 def test_two_tokens_have_the_mean_of_their_orders(harness):
     """The ELBO of two tokens by hand: both masked once with weight 1, each alone with weight 2, halves of each."""
-    prompt, response = harness._pair("01+01=", "07")
+    prompt, response = ids(harness, "01+01=", "07")
     a, b = (int(token) for token in response)
     both = log_probability(harness, prompt, [None, None])
     alone = log_probability(harness, prompt, [None, b])[0, a] + log_probability(harness, prompt, [a, None])[1, b]
     exact = 0.5 * (both[0, a] + both[1, b]) + 0.5 * alone
-    assert harness.elbo(prompt, response) == pytest.approx(float(exact), abs=0.02)
-
-
-def test_greedy_is_what_the_sampler_writes(harness):
-    from laddpo.evaluation.sampling import SamplerSettings, generate
-
-    prompt = np.array(harness._ids("01+01="))
-    plain = SamplerSettings(gen_length=5, steps=5, block_length=5, stop_early=False)
-    (written,) = generate(harness.model, [prompt], plain, harness.denoiser.mask_token_id)
-    assert harness.is_greedy(prompt, written)
-    for i in range(5):
-        other = written.copy()
-        other[i] = (other[i] + 1) % 200
-        assert not harness.is_greedy(prompt, other)
+    assert harness.likelihoods.elbo(prompt, response) == pytest.approx(float(exact), abs=0.02)
 
 
 def test_answers_end_before_the_first_stop_text(harness):
@@ -144,12 +136,40 @@ def test_answers_end_before_the_first_stop_text(harness):
     assert cut == plain.split(stop)[0]
 
 
-def test_a_space_at_the_seam_belongs_to_the_continuation(harness):
-    """As one text is tokenised, whichever side the space was given on."""
-    first, second = harness._pair("the sum ", "is"), harness._pair("the sum", " is")
-    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def test_a_text_is_scored_in_windows(harness):
     (value,) = harness.loglikelihood_rolling([request("loglikelihood_rolling", "01+01=02")], disable_tqdm=True)
     assert value < 0 and np.isfinite(value)
+
+
+def test_what_the_harness_asks_beyond_the_models_positions_is_refused_before_any_answer(harness, monkeypatch):
+    from laddpo.errors import UserError
+
+    monkeypatch.setattr(harness, "positions", 20)
+    monkeypatch.setattr(harness.likelihoods, "elbo", lambda *_: pytest.fail("answered"))
+    for kind, arguments in (("generate_until", ("1" * 16, {})), ("loglikelihood", ("1" * 16, "2" * 8))):
+        with pytest.raises(UserError, match=r"1 of 1 prompts are too long.*20 positions"):
+            getattr(harness, kind)([request(kind, *arguments)], disable_tqdm=True)
+
+
+def test_the_models_own_greedy_answers_are_chosen_through_the_harness(tmp_path, offline):
+    """With the chat template whose line breaks end the prompt, on llada_nano as it is shipped."""
+    from laddpo.app import cli
+
+    def answered(name, *more):
+        quick = ["logger=none", "hardware.device=cpu", f"paths.data_dir={tmp_path}", f"output_dir={tmp_path / name}"]
+        assert cli("evaluate", [*quick, *more]) == 0
+        return json.loads((tmp_path / name / "results.json").read_text())
+
+    answered("own", "evaluation.limit=12", "evaluation.confidence_threshold=0.9")
+    items = [json.loads(line) for line in (tmp_path / "own" / "items.jsonl").read_text().splitlines()]
+    rows = [{"q": item["prompt"], "choices": [item["text"], item["text"][:-1] + str((int(item["text"][-1]) + 1) % 10)]}
+            for item in items]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.yaml").write_text(
+        f"task: own_answers\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+        "test_split: test\ndoc_to_text: '{{q}}'\noutput_type: multiple_choice\ndoc_to_choice: choices\n"
+        "doc_to_target: 0\nmetric_list: [{metric: acc}]\n"
+    )
+    harness = ["evaluation=lm_eval", f"evaluation.harness_dir={tmp_path}", "evaluation.tasks=[own_answers]"]
+    results = answered("chosen", *harness, "evaluation.elbo_draws=32")
+    assert results["own_answers/acc,none"]["base"] >= 11 / 12
