@@ -106,7 +106,7 @@ def is_mapped(name: str, column: str | None) -> bool:
 def _no_such_column(name: str, column: str, found: Collection[str], dataset_name: str | None) -> str:
     guess = name if name in found else nearest(column, found)
     hint = f"Did you mean data.columns.{name}={guess}?" if guess else "Correct the name, or leave the setting out."
-    names = ", ".join(list(found)[:20])
+    names = ", ".join(list(found)[:20]).encode("utf-8", "backslashreplace").decode("utf-8")
     return (
         f"data.columns.{name} is {column!r}, and no row of {dataset_name} has such a field; found the fields "
         f"[{names[:200]}] (DATA-104). {hint}"

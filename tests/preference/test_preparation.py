@@ -225,7 +225,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("where", BROKEN)
 def test_half_a_surrogate_pair_anywhere_makes_a_bad_row_that_can_be_written_and_printed(where, tmp_path, tokenizer):
-    path = write_rows(tmp_path / "a.jsonl", make_rows(4))
+    path = write_rows(tmp_path / "a.jsonl", [{**row, "gold": "1"} for row in make_rows(4)])
     path.write_text(path.read_text() + BROKEN[where][0] + "\n")
     asked = {"columns": {"answer": "gold"}}
     prepared = prepare(tmp_path / "out", path, tokenizer, **asked, on_bad_row="skip")

@@ -88,7 +88,10 @@ def test_real_gsm8k_pairs_are_split_by_question(shared_folder, tmp_path):
 
 def test_a_wrong_column_is_answered_with_the_one_that_has_the_name(tmp_path):
     row = {"question": "q", "prompt": "p", "chosen": "c", "rejected": "r"}
-    (bad,) = read("jsonl", tmp_path / "a.jsonl", [row], columns={"prompt": "nope"})
+    with pytest.raises(UserError, match=r"data\.columns\.prompt is 'nope'.*DATA-104.*data\.columns\.prompt=prompt"):
+        read("jsonl", tmp_path / "a.jsonl", [row], columns={"prompt": "nope"})
+    rows = [{**row, "nope": "p"}, row]
+    _, bad = read("jsonl", tmp_path / "a.jsonl", rows, columns={"prompt": "nope"})
     assert bad.code == "DATA-01" and bad.advice == "Set data.columns.prompt=prompt."
 
 
@@ -185,9 +188,10 @@ def test_a_prompt_is_looked_for_in_the_messages_only_where_none_is_named(tmp_pat
     pair, *bad = read("jsonl", tmp_path / "a.jsonl", [row, late, answers])
     assert (pair.prompt, pair.chosen, pair.rejected) == ((Message("user", "p"),), "c", "r")
     assert [one.code for one in bad] == ["DATA-66", "DATA-01"]
-    (named,) = read("jsonl", tmp_path / "a.jsonl", [row], columns={"prompt": "question"})
+    with pytest.raises(UserError, match="DATA-104"):
+        read("jsonl", tmp_path / "a.jsonl", [row], columns={"prompt": "question"})
     (explicit,) = read("jsonl", tmp_path / "a.jsonl", [row], format="explicit")
-    assert named.code == explicit.code == "DATA-01" and "set data.format=implicit" in explicit.advice
+    assert explicit.code == "DATA-01" and "set data.format=implicit" in explicit.advice
 
 
 def test_texts_without_a_prompt_are_told_to_name_it_and_only_dialogues_to_use_hh_rlhf(tmp_path):
