@@ -23,10 +23,17 @@ from laddpo.settings import RunConfig
 
 def begun_evaluation(asked: RunConfig) -> Path | None:
     """The folder of an evaluation that `resume` goes on with; None where nothing was begun. `UserError` for a folder of
-    another kind."""
-    if asked.resume == "false" or (asked.resume == "true" and asked.output_dir is None):
+    another kind, or without one."""
+    if asked.resume == "false":
         return None
+    if asked.resume == "true" and asked.output_dir is None:
+        raise UserError("resume is true and output_dir is not set; expected the evaluation's folder: resume=<folder>.")
     folder = Path(asked.output_dir if asked.resume == "true" else asked.resume)
+    if asked.output_dir is not None and Path(asked.output_dir).resolve() != folder.resolve():
+        raise UserError(
+            f"resume is {asked.resume!r} and output_dir is {asked.output_dir!r}; expected one folder. An evaluation "
+            "goes on in its own; leave output_dir out."
+        )
     runs.read_manifest(folder, "evaluation", verify=False)
     return folder if (folder / "config.yaml").is_file() else None
 

@@ -165,6 +165,9 @@ def test_an_evaluation_goes_on_with_its_own_settings(settings, capsys):
     assert "is of outputs/train/a" in capsys.readouterr().err
     assert asked("evaluate", "resume=e", "dpo.beta=0.5") == []
     assert "was begun with dpo.beta=0.75" in capsys.readouterr().err
+    for given in (["resume=true"], ["resume=e", "output_dir=f"]):
+        assert asked("evaluate", *given) == []
+        assert "output_dir" in capsys.readouterr().err
 
 
 def test_a_sweep_goes_on_with_what_it_was_begun_with(capsys):
