@@ -186,7 +186,10 @@ class CheckedLines(runs.JsonLines):
     def rewind(self, keep) -> None:
         records, _, has_checks = self._examine()
         if records and not has_checks:
-            self.say(f"note: {self.path}: its lines carry no checks (an earlier version wrote them); used as they are.")
+            self.say(
+                f"note: {self.path}: its lines carry no checks (an earlier version wrote it, or it was finished); they "
+                "are used as they are."
+            )
         super().rewind(keep)
 
     def protect(self) -> None:

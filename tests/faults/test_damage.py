@@ -281,8 +281,7 @@ def verdict(folders: Folders, kind: Kind, command: Command, name: str, how: str)
     """What came of the command: refused, noted, made again, or what is wrong."""
     outcome = folders.command(command.stage, *command.overrides, stand_ins=command.stand_ins)
     named = name.rpartition("/")[2]
-    place = Path(kind.folder, name).parent.name if named == runs.MANIFEST else named
-    lines = [line for line in outcome.log.splitlines() if place in line]
+    lines = [line for line in outcome.log.splitlines() if named in line or Path(kind.folder, name).parent.name in line]
     if "Traceback" in outcome.log:
         return f"a traceback: {outcome.log[-600:]}"
     if outcome.status == 2:
