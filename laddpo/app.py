@@ -150,7 +150,7 @@ def settings_for(hydra: Hydra, stage: str, tree: DictConfig, overrides: list[str
     typed = typed_settings(tree)
     is_of_run = typed.config.run is not None and stage in MAY_CHANGE
     contradictions = [] if is_of_run else find_problems(typed.config, typed.broken, typed.given)
-    of_sft = sft_problems(typed.config, typed.given) if stage == "sft" else ()
+    of_sft = sft_problems(typed.config, typed.given, stage)
     problems = [*typed.problems, *contradictions, *of_other_stages(stage, typed.config), *of_sft]
     if problems:
         raise UserError(*problems)
