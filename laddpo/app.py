@@ -193,7 +193,7 @@ def settings_for(
         resumed = resumed_settings(Asked(typed.config, tuple(overrides), compose_without), stage)
     is_stored = is_of_run or begun is not None or resumed is not None
     contradictions = [] if is_stored else find_problems(typed.config, typed.broken, typed.given)
-    of_sft = sft_problems(typed.config, typed.given) if stage == "sft" and not is_stored else ()
+    of_sft = sft_problems(typed.config, typed.given, stage) if not is_stored else ()
     problems = [*typed.problems, *contradictions, *of_other_stages(stage, typed.config), *of_sft]
     if problems:
         raise UserError(*problems)

@@ -53,8 +53,16 @@ def has_corpus(config: RunConfig) -> bool:
     return data.source == "arithmetic" or is_words
 
 
-def sft_problems(config: RunConfig, given: Collection[str]) -> Iterator[str]:
-    """A sentence or two for each setting of `sft` that contradicts the data, or that these examples do not read."""
+def sft_problems(config: RunConfig, given: Collection[str], stage: str) -> Iterator[str]:
+    """A sentence or two for each setting of `sft` that contradicts the data, or that these examples do not read; for
+    another stage, for what only sft reads of the data."""
+    if stage != "sft":
+        if "data.columns.response" in given and stage != "study":
+            yield (
+                f"data.columns.response is {config.data.columns.response!r} and {stage} does not read it; sft does; "
+                "leave it out."
+            )
+        return
     examples, source = sft_examples(config), config.data.source
     if examples == "corpus" and not has_corpus(config):
         yield (

@@ -89,7 +89,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
 
     inputs.check_before_loading(config, hash_again=not config.sft.from_scratch)
     kind = sft_examples(config)
-    is_evaluated = kind != "corpus" and config.evaluation.at_end
+    # random weights are no base to compare with
+    is_evaluated = kind != "corpus" and config.evaluation.at_end and not config.sft.from_scratch
     test_tasks = open_tasks(config) if is_evaluated else []
     tokenizer = load_tokenizer(inputs.model_path(config), config.model.revision)
     prepared, held_out = None, []

@@ -313,7 +313,8 @@ def job_objective(sweep: Path, folder: Path) -> float:
     }
     if not any(place.samefile(folder) for place in finished.values()):
         return math.nan
-    metric = ranking_metric(find_results(finished[number]) for number in sorted(finished))
+    metrics = (ranking_metric([find_results(finished[number])]) for number in sorted(finished))
+    metric = next(filter(None, metrics), None)  # the first one's: it stays while jobs come in
     return objective(find_results(folder), [metric] if metric else [])
 
 

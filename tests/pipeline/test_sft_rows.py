@@ -60,6 +60,11 @@ REFUSED = [
 ]
 
 
+def test_only_sft_takes_a_name_for_the_response(stages, rows, capsys):
+    assert stages.run("train", *rows, "data.columns.response=output") == 2
+    assert "data.columns.response" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("asked", "words"), REFUSED)
 def test_what_would_not_be_trained_on_is_refused_and_nothing_is_written(stages, capsys, asked, words):
     run = stages.folder / "run"
