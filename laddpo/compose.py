@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import operator
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,11 +28,20 @@ from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from laddpo.config import CONF_DIR, find_problems
+from laddpo.config import CONF_DIR, EPOCHS, STEPS, find_problems
 from laddpo.errors import UserError
-from laddpo.mistakes import Composed, diagnose, forbidden, foreign_code, put_stand_in, unresolved, yaml_mistake
+from laddpo.mistakes import (
+    Composed,
+    diagnose,
+    forbidden,
+    foreign_code,
+    put_stand_in,
+    schema_types,
+    unresolved,
+    yaml_mistake,
+)
 from laddpo.ranges import PATHS
-from laddpo.redaction import find_secrets, redact
+from laddpo.redaction import find_secrets, foreign_variables, redact
 from laddpo.runs import file_sha256, require_sealed, write_text
 from laddpo.settings import RunConfig
 
@@ -74,7 +84,9 @@ def compose_tree(hydra: Hydra, config_name: str, overrides: list[str], mode: Run
         except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
             failure = error
         else:
-            if problems := foreign_code(tree):
+            # before anything is resolved: a value of the environment must not get into a message either
+            plain = OmegaConf.to_container(tree, resolve=False)
+            if problems := [*foreign_code(tree), *foreign_variables(plain)]:
                 raise UserError(*problems)
             return tree
     else:
@@ -117,16 +129,23 @@ def typed_settings(tree: DictConfig) -> Typed:
     given: set[str] = set()
     if "hydra" in tree:
         overrides = OmegaConf.to_container(tree.hydra.overrides.task, resolve=False)
-        given = {key for key in (text.partition("=")[0] for text in overrides) if "." in key}  # not the groups chosen
+        keys = {re.split(r"[=\[]", text)[0] for text in overrides}
+        given = {key for key in keys if "." in key or key in schema_types()}  # not the groups chosen
         HydraConfig.instance().set_config(tree)
         OmegaConf.set_struct(tree, False)
         del tree["hydra"]
     problems = find_secrets(OmegaConf.to_container(tree, resolve=False))
+    secret = {key for key in schema_types() if any(text.startswith((f"{key}:", f"{key}.")) for text in problems)}
+    for key in secret:  # never resolved: no message may show it
+        put_stand_in(tree, key)
     broken = unresolved(tree)
     for key in broken:
         put_stand_in(tree, key)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, RunConfig), "the root of conf/config.yaml is not the schema"
+    if not given & STEPS and (given & EPOCHS or _only_steps_are_recommended(tree)):
+        config.optim.max_train_steps = None
+        given = given | {"optim.max_train_steps"}
     if config.resume.lower() in ("true", "false"):  # a yaml bool arrives as "True"
         config.resume = config.resume.lower()
     for key in HOME_PATHS:
@@ -134,7 +153,14 @@ def typed_settings(tree: DictConfig) -> Typed:
         node = operator.attrgetter(group)(config) if group else config
         setattr(node, name, _from_home(getattr(node, name)))
     config.runs = [_from_home(folder) for folder in config.runs]
-    return Typed(config, [*problems, *broken.values()], set(broken), given)
+    return Typed(config, [*problems, *broken.values()], secret | set(broken), given)
+
+
+def _only_steps_are_recommended(tree: DictConfig) -> bool:
+    """Whether the number of epochs was set by name, and the number of steps is only the one that suits the model."""
+    return OmegaConf.is_interpolation(tree.optim, "max_train_steps") and not OmegaConf.is_interpolation(
+        tree.optim, "num_train_epochs"
+    )
 
 
 def _from_home(path: str | None) -> str | None:

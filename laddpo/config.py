@@ -56,7 +56,7 @@ def _contradictions(config: RunConfig, wrong_keys: set[str], given: Collection[s
     """Problems between settings, leaving out those that speak of a key whose own value is already refused."""
     parts = (_weights, _lengths, _objective, _data, _schedule, device_problems, _decoding, step_problems)
     found = (problem for part in parts for problem in part(config))
-    for problem in (*found, *_patience(config, given), *unread_settings(config, given)):
+    for problem in (*found, *_length(config, given), *_patience(config, given), *unread_settings(config, given)):
         if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in wrong_keys):
             yield problem
 
@@ -217,6 +217,16 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         )
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         yield f"optim.betas is {optim.betas}; expected two numbers from 0 to below 1; [0.9,0.95] is usual."
+
+
+def _length(config: RunConfig, given: Collection[str]) -> Iterator[str]:
+    """Epochs and steps both set by the command line: only one of them can say when a run ends."""
+    optim = config.optim
+    if optim.max_train_steps is not None and EPOCHS.intersection(given) and STEPS.intersection(given):
+        yield (
+            f"optim.num_train_epochs is {optim.num_train_epochs:g} and optim.max_train_steps is "
+            f"{optim.max_train_steps}; both say when the run ends; leave one of them out."
+        )
 
 
 def _patience(config: RunConfig, given: Collection[str]) -> Iterator[str]:
@@ -396,4 +406,6 @@ def check_machine(config: RunConfig) -> None:
 SHORTEST_PAIR = 24  # tokens: the template of one turn, a short prompt, a token of response and its terminator
 TAKES_LABEL_SMOOTHING = ("sigmoid", "robust", "sigmoid_norm")
 PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm")
+EPOCHS = frozenset({"optim.num_train_epochs", "model.recommended.num_train_epochs"})
+STEPS = frozenset({"optim.max_train_steps", "model.recommended.max_train_steps"})
 NEEDS_A_DATASET = ("jsonl", "laddpo_public", "graded_candidates")

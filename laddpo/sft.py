@@ -78,6 +78,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         run_outputs,
         stop_if_asked,
         validation_tasks,
+        warmup_note,
     )
     from laddpo.tuned import tuned_weights
 
@@ -103,6 +104,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget, backward, ranks)
     validation = Validation(config, loaded, [], 1, validation_tasks(config), stop=stop)
     settings = loop_settings(config, len(examples), validation.best_metric)
+    warmup_note(config, settings)
     masks = "mask" if draws_of(config) == 1 else "masks"
     rows = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} {masks} each"
     print(f"SFT: {settings.total_steps} steps of {rows}")

@@ -96,6 +96,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         run_outputs,
         step_zero_check,
         stop_if_asked,
+        warmup_note,
     )
 
     inputs.check_before_loading(config)
@@ -115,6 +116,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     if config.dry_run:
         config, pairs = dry_run_settings(config), longest_pairs(pairs, pairs_per_step(config))
     settings = loop_settings(config, len(pairs), best_metric=None)
+    warmup_note(config, settings)
     estimator, reference_estimator = inputs.training_estimator(config), inputs.reference_estimator(config)
     store = inputs.reference_store(config, prepared, loaded, reference_estimator)
     windows = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from laddpo.core.gradient import Item, lockstep
 from laddpo.core.loop import LoopSettings, step_items
 from laddpo.core.objectives import reference_draws
 from laddpo.core.outputs import RunOutputs
-from laddpo.core.ranks import Ranks, whole
+from laddpo.core.ranks import Ranks, here, whole
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import NonFiniteStep, RunFault, Stopped
@@ -69,6 +70,19 @@ def loop_settings(config: RunConfig, item_count: int, best_metric: str | None) -
         max_chosen_fall=stopping.max_chosen_fall or 0.0,
         skip_nonfinite=optim.skip_nonfinite,
     )
+
+
+def warmup_note(config: RunConfig, settings: LoopSettings) -> None:
+    """Say that the run ends within its warm-up. How many steps its epochs are is known only once the rows are counted;
+    laddpo/config.py says it of a given number of steps."""
+    from_epochs = config.optim.max_train_steps is None and not config.dry_run
+    if from_epochs and settings.total_steps < settings.num_warmup_steps and here().is_main:
+        print(
+            f"note: optim.num_train_epochs={config.optim.num_train_epochs:g} are {settings.total_steps} steps on these "
+            f"rows, which end within the warm-up of optim.num_warmup_steps={settings.num_warmup_steps}: the learning "
+            "rate never reaches its value. Lower optim.num_warmup_steps, or train longer.",
+            file=sys.stderr,
+        )
 
 
 def dry_run_settings(config: RunConfig) -> RunConfig:

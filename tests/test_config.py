@@ -203,7 +203,7 @@ MISTAKES = {
         ["model.model_name_or_path=https://me:secret@host/x"],
         ["an address with a password"],
     ),
-    "a secret of the environment": (["logger.wandb_name=${oc.env:HF_TOKEN}"], ["a secret from the environment"]),
+    "a secret of the environment": (["logger.wandb_name=${oc.env:HF_TOKEN}"], ["'HF_TOKEN' from the environment"]),
     "a forty-digit key": ([f"logger.wandb_project={'0a' * 20}"], ["looks like an API key"]),
     "code to run": (["+dpo._target_=os.system"], ["names code to run"]),
     "code to run, partially": (["dpo._partial_=true"], ["names code to run"]),
