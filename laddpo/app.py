@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import contextvars
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -33,19 +33,25 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import laddpo
-from laddpo.compose import compose_tree, group_settings, open_hydra, to_run_config, typed_settings
+from laddpo.compose import (
+    compose_tree,
+    group_settings,
+    open_hydra,
+    stage_problems,
+    to_run_config,
+    typed_settings,
+)
 from laddpo.config import find_problems, unlikely_settings
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest
 from laddpo.launch import joined, leave, refuse_sweep, speaks
 from laddpo.mistakes import config_groups, unresolved
+from laddpo.read_settings import given_overrides
 from laddpo.redaction import redact
 from laddpo.runs import disk_message
 from laddpo.settings import RunConfig
-from laddpo.tuned import MAY_CHANGE, of_other_stages, other_decoding, settings_of_run
+from laddpo.tuned import MAY_CHANGE, OF_EVERY_STAGE, other_decoding, settings_of_run
 
 WITH_STEPS = ("train", "sft")  # stages whose `resume` finds a run and its checkpoints
-# what this command line set, for stages that take the rest from an earlier run
-given_overrides: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("given_overrides", default=())
 
 Main = Callable[[RunConfig, Path], None]
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -148,12 +154,17 @@ def settings_for(hydra: Hydra, stage: str, tree: DictConfig, overrides: list[str
     typed = typed_settings(tree)
     is_of_run = typed.config.run is not None and stage in MAY_CHANGE
     contradictions = [] if is_of_run else find_problems(typed.config, typed.broken, typed.given)
-    problems = [*typed.problems, *contradictions, *of_other_stages(stage, typed.config)]
-    if problems:
+    unread = [] if is_of_run else stage_problems(stage, typed, tree)
+    if problems := [*typed.problems, *contradictions, *unread]:
         raise UserError(*problems)
     if not is_of_run:
         return typed.config
-    return settings_of_run(stage, typed.config, overrides, functools.partial(group_settings, hydra))
+    config = settings_of_run(stage, typed.config, overrides, functools.partial(group_settings, hydra))
+    # what else the command line names is what the run has anyway
+    given = {key for key in typed.given if key.partition(".")[0] in (*MAY_CHANGE[stage], *OF_EVERY_STAGE)}
+    if unread := stage_problems(stage, dataclasses.replace(typed, config=config, given=given), tree):
+        raise UserError(*unread)
+    return config
 
 
 def _call(main: Main, config: RunConfig, folder: Path) -> int:

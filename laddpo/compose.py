@@ -41,6 +41,7 @@ from laddpo.mistakes import (
     yaml_mistake,
 )
 from laddpo.ranges import PATHS
+from laddpo.read_settings import references, unread_problems
 from laddpo.redaction import find_secrets, foreign_variables, redact
 from laddpo.runs import file_sha256, require_sealed, write_text
 from laddpo.settings import RunConfig
@@ -106,10 +107,19 @@ def to_run_config(tree: DictConfig) -> RunConfig:
     return config
 
 
-def settings_problems(tree: DictConfig) -> tuple[RunConfig, list[str]]:
-    """(the typed configuration, all that is wrong with it). What has no value gets one for the sake of the checks."""
+def settings_problems(tree: DictConfig, stage: str | None = None) -> tuple[RunConfig, list[str]]:
+    """(the typed configuration, all that is wrong with it, for `stage` if one is named). Missing values are filled with
+    placeholders so that the other checks can still run."""
     typed = typed_settings(tree)
-    return typed.config, [*typed.problems, *find_problems(typed.config, typed.broken, typed.given)]
+    found = [*typed.problems, *find_problems(typed.config, typed.broken, typed.given)]
+    return typed.config, [*found, *(stage_problems(stage, typed, tree) if stage else [])]
+
+
+def stage_problems(stage: str, typed: Typed, tree: DictConfig) -> list[str]:
+    """Settings that the command line names and the stage does not read, beside those that are wrong anyway."""
+    known = [*typed.problems, *find_problems(typed.config, typed.broken, typed.given)]
+    named = {problem.split(" ", 1)[0].rstrip(":") for problem in known}
+    return unread_problems(stage, typed.config, typed.given - named, references(tree))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ def _contradictions(config: RunConfig, wrong_keys: set[str], given: Collection[s
     """Problems between settings, leaving out those that speak of a key whose own value is already refused."""
     parts = (_weights, _lengths, _objective, _data, _schedule, device_problems, _decoding, step_problems)
     found = (problem for part in parts for problem in part(config))
-    for problem in (*found, *_length(config, given), *_patience(config, given), *unread_settings(config, given)):
+    for problem in (*found, *_length(config, given), *unread_settings(config, given)):
         if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in wrong_keys):
             yield problem
 
@@ -226,16 +226,6 @@ def _length(config: RunConfig, given: Collection[str]) -> Iterator[str]:
         yield (
             f"optim.num_train_epochs is {optim.num_train_epochs:g} and optim.max_train_steps is "
             f"{optim.max_train_steps}; both say when the run ends; leave one of them out."
-        )
-
-
-def _patience(config: RunConfig, given: Collection[str]) -> Iterator[str]:
-    """Patience without evaluations is refused where the command line asks for it; one that a yaml brings just rests."""
-    patience = config.stopping.patience
-    if patience is not None and config.evaluation.every_steps is None and "stopping.patience" in given:
-        yield (
-            f"stopping.patience is {patience} and evaluation.every_steps is null; early stopping looks at evaluations "
-            "during training; set evaluation.every_steps, or leave stopping.patience out."
         )
 
 

@@ -23,18 +23,24 @@ def unread_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
         is_given = any(f"{key}.".startswith(f"{group}.") for group in given)
         if name is None or not is_given or value == defaults[key]:
             continue
-        readers, advice = READ_BY[name]
-        sources = {data.source}
-        if data.source == "mixture":
-            sources = {part.source for part in data.mixture}
-            if name in OF_EACH_PART:
-                sources &= {"onpolicy"}  # whose questions `data` names
-                advice = "give it to the parts in data.mixture"
-        if not sources & set(readers):
+        if not is_read(key, config):
+            of_parts = data.source == "mixture" and name in OF_EACH_PART
+            advice = "give it to the parts in data.mixture" if of_parts else READ_BY[name][1]
             yield (
                 f"{key} is {value!r} and data.source is {data.source!r}, which does not read it; {advice}, or leave "
                 f"{key} out."
             )
+
+
+def is_read(key: str, config: RunConfig) -> bool:
+    """Whether the data's source reads a setting, as far as READ_BY says anything of it."""
+    if (name := reader_row(key)) is None:
+        return True
+    data = config.data
+    sources = {part.source for part in data.mixture} if data.source == "mixture" else {data.source}
+    if data.source == "mixture" and name in OF_EACH_PART:
+        sources &= {"onpolicy"}  # whose questions `data` names
+    return bool(sources & set(READ_BY[name][0]))
 
 
 def reader_row(key: str) -> str | None:

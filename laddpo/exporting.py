@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from laddpo.errors import RunFault, UserError
 from laddpo.inputs import encoder_for, model_path
 from laddpo.modelcard import CardFacts, card_text
 from laddpo.models import adapters, loading
+from laddpo.planning import stored_adapter
 from laddpo.preference.pairs import user_prompt
 from laddpo.settings import RunConfig
 from laddpo.tuned import tuned_weights
@@ -67,7 +69,7 @@ def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list
     """Write a whole checkpoint. Returns its files and what the card says about the check."""
     path, revision = model_path(config), config.model.revision
     dtype = config.export.dtype
-    if dtype is None and config.sft.from_scratch:  # no base has weights
+    if dtype is None and source.is_full and config.sft.from_scratch:  # no base has weights
         dtype = stored_dtype(source.folder)
     elif dtype is None:
         dtype = stored_dtype(loading.checkpoint_folder(path, revision, ["*.json", loading.WEIGHTS]))
@@ -204,8 +206,12 @@ def model_card(config: RunConfig, trained: Path | None, source: Source, facts: C
         place = trained / "evaluation" / "results.json"
         results = runs.read_json(place) if place.exists() else {}
         sealed = runs.read_manifest(trained, "train", "sft")
+    if not source.is_full:  # what the adapter has, which is not what was configured beside adapter.path
+        adapter = stored_adapter(source.folder, config.adapter.path if trained else None)
+        config = dataclasses.replace(config, adapter=adapter)
     licence = config.export.license or base_licence(config)
-    return card_text(config, facts, results, sealed, source.base, source.step, licence)
+    is_foreign = trained is None
+    return card_text(config, facts, results, sealed, source.base, source.step, licence, is_foreign=is_foreign)
 
 
 def base_licence(config: RunConfig) -> str | None:

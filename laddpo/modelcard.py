@@ -34,21 +34,26 @@ def card_text(
     base: str,
     step: int | None,
     licence: str | None,
+    *,
+    is_foreign: bool = False,
 ) -> str:
-    """The whole card in Markdown with the hub's front matter."""
+    """The whole card in Markdown with the hub's front matter. `is_foreign`: the adapter is not of a run of ours, so
+    nothing is known of how it was trained."""
     name = shown_path(config.model.model_name_or_path)
     what = "LoRA adapter for" if facts.is_adapter else "Fine-tuned"
     is_sft = (sealed or {}).get("kind") == "sft"
-    title = "fine-tuned" if is_sft else "trained on preferences"
+    title = "fine-tuned" if is_sft or is_foreign else "trained on preferences"
     method = "supervised fine-tuning" if is_sft else "direct preference optimization"
+    made = (
+        "exported with laddpo. How it was trained is not recorded" if is_foreign else f"trained by {method} with laddpo"
+    )
     sections = [
-        _front_matter(config, facts, name, licence, is_sft),
-        f"# {name.rsplit('/', 1)[-1]}, {title}\n\n{what} {name}, a masked-diffusion language model, trained by "
-        f"{method} with laddpo.",
-        _origin(config, facts, sealed, base, step, name, licence, is_sft),
+        _front_matter(config, facts, name, licence, is_sft, is_foreign),
+        f"# {name.rsplit('/', 1)[-1]}, {title}\n\n{what} {name}, a masked-diffusion language model, {made}.",
+        _origin(config, facts, sealed, base, step, name, licence, is_sft, is_foreign),
         _metrics(results),
         "## Use\n\n" + (ADAPTER_USE if facts.is_adapter else MERGED_USE).replace("BASE", name),
-        f"## Settings\n\n```yaml\n{_settings(config)}```",
+        f"## Settings\n\n```yaml\n{_settings(config, is_foreign)}```",
     ]
     return redact("\n\n".join(section for section in sections if section)) + "\n"
 
@@ -59,14 +64,17 @@ def shown_path(path: str) -> str:
     return place.name if place.is_absolute() or path.startswith(("~", "..")) else path
 
 
-def _front_matter(config: RunConfig, facts: CardFacts, name: str, licence: str | None, is_sft: bool) -> str:
+def _front_matter(
+    config: RunConfig, facts: CardFacts, name: str, licence: str | None, is_sft: bool, is_foreign: bool
+) -> str:
     lines = [f"license: {licence or 'other'}"]
     if "/" in name and not Path(config.model.model_name_or_path).expanduser().exists():
         lines += [f"base_model: {name}", f"base_model_relation: {'adapter' if facts.is_adapter else 'finetune'}"]
-    if _is_on_hub(config):
+    if not is_foreign and _is_on_hub(config):
         lines.append(f"datasets: [{config.data.dataset_name}]")
     lines.append(f"library_name: {'peft' if facts.is_adapter else 'transformers'}")
-    lines.append(f"tags: [{'sft' if is_sft else 'dpo'}, masked-diffusion, llada]")
+    method = [] if is_foreign else ["sft" if is_sft else "dpo"]
+    lines.append(f"tags: [{', '.join([*method, 'masked-diffusion', 'llada'])}]")
     return "---\n" + "\n".join(lines) + "\n---"
 
 
@@ -77,11 +85,13 @@ def _is_on_hub(config: RunConfig) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not has_file_name(name) and not any(place.exists() for place in places)
 
 
-def _origin(config, facts, sealed, base, step, name, licence, is_sft) -> str:
+def _origin(config, facts, sealed, base, step, name, licence, is_sft, is_foreign) -> str:
     fields = (sealed or {}).get("fields", {})
     data = ", ".join(part["data"] for part in fields.get("rounds", [fields]) if "data" in part)
     rows = shown_path(config.data.dataset_name) if config.data.dataset_name else config.data.source
-    if is_sft and config.sft.examples == "corpus":
+    if is_foreign:
+        trained_on = "not recorded: the adapter is not of a run of this program"
+    elif is_sft and config.sft.examples == "corpus":
         trained_on = f"{config.sft.num_examples:,} generated examples (sft.examples=corpus, seed {config.seed})"
     else:
         trained_on = f"{rows}, fingerprint of the prepared pairs `{data or 'not recorded by this run'}`"
@@ -97,7 +107,7 @@ def _origin(config, facts, sealed, base, step, name, licence, is_sft) -> str:
         lines.append(f"weights: those kept at step {step}{of_round}{none_better}")
     if not facts.is_adapter:
         lines.append(f"stored in {facts.dtype}; {facts.check}; loaded again byte for byte ({facts.tensors} tensors)")
-        if config.quantization.load_in_4bit or config.quantization.load_in_8bit:
+        if not is_foreign and (config.quantization.load_in_4bit or config.quantization.load_in_8bit):
             bits = 4 if config.quantization.load_in_4bit else 8
             lines.append(
                 f"the adapter was trained on {bits}-bit weights and merged into the unquantised ones, on which the "
@@ -117,8 +127,8 @@ def _metrics(results: Mapping[str, Any]) -> str:
     return f"## Metrics\n\n{note}\n\n{markdown(header, rows)}\n{details}".rstrip()
 
 
-def _settings(config: RunConfig) -> str:
-    names = ("seed", "adapter", "quantization", "data", "dpo", "sft", "optim", "evaluation")
+def _settings(config: RunConfig, is_foreign: bool) -> str:
+    names = ("adapter",) if is_foreign else SETTINGS
     tree = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
     return OmegaConf.to_yaml(OmegaConf.create(_without_places(tree)))
 
@@ -131,6 +141,7 @@ def _without_places(value: Any) -> Any:
     return shown_path(value) if isinstance(value, str) and value else value
 
 
+SETTINGS = ("seed", "adapter", "quantization", "data", "dpo", "sft", "optim", "evaluation")
 MERGED_USE = """```python
 from laddpo.models.loading import load_model, load_tokenizer
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from laddpo.app import run_stage
 from laddpo.ranges import EMBEDDED_TASKS
+from laddpo.read_settings import command_of
 from laddpo.settings import MixturePart, RunConfig
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def open_prepared(config: RunConfig):
     if not config.auto and find_prepared(*_arguments(config)) is None:
         raise UserError(
             f"{Path(config.paths.data_dir) / 'prepared'}: these data are not prepared yet and auto is false. "
-            "Run python -m laddpo.prepare with the same settings, or set auto=true."
+            f"Run {command_of('prepare')}, or set auto=true."
         )
     return prepare(config)
 
@@ -135,8 +136,12 @@ def _graded_mixture(config: RunConfig) -> list[tuple[MixturePart, Grader | None]
     if data.source == "onpolicy":
         questions = open_questions(config)
         return [(MixturePart(data.source, str(sampled_file(config, questions))), pair_grader(config, questions))]
-    one = MixturePart(data.source, data.dataset_name, data.dataset_split, data.revision, data.columns, data.format)
-    return [(part, _grader(config, part.source)) for part in data.mixture or [one]]
+    return [(part, _grader(config, part.source)) for part in data.mixture or [_only_part(config)]]
+
+
+def _only_part(config: RunConfig) -> MixturePart:
+    data = config.data
+    return MixturePart(data.source, data.dataset_name, data.dataset_split, data.revision, data.columns, data.format)
 
 
 def _grader(config: RunConfig, source: str) -> Grader | None:

@@ -32,8 +32,8 @@ def foreign_variables(tree: Any) -> list[str]:
     """One problem for each value that reads a variable of the environment which does not name a place or a job."""
     return [
         f"{key}: reads {redact(name)!r} from the environment; its value would be written into the run's files; "
-        "expected a variable that names a place or a job (HOME, USER, TMPDIR, SLURM_*, LADDPO_*, *_DIR, *_ROOT, *_PATH); write "
-        "the value itself, or name the variable LADDPO_<NAME> if it is no secret."
+        "expected a variable that names a place or a job (HOME, USER, TMPDIR, SLURM_*, LADDPO_*, *_DIR, *_PATH); "
+        "write the value itself, or name the variable LADDPO_<NAME> if it is no secret."
         for key, value in _strings("", tree)
         for name in re.findall(READS_ENVIRONMENT, value)
         if not re.fullmatch(READABLE, name) or re.search(SECRET_NAME, name, re.IGNORECASE)

@@ -30,16 +30,10 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.resuming import check_finished, find_run, held, step_processes, told_to_resume
     from laddpo.signals import stop_on_signal
 
-    if config.dry_run:
-        raise UserError(
-            "dry_run is true, which only python -m laddpo.train knows; expected false. Leave it out, or set "
-            "optim.max_train_steps=2 for a run of two steps."
-        )
+    if config.dry_run:  # of a yaml file; of the command line laddpo/read_settings.py refuses it
+        raise UserError("dry_run is true, which only python -m laddpo.train knows; expected false. Leave it out.")
     if config.data.rounds > 1:
-        raise UserError(
-            f"rounds is {config.data.rounds}, which only python -m laddpo.train knows; expected 1. Leave it out; the "
-            "questions and steps of several rounds are data.sampling.num_questions and optim.max_train_steps."
-        )
+        raise UserError(f"rounds is {config.data.rounds}, which only python -m laddpo.train knows; expected 1.")
     if config.best_metric not in ("auto", "none", "exact_match"):
         raise UserError(
             f"best_metric is {config.best_metric!r}, which is measured on preference pairs, and sft has none; expected "
@@ -103,7 +97,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     backward = machine.choice.setup.backward
     task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget, backward, ranks)
     validation = Validation(config, loaded, [], 1, validation_tasks(config), stop=stop)
-    settings = loop_settings(config, len(examples), validation.best_metric)
+    is_new, metric = config.sft.from_scratch, validation.best_metric
+    settings = loop_settings(config, len(examples), metric, has_pairs=False, from_scratch=is_new)
     warmup_note(config, settings)
     masks = "mask" if draws_of(config) == 1 else "masks"
     rows = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} {masks} each"

@@ -78,18 +78,6 @@ def other_decoding(config: RunConfig, overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def of_other_stages(stage: str, config: RunConfig) -> Iterator[str]:
-    """A sentence for each setting that names what only other stages look at: nothing would come of it here."""
-    for name, (stages, instead) in READ_ONLY_BY.items():
-        value = getattr(config, name)
-        samples_from_it = name == "run" and stage == "prepare" and config.data.source == "onpolicy"
-        if value and stage not in stages and not samples_from_it:
-            yield (
-                f"{name} is {_as_written(value)} and {stage} does not read it; {', '.join(stages)} "
-                f"{'do' if stages[1:] else 'does'}; {instead}leave it out."
-            )
-
-
 def refuse_decided(stage: str, asked: RunConfig, stored: RunConfig, overrides: Sequence[str]) -> None:
     """Name the overrides that a stored run decides otherwise: they would have no effect."""
     may_change = (*MAY_CHANGE[stage], *OF_EVERY_STAGE)
@@ -220,16 +208,5 @@ WAY_OF_ANSWERING = (
     *("gen_length", "steps", "block_length", "temperature", "cfg_scale", "remasking", "suppress_eos"),
     *("confidence_threshold", "block_cache"),
 )
-# settings that name what to look at: the stages that do, and what was probably wanted of another one
-READ_ONLY_BY = {
-    "run": (
-        ("evaluate", "generate", "variance", "export", "report"),
-        "write adapter.path=<run>/adapter to go on from it, prepare data=onpolicy for pairs of its answers, or ",
-    ),
-    "runs": (("report",), ""),
-    "prompt": (("generate",), ""),
-    "prompts": (("generate",), ""),
-    "verify": (("precompute",), ""),
-}
 OF_EVERY_STAGE = ("hardware", "paths", "logger", "output_dir", "resume", "auto", "run", "hydra")
 IN_PIECES = ("evaluation", "decoding", "hardware", "paths", "hydra")  # of these only what the command line names
