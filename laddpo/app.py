@@ -37,8 +37,8 @@ from laddpo.compose import (
     compose_tree,
     group_settings,
     open_hydra,
+    settings_problems,
     stage_problems,
-    to_run_config,
     typed_settings,
 )
 from laddpo.config import find_problems, unlikely_settings
@@ -127,8 +127,8 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
         sweeping = args.multirun or tree.hydra.mode == RunMode.MULTIRUN
         if args.cfg:
             _show(hydra, args, tree)
-            if not sweeping:
-                to_run_config(tree)
+            if not sweeping and (problems := shown_problems(stage, tree)):
+                raise UserError(*problems)
             return EXIT_DONE
         if sweeping:
             from laddpo.sweep import run_sweep
@@ -147,6 +147,12 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
             for note in notes:
                 print(f"note: {note}", file=sys.stderr)
         return _call(main or importlib.import_module(f"laddpo.{stage}").main, config, folder)
+
+
+def shown_problems(stage: str, tree: DictConfig) -> list[str]:
+    """What is wrong with settings that are only shown. Those of a run are not looked up."""
+    is_of_run = tree.run is not None and stage in MAY_CHANGE
+    return settings_problems(tree, None if is_of_run else stage)[1]
 
 
 def settings_for(hydra: Hydra, stage: str, tree: DictConfig, overrides: list[str]) -> RunConfig:

@@ -94,7 +94,7 @@ def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2,
         precision=precision,
         quantization=stored,
         rank=None if adapter.kind == "full" else adapter.r,
-        targets=adapter_targets(adapter, config.model.shape.n_layers),
+        targets=adapter_targets(config),
         optimizer=config.optim.optimizer,
         checkpointing=bool(hardware.gradient_checkpointing),
         offload=hardware.offload_activations and device == "cuda",
@@ -140,9 +140,10 @@ def stored_adapter(folder: Path, path: str | None = None) -> AdapterSettings:
     return AdapterSettings(**{**found, "kind": "lora", "path": path})
 
 
-def adapter_targets(adapter: AdapterSettings, n_layers: int) -> tuple[str, ...]:
+def adapter_targets(config: RunConfig) -> tuple[str, ...]:
     """The kinds of linear layers that carry an adapter. A pattern that picks single blocks counts for all of them."""
-    matched = [] if adapter.kind == "full" else match_linears(adapter.target_modules, linear_names(n_layers))
+    adapter, linears = held_adapter(config), linear_names(config.model.shape.n_layers)
+    matched = [] if adapter.kind == "full" else match_linears(adapter.target_modules, linears)
     kinds = {name.rpartition(".")[2] for name in matched}
     return tuple(name for name in BLOCK_LINEARS if name in kinds) or BLOCK_LINEARS
 

@@ -140,9 +140,9 @@ def unread(stage: str, key: str, config: RunConfig) -> str | None:
 
 
 def stage_reads(stage: str, override: str) -> bool:
-    """Whether an override concerns a stage in any of its variants: also where it chooses a group, or sets what other
-    settings refer to."""
+    """Whether an override concerns a stage in any of its variants. One that chooses a group concerns all."""
     key = re.split(r"[=\[]", override.lstrip("+~"))[0]
+    key = "data.rounds" if key == "rounds" else key
     lists = {name for name, patterns in READS.items() if matches(key, patterns)}
     return not lists or stage in lists or matches(key, tuple(EVERYWHERE))
 
