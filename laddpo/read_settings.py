@@ -16,11 +16,13 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from laddpo.datachecks import is_read
+from laddpo.config import CONF_DIR
+from laddpo.datachecks import is_on_hub, is_read
 from laddpo.ranges import EMBEDDED_TASKS, leaves
 from laddpo.settings import RunConfig
 
@@ -56,7 +58,8 @@ NEW_ADAPTER = (
     *("adapter.r", "adapter.lora_alpha", "adapter.lora_dropout", "adapter.target_modules"),
     *("adapter.use_rslora", "adapter.use_dora"),
 )
-PREPARED = (*LOADED, "data.", "-data.rounds", "-data.length_quantiles.", *TASKS, "evaluation.batch_size")
+ROWS = (*LOADED, "data.", "-data.rounds", "-data.length_quantiles.")
+PREPARED = (*ROWS, *TASKS, "evaluation.batch_size")
 HELD_OUT = ("evaluation.num_pairs", "evaluation.diffusion_samples")
 MEASURED = (
     *("dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.sft_weight", "dpo.correction", "dpo.estimator"),
@@ -81,7 +84,7 @@ READS: dict[str, tuple[str, ...]] = {
     "variance": ("variance.", "evaluation.tasks", "run"),
     "export": (*MODEL, "adapter.path", *ENCODING, "export.", "run"),
     "report": ("report.", "run", "runs"),
-    "plan": (*PREPARED, "adapter.r", "adapter.target_modules", "dpo.diffusion_samples", "dpo.estimator",
+    "plan": (*ROWS, "adapter.r", "adapter.target_modules", "dpo.diffusion_samples", "dpo.estimator",
              "dpo.mask_rounds", "dpo.loss", "dpo.correction", "dpo.sft_weight", *LENGTH, "optim.optimizer",
              "data.length_quantiles.mean", "data.length_quantiles.p99", "data.length_quantiles.prompt_mean"),
     "benchmark": (*LOADED, "adapter.", "optim.betas", "optim.eps", "benchmark.", *ANSWERS),
@@ -106,13 +109,13 @@ def unread_problems(
     """A sentence for each setting that the command line names and the stage does not read.
 
     `references` gives for a setting those that take their value from it (`rounds`: data.rounds): it is read where one
-    of them is. A value that only says that something is off is no setting to be used.
+    of them is. A value that says of something that it is off, as it is by default, asks for nothing.
     """
-    values = dict(leaves(config))
+    values, defaults = dict(leaves(config)), dict(leaves(RunConfig()))
     problems = {}
     for name in given:
         inside = [key for key in values if f"{key}.".startswith(f"{name}.")]
-        if not inside or any(values[key] in OFF for key in inside):
+        if not inside or all(values[key] in OFF and values[key] == defaults[key] for key in inside):
             continue
         followed = [key for found in inside for key in (found, *references.get(found, ()))]
         found = [unread(stage, key, config) for key in followed]
@@ -184,6 +187,11 @@ def matches(key: str, patterns: Sequence[str]) -> bool:
     plain = [(text.removeprefix("-"), text[0] != "-") for text in patterns]
     named = [taken for text, taken in plain if key == text or (text[-1] in "._" and key.startswith(text))]
     return bool(named) and named[-1]
+
+
+def _has_local_model(config: RunConfig) -> bool:
+    given = config.model.model_name_or_path
+    return Path(given).expanduser().is_dir() or (CONF_DIR.parent / given).is_dir()
 
 
 def _sources(config: RunConfig) -> set[str]:
@@ -263,8 +271,18 @@ NEEDS = (
     ),
     Need(
         ("evaluation.batch_size",),
-        lambda stage, config: stage not in ("prepare", "precompute", "plan") or "onpolicy" in _sources(config),
+        lambda stage, config: stage not in ("prepare", "precompute") or "onpolicy" in _sources(config),
         "it is read only where the model answers questions (data=onpolicy)",
+    ),
+    Need(
+        ("data.revision",),
+        lambda stage, config: is_on_hub(config),
+        "only a dataset of the hub has revisions, and data.dataset_name is a local one",
+    ),
+    Need(
+        ("model.revision",),
+        lambda stage, config: not _has_local_model(config),
+        "only a model of the hub has revisions, and model.model_name_or_path is a local folder",
     ),
     Need(
         ("optim.round_decay",),
