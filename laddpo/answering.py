@@ -30,35 +30,42 @@ from laddpo.evaluation.tasks import (
 from laddpo.inputs import Loaded, difficulty_of, encoder_for
 from laddpo.preference.badrows import LISTED, RowError
 from laddpo.preference.pairs import Prompt, prompt_rows
+from laddpo.ranges import EMBEDDED_TASKS
 from laddpo.settings import RunConfig
 from laddpo.signals import StopFlag
 
 VALIDATION_LIMIT = 200  # problems answered at every evaluation during training: an interval of about +-7 points
 
 
-def open_task(config: RunConfig, name: str, split: str, limit: int | None) -> Task:
+def open_task(config: RunConfig, name: str, split: str, limit: int | None, *, with_shots: bool = True) -> Task:
     """The task's items of a split; generated ones with the difficulty of the data."""
-    evaluation = config.evaluation
     return load_task(
         name,
         TaskOptions(
             split=split,
             limit=limit,
             seed=config.seed,
-            shots=evaluation.shots,
-            dataset_name=evaluation.dataset_name,
-            shots_from=evaluation.shots_from,
             benchmarks_dir=Path(config.paths.data_dir) / "benchmarks",
-            difficulty=difficulty_of(config),
-            grader=evaluation.grader,
+            **({"shots": config.evaluation.shots} if with_shots else {}),
+            **_of_task(config, name, with_shots),
         ),
     )
 
 
+def _of_task(config: RunConfig, name: str, with_shots: bool) -> dict[str, Any]:
+    """What only some tasks ask for: the difficulty of generated problems, or the rows of others and their grader."""
+    evaluation = config.evaluation
+    if name in EMBEDDED_TASKS:
+        return {"difficulty": difficulty_of(config)} if name == "arithmetic" else {}
+    of_rows = {"dataset_name": evaluation.dataset_name}
+    if with_shots and evaluation.shots:
+        of_rows["shots_from"] = evaluation.shots_from
+    return {**of_rows, "grader": evaluation.grader} if name == "file" else of_rows
+
+
 def tested_questions(config: RunConfig, name: str) -> set[str]:
     """The questions of a task's test problems, with and without what the task writes around them; without shots."""
-    evaluation = dataclasses.replace(config.evaluation, shots=0)
-    task = open_task(dataclasses.replace(config, evaluation=evaluation), name, "test", None)
+    task = open_task(config, name, "test", None, with_shots=False)
     asked = {item.prompt[-1].content for item in task.items}
     task.grader.close()
     return asked | {question_in(text) for text in asked}
@@ -75,9 +82,8 @@ def question_in(text: str) -> str:
 
 def sampler_settings(config: RunConfig) -> SamplerSettings:
     """The decoding that the evaluation group asks for."""
-    names = {field.name for field in dataclasses.fields(SamplerSettings)}
-    chosen = {name: value for name, value in dataclasses.asdict(config.evaluation).items() if name in names}
-    return SamplerSettings(**chosen, seed=config.seed)
+    names = {field.name for field in dataclasses.fields(SamplerSettings)} - {"seed"}
+    return SamplerSettings(**{name: getattr(config.evaluation, name) for name in names}, seed=config.seed)
 
 
 def encoded_prompts(config: RunConfig, loaded: Loaded, prompts: Sequence[Prompt], names: Sequence[str]) -> list:

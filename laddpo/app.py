@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
-import contextvars
 import dataclasses
 import errno
 import functools
@@ -35,7 +34,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import laddpo
-from laddpo.compose import compose_tree, config_from, group_settings, open_hydra, to_run_config, typed_settings
+from laddpo.compose import (
+    compose_tree,
+    config_from,
+    group_settings,
+    open_hydra,
+    settings_problems,
+    stage_problems,
+    typed_settings,
+)
 from laddpo.config import find_problems, unlikely_settings
 from laddpo.datachecks import sft_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest
@@ -43,15 +50,21 @@ from laddpo.folders import FOREIGN, KINDS, OF_A_RUN, refuse_others, what_is
 from laddpo.launch import joined, leave, refuse_sweep, speaks
 from laddpo.mistakes import config_groups, unresolved
 from laddpo.pathchecks import cannot_use, of_this_process
+from laddpo.read_settings import given_overrides
 from laddpo.redaction import redact
 from laddpo.runs import disk_message
 from laddpo.settings import RunConfig
-from laddpo.tuned import MAY_CHANGE, begun_evaluation, of_other_stages, other_decoding, settings_of_run
+from laddpo.tuned import (
+    MAY_CHANGE,
+    OF_EVERY_STAGE,
+    begun_evaluation,
+    other_decoding,
+    resume_problems,
+    settings_of_run,
+)
 from laddpo.visible import visible
 
 WITH_STEPS = ("train", "sft")  # stages whose `resume` finds a run and its checkpoints
-# what this command line set, for stages that take the rest from an earlier run
-given_overrides: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("given_overrides", default=())
 
 Main = Callable[[RunConfig, Path], None]
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -152,8 +165,8 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
         sweeping = args.multirun or tree.hydra.mode == RunMode.MULTIRUN
         if args.cfg:
             _show(hydra, args, tree)
-            if not sweeping:
-                to_run_config(tree)
+            if not sweeping and (problems := shown_problems(stage, tree)):
+                raise UserError(*problems)
             return EXIT_DONE
         if sweeping:
             from laddpo.sweep import run_sweep
@@ -176,6 +189,12 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
         return _call(main or importlib.import_module(f"laddpo.{stage}").main, config, folder)
 
 
+def shown_problems(stage: str, tree: DictConfig) -> list[str]:
+    """What is wrong with settings that are only shown. Those of a run are not looked up."""
+    is_of_run = tree.run is not None and stage in MAY_CHANGE
+    return settings_problems(tree, None if is_of_run else stage)[1]
+
+
 def settings_for(
     hydra: Hydra, stage: str, tree: DictConfig, overrides: list[str], config_name: str = "config"
 ) -> RunConfig:
@@ -191,15 +210,22 @@ def settings_for(
             return typed_settings(compose_tree(hydra, config_name, list(others))).config
 
         resumed = resumed_settings(Asked(typed.config, tuple(overrides), compose_without), stage)
-    is_stored = is_of_run or begun is not None or resumed is not None
-    contradictions = [] if is_stored else find_problems(typed.config, typed.broken, typed.given)
-    of_sft = sft_problems(typed.config, typed.given, stage) if not is_stored else ()
-    problems = [*typed.problems, *contradictions, *of_other_stages(stage, typed.config), *of_sft]
+    is_of_run = is_of_run or begun is not None
+    problems = [*typed.problems, *resume_problems(stage, typed.config)]
+    if not is_of_run:
+        problems += stage_problems(stage, dataclasses.replace(typed, config=resumed or typed.config), tree)
+        problems += [] if resumed else find_problems(typed.config, typed.broken, typed.given)
+        problems += sft_problems(typed.config) if stage == "sft" and not resumed else []
     if problems:
         raise UserError(*problems)
-    if is_of_run or begun is not None:
-        return settings_of_run(stage, typed.config, overrides, functools.partial(group_settings, hydra), begun)
-    return resumed or typed.config
+    if not is_of_run:
+        return resumed or typed.config
+    config = settings_of_run(stage, typed.config, overrides, functools.partial(group_settings, hydra), begun)
+    # what else the command line names is what the run has anyway
+    given = {key for key in typed.given if key.partition(".")[0] in (*MAY_CHANGE[stage], *OF_EVERY_STAGE)}
+    if unread := stage_problems(stage, dataclasses.replace(typed, config=config, given=given), tree):
+        raise UserError(*unread)
+    return config
 
 
 def _call(main: Main, config: RunConfig, folder: Path) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from laddpo import realsize
 from laddpo.app import run_stage
 from laddpo.realsize import dialogue_pairs, random_policy
-from laddpo.settings import RunConfig
+from laddpo.settings import RunConfig, keywords
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
@@ -285,12 +285,13 @@ def _graded(config: RunConfig, machine) -> tuple:
 
 
 def _ungraded(config: RunConfig, machine) -> tuple:
+    from laddpo import inputs
     from laddpo.benchmarking.workload import random_model
     from laddpo.evaluation.sampling import generate
 
     shape = _shape(config)
-    stored = dataclasses.asdict(config.quantization)
-    model = random_model(dataclasses.asdict(shape), config.seed, machine.device, machine.dtype, stored)
+    stored = inputs.storage_of(config.quantization)
+    model = random_model(keywords(shape), config.seed, machine.device, machine.dtype, stored)
     prompts = [pair.prompt_ids for n in range(config.benchmark.sampler_items) for pair in _pairs(config, n)[:1]]
 
     def answer(picked, settings):

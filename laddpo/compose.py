@@ -12,6 +12,7 @@ import dataclasses
 import io
 import operator
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,22 @@ from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from laddpo.config import CONF_DIR, find_problems
+from laddpo.config import CONF_DIR, EPOCHS, STEPS, find_problems
 from laddpo.errors import UserError
-from laddpo.mistakes import Composed, diagnose, forbidden, foreign_code, put_stand_in, unresolved, yaml_mistake
+from laddpo.mistakes import (
+    Composed,
+    diagnose,
+    forbidden,
+    foreign_code,
+    put_stand_in,
+    schema_types,
+    unresolved,
+    yaml_mistake,
+)
 from laddpo.pathchecks import path_problem, path_problems
 from laddpo.ranges import PATHS
-from laddpo.redaction import find_secrets, redact
+from laddpo.read_settings import references, unread_problems
+from laddpo.redaction import find_secrets, foreign_variables, redact
 from laddpo.runs import write_text
 from laddpo.seals import read_checked_text, sealed_file, with_check
 from laddpo.settings import RunConfig
@@ -81,7 +92,9 @@ def compose_tree(hydra: Hydra, config_name: str, overrides: list[str], mode: Run
         except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
             failure = error
         else:
-            if problems := foreign_code(tree):
+            # before anything is resolved: a value of the environment must not get into a message either
+            plain = OmegaConf.to_container(tree, resolve=False)
+            if problems := [*foreign_code(tree), *foreign_variables(plain)]:
                 raise UserError(*problems)
             return tree
     else:
@@ -101,10 +114,19 @@ def to_run_config(tree: DictConfig) -> RunConfig:
     return config
 
 
-def settings_problems(tree: DictConfig) -> tuple[RunConfig, list[str]]:
-    """(the typed configuration, all that is wrong with it). What has no value gets one for the sake of the checks."""
+def settings_problems(tree: DictConfig, stage: str | None = None) -> tuple[RunConfig, list[str]]:
+    """(the typed configuration, all that is wrong with it, for `stage` if one is named). Missing values are filled with
+    placeholders so that the other checks can still run."""
     typed = typed_settings(tree)
-    return typed.config, [*typed.problems, *find_problems(typed.config, typed.broken, typed.given)]
+    found = [*typed.problems, *find_problems(typed.config, typed.broken, typed.given)]
+    return typed.config, [*found, *(stage_problems(stage, typed, tree) if stage else [])]
+
+
+def stage_problems(stage: str, typed: Typed, tree: DictConfig) -> list[str]:
+    """Settings that the command line names and the stage does not read, beside those that are wrong anyway."""
+    known = [*typed.problems, *find_problems(typed.config, typed.broken, typed.given)]
+    named = {problem.split(" ", 1)[0].rstrip(":") for problem in known}
+    return unread_problems(stage, typed.config, typed.given - named, references(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +146,23 @@ def typed_settings(tree: DictConfig) -> Typed:
     given: set[str] = set()
     if "hydra" in tree:
         overrides = OmegaConf.to_container(tree.hydra.overrides.task, resolve=False)
-        given = {key for key in (text.partition("=")[0] for text in overrides) if "." in key}  # not the groups chosen
+        keys = {re.split(r"[=\[]", text)[0] for text in overrides}
+        given = {key for key in keys if "." in key or key in schema_types()}  # not the groups chosen
         HydraConfig.instance().set_config(tree)
         OmegaConf.set_struct(tree, False)
         del tree["hydra"]
     problems = find_secrets(OmegaConf.to_container(tree, resolve=False))
+    secret = {key for key in schema_types() if any(text.startswith((f"{key}:", f"{key}.")) for text in problems)}
+    for key in secret:  # never resolved: no message may show it
+        put_stand_in(tree, key)
     broken = unresolved(tree)
     for key in broken:
         put_stand_in(tree, key)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, RunConfig), "the root of conf/config.yaml is not the schema"
+    if not given & STEPS and (given & EPOCHS or _only_steps_are_recommended(tree)):
+        config.optim.max_train_steps = None
+        given = given | {"optim.max_train_steps"}
     if config.resume.lower() in ("true", "false"):  # a yaml bool arrives as "True"
         config.resume = config.resume.lower()
     for key in HOME_PATHS:
@@ -142,7 +171,14 @@ def typed_settings(tree: DictConfig) -> Typed:
         setattr(node, name, _from_home(getattr(node, name)))
     config.runs = [_from_home(folder) for folder in config.runs]
     problems += [*broken.values(), *path_problems(config, set(broken))]
-    return Typed(config, problems, set(broken), given)
+    return Typed(config, problems, secret | set(broken), given)
+
+
+def _only_steps_are_recommended(tree: DictConfig) -> bool:
+    """Whether the number of epochs was set by name, and the number of steps is only the one that suits the model."""
+    return OmegaConf.is_interpolation(tree.optim, "max_train_steps") and not OmegaConf.is_interpolation(
+        tree.optim, "num_train_epochs"
+    )
 
 
 def _from_home(path: str | None) -> str | None:

@@ -57,7 +57,7 @@ def _contradictions(config: RunConfig, wrong_keys: set[str], given: Collection[s
     """Problems between settings, leaving out those that speak of a key whose own value is already refused."""
     parts = (_weights, _lengths, _objective, _data, _schedule, device_problems, _decoding, step_problems)
     found = (problem for part in parts for problem in part(config))
-    late = (_patience, unread_settings, file_problems)
+    late = (_length, unread_settings, file_problems)
     for problem in (*found, *(problem for check in late for problem in check(config, given))):
         if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in wrong_keys):
             yield problem
@@ -218,13 +218,13 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         yield f"optim.betas is {optim.betas}; expected two numbers from 0 to below 1; [0.9,0.95] is usual."
 
 
-def _patience(config: RunConfig, given: Collection[str]) -> Iterator[str]:
-    """Patience without evaluations is refused where the command line asks for it; one that a yaml brings just rests."""
-    patience = config.stopping.patience
-    if patience is not None and config.evaluation.every_steps is None and "stopping.patience" in given:
+def _length(config: RunConfig, given: Collection[str]) -> Iterator[str]:
+    """Epochs and steps both set by the command line: only one of them can say when a run ends."""
+    optim = config.optim
+    if optim.max_train_steps is not None and EPOCHS.intersection(given) and STEPS.intersection(given):
         yield (
-            f"stopping.patience is {patience} and evaluation.every_steps is null; early stopping looks at evaluations "
-            "during training; set evaluation.every_steps, or leave stopping.patience out."
+            f"optim.num_train_epochs is {optim.num_train_epochs:g} and optim.max_train_steps is "
+            f"{optim.max_train_steps}; both say when the run ends; leave one of them out."
         )
 
 
@@ -375,4 +375,6 @@ def check_machine(config: RunConfig) -> None:
 SHORTEST_PAIR = 24  # tokens: the template of one turn, a short prompt, a token of response and its terminator
 TAKES_LABEL_SMOOTHING = ("sigmoid", "robust", "sigmoid_norm")
 PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm")
+EPOCHS = frozenset({"optim.num_train_epochs", "model.recommended.num_train_epochs"})
+STEPS = frozenset({"optim.max_train_steps", "model.recommended.max_train_steps"})
 NEEDS_A_DATASET = ("jsonl", "laddpo_public", "graded_candidates")

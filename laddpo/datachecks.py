@@ -4,6 +4,7 @@ laddpo/config.py, without torch."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
 from laddpo.decodingchecks import decoding_problems, room_problems
 from laddpo.preference.splits import contradicted_split, has_file_name
@@ -25,14 +26,9 @@ def unread_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
         is_given = any(f"{key}.".startswith(f"{group}.") for group in given)
         if name is None or not is_given or value == defaults[key]:
             continue
-        readers, advice = READ_BY[name]
-        sources = {data.source}
-        if data.source == "mixture":
-            sources = {part.source for part in data.mixture}
-            if name.partition(".")[0] in OF_EACH_PART:
-                sources &= {"onpolicy"}  # whose questions `data` names
-                advice = "give it to the parts in data.mixture"
-        if not sources & set(readers):
+        if not is_read(key, config):
+            of_parts = data.source == "mixture" and name.partition(".")[0] in OF_EACH_PART
+            advice = "give it to the parts in data.mixture" if of_parts else READ_BY[name][1]
             yield (
                 f"{key} is {value!r} and data.source is {data.source!r}, which does not read it; {advice}, or leave "
                 f"{key} out."
@@ -53,42 +49,39 @@ def has_corpus(config: RunConfig) -> bool:
     return data.source == "arithmetic" or is_words
 
 
-def sft_problems(config: RunConfig, given: Collection[str], stage: str) -> Iterator[str]:
-    """A sentence or two for each setting of `sft` that contradicts the data, or that these examples do not read; for
-    another stage, for what only sft reads of the data."""
-    if stage != "sft":
-        if "data.columns.response" in given and stage != "study":
-            yield (
-                f"data.columns.response is {config.data.columns.response!r} and {stage} does not read it; sft does; "
-                "leave it out."
-            )
-        return
-    examples, source = sft_examples(config), config.data.source
-    if examples == "corpus" and not has_corpus(config):
+def sft_problems(config: RunConfig) -> Iterator[str]:
+    """The problem, if it is one, that a generated corpus is asked for beside rows of one's own."""
+    if sft_examples(config) == "corpus" and not has_corpus(config):
         yield (
-            f"sft.examples is 'corpus' and data.source is {source!r}: the generated corpus would be trained on, and no "
-            "row of the data. Leave sft.examples out to train on the rows, or write data=arithmetic for the corpus."
+            f"sft.examples is 'corpus' and data.source is {config.data.source!r}: the generated corpus would be "
+            "trained on, and no row of the data. Leave sft.examples out to train on the rows, or write data=arithmetic "
+            "for the corpus."
         )
-        return
-    parts = {part.source for part in config.data.mixture} if source == "mixture" else set()
-    read = {
-        "corpus": {"num_examples", "mistake_share"},
-        "rows": {"num_examples", "mistake_share"} if "arithmetic" in parts else set(),
-        "chosen": set(),
-    }[examples]
-    if examples == "corpus" and config.data.problems == "word_problems":
-        read = read | {"drill_share"}
-    for name in ("num_examples", "mistake_share", "drill_share"):
-        if f"sft.{name}" in given and name not in read:
-            yield (
-                f"sft.{name} is {getattr(config.sft, name)} and {TRAINED_ON[examples]}, which it does not change. "
-                f"Leave it out{' (data.random_sample_size takes a number of rows)' if name == 'num_examples' else ''}."
-            )
+
+
+def is_read(key: str, config: RunConfig) -> bool:
+    """Whether the data's source reads a setting, as far as READ_BY says anything of it."""
+    if (name := reader_row(key)) is None:
+        return True
+    data = config.data
+    sources = {part.source for part in data.mixture} if data.source == "mixture" else {data.source}
+    if data.source == "mixture" and name.partition(".")[0] in OF_EACH_PART:
+        sources &= {"onpolicy"}  # whose questions `data` names
+    return bool(sources & set(READ_BY[name][0]))
 
 
 def reader_row(key: str) -> str | None:
     """The row of READ_BY that a setting belongs to, if only some sources read it."""
     return next((name for name in READ_BY if f"{key}.".startswith(f"data.{name}.")), None)
+
+
+def is_on_hub(config: RunConfig) -> bool:
+    """Whether data.dataset_name can only be a hub id: no file or folder here, and none by its form."""
+    from laddpo.preference.locate import HUB_ID, has_file_name
+
+    name = config.data.dataset_name or ""
+    places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
+    return bool(HUB_ID.fullmatch(name)) and not has_file_name(name) and not any(place.exists() for place in places)
 
 
 def onpolicy_problems(config: RunConfig) -> Iterator[str]:
@@ -139,11 +132,6 @@ def file_problems(config: RunConfig, given: Collection[str]) -> Iterator[str]:
             )
 
 
-TRAINED_ON = {  # what sft trains on, in words
-    "corpus": "sft trains on the generated corpus",
-    "rows": "sft trains on the rows of the data",
-    "chosen": "sft trains on the chosen side of prepared pairs",
-}
 # Those of files or of the hub.
 ROWS = ("jsonl", "hh_rlhf", "ultrafeedback", "orca_dpo_pairs", "laddpo_public", "graded_candidates", "onpolicy")
 OF_EACH_PART = ("dataset_name", "dataset_split", "dataset_config", "revision", "columns", "format")

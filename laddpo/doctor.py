@@ -46,7 +46,7 @@ class Finding:
 def main(config: RunConfig, run_folder: Path) -> None:
     """Print the table; exit code 1 when a line says fail."""
     findings = examine(config)
-    print(table(findings))
+    print(redact(table(findings)))
     if any(finding.status == FAIL for finding in findings):
         raise SystemExit(EXIT_FAULT)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from laddpo.inputs import check_adapter_fits, encoder_for
 from laddpo.modelcard import CardFacts, card_text, licences
 from laddpo.models import adapters, loading
 from laddpo.pins import check_adapter, model_path, require_inputs_of
+from laddpo.planning import stored_adapter
 from laddpo.preference.pairs import user_prompt
 from laddpo.seals import require_sealed, sealed_file
 from laddpo.settings import RunConfig
@@ -76,7 +78,7 @@ def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list
     """Write a whole checkpoint. Returns its files and what the card says about the check."""
     path, revision = model_path(config), config.model.revision
     dtype = config.export.dtype
-    if dtype is None and config.sft.from_scratch:  # no base has weights
+    if dtype is None and source.is_full and config.sft.from_scratch:  # no base has weights
         dtype = stored_dtype(source.folder)
     elif dtype is None:
         dtype = stored_dtype(loading.checkpoint_folder(path, revision, ["*.json", loading.WEIGHTS]))
@@ -205,8 +207,12 @@ def model_card(config: RunConfig, trained: Path | None, source: Source, facts: C
         place = sealed_file(trained, "evaluation/results.json")
         results = runs.read_json(place) if place.exists() else {}
         sealed = runs.read_manifest(trained, "train", "sft")
+    if not source.is_full:  # what the adapter has, which is not what was configured beside adapter.path
+        adapter = stored_adapter(source.folder, config.adapter.path if trained else None)
+        config = dataclasses.replace(config, adapter=adapter)
     licence = licences(config.export.license) if config.export.license else base_licence(config)
-    return card_text(config, facts, results, sealed, source.base, source.step, licence)
+    is_foreign = trained is None
+    return card_text(config, facts, results, sealed, source.base, source.step, licence, is_foreign=is_foreign)
 
 
 def base_licence(config: RunConfig) -> list[str]:

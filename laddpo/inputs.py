@@ -35,7 +35,8 @@ from laddpo.preference.arithmetic import Difficulty
 from laddpo.preference.encode import EncodedPair, TextEncoder
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.preference.sources import Request
-from laddpo.settings import MixturePart, RunConfig
+from laddpo.read_settings import command_of
+from laddpo.settings import MixturePart, QuantizationSettings, RunConfig, keywords
 from laddpo.signals import StopFlag
 
 ADAPTER, ADAPTER_LAST, MODEL, MODEL_LAST = "adapter", "adapter_last", "model", "model_last"
@@ -91,7 +92,7 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
         path,
         revision,
         dtype="fp32" if is_full else machine.precision,
-        quantization=dataclasses.asdict(config.quantization),
+        quantization=storage_of(config.quantization),
         device="cpu" if machine.is_sharded else machine.device,
         attention=machine.attention,
     )
@@ -109,10 +110,21 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
     return Loaded(model, tokenizer, _denoiser(model, mask_token_id, machine, is_full), machine, weights)
 
 
+def storage_of(quantization: QuantizationSettings) -> dict[str, Any]:
+    """The settings of the way in which weights are stored, without those of other ways."""
+    in_4_bits, in_8_bits = quantization.load_in_4bit, quantization.load_in_8bit
+    if in_4_bits:
+        names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+        return {"load_in_4bit": True, **{name: getattr(quantization, name) for name in names}}
+    if in_8_bits:
+        return {"load_in_8bit": True, "llm_int8_threshold": quantization.llm_int8_threshold}
+    return {}
+
+
 def new_model(config: RunConfig, machine: Machine) -> Loaded:
     """Random weights in the shape of `model.shape`, with the tokenizer of `model.model_name_or_path`."""
     tokenizer = loading.load_tokenizer(model_path(config), config.model.revision)
-    shape = dataclasses.asdict(config.model.shape)
+    shape = keywords(config.model.shape)
     if len(tokenizer) > shape["vocab_size"]:
         raise UserError(
             f"model.shape.vocab_size is {shape['vocab_size']} but the tokenizer of {config.model.model_name_or_path} "
@@ -159,6 +171,8 @@ def _denoiser(model, mask_token_id: int, machine: Machine, is_full: bool) -> Tra
 def attach_adapter(config: RunConfig, model) -> list[str]:
     """Put the run's LoRA on the model; the names of the modules that carry it."""
     adapter = config.adapter
+    if adapter.path:  # which brings its own rank, scale and layers
+        return adapters.attach_lora(model, seed=config.seed, path=adapter.path)
     return adapters.attach_lora(
         model,
         r=adapter.r,
@@ -168,7 +182,6 @@ def attach_adapter(config: RunConfig, model) -> list[str]:
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
         seed=config.seed,
-        path=adapter.path,
     )
 
 
@@ -183,8 +196,6 @@ def make_trainable(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in matched})
         rank, source = adapters.rank(model), f" of {config.adapter.path}" if config.adapter.path else ""
         print(f"LoRA r={rank}{source} on {len(matched)} linear layers: {', '.join(kinds)}")
-        if rank != config.adapter.r:
-            print(f"note: adapter.r={config.adapter.r} is not used: the adapter of adapter.path has its own rank")
     parameters = adapters.trainable_parameters(model)
     trained, total = (sum(p.numel() for p in group) for group in (parameters.values(), model.parameters()))
     print(f"{trained:,} of {total:,} stored parameters are trained")
@@ -219,7 +230,7 @@ def request_of(config: RunConfig, part: MixturePart, grader=None) -> Request:
         dataset_split=part.dataset_split,
         dataset_config=part.dataset_config,
         revision=part.revision,
-        columns=dataclasses.asdict(part.columns),
+        columns=keywords(part.columns),
         format=part.format,
         preference_dir=Path(config.paths.data_dir) / "preference_data",
         max_line_bytes=data.max_line_bytes,
@@ -265,7 +276,7 @@ def reference_estimator(config: RunConfig) -> ElboEstimator:
 def objective_of(config: RunConfig) -> DpoObjective:
     """The preference loss of this run."""
     dpo = config.dpo
-    block = training_estimator(config).block
+    block = ElboEstimator(dpo.estimator).block
     return DpoObjective(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.sft_weight, dpo.correction, block)
 
 
@@ -325,7 +336,7 @@ def complete_reference(
     if not config.auto:
         raise UserError(
             f"{store.folder}: {lacking} of {total} pairs ({label}) have no reference values yet and auto is false. "
-            "Run python -m laddpo.precompute with the same settings, or set auto=true."
+            f"Run {command_of('precompute')}, or set auto=true."
         )
     print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}")
     print(f"reference, {label}: {store.why_missing(absent)}")

@@ -144,16 +144,15 @@ def unresolved(tree: DictConfig) -> dict[str, str]:
         node = OmegaConf.select(tree, group) if group else tree
         if OmegaConf.is_interpolation(node, last):
             written = str(OmegaConf.to_container(node, resolve=False)[last])
-            resolvers = set(re.findall(r"\$\{\s*([\w.]+)\s*:", written)) - ALLOWED_RESOLVERS
             try:
-                if resolvers:
-                    raise OmegaConfBaseException(f"{', '.join(sorted(resolvers))} is not an allowed resolver")
+                _refuse_resolvers(written)
                 node[last]
             except OmegaConfBaseException as error:
                 wanted = f"expected {type_words(key)}, or a reference like ${{dpo.beta}} that resolves to it"
-                problems[key] = f"{key} is {written!r}: {_first_line(error)}; {wanted}."
+                problems[key] = f"{key} is {redact(written)!r}: {_first_line(error)}; {wanted}."
         elif OmegaConf.is_list(value := node[last] if not OmegaConf.is_missing(node, last) else None):
             try:
+                _refuse_resolvers(str(OmegaConf.to_container(value, resolve=False)))
                 OmegaConf.to_container(value, resolve=True)
             except OmegaConfBaseException as error:
                 problems[key] = f"{key}: {_first_line(error)}; expected {type_words(key)}; correct the value."
@@ -161,6 +160,13 @@ def unresolved(tree: DictConfig) -> dict[str, str]:
             advice = f"add {key}=<value> to the command or to its yaml"
             problems[key] = f"{key} is not set; expected {type_words(key)}; {advice}."
     return problems
+
+
+def _refuse_resolvers(written: str) -> None:
+    """Raise where a value calls a resolver that is not allowed, or one whose name another setting gives."""
+    called = set(re.findall(r"\$\{\s*((?:[^:{}$]|\$\{[^{}]*\})+?)\s*:", written))
+    if resolvers := called - ALLOWED_RESOLVERS:
+        raise OmegaConfBaseException(f"{', '.join(sorted(resolvers))} is not an allowed resolver")
 
 
 def put_stand_in(tree: DictConfig, key: str) -> None:
@@ -305,7 +311,7 @@ def _first_line(error: Exception) -> str:
 
 NOT_GROUPS = ("accelerate",)  # files for accelerate's launcher, which lie in conf/ to be found
 CODE_KEYS = r"_(target|partial|args|recursive|convert)_"
-ALLOWED_RESOLVERS = {"oc.env", "oc.select"}  # a secret's name in oc.env is refused by laddpo/redaction.py
+ALLOWED_RESOLVERS = {"oc.env", "oc.select"}  # which variables oc.env may read: laddpo/redaction.py
 TYPE_WORDS = {
     "int": "a whole number",
     "float": "a number",

@@ -15,9 +15,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from laddpo.datachecks import sft_examples
+from laddpo.datachecks import is_on_hub, sft_examples
 from laddpo.evaluation.tables import before_after_rows, markdown
-from laddpo.preference.locate import HUB_ID, has_file_name
 from laddpo.redaction import redact
 from laddpo.settings import RunConfig
 
@@ -40,21 +39,27 @@ def card_text(
     base: str,
     step: int | None,
     licence: list[str],
+    *,
+    is_foreign: bool = False,
 ) -> str:
-    """The whole card in Markdown with the hub's front matter."""
+    """The whole card in Markdown with the hub's front matter. `is_foreign`: the adapter is not of a run of ours, so
+    nothing is known of how it was trained."""
     name = shown_path(config.model.model_name_or_path)
     what = "LoRA adapter for" if facts.is_adapter else "Fine-tuned"
     is_sft = (sealed or {}).get("kind") == "sft"
-    title = "fine-tuned" if is_sft else "trained on preferences"
+    title = "fine-tuned" if is_sft or is_foreign else "trained on preferences"
     method = "supervised fine-tuning" if is_sft else "direct preference optimization"
+    made = (
+        "exported with laddpo. How it was trained is not recorded" if is_foreign else f"trained by {method} with laddpo"
+    )
     sections = [
-        _front_matter(config, facts, name, licence, is_sft),
+        _front_matter(config, facts, name, licence, is_sft, is_foreign),
         f"# {inline(name.rsplit('/', 1)[-1])}, {title}",
-        f"{what} {inline(name)}, a masked-diffusion language model, trained by {method} with laddpo.",
-        _origin(config, facts, sealed, base, step, name, licence, is_sft),
+        f"{what} {inline(name)}, a masked-diffusion language model, {made}.",
+        _origin(config, facts, sealed, base, step, name, licence, is_sft, is_foreign),
         _metrics(results),
         "## Use\n\n" + _use(facts.is_adapter, name),
-        "## Settings\n\n" + fenced(_settings(config), "yaml"),
+        "## Settings\n\n" + fenced(_settings(config, is_foreign), "yaml"),
     ]
     return redact("\n\n".join(section for section in sections if section)) + "\n"
 
@@ -88,32 +93,30 @@ def fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-def _front_matter(config: RunConfig, facts: CardFacts, name: str, licence: list[str], is_sft: bool) -> str:
+def _front_matter(
+    config: RunConfig, facts: CardFacts, name: str, licence: list[str], is_sft: bool, is_foreign: bool
+) -> str:
     content: dict[str, Any] = {"license": licence[0] if len(licence) == 1 else licence or "other"}
     if "/" in name and not Path(config.model.model_name_or_path).expanduser().exists():
         content["base_model"] = one_line(name)
         content["base_model_relation"] = "adapter" if facts.is_adapter else "finetune"
-    if _is_on_hub(config):
+    if not is_foreign and is_on_hub(config):
         content["datasets"] = [config.data.dataset_name]
     content["library_name"] = "peft" if facts.is_adapter else "transformers"
-    content["tags"] = ["sft" if is_sft else "dpo", "masked-diffusion", "llada"]
+    method = [] if is_foreign else ["sft" if is_sft else "dpo"]
+    content["tags"] = [*method, "masked-diffusion", "llada"]
     written = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=math.inf)
     return f"---\n{written}---"
 
 
-def _is_on_hub(config: RunConfig) -> bool:
-    """Whether data.dataset_name can only be a hub id: no file or folder here, and none by its form."""
-    name = config.data.dataset_name or ""
-    places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
-    return bool(HUB_ID.fullmatch(name)) and not has_file_name(name) and not any(place.exists() for place in places)
-
-
-def _origin(config, facts, sealed, base, step, name, licence, is_sft) -> str:
+def _origin(config, facts, sealed, base, step, name, licence, is_sft, is_foreign) -> str:
     fields = (sealed or {}).get("fields", {})
     data = ", ".join(part["data"] for part in fields.get("rounds", [fields]) if "data" in part)
     rows = inline(shown_path(config.data.dataset_name)) if config.data.dataset_name else config.data.source
     examples = sft_examples(config) if is_sft else "pairs"
-    if examples == "corpus":
+    if is_foreign:
+        trained_on = "not recorded: the adapter is not of a run of this program"
+    elif examples == "corpus":
         trained_on = f"{config.sft.num_examples:,} generated examples (sft.examples=corpus, seed {config.seed})"
     else:
         kind = "rows" if examples == "rows" else "pairs"
@@ -131,7 +134,7 @@ def _origin(config, facts, sealed, base, step, name, licence, is_sft) -> str:
         lines.append(f"weights: those kept at step {step}{of_round}{none_better}")
     if not facts.is_adapter:
         lines.append(f"stored in {facts.dtype}; {facts.check}; loaded again byte for byte ({facts.tensors} tensors)")
-        if config.quantization.load_in_4bit or config.quantization.load_in_8bit:
+        if not is_foreign and (config.quantization.load_in_4bit or config.quantization.load_in_8bit):
             bits = 4 if config.quantization.load_in_4bit else 8
             lines.append(
                 f"the adapter was trained on {bits}-bit weights and merged into the unquantised ones, on which the "
@@ -152,8 +155,8 @@ def _metrics(results: Mapping[str, Any]) -> str:
     return f"## Metrics\n\n{note}\n\n{table}\n{details}".rstrip()
 
 
-def _settings(config: RunConfig) -> str:
-    names = ("seed", "adapter", "quantization", "data", "dpo", "sft", "optim", "evaluation")
+def _settings(config: RunConfig, is_foreign: bool) -> str:
+    names = ("adapter",) if is_foreign else SETTINGS
     tree = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
     return OmegaConf.to_yaml(OmegaConf.create(_without_places(tree)))
 
@@ -171,6 +174,7 @@ def _without_places(value: Any) -> Any:
     return shown_path(value) if isinstance(value, str) and value else value
 
 
+SETTINGS = ("seed", "adapter", "quantization", "data", "dpo", "sft", "optim", "evaluation")
 MERGED_USE = """```python
 from laddpo.models.loading import load_model, load_tokenizer
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from laddpo import runs
 from laddpo.errors import UserError
+from laddpo.read_settings import command_of
 from laddpo.settings import MixturePart, RunConfig
 
 EMBEDDED_QUESTIONS = 1500  # asked in a round where sampling.num_questions is null
@@ -20,7 +21,7 @@ EMBEDDED_QUESTIONS = 1500  # asked in a round where sampling.num_questions is nu
 
 def with_run(config: RunConfig) -> RunConfig:
     """`run=` names a finished run whose best adapter samples: the same as adapter.path=<run>/adapter."""
-    if not config.run or config.data.source != "onpolicy" or config.adapter.path:
+    if config.data.source != "onpolicy" or not config.run or config.adapter.path:
         return config
     from laddpo.compose import read_config
     from laddpo.tuned import tuned_weights
@@ -48,8 +49,8 @@ def sampled_file(config: RunConfig, questions: list) -> Path:
         return folder / samples.SAMPLES
     if not config.auto:
         raise UserError(
-            f"{folder}: these answers are not sampled yet and auto is false. Run python -m laddpo.prepare with the "
-            "same settings, or set auto=true."
+            f"{folder}: these answers are not sampled yet and auto is false. Run {command_of('prepare')}, or set "
+            "auto=true."
         )
     ranks = here()
     with stop_on_signal() as stop:
@@ -140,8 +141,9 @@ def sample_fields(config: RunConfig, questions: list) -> dict:
 
 def sampling_config(config: RunConfig) -> RunConfig:
     """The run's settings with the decoding of sampling in the place of the evaluation's."""
-    names = {field.name for field in dataclasses.fields(config.evaluation)}
-    chosen = {name: value for name, value in dataclasses.asdict(config.data.sampling).items() if name in names}
+    sampling, known = config.data.sampling, {field.name for field in dataclasses.fields(config.evaluation)}
+    names = [field.name for field in dataclasses.fields(sampling) if field.name in known and field.name != "samples"]
+    chosen = {name: getattr(sampling, name) for name in names}
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, cfg_scale=0.0, **chosen))
 
 

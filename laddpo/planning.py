@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ from laddpo.core.memory import (
 from laddpo.core.ranks import launched
 from laddpo.core.speed import Device, Work, predicted_seconds
 from laddpo.linears import BLOCK_LINEARS, linear_names, match_linears
-from laddpo.settings import RunConfig
+from laddpo.runs import read_json
+from laddpo.settings import AdapterSettings, RunConfig
 
 CONTEXT_BYTES = int(0.5 * GIB)  # what CUDA and its libraries take beside every tensor
 USABLE = 0.95  # of what is available: the allocator rounds and leaves holes
@@ -78,7 +80,7 @@ class Choice:
 def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2, world: int | None = None) -> Setup:
     """The settings as the memory plan's plain numbers. `device`: cuda or cpu; `precision`: fp32, bf16 or fp16; `sides`
     as in Lengths; `world`: processes that share the work, None for those that the settings count."""
-    hardware, quantization = config.hardware, config.quantization
+    hardware, quantization, adapter = config.hardware, config.quantization, held_adapter(config)
     is_sharded = hardware.sharding == "fsdp"
     backward = "two_pass" if is_sharded else "stream"
     stored = "none"
@@ -91,7 +93,7 @@ def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2,
         device=device,
         precision=precision,
         quantization=stored,
-        rank=None if config.adapter.kind == "full" else config.adapter.r,
+        rank=None if adapter.kind == "full" else adapter.r,
         targets=adapter_targets(config),
         optimizer=config.optim.optimizer,
         checkpointing=bool(hardware.gradient_checkpointing),
@@ -122,9 +124,26 @@ def gradient_groups(config: RunConfig, sides: int = 2) -> int:
     return parts * (1 if dpo.loss in MARGIN_LOSSES and not dpo.sft_weight else 2)
 
 
+def held_adapter(config: RunConfig) -> AdapterSettings:
+    """The adapter's settings as they hold: those of the adapter at `adapter.path`, else the configured ones."""
+    path = config.adapter.path
+    return stored_adapter(Path(path).expanduser(), path) if path else config.adapter
+
+
+def stored_adapter(folder: Path, path: str | None = None) -> AdapterSettings:
+    """The settings of an adapter in PEFT's layout, from its own file; `path` is stated as where it was started from."""
+    stored = read_json(folder / "adapter_config.json")
+    known = {item.name for item in dataclasses.fields(AdapterSettings)}
+    found = {name: value for name, value in stored.items() if name in known and value is not None}
+    if isinstance(targets := found.get("target_modules"), list):  # names of layers, by their ends
+        found["target_modules"] = "|".join(map(re.escape, targets))
+    return AdapterSettings(**{**found, "kind": "lora", "path": path})
+
+
 def adapter_targets(config: RunConfig) -> tuple[str, ...]:
     """The kinds of linear layers that carry an adapter. A pattern that picks single blocks counts for all of them."""
-    matched = match_linears(config.adapter.target_modules, linear_names(config.model.shape.n_layers))
+    adapter, linears = held_adapter(config), linear_names(config.model.shape.n_layers)
+    matched = [] if adapter.kind == "full" else match_linears(adapter.target_modules, linears)
     kinds = {name.rpartition(".")[2] for name in matched}
     return tuple(name for name in BLOCK_LINEARS if name in kinds) or BLOCK_LINEARS
 

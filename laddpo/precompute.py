@@ -26,9 +26,10 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.core.tasks import visited_windows
     from laddpo.evaluate import training_sample
     from laddpo.machine import find_machine
+    from laddpo.planning import pairs_per_step
     from laddpo.prepare import open_prepared
     from laddpo.signals import stop_on_signal
-    from laddpo.training import loop_settings
+    from laddpo.training import total_steps
 
     config = dataclasses.replace(config, auto=True)  # asked for by name: there is nothing to refuse
     inputs.check_before_loading(config)
@@ -42,11 +43,10 @@ def main(config: RunConfig, run_folder: Path) -> None:
         verify(loaded, store, estimator, prepared)
     else:
         pairs = prepared.train
-        settings = loop_settings(config, len(pairs), best_metric=None)
         windows = [
             ([pairs[i] for i in indices], estimator.draw_indices(epoch))
             for epoch, indices in visited_windows(
-                config.seed, settings.total_steps, len(pairs), settings.items_per_step, config.dpo.mask_rounds
+                config.seed, total_steps(config, len(pairs)), len(pairs), pairs_per_step(config), config.dpo.mask_rounds
             )
         ]
         with stop_on_signal() as stop:

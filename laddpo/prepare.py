@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from laddpo.app import run_stage
 from laddpo.ranges import EMBEDDED_TASKS
+from laddpo.read_settings import command_of
 from laddpo.settings import MixturePart, RunConfig
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def open_prepared(config: RunConfig):
     from laddpo.preference.preparation import find_prepared
 
     if not config.auto and find_prepared(*_arguments(config)) is None:
-        raise _not_prepared(config, "Run python -m laddpo.prepare with the same settings, or set auto=true.")
+        raise _not_prepared(config, f"Run {command_of('prepare')}, or set auto=true.")
     return prepare(config)
 
 
@@ -161,7 +162,12 @@ def _graded_mixture(config: RunConfig) -> list[tuple[MixturePart, Grader | None]
     if data.source == "onpolicy":
         questions = open_questions(config)
         return [(MixturePart(data.source, str(sampled_file(config, questions))), pair_grader(config, questions))]
-    one = MixturePart(
+    return [(part, _grader(config, part.source)) for part in data.mixture or [_only_part(config)]]
+
+
+def _only_part(config: RunConfig) -> MixturePart:
+    data = config.data
+    return MixturePart(
         data.source,
         data.dataset_name,
         data.dataset_split,
@@ -170,7 +176,6 @@ def _graded_mixture(config: RunConfig) -> list[tuple[MixturePart, Grader | None]
         data.format,
         dataset_config=data.dataset_config,
     )
-    return [(part, _grader(config, part.source)) for part in data.mixture or [one]]
 
 
 def _grader(config: RunConfig, source: str) -> Grader | None:

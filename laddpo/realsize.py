@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laddpo.settings import QuantizationSettings, RunConfig, StepSetting
+from laddpo.settings import QuantizationSettings, RunConfig, StepSetting, keywords
 
 if TYPE_CHECKING:
     from laddpo.benchmarking.steps import Measured
@@ -238,7 +238,7 @@ def random_policy(config: RunConfig, machine, quantization: QuantizationSettings
     from laddpo import inputs
     from laddpo.benchmarking.workload import random_model
 
-    shape, stored = dataclasses.asdict(config.benchmark.shape), dataclasses.asdict(quantization)
+    shape, stored = keywords(config.benchmark.shape), inputs.storage_of(quantization)
     model = random_model(shape, config.seed, machine.device, machine.dtype, stored)
     if prepare is not None:
         prepare(model)

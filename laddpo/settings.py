@@ -8,7 +8,8 @@ configuration is instant.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -378,3 +379,8 @@ class RunConfig:
     prompts: str | None = None
     paths: PathSettings = field(default_factory=PathSettings)
     stopping: StoppingSettings = field(default_factory=StoppingSettings)
+
+
+def keywords(group: Any) -> dict[str, Any]:
+    """The settings of a group as keyword arguments, for code that reads each of them. A copy is dataclasses.asdict."""
+    return {item.name: getattr(group, item.name) for item in fields(group)}

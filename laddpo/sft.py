@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laddpo.app import given_overrides, run_stage
+from laddpo.app import run_stage
 from laddpo.datachecks import sft_examples
 from laddpo.errors import UserError
+from laddpo.read_settings import given_overrides
 from laddpo.settings import RunConfig
 
 if TYPE_CHECKING:
@@ -33,16 +34,10 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.resuming import check_finished, find_run, held, keep_command, step_processes, told_to_resume
     from laddpo.signals import stop_on_signal
 
-    if config.dry_run:
-        raise UserError(
-            "dry_run is true, which only python -m laddpo.train knows; expected false. Leave it out, or set "
-            "optim.max_train_steps=2 for a run of two steps."
-        )
+    if config.dry_run:  # of a yaml file; of the command line laddpo/read_settings.py refuses it
+        raise UserError("dry_run is true, which only python -m laddpo.train knows; expected false. Leave it out.")
     if config.data.rounds > 1:
-        raise UserError(
-            f"rounds is {config.data.rounds}, which only python -m laddpo.train knows; expected 1. Leave it out; the "
-            "questions and steps of several rounds are data.sampling.num_questions and optim.max_train_steps."
-        )
+        raise UserError(f"rounds is {config.data.rounds}, which only python -m laddpo.train knows; expected 1.")
     measured = ("auto", "none", "exact_match", *(["loss"] if sft_examples(config) == "rows" else []))
     if config.best_metric not in measured:
         raise UserError(
@@ -84,6 +79,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         run_outputs,
         stop_if_asked,
         validation_tasks,
+        warmup_note,
     )
     from laddpo.tuned import tuned_weights
 
@@ -124,7 +120,9 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget, backward, ranks)
     rows = measured_rows(held_out, config.evaluation.diffusion_samples, config.seed)
     validation = Validation(config, loaded, [], 1, validation_tasks(config), stop=stop, rows=rows)
-    settings = loop_settings(config, len(examples), validation.best_metric)
+    is_new, metric = config.sft.from_scratch, validation.best_metric
+    settings = loop_settings(config, len(examples), metric, has_pairs=False, from_scratch=is_new)
+    warmup_note(config, settings)
     masks = "mask" if draws_of(config) == 1 else "masks"
     per_step = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} {masks} each"
     print(f"SFT on {source_of(config)}: {settings.total_steps} steps of {per_step}")

@@ -14,9 +14,10 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from laddpo.app import given_overrides, run_stage
+from laddpo.app import run_stage
 from laddpo.datachecks import reader_row
 from laddpo.errors import EXIT_DONE, EXIT_STOPPED, RunFault, Stopped, UserError, nearest
+from laddpo.read_settings import given_overrides, stage_reads
 from laddpo.settings import RunConfig
 from laddpo.stagesettings import StudyArm, StudySettings
 
@@ -34,6 +35,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if is_resumed:
         config = settings_of_study(config, folder)
     arms = wanted_arms(config)
+    check_arms(config)
     with owned(folder, "study", is_resumed):
         refuse_other_arms(config, folder)
         write_command(folder, given_overrides.get(), stage="study")
@@ -82,6 +84,30 @@ def wanted_arms(config: RunConfig) -> list[StudyArm]:
     if problems := [*_seeds_elsewhere(study), *_name_problems(study)]:
         raise UserError(*problems)
     return [arm for arm in study.arms if not study.only or arm.name in study.only]
+
+
+def check_arms(config: RunConfig) -> None:
+    """Refuse the study before its first run when the settings of any arm are wrong, or one is read by no arm."""
+    from laddpo.begun import problems_by_job
+    from laddpo.compose import compose_tree, open_hydra, settings_problems
+
+    arms, (name, folder) = config.study.arms, root_config()
+    found = {}
+    with open_hydra("laddpo.study", folder) as hydra:
+        for arm in arms:
+            try:
+                tree = compose_tree(hydra, name, arm_overrides(config, arm, config.study.seeds[0]))
+                found[arm.name] = settings_problems(tree, arm.stage)[1]
+            except UserError as error:
+                found[arm.name] = list(error.problems)
+    problems = problems_by_job(found, f"of {len(arms)} arms")
+    problems += [
+        f"{text}: no arm of this study reads it; leave it out."
+        for text in shared_overrides(config)
+        if not any(stage_reads(arm.stage, text) for arm in arms)
+    ]
+    if problems:
+        raise UserError(*problems)
 
 
 def _seeds_elsewhere(study: StudySettings) -> list[str]:
@@ -201,12 +227,17 @@ def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) 
 def shared_overrides(config: RunConfig, arm: StudyArm | None = None) -> list[str]:
     """What every run gets: the study's settings, then what this command line says beside the study.
 
-    An arm that names data of its own goes without what only the study's source would read.
+    An arm goes without what its stage does not read, and one that names data of its own without what only the study's
+    source would read.
     """
     given = [text for text in given_overrides.get() if text.lstrip("+~").split("=")[0].split(".")[0] not in OWN]
     shared = [*config.study.settings, *given]
     has_own_data = arm is not None and any(text.startswith("data=") for text in arm.overrides)
-    return [text for text in shared if not (has_own_data and reader_row(text.partition("=")[0]))]
+    return [
+        text
+        for text in shared
+        if not (has_own_data and reader_row(text.partition("=")[0])) and (arm is None or stage_reads(arm.stage, text))
+    ]
 
 
 def root_config() -> tuple[str, str | None]:

@@ -155,7 +155,7 @@ def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
     found: dict[int, list[str]] = {}
     for number, overrides in enumerate(jobs):
         try:
-            problems = settings_problems(compose_tree(hydra, sweep.config_name, overrides))[1]
+            problems = settings_problems(compose_tree(hydra, sweep.config_name, overrides), sweep.stage)[1]
         except UserError as error:
             problems = list(error.problems)
         if sweep.is_resumed:

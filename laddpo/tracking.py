@@ -130,7 +130,7 @@ class _Feed:
         if not self._has_failed:
             self._has_failed = True
             self._say(
-                f"logger.{self._name} stopped: {reason}. The run goes on and metrics.jsonl stays complete; "
+                f"logger.{self._name} stopped: {redact(reason)}. The run goes on and metrics.jsonl stays complete; "
                 f"logger.{self._name}=false switches this off."
             )
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from laddpo.app import given_overrides, run_stage
+from laddpo.app import run_stage
+from laddpo.read_settings import given_overrides
 from laddpo.settings import RunConfig
 
 
@@ -100,6 +101,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         run_outputs,
         step_zero_check,
         stop_if_asked,
+        warmup_note,
     )
 
     inputs.check_before_loading(config, hash_again=True)
@@ -123,6 +125,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     if config.dry_run:
         config, pairs = dry_run_settings(config), longest_pairs(pairs, pairs_per_step(config))
     settings = loop_settings(config, len(pairs), best_metric=None)
+    warmup_note(config, settings)
     estimator, reference_estimator = inputs.training_estimator(config), inputs.reference_estimator(config)
     store = inputs.reference_store(config, prepared, loaded, reference_estimator)
     windows = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from laddpo.core.gradient import Item, lockstep
 from laddpo.core.loop import LoopSettings, step_items
 from laddpo.core.objectives import reference_draws
 from laddpo.core.outputs import RunOutputs
-from laddpo.core.ranks import Ranks, whole
+from laddpo.core.ranks import Ranks, here, whole
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import NonFiniteStep, RunFault, Stopped
@@ -34,7 +35,7 @@ from laddpo.machine import Machine
 from laddpo.models import adapters, loading
 from laddpo.planning import pairs_per_step
 from laddpo.preference.prepared import PreparedPairs
-from laddpo.settings import RunConfig
+from laddpo.settings import RunConfig, keywords
 from laddpo.signals import StopFlag
 from laddpo.tracking import Trackers
 from laddpo.tuned import what_is_left
@@ -49,17 +50,29 @@ STEP_ZERO_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}  # relative, fo
 FAULT_BYTES = 2**30  # trainable weights up to this size go into a report of a fault
 
 
-def loop_settings(config: RunConfig, item_count: int, best_metric: str | None) -> LoopSettings:
-    """The loop's settings for a run over `item_count` rows."""
+def total_steps(config: RunConfig, item_count: int) -> int:
+    """Optimizer steps of a run over `item_count` rows."""
+    optim = config.optim
+    if optim.max_train_steps is not None:
+        return optim.max_train_steps
+    return math.ceil(optim.num_train_epochs * math.ceil(item_count / pairs_per_step(config)))
+
+
+def loop_settings(
+    config: RunConfig,
+    item_count: int,
+    best_metric: str | None,
+    *,
+    has_pairs: bool = True,
+    from_scratch: bool = False,
+) -> LoopSettings:
+    """The loop's settings for a run over `item_count` rows: pairs, which have a chosen side to watch, or SFT rows."""
     optim, stopping = config.optim, config.stopping
-    items_per_step = pairs_per_step(config)
-    steps = optim.max_train_steps or math.ceil(optim.num_train_epochs * math.ceil(item_count / items_per_step))
-    if config.dry_run:
-        steps = min(steps, 2)
+    is_watched = config.evaluation.every_steps is not None and config.best_metric != "none"
     return LoopSettings(
         seed=config.seed,
-        total_steps=steps,
-        items_per_step=items_per_step,
+        total_steps=min(total_steps(config, item_count), 2 if config.dry_run else sys.maxsize),
+        items_per_step=pairs_per_step(config),
         learning_rate=optim.learning_rate,
         lr_scheduler_type=optim.lr_scheduler_type,
         num_warmup_steps=optim.num_warmup_steps,
@@ -69,13 +82,26 @@ def loop_settings(config: RunConfig, item_count: int, best_metric: str | None) -
         save_total_limit=config.save_total_limit or 0,
         logging_steps=config.logging_steps,
         eval_steps=config.evaluation.every_steps or 0,
-        eval_at_start=not config.sft.from_scratch,  # random weights answer nothing, and at full length
+        eval_at_start=not from_scratch,  # random weights answer nothing, and at full length
         best_metric=best_metric,
         higher_is_better=best_metric != LOSS,
-        patience=stopping.patience or 0,
-        max_chosen_fall=stopping.max_chosen_fall or 0.0,
+        patience=(stopping.patience or 0) if is_watched else 0,
+        max_chosen_fall=(stopping.max_chosen_fall or 0.0) if has_pairs else 0.0,
         skip_nonfinite=optim.skip_nonfinite,
     )
+
+
+def warmup_note(config: RunConfig, settings: LoopSettings) -> None:
+    """Say that the run ends within its warm-up. How many steps its epochs are is known only once the rows are counted;
+    laddpo/config.py says it of a given number of steps."""
+    from_epochs = config.optim.max_train_steps is None and not config.dry_run
+    if from_epochs and settings.total_steps < settings.num_warmup_steps and here().is_main:
+        print(
+            f"note: optim.num_train_epochs={config.optim.num_train_epochs:g} are {settings.total_steps} steps on these "
+            f"rows, which end within the warm-up of optim.num_warmup_steps={settings.num_warmup_steps}: the learning "
+            "rate never reaches its value. Lower optim.num_warmup_steps, or train longer.",
+            file=sys.stderr,
+        )
 
 
 def dry_run_settings(config: RunConfig) -> RunConfig:
@@ -126,9 +152,10 @@ def run_outputs(
             fields = {"step": step, "base": loaded.weights, "pins": dict(pins or {}), **more_fields}
             runs.write_manifest(target, "weights", fields, files, **runs.provenance())
 
-    settings = dataclasses.asdict(config.logger)
+    logger = config.logger
+    settings = keywords(logger) if logger.wandb else {"tensorboard": logger.tensorboard}
     if not ranks.is_main:
-        settings = dict.fromkeys(settings, False)
+        settings = {}
     with Trackers(folder, settings, dataclasses.asdict(config), resume_step=resume_step) as trackers:
 
         def show(step: int, text: str) -> None:

@@ -114,18 +114,10 @@ def other_decoding(config: RunConfig, overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def of_other_stages(stage: str, config: RunConfig) -> Iterator[str]:
-    """A sentence for each setting that names what only other stages look at: nothing would come of it here."""
+def resume_problems(stage: str, config: RunConfig) -> Iterator[str]:
+    """The problem, if it is one, that a stage is to go on and keeps nothing to go on with."""
     if stage in AT_ONCE and config.resume != "false":
         yield f"resume is {config.resume} and {stage} keeps nothing to go on with; it starts anew; leave resume out."
-    for name, (stages, instead) in READ_ONLY_BY.items():
-        value = getattr(config, name)
-        samples_from_it = name in ("run", "verify") and stage == "prepare" and config.data.source == "onpolicy"
-        if value and stage not in stages and not samples_from_it:
-            yield (
-                f"{name} is {_as_written(value)} and {stage} does not read it; {', '.join(stages)} "
-                f"{'do' if stages[1:] else 'does'}; {instead}leave it out."
-            )
 
 
 def refuse_decided(
@@ -267,17 +259,6 @@ WAY_OF_ANSWERING = (
     *("gen_length", "steps", "block_length", "temperature", "cfg_scale", "remasking", "suppress_eos"),
     *("confidence_threshold", "block_cache"),
 )
-# settings that name what to look at: the stages that do, and what was probably wanted of another one
-READ_ONLY_BY = {
-    "run": (
-        ("evaluate", "generate", "variance", "export", "report"),
-        "write adapter.path=<run>/adapter to go on from it, prepare data=onpolicy for pairs of its answers, or ",
-    ),
-    "runs": (("report",), ""),
-    "prompt": (("generate",), ""),
-    "prompts": (("generate",), ""),
-    "verify": (("precompute", "train", "sft", "evaluate", "generate", "variance", "export"), ""),
-}
 PLACES_OF_BASE = ("model.model_name_or_path", "model.revision")  # what lies there is compared by its fingerprint
 AT_ONCE = ("generate", "variance", "benchmark")  # stages that keep nothing to go on with
 OF_EVERY_STAGE = ("hardware", "paths", "logger", "output_dir", "resume", "auto", "verify", "run", "hydra")

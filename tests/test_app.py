@@ -388,6 +388,6 @@ def test_stopping_a_sweep_stops_its_job_and_starts_no_other(tiny_jobs):
 
 
 def test_a_jobs_values_keep_their_quotes(tiny_jobs):
-    assert cli("train", ["-m", "logger.wandb_name='a b','c,d'", "output_dir='my sweep'"]) == 0
+    assert cli("train", ["-m", "logger=wandb", "logger.wandb_name='a b','c,d'", "output_dir='my sweep'"]) == 0
     assert [job["exit_code"] for job in sweep_json("my sweep")] == [0, 0]
     assert "wandb_name: c,d" in Path("my sweep/1/config.yaml").read_text(encoding="utf-8")

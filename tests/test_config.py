@@ -128,7 +128,7 @@ MISTAKES = {
     # C24, C25
     "patience without evaluations": (
         ["stopping.patience=3", "evaluation.every_steps=null"],
-        ["stopping.patience is 3"],
+        ["stopping.patience=3: early stopping looks at", "set evaluation.every_steps"],
     ),
     # data, losses, decoding
     "no data set": (["data=jsonl"], ["data.dataset_name is not set", "add data.dataset_name=path/to/pairs.jsonl"]),
@@ -203,7 +203,7 @@ MISTAKES = {
         ["model.model_name_or_path=https://me:secret@host/x"],
         ["an address with a password"],
     ),
-    "a secret of the environment": (["logger.wandb_name=${oc.env:HF_TOKEN}"], ["a secret from the environment"]),
+    "a secret of the environment": (["logger.wandb_name=${oc.env:HF_TOKEN}"], ["'HF_TOKEN' from the environment"]),
     "a forty-digit key": ([f"logger.wandb_project={'0a' * 20}"], ["looks like an API key"]),
     "code to run": (["+dpo._target_=os.system"], ["names code to run"]),
     "code to run, partially": (["dpo._partial_=true"], ["names code to run"]),
@@ -364,6 +364,37 @@ def test_unlikely_settings_are_named_and_run(capsys):
 )
 def test_each_unlikely_setting_has_its_note(overrides, needle):
     assert any(needle in note for note in unlikely_settings(compose(overrides)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "epochs", "steps"),
+    [
+        ([], 1, 60),
+        (["optim.num_train_epochs=3"], 3, None),
+        (["model.recommended.num_train_epochs=2"], 2, None),
+        (["experiment=make_llada_nano", "optim.num_train_epochs=2"], 2, None),
+        (["optim.num_train_epochs=3", "optim.max_train_steps=null"], 3, None),
+        (["optim.max_train_steps=7"], 1, 7),
+        (["optim=vrpo_paper"], 1, None),
+        (["optim=vrpo_paper", "optim.max_train_steps=5"], 1, 5),
+    ],
+)
+def test_epochs_that_are_set_win_over_steps_that_are_recommended(overrides, epochs, steps):
+    optim = compose(overrides).optim
+    assert (optim.num_train_epochs, optim.max_train_steps) == (epochs, steps)
+
+
+def test_of_a_users_yaml_the_epochs_win_too_and_steps_set_beside_them_decide(tmp_path):
+    (tmp_path / "optim").mkdir()
+    for line, steps in (("", None), ("max_train_steps: 5\n", 5)):
+        text = f"defaults: [default]\nnum_train_epochs: 2.0\n{line}"
+        (tmp_path / "optim" / "mine.yaml").write_text(text, encoding="utf-8")
+        assert compose(["optim=mine"], config_dir=str(tmp_path)).optim.max_train_steps == steps
+
+
+def test_epochs_and_steps_on_one_command_line_are_refused(capsys):
+    assert cli("train", ["optim.num_train_epochs=3", "optim.max_train_steps=5"], never) == 2
+    assert "both say when the run ends; leave one of them out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("experiment", ["make_llada_mini", "make_llada_nano"])

@@ -312,12 +312,12 @@ def _evaluate(
         value = metrics[settings.best_metric]
         sign = 1 if settings.higher_is_better else -1
         loss = _loggable(metrics).get("validation/loss")  # decides where the metric ties
-        if math.isfinite(value) and _is_better(sign * value, loss, state, sign):
+        is_tie = value == state.best_value  # may keep better weights, but patience counts it as no improvement
+        is_better = math.isfinite(value) and _is_better(sign * value, loss, state, sign)
+        if is_better:
             state.best_value, state.best_loss, state.best_step = value, loss, state.step
-            state.evaluations_since_best = 0
             outputs.save_best(state.step)
-        else:
-            state.evaluations_since_best += 1
+        state.evaluations_since_best = 0 if is_better and not is_tie else state.evaluations_since_best + 1
         if settings.patience and state.evaluations_since_best >= settings.patience:
             state.stopped_early = f"{settings.best_metric} has not improved for {settings.patience} evaluations"
     state.evaluated_step = state.step

@@ -129,6 +129,18 @@ def test_patience_stops_after_that_many_evaluations_without_a_better_one(folder)
     assert kept(folder, "last.json") == 3
 
 
+def test_a_tie_may_keep_other_weights_and_patience_counts_it_all_the_same(folder):
+    """The loss goes on falling while the score stands still: the last of the equal steps is kept, and the run stops."""
+    scores, losses = [0.1, 0.5, 0.5, 0.5, 0.9], [0.9, 0.8, 0.7, 0.6, 0.5]
+
+    def validate(step: int) -> dict[str, float]:
+        return {"validation/score": scores[step], "validation/loss": losses[step]}
+
+    state = Run(folder).train(validate=validate, patience=2, **SCORE)
+    assert (state.step, kept(folder)) == (3, 3)
+    assert state.stopped_early == "validation/score has not improved for 2 evaluations"
+
+
 def test_a_fall_of_the_chosen_likelihood_stops(folder):
     falls = scripted_validation([0.0, 0.05, 0.2], "validation/chosen_fall")
     state = Run(folder).train(validate=falls, max_chosen_fall=0.1, eval_steps=1, best_metric=None)

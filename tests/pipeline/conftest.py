@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from laddpo.app import cli
 from laddpo.tuned import MAY_CHANGE
@@ -29,6 +30,11 @@ class Stages:
 
     def overrides(self, *more: str) -> list[str]:
         """The command line of a quick run: 24 pairs, steps of 4, two draws, six-token evaluations."""
+        has_data = any(text.startswith("data=") for text in more)
+        return [*self.places(), *([] if has_data else ["data.num_pairs=32"]), *QUICK, *more]
+
+    def places(self) -> list[str]:
+        """Where the model and all folders are: what every stage may be told."""
         return [
             f"model.model_name_or_path={self.model}",
             *[f"model.shape.{name}={value}" for name, value in SHAPE.items()],
@@ -36,32 +42,42 @@ class Stages:
             f"paths.outputs_dir={self.folder / 'outputs'}",
             "hardware.device=cpu",
             "logger=none",
-            *([] if any(text.startswith("data=") for text in more) else ["data.num_pairs=32"]),
-            "data.max_length=512",
-            "data.validation_fraction=0.25",
-            "dpo.diffusion_samples=2",
-            "optim.per_device_train_batch_size=4",
-            "optim.learning_rate=1e-3",
-            "optim.num_warmup_steps=0",
-            "optim.max_train_steps=8",
-            "save_steps=2",
-            "logging_steps=1",
-            "evaluation.every_steps=4",
-            "evaluation.limit=4",
-            "evaluation.num_pairs=6",
-            "evaluation.diffusion_samples=2",
-            "evaluation.gen_length=8",
-            "evaluation.block_length=8",
-            "evaluation.steps=2",
-            *more,
         ]
 
     def run(self, stage: str, *more: str) -> int:
-        """The exit code of `python -m laddpo.<stage>` with these overrides; a finished run has its own."""
-        settings = self.overrides(*more)
+        """The exit code of `python -m laddpo.<stage>` with these overrides; a finished run has its own.
+
+        What a stage other than train does not read may stand in a yaml file, and not on the command line.
+        """
         if stage in MAY_CHANGE and any(text.startswith("run=") for text in more):
-            settings = [text for text in self.overrides() if text.startswith(("paths.", "hardware."))] + [*more]
-        return cli(stage, settings)
+            return cli(stage, [*(text for text in self.places() if text.startswith(("paths.", "hardware."))), *more])
+        if stage == "train":
+            return cli(stage, self.overrides(*more))
+        folder = self.folder / "conf" / "experiment"
+        folder.mkdir(parents=True, exist_ok=True)
+        quick = OmegaConf.from_dotlist(["data.num_pairs=32", *QUICK])
+        (folder / "quick.yaml").write_text("# @package _global_\n" + OmegaConf.to_yaml(quick), encoding="utf-8")
+        return cli(stage, ["--config-dir", str(folder.parent), *self.places(), "experiment=quick", *more])
+
+
+QUICK = (
+    "data.max_length=512",
+    "data.validation_fraction=0.25",
+    "dpo.diffusion_samples=2",
+    "optim.per_device_train_batch_size=4",
+    "optim.learning_rate=1e-3",
+    "optim.num_warmup_steps=0",
+    "optim.max_train_steps=8",
+    "save_steps=2",
+    "logging_steps=1",
+    "evaluation.every_steps=4",
+    "evaluation.limit=4",
+    "evaluation.num_pairs=6",
+    "evaluation.diffusion_samples=2",
+    "evaluation.gen_length=8",
+    "evaluation.block_length=8",
+    "evaluation.steps=2",
+)
 
 
 @pytest.fixture

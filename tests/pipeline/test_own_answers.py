@@ -9,6 +9,7 @@ import pytest
 from laddpo.app import cli
 from laddpo.compose import compose
 from laddpo.errors import UserError
+from laddpo.read_settings import stage_reads
 
 
 @pytest.fixture
@@ -16,28 +17,25 @@ def nano(tmp_path):
     """Runs a stage on llada_nano with few questions; settings of a quick run."""
 
     def run(stage: str, *more: str) -> int:
-        return cli(
-            stage,
-            [
-                "data=onpolicy",
-                f"paths.data_dir={tmp_path / 'data'}",
-                f"paths.outputs_dir={tmp_path / 'outputs'}",
-                "hardware.device=cpu",
-                "logger=none",
-                "data.sampling.num_questions=30",
-                "data.sampling.samples=4",
-                "dpo.diffusion_samples=2",
-                "dpo.estimator=complement",
-                "optim.per_device_train_batch_size=4",
-                "optim.max_train_steps=2",
-                "evaluation.every_steps=2",
-                "evaluation.limit=6",
-                "evaluation.confidence_threshold=0.9",
-                "evaluation.num_pairs=4",
-                "evaluation.diffusion_samples=2",
-                *more,
-            ],
-        )
+        quick = [
+            "data=onpolicy",
+            f"paths.data_dir={tmp_path / 'data'}",
+            f"paths.outputs_dir={tmp_path / 'outputs'}",
+            "hardware.device=cpu",
+            "logger=none",
+            "data.sampling.num_questions=30",
+            "data.sampling.samples=4",
+            "dpo.diffusion_samples=2",
+            "dpo.estimator=complement",
+            "optim.per_device_train_batch_size=4",
+            "optim.max_train_steps=2",
+            "evaluation.every_steps=2",
+            "evaluation.limit=6",
+            "evaluation.confidence_threshold=0.9",
+            "evaluation.num_pairs=4",
+            "evaluation.diffusion_samples=2",
+        ]
+        return cli(stage, [*(text for text in quick if stage_reads(stage, text)), *more])
 
     return run
 

@@ -13,7 +13,7 @@ from laddpo.app import cli, given_overrides
 from laddpo.compose import compose
 from laddpo.config import CONF_DIR
 from laddpo.errors import UserError
-from laddpo.study import asked_of, shared_overrides, wanted_arms
+from laddpo.study import arm_overrides, asked_of, shared_overrides, wanted_arms
 
 STUDIES = [path.stem for path in sorted((CONF_DIR / "study").glob("*.yaml")) if path.stem != "none"]
 
@@ -59,6 +59,33 @@ def test_what_is_wrong_with_a_study_is_said_before_its_first_arm(settings, messa
     arms = [] if settings[0].startswith("study.arms") else [TWO_ARMS]
     with pytest.raises(UserError, match=message):
         wanted_arms(compose([*arms, *settings]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["study.arms=[{name: a, stage: sft, overrides: [sft=control, 'dpo.loss=ipo', dry_run=true]}]"],
+            "dry_run=true:",
+        ),
+        (["study.arms=[{name: a}]", "verify=true"], "verify=true: no arm of this study reads it"),
+        (["study.arms=[{name: a, overrides: ['dpo.beta=-1']}]"], "dpo.beta is -1.0"),
+        (["study.arms=[{name: a}]", "study.settings=['prompt=hello']"], "prompt=hello: no arm of this study reads it"),
+    ],
+)
+def test_a_setting_that_no_arm_reads_is_refused_before_the_first_run(settings, said, tmp_path, capsys):
+    assert cli("study", [*settings, f"output_dir={tmp_path / 's'}"]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "s").exists()
+
+
+def test_a_setting_of_the_study_goes_to_the_arms_that_read_it(given):
+    given(("dpo.beta=0.7", "hardware.threads=1"))
+    config = compose(
+        ["study.arms=[{name: a}, {name: b, stage: sft}]", "study.settings=['stopping.max_chosen_fall=0.1']"]
+    )
+    dpo, sft = (arm_overrides(config, arm, 1) for arm in config.study.arms)
+    assert dpo == ["stopping.max_chosen_fall=0.1", "dpo.beta=0.7", "hardware.threads=1", "seed=1"]
+    assert sft == ["dpo.beta=0.7", "hardware.threads=1", "seed=1"], "whose last evaluation takes beta"
 
 
 def test_a_seed_beside_the_study_is_refused(tmp_path, capsys):

@@ -109,8 +109,13 @@ def test_a_share_of_the_corpus_is_drills_in_the_steps_own_notation():
 def test_the_command_that_makes_llada_mini_trains_and_dpo_goes_on_from_it(tmp_path, capsys):
     shape = {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 32}
     small = [f"model.shape.{name}={value}" for name, value in shape.items()]
-    places = [f"paths.data_dir={tmp_path / 'data'}", "hardware.device=cpu", "logger=none", "evaluation.limit=2"]
-    quick = ["optim.max_train_steps=3", "optim.per_device_train_batch_size=4", "evaluation.every_steps=3"]
+    places = [f"paths.data_dir={tmp_path / 'data'}", "hardware.device=cpu", "logger=none"]
+    quick = [
+        "evaluation.limit=2",
+        "optim.max_train_steps=3",
+        "optim.per_device_train_batch_size=4",
+        "evaluation.every_steps=3",
+    ]
     made = tmp_path / "made"
     command = ["experiment=make_llada_mini", "sft.num_examples=24", f"output_dir={made}", *small, *places, *quick]
     assert cli("sft", command) == 0
