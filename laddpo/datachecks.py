@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from laddpo.decodingchecks import decoding_problems, room_problems
-from laddpo.preference.splits import contradicted_split, has_file_name
+from laddpo.preference.splits import HUB_ID, contradicted_split, has_file_name
 from laddpo.ranges import EMBEDDED_TASKS, leaves
 from laddpo.settings import DataSettings, RunConfig
 
@@ -77,8 +77,6 @@ def reader_row(key: str) -> str | None:
 
 def is_on_hub(config: RunConfig) -> bool:
     """Whether data.dataset_name can only be a hub id: no file or folder here, and none by its form."""
-    from laddpo.preference.locate import HUB_ID, has_file_name
-
     name = config.data.dataset_name or ""
     places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
     return bool(HUB_ID.fullmatch(name)) and not has_file_name(name) and not any(place.exists() for place in places)

@@ -34,6 +34,7 @@ FLOORS = {
     "devicechecks": 0,
     "datachecks": 0,
     "decodingchecks": 0,
+    "read_settings": 0,
     "compose": 0,
     "preference.pairs": 0,
     "preference.splits": 0,

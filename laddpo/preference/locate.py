@@ -12,6 +12,7 @@ from laddpo.preference.badrows import file_error, printable
 from laddpo.preference.files import ReadLog, missing_file
 from laddpo.preference.splits import (
     DESCRIPTIONS,
+    HUB_ID,
     SHARD,
     SUFFIXES,
     check_shards,
@@ -20,8 +21,6 @@ from laddpo.preference.splits import (
     has_file_name,
     splits_by_name,
 )
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(

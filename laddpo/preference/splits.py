@@ -13,6 +13,7 @@ from typing import Any
 
 from laddpo.errors import UserError, nearest
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 SUFFIXES = {
     ".jsonl": "jsonl",
