@@ -121,7 +121,10 @@ def missing_file(path: Path, key: str = "data.dataset_name") -> UserError:
     if path.is_symlink():
         target = os.readlink(path)
         return file_error(path, "DATA-44", f"is a link to {target!r}, which is not there", "Restore the link's target.")
-    siblings = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+    try:
+        siblings = sorted(p.name for p in path.parent.iterdir())
+    except OSError:  # no such folder, or one that may not be listed
+        siblings = []
     guess = nearest(path.name, siblings)
     hint = f" Did you mean {path.parent / guess}?" if guess else ""
     return file_error(path, "DATA-41", f"not found from {Path.cwd()}", f"Check {key}.{hint}")

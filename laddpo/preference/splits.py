@@ -197,7 +197,8 @@ def _saved_splits(root: Path, files: Sequence[Path]) -> Splits:
         return {str(name): _saved_files(root / str(name), files) for name in names}
     if not (root / "state.json").exists() or "_data_files" not in (state := _json(root / "state.json")):
         return {}
-    return {str(state.get("_split") or "train"): _saved_files(root, files)}
+    split = str(state.get("_split") or "train").partition("[")[0]  # without a slice such as train[:10%]
+    return {split if SPLIT_NAME.fullmatch(split) else "train": _saved_files(root, files)}
 
 
 def _saved_files(folder: Path, files: Sequence[Path]) -> list[Path]:
