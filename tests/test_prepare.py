@@ -131,7 +131,8 @@ def test_graded_candidates_become_pairs_of_right_over_wrong(tmp_path, capsys):
         {"question": "1+1?", "answer": "#### 2", "candidates": ["2"]},
     ]
     path = write_rows(tmp_path / "a.jsonl", rows)
-    code, folder = run_prepare(tmp_path, "data=gsm8k_candidates", f"data.dataset_name={path}")
+    settings = [f"data.dataset_name={path}", "data.validation_fraction=0"]  # the pairs have one question
+    code, folder = run_prepare(tmp_path, "data=gsm8k_candidates", *settings)
     assert code == 0
     records = [record for split in ("train", "validation") for record in PreparedPairs.load(folder).texts(split)]
     assert {(r["chosen"], r["rejected"], r["answer"]) for r in records} == {
@@ -241,11 +242,12 @@ def test_a_tokenizer_that_outgrows_the_embedding_is_refused_before_the_weights()
         _check_vocabulary(config, tokenizer)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_rows_of_one_prompt_are_all_trained_on(tmp_path, seed):
+def test_rows_of_one_prompt_are_all_trained_on_when_no_validation_is_asked_for(tmp_path, capsys):
     path = write_rows(tmp_path / "one.jsonl", [{"prompt": "a", "chosen": f"b {i}", "rejected": "c"} for i in range(3)])
-    settings = ["data=jsonl", f"data.dataset_name={path}", "data.validation_fraction=0.9", f"seed={seed}"]
-    code, folder = run_prepare(tmp_path, *settings)
+    settings = ["data=jsonl", f"data.dataset_name={path}"]
+    assert run_prepare(tmp_path, *settings, "data.validation_fraction=0.9") == (2, None)
+    said = capsys.readouterr().err
+    assert "(DATA-88)" in said and "Set data.validation_fraction=0" in said and "Traceback" not in said
+    code, folder = run_prepare(tmp_path, *settings, "data.validation_fraction=0")
     prepared = PreparedPairs.load(folder)
     assert code == 0 and (len(prepared.train), len(prepared.validation)) == (3, 0)
-    assert "all rows have the same prompt, so none is held out" in (folder / "report.json").read_text()
