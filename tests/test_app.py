@@ -319,11 +319,16 @@ def test_a_sweep_goes_on_where_it_was_and_repeats_nothing(tiny_jobs, capfd):
     assert [json.loads(line)["folder"] for line in started] == ["0", "1", "0"]
     assert cli("train", ["-m", "optim.weight_decay=0.1,0.5", "output_dir=sweep", "resume=true"]) == 2
     shown = capfd.readouterr().err
-    assert (
-        "sweep: was begun with optim.weight_decay=0.5, not with optim.weight_decay=0.1; repeat the same command"
-        in shown
-    )
-    assert "(job 0 of 2)" in shown
+    assert "sweep: was begun with train optim.weight_decay=0.5,0.1, not with optim.weight_decay=0.1,0.5" in shown
+    assert "repeat the same command" in shown
+    # an earlier version did not keep what a sweep was begun with: then its jobs are compared
+    Path("sweep/command.json").rename("kept.json")
+    assert cli("train", ["-m", "optim.weight_decay=0.1,0.5", "output_dir=sweep", "resume=true"]) == 2
+    assert "was begun with optim.weight_decay=0.5, not with optim.weight_decay=0.1;" in capfd.readouterr().err
+    # what is not named is as its folder says
+    Path("kept.json").rename("sweep/command.json")
+    assert cli("train", ["-m", "output_dir=sweep", "resume=true"]) == 1
+    assert [job["overrides"] for job in sweep_json("sweep")] == [[f"optim.weight_decay={w}"] for w in (0.5, 0.1)]
 
 
 def test_the_sweep_experiment_needs_no_flag_and_its_jobs_do_not_sweep_again(tiny_jobs):

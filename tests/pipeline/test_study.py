@@ -173,16 +173,21 @@ def test_an_arm_of_other_settings_is_not_taken_for_one_of_these(tmp_path, no_run
     assert cli("study", [*command, "dpo.beta=2", "resume=true"]) == 0 and len(no_runs) == 2
     for others, message in (
         (["dpo.beta=7"], "was begun with dpo.beta=2, not with dpo.beta=7; repeat"),
-        (["study.only=[other]"], "was begun with dpo.beta=2, which is not asked for now; repeat"),
-        (["dpo.beta=2", "save_steps=3"], "was begun without save_steps=3; repeat"),
+        (["dpo.beta=2", "optim.weight_decay=0.3"], "was begun without optim.weight_decay=0.3; repeat"),
     ):
         assert cli("study", [*command, *others, "resume=true"]) == 2 and len(no_runs) == 2
         shown = capsys.readouterr().err
         assert message in shown and "(job default-1, other-1 of 2 finished)" in shown
+    # what nobody names is as the study was begun, and how often a run saves changes no result
+    for others in (["study.only=[other]"], ["dpo.beta=2", "save_steps=3"]):
+        assert cli("study", [*command, *others, "resume=true"]) == 0 and len(no_runs) == 2
+    (tmp_path / "s" / "other-1" / "manifest.json").unlink()
+    assert cli("study", [f"resume={tmp_path / 's'}"]) == 0 and len(no_runs) == 3
+    assert {"dpo.beta=2", "save_steps=3", "seed=1"} <= set(no_runs[-1]), "a study goes on by its folder alone"
     # what a failed or interrupted run was begun with is the run's own to compare
     for name in ("default-1", "other-1"):
         (tmp_path / "s" / name / "manifest.json").unlink()
-    assert cli("study", [*command, "dpo.beta=7", "resume=true"]) == 0 and len(no_runs) == 4
+    assert cli("study", [*command, "dpo.beta=7", "resume=true"]) == 0 and len(no_runs) == 5
 
 
 def test_arms_are_composed_from_the_files_that_the_study_is(tmp_path, no_runs, monkeypatch):
