@@ -78,7 +78,7 @@ FULL = ("adapter=full", *KEPT)
 SFT = ("sft.examples=chosen", *KEPT)
 ROUNDS = (
     "data=onpolicy",
-    "data.num_pairs=null",
+    "data.num_pairs=2048",
     "paths.data_dir=round_data",
     "rounds=2",
     "data.sampling.num_questions=8",
