@@ -71,6 +71,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.training import (
         SEALED,
         Validation,
+        check_weights,
         fault_reports,
         gradient_scaler,
         loop_settings,
@@ -137,6 +138,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         evaluate_run(config, tuned_weights(config, folder), folder / "evaluation", prepared, loaded, stop, test_tasks)
     if not ranks.is_main:
         return
+    check_weights(config, folder)
     fields = {
         "step": state.step,
         "best_step": state.best_step,
