@@ -72,6 +72,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.training import (
         SEALED,
         Validation,
+        check_weights,
         fault_reports,
         gradient_scaler,
         loop_settings,
@@ -160,6 +161,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         evaluate_run(config, tuned, place, prepared, loaded, stop, test_tasks, shown.append)
     if not ranks.is_main:
         return
+    check_weights(config, folder)
     fields = {
         "step": state.step,
         "best_step": state.best_step,

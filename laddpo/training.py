@@ -26,7 +26,7 @@ from laddpo.core.outputs import RunOutputs
 from laddpo.core.ranks import Ranks, here, whole
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
-from laddpo.errors import NonFiniteStep, RunFault, Stopped
+from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError
 from laddpo.evaluation.heldout import row_losses
 from laddpo.evaluation.margins import score_preferences
 from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
@@ -183,7 +183,7 @@ def check_weights(config: RunConfig, folder: Path) -> None:
     )
     for name in names:
         if runs.read_manifest(folder / name, "weights") is None:
-            raise RunFault(
+            raise UserError(
                 f"{folder / name}: is gone; expected the weights that the run kept. "
                 f"{what_is_left(folder, folder / names[0])}"
             )
