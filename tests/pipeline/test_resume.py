@@ -362,7 +362,7 @@ AT_ZERO = "It has no checkpoint yet and starts at step 0 again."
     ("when", "said", "is_at_zero"),
     [
         ("loading", "stopped by SIGINT; no step was under way.", True),
-        ("first validation", "validation of arithmetic: stopped by SIGINT; its answers are not kept.", True),
+        ("first validation", "stopped by SIGINT.", True),
         ("last evaluation", "items.jsonl: stopped by SIGINT; the answers so far are kept.", False),
     ],
 )
