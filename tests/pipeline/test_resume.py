@@ -363,7 +363,7 @@ AT_ZERO = "It has no checkpoint yet and starts at step 0 again."
     [
         ("loading", "stopped by SIGINT; no step was under way.", True),
         ("first validation", "stopped by SIGINT.", True),
-        ("last evaluation", "items.jsonl: stopped by SIGINT; the answers so far are kept.", False),
+        ("last evaluation", "stopped by SIGINT.", False),
     ],
 )
 def test_a_run_that_is_stopped_says_how_it_goes_on_and_does(
