@@ -138,7 +138,7 @@ def _is_harmless(entry: os.DirEntry, is_job: bool) -> bool:
 def _is_job_file(path: Path) -> bool:
     """What a sweep or study keeps in the folder of its job, beside what the job's own stage writes."""
     content = _read(path)
-    return isinstance(content, dict) and bool({"overrides", "pid"} & content.keys())
+    return isinstance(content, dict) and (not content or bool({"overrides", "pid"} & content.keys()))
 
 
 def _read(path: Path) -> Any:

@@ -233,6 +233,7 @@ def test_validation_writes_nothing_that_a_kill_could_leave(stages, monkeypatch):
     monkeypatch.setattr(answering, "described_answers", watched)
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
     lasting = {"run/" + name for name in ("adapter", "checkpoints", "samples", "config.yaml", "command.json", ".lock")}
+    lasting |= {"run/.laddpo"}
     lasting |= {"run/" + name for name in ("metrics.jsonl", "timing.jsonl")}
     assert found and set.union(*found) <= lasting
 
