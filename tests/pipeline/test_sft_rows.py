@@ -80,15 +80,11 @@ def test_generated_data_are_trained_on_as_before(stages):
 
     wanted = {
         (): "corpus",
-        ("model=llada_mini",): "corpus",
         ("data=word_problems",): "corpus",
         ("data=word_problems", "data.questions=mine.jsonl", "data.tasks=[]"): "rows",
-        ("experiment=make_llada_nano",): "corpus",
         ("experiment=make_llada_mini",): "corpus",
-        ("sft=control",): "chosen",
         ("sft=control", "data=onpolicy"): "chosen",
         ("data=onpolicy",): "rows",
-        ("data=hh_rlhf",): "rows",
         ("data=mixture",): "rows",
     }
     assert {asked: sft_examples(compose(list(asked))) for asked in wanted} == wanted
