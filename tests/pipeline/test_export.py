@@ -145,8 +145,8 @@ def test_nothing_that_others_wrote_leaves_its_place_in_the_card():
         assert "---" not in outside and not any(line.lstrip().startswith("<") for line in outside)
 
 
-def test_a_licence_that_is_no_short_name_is_refused(stages, trained, capsys):
-    assert export(stages, trained, "merged", f"export.license={'x' * 101}")[0] == 2
+def test_a_licence_that_is_no_short_name_is_refused(stages, capsys):
+    assert stages.run("export", f"adapter.path={stages.folder}", f"export.license={'x' * 101}") == 2
     assert "export.license" in capsys.readouterr().err
 
 

@@ -24,7 +24,13 @@ def commands(stages):
     return {
         "generate": [f"prompts={lines}"],
         "evaluate": ["evaluation=file", f"evaluation.dataset_name={file}", *GENERATED],
-        "prepare": ["data=onpolicy", f"data.questions={file}", "data.grader=exact", "evaluation.tasks=[]"],
+        "prepare": [
+            "data=onpolicy",
+            f"data.questions={file}",
+            "data.columns.prompt=prompt",
+            "data.grader=exact",
+            "evaluation.tasks=[]",
+        ],
     }
 
 
