@@ -38,7 +38,8 @@ def run_prepare(tmp_path, *settings):
 def test_every_setting_of_the_data_reaches_the_source_or_the_rules():
     """Each setting of `data` that a source or a rule has under the same name, away from its default."""
     changed = [
-        "data.dataset_name=a.jsonl", "data.dataset_split=s", "data.revision=v", "data.format=implicit",
+        "data.dataset_name=org/a", "data.dataset_split=s", "data.revision=v", "data.format=implicit",
+        "data.dataset_config=c",
         "data.max_line_bytes=5000", "data.follow_symlinks=true", "data.allow_empty_prompt=true", "data.allow_nul=true",
         "data.habit=smaller_from_larger", "data.validation_fraction=0.3", "data.random_sample_size=11",
         "data.on_bad_row=skip", "data.max_bad_fraction=0.5",
