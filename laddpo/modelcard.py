@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from laddpo.datachecks import is_on_hub
 from laddpo.evaluation.tables import before_after_rows, markdown
+from laddpo.preference.locate import HUB_ID, has_file_name
 from laddpo.redaction import redact
 from laddpo.settings import RunConfig
 
@@ -70,12 +70,19 @@ def _front_matter(
     lines = [f"license: {licence or 'other'}"]
     if "/" in name and not Path(config.model.model_name_or_path).expanduser().exists():
         lines += [f"base_model: {name}", f"base_model_relation: {'adapter' if facts.is_adapter else 'finetune'}"]
-    if not is_foreign and is_on_hub(config):
+    if not is_foreign and _is_on_hub(config):
         lines.append(f"datasets: [{config.data.dataset_name}]")
     lines.append(f"library_name: {'peft' if facts.is_adapter else 'transformers'}")
     method = [] if is_foreign else ["sft" if is_sft else "dpo"]
     lines.append(f"tags: [{', '.join([*method, 'masked-diffusion', 'llada'])}]")
     return "---\n" + "\n".join(lines) + "\n---"
+
+
+def _is_on_hub(config: RunConfig) -> bool:
+    """Whether data.dataset_name can only be a hub id: no file or folder here, and none by its form."""
+    name = config.data.dataset_name or ""
+    places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
+    return bool(HUB_ID.fullmatch(name)) and not has_file_name(name) and not any(place.exists() for place in places)
 
 
 def _origin(config, facts, sealed, base, step, name, licence, is_sft, is_foreign) -> str:

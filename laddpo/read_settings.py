@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from laddpo.config import CONF_DIR
-from laddpo.datachecks import is_on_hub, is_read
+from laddpo.datachecks import is_read
 from laddpo.ranges import EMBEDDED_TASKS, leaves
 from laddpo.settings import RunConfig
 
@@ -194,6 +194,14 @@ def _has_local_model(config: RunConfig) -> bool:
     return Path(given).expanduser().is_dir() or (CONF_DIR.parent / given).is_dir()
 
 
+def _has_local_data(config: RunConfig) -> bool:
+    name = config.data.dataset_name or ""
+    places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
+    return (
+        name.count("/") != 1 or name.endswith((".jsonl", ".json", ".csv", ".parquet")) or any(map(Path.exists, places))
+    )
+
+
 def _sources(config: RunConfig) -> set[str]:
     return {config.data.source, *(part.source for part in config.data.mixture)}
 
@@ -228,19 +236,19 @@ ADVICE = {
     "data.rounds": "write data.sampling.num_questions and optim.max_train_steps for the work of several rounds, or ",
 }
 CORPUS = (*ENCODING, *DIFFICULTY, "data.problems", "data.habit")
+OF_QUESTIONS = (
+    *("data.dataset_split", "data.columns.", "data.follow_symlinks", "data.allow_empty_prompt", "data.allow_nul"),
+    "data.sampling.instruction",
+)
 OF_PARTS = {
-    "memory_draws": ("memory",),
-    "flat_draws": ("flat",),
-    "plan_ranks": ("plan",),
-    "plan_tokens": ("plan",),
-    "sampler_items": ("sampler",),
-    "sampler_batch": ("sampler",),
-    "cards": ("cards",),
-    "card_tokens": ("cards",),
-    "rates": ("rates",),
-    "predicted": ("rates",),
-    "agreement_pairs": ("agreement",),
-    "nano_steps": ("nano",),
+    "memory": ("memory_draws",),
+    "flat": ("flat_draws",),
+    "plan": ("plan_ranks", "plan_tokens"),
+    "sampler": ("sampler_items", "sampler_batch"),
+    "cards": ("cards", "card_tokens"),
+    "rates": ("rates", "predicted"),
+    "agreement": ("agreement_pairs",),
+    "nano": ("nano_steps",),
 }
 NEEDS = (
     Need(
@@ -275,8 +283,13 @@ NEEDS = (
         "it is read only where the model answers questions (data=onpolicy)",
     ),
     Need(
+        OF_QUESTIONS,
+        lambda stage, config: config.data.source != "onpolicy" or config.data.dataset_name is not None,
+        "it is read only for questions of a file or of the hub (data.questions)",
+    ),
+    Need(
         ("data.revision",),
-        lambda stage, config: is_on_hub(config),
+        lambda stage, config: not _has_local_data(config),
         "only a dataset of the hub has revisions, and data.dataset_name is a local one",
     ),
     Need(
@@ -389,10 +402,10 @@ NEEDS = (
     ),
     *(
         Need(
-            (f"benchmark.{name}",),
-            lambda stage, config, parts=parts: bool(set(parts) & set(config.benchmark.parts)),
-            f"it is read only by {' and '.join(parts)} of benchmark.parts",
+            tuple(f"benchmark.{name}" for name in names),
+            lambda stage, config, part=part: part in config.benchmark.parts,
+            f"it is read only by the part {part} of benchmark.parts",
         )
-        for name, parts in OF_PARTS.items()
+        for part, names in OF_PARTS.items()
     ),
 )

@@ -25,6 +25,7 @@ NO_USE = {
     ("inputs", "reference_fields"),
     ("inputs", "_check_shape"),
     ("onpolicy", "sample_fields"),
+    ("onpolicy", "sample"),  # whose evaluation holds data.sampling
     ("harness", "answers_key"),
     ("resuming", "changed_settings"),
     ("resuming", "refuse_longer_training"),

@@ -28,6 +28,7 @@ FLOORS = {
     "config": 0,
     "devicechecks": 0,
     "datachecks": 0,
+    "read_settings": 0,
     "compose": 0,
     "preference.pairs": 0,
     "core.noise": 1,
