@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra._internal.hydra import Hydra
@@ -41,7 +42,7 @@ from laddpo.mistakes import (
     yaml_mistake,
 )
 from laddpo.ranges import PATHS
-from laddpo.read_settings import references, unread_problems
+from laddpo.read_settings import unread_problems
 from laddpo.redaction import find_secrets, foreign_variables, redact
 from laddpo.runs import file_sha256, require_sealed, write_text
 from laddpo.settings import RunConfig
@@ -120,6 +121,26 @@ def stage_problems(stage: str, typed: Typed, tree: DictConfig) -> list[str]:
     known = [*typed.problems, *find_problems(typed.config, typed.broken, typed.given)]
     named = {problem.split(" ", 1)[0].rstrip(":") for problem in known}
     return unread_problems(stage, typed.config, typed.given - named, references(tree))
+
+
+def references(tree: DictConfig) -> dict[str, set[str]]:
+    """By setting, those whose values refer to it, as data.rounds: ${rounds} does."""
+    found: dict[str, set[str]] = {}
+    plain = {key: value for key, value in tree.items_ex(resolve=False) if key != "hydra"}
+    for key, text in _texts(OmegaConf.to_container(OmegaConf.create(plain), resolve=False)):
+        while inner := re.search(r"\$\{([\w.]+)\}", text):
+            found.setdefault(inner[1], set()).add(key)
+            value = OmegaConf.select(tree, inner[1], default="")
+            text = text.replace(inner[0], str(value))
+    return found
+
+
+def _texts(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(value, str):
+        yield prefix, value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,10 @@ import contextvars
 import json
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from laddpo.config import CONF_DIR
 from laddpo.datachecks import is_read
@@ -71,6 +69,11 @@ DRAWS = (
     *("dpo.mask_rounds", "dpo.common_random_numbers", "dpo.shared_counts", "dpo.shared_masks"),
 )
 
+PLANNED = (
+    *("dpo.diffusion_samples", "dpo.estimator", "dpo.loss", "dpo.correction", "dpo.sft_weight"),
+    "optim.optimizer",
+)
+
 # By stage, what it reads in any of its variants.
 READS: dict[str, tuple[str, ...]] = {
     "prepare": (*PREPARED, "run"),
@@ -84,10 +87,10 @@ READS: dict[str, tuple[str, ...]] = {
     "variance": ("variance.", "evaluation.tasks", "run"),
     "export": (*MODEL, "adapter.path", *ENCODING, "export.", "run"),
     "report": ("report.", "run", "runs"),
-    "plan": (*ROWS, "adapter.r", "adapter.target_modules", "dpo.diffusion_samples", "dpo.estimator",
-             "dpo.mask_rounds", "dpo.loss", "dpo.correction", "dpo.sft_weight", *LENGTH, "optim.optimizer",
+    "plan": (*ROWS, "adapter.r", "adapter.target_modules", *PLANNED, "dpo.mask_rounds", *LENGTH,
              "data.length_quantiles.mean", "data.length_quantiles.p99", "data.length_quantiles.prompt_mean"),
-    "benchmark": (*LOADED, "adapter.", "optim.betas", "optim.eps", "benchmark.", *ANSWERS),
+    "benchmark": (*LOADED, "adapter.", *ENCODING, *DIFFICULTY, *PLANNED, "optim.betas",
+                  "optim.eps", "benchmark.", *ANSWERS),
     "doctor": ("model.model_name_or_path", "quantization.load_in_4bit", "quantization.load_in_8bit", "logger.wandb",
                "logger.wandb_mode"),
     "study": ("study.",),
@@ -157,26 +160,6 @@ def command_of(stage: str) -> str:
     return shlex.join(["python", "-m", f"laddpo.{stage}", *kept])
 
 
-def references(tree: DictConfig) -> dict[str, set[str]]:
-    """By setting, those whose values refer to it, as data.rounds: ${rounds} does."""
-    found: dict[str, set[str]] = {}
-    plain = {key: value for key, value in tree.items_ex(resolve=False) if key != "hydra"}
-    for key, text in _texts(OmegaConf.to_container(OmegaConf.create(plain), resolve=False)):
-        while inner := re.search(r"\$\{([\w.]+)\}", text):
-            found.setdefault(inner[1], set()).add(key)
-            value = OmegaConf.select(tree, inner[1], default="")
-            text = text.replace(inner[0], str(value))
-    return found
-
-
-def _texts(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{prefix}.{name}" if prefix else str(name))
-    elif isinstance(value, str):
-        yield prefix, value
-
-
 def _as_written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
@@ -197,9 +180,8 @@ def _has_local_model(config: RunConfig) -> bool:
 def _has_local_data(config: RunConfig) -> bool:
     name = config.data.dataset_name or ""
     places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
-    return (
-        name.count("/") != 1 or name.endswith((".jsonl", ".json", ".csv", ".parquet")) or any(map(Path.exists, places))
-    )
+    is_file = Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet", ".gz")
+    return name.count("/") != 1 or is_file or any(place.exists() for place in places)
 
 
 def _sources(config: RunConfig) -> set[str]:
@@ -399,6 +381,11 @@ NEEDS = (
         ("export.private",),
         lambda stage, config: config.export.push_to_hub is not None,
         "it is read only with export.push_to_hub",
+    ),
+    Need(
+        ("optim.betas", "optim.eps"),
+        lambda stage, config: stage != "benchmark" or bool({"cards", "rates"} & set(config.benchmark.parts)),
+        "it is read only by the parts cards and rates of benchmark.parts",
     ),
     *(
         Need(

@@ -38,7 +38,7 @@ NO_USE = {
     ("plan", "_run_line"),
 }
 PLANNING = {("planning", "choose_plan"), ("planning", "assumed_lengths"), ("machine", "settled_sharding")}
-PLANNED = ("train", "sft", "plan", "benchmark")  # of the others the memory plan is a forecast for nothing that they do
+PLANNED = ("train", "sft", "plan")  # of the others the memory plan is a forecast for nothing that they do
 
 
 @contextlib.contextmanager
