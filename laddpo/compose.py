@@ -130,8 +130,10 @@ def references(tree: DictConfig) -> dict[str, set[str]]:
     for key, text in _texts(OmegaConf.to_container(OmegaConf.create(plain), resolve=False)):
         while inner := re.search(r"\$\{([\w.]+)\}", text):
             found.setdefault(inner[1], set()).add(key)
-            value = OmegaConf.select(tree, inner[1], default="")
-            text = text.replace(inner[0], str(value))
+            value = ""
+            with contextlib.suppress(OmegaConfBaseException):  # what does not resolve is told of elsewhere
+                value = OmegaConf.select(tree, inner[1], default="")
+            text = text.replace(inner[0], str(value).replace("${", ""))
     return found
 
 
