@@ -268,7 +268,7 @@ def _graded(config: RunConfig, machine) -> tuple:
 
     loaded = inputs.load(config, machine)
     encoder = inputs.encoder_for(config, loaded.tokenizer)
-    task = open_task(config, "arithmetic", "test", config.benchmark.sampler_items)
+    task = open_task(config, "arithmetic", "test", config.benchmark.sampler_items, with_shots=False)
     prompts = [encoder.encode_prompt(item.prompt) for item in task.items]
     keys = [item.id for item in task.items]
 

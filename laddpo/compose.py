@@ -44,7 +44,7 @@ from laddpo.mistakes import (
 )
 from laddpo.pathchecks import path_problem, path_problems
 from laddpo.ranges import PATHS
-from laddpo.read_settings import references, unread_problems
+from laddpo.read_settings import unread_problems
 from laddpo.redaction import find_secrets, foreign_variables, redact
 from laddpo.runs import write_text
 from laddpo.seals import read_checked_text, sealed_file, with_check
@@ -127,6 +127,28 @@ def stage_problems(stage: str, typed: Typed, tree: DictConfig) -> list[str]:
     known = [*typed.problems, *find_problems(typed.config, typed.broken, typed.given)]
     named = {problem.split(" ", 1)[0].rstrip(":") for problem in known}
     return unread_problems(stage, typed.config, typed.given - named, references(tree))
+
+
+def references(tree: DictConfig) -> dict[str, set[str]]:
+    """By setting, those whose values refer to it, as data.rounds: ${rounds} does."""
+    found: dict[str, set[str]] = {}
+    plain = {key: value for key, value in tree.items_ex(resolve=False) if key != "hydra"}
+    for key, text in _texts(OmegaConf.to_container(OmegaConf.create(plain), resolve=False)):
+        while inner := re.search(r"\$\{([\w.]+)\}", text):
+            found.setdefault(inner[1], set()).add(key)
+            value = ""
+            with contextlib.suppress(OmegaConfBaseException):  # what does not resolve is told of elsewhere
+                value = OmegaConf.select(tree, inner[1], default="")
+            text = text.replace(inner[0], str(value).replace("${", ""))
+    return found
+
+
+def _texts(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(value, str):
+        yield prefix, value
 
 
 @dataclasses.dataclass(frozen=True)

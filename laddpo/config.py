@@ -222,10 +222,9 @@ def _length(config: RunConfig, given: Collection[str]) -> Iterator[str]:
     """Epochs and steps both set by the command line: only one of them can say when a run ends."""
     optim = config.optim
     if optim.max_train_steps is not None and EPOCHS.intersection(given) and STEPS.intersection(given):
-        yield (
-            f"optim.num_train_epochs is {optim.num_train_epochs:g} and optim.max_train_steps is "
-            f"{optim.max_train_steps}; both say when the run ends; leave one of them out."
-        )
+        epochs, steps = f"{optim.num_train_epochs:g}", optim.max_train_steps
+        found = f"optim.num_train_epochs is {epochs} and optim.max_train_steps is {steps}"
+        yield f"{found}; both say when the run ends; leave one of them out."
 
 
 def _decoding(config: RunConfig) -> Iterator[str]:

@@ -4,10 +4,9 @@ laddpo/config.py, without torch."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from pathlib import Path
 
 from laddpo.decodingchecks import decoding_problems, room_problems
-from laddpo.preference.splits import HUB_ID, contradicted_split, has_file_name
+from laddpo.preference.splits import contradicted_split, has_file_name
 from laddpo.ranges import EMBEDDED_TASKS, leaves
 from laddpo.settings import DataSettings, RunConfig
 
@@ -73,13 +72,6 @@ def is_read(key: str, config: RunConfig) -> bool:
 def reader_row(key: str) -> str | None:
     """The row of READ_BY that a setting belongs to, if only some sources read it."""
     return next((name for name in READ_BY if f"{key}.".startswith(f"data.{name}.")), None)
-
-
-def is_on_hub(config: RunConfig) -> bool:
-    """Whether data.dataset_name can only be a hub id: no file or folder here, and none by its form."""
-    name = config.data.dataset_name or ""
-    places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
-    return bool(HUB_ID.fullmatch(name)) and not has_file_name(name) and not any(place.exists() for place in places)
 
 
 def onpolicy_problems(config: RunConfig) -> Iterator[str]:

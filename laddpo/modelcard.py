@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from laddpo.datachecks import is_on_hub, sft_examples
+from laddpo.datachecks import sft_examples
 from laddpo.evaluation.tables import before_after_rows, markdown
+from laddpo.preference.splits import HUB_ID, has_file_name
 from laddpo.redaction import redact
 from laddpo.settings import RunConfig
 
@@ -100,13 +101,20 @@ def _front_matter(
     if "/" in name and not Path(config.model.model_name_or_path).expanduser().exists():
         content["base_model"] = one_line(name)
         content["base_model_relation"] = "adapter" if facts.is_adapter else "finetune"
-    if not is_foreign and is_on_hub(config):
+    if not is_foreign and _is_on_hub(config):
         content["datasets"] = [config.data.dataset_name]
     content["library_name"] = "peft" if facts.is_adapter else "transformers"
     method = [] if is_foreign else ["sft" if is_sft else "dpo"]
     content["tags"] = [*method, "masked-diffusion", "llada"]
     written = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=math.inf)
     return f"---\n{written}---"
+
+
+def _is_on_hub(config: RunConfig) -> bool:
+    """Whether data.dataset_name can only be a hub id: no file or folder here, and none by its form."""
+    name = config.data.dataset_name or ""
+    places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
+    return bool(HUB_ID.fullmatch(name)) and not has_file_name(name) and not any(place.exists() for place in places)
 
 
 def _origin(config, facts, sealed, base, step, name, licence, is_sft, is_foreign) -> str:

@@ -158,11 +158,11 @@ def _graded_mixture(config: RunConfig) -> list[tuple[MixturePart, Grader | None]
     any."""
     from laddpo.onpolicy import open_questions, pair_grader, sampled_file
 
-    data = config.data
+    data, mixture = config.data, config.data.mixture
     if data.source == "onpolicy":
         questions = open_questions(config)
         return [(MixturePart(data.source, str(sampled_file(config, questions))), pair_grader(config, questions))]
-    return [(part, _grader(config, part.source)) for part in data.mixture or [_only_part(config)]]
+    return [(part, _grader(config, part.source)) for part in mixture or [_only_part(config)]]
 
 
 def _only_part(config: RunConfig) -> MixturePart:

@@ -14,15 +14,13 @@ import contextvars
 import json
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from laddpo.config import CONF_DIR
-from laddpo.datachecks import is_on_hub, is_read, sft_examples
+from laddpo.datachecks import is_read, sft_examples
 from laddpo.ranges import EMBEDDED_TASKS, leaves
 from laddpo.settings import RunConfig
 
@@ -71,6 +69,11 @@ DRAWS = (
     *("dpo.mask_rounds", "dpo.common_random_numbers", "dpo.shared_counts", "dpo.shared_masks"),
 )
 
+PLANNED = (
+    *("dpo.diffusion_samples", "dpo.estimator", "dpo.loss", "dpo.correction", "dpo.sft_weight"),
+    "optim.optimizer",
+)
+
 # By stage, what it reads in any of its variants.
 READS: dict[str, tuple[str, ...]] = {
     "prepare": (*PREPARED, "run", "verify"),
@@ -84,10 +87,10 @@ READS: dict[str, tuple[str, ...]] = {
     "variance": ("variance.", "evaluation.tasks", "run", "verify"),
     "export": (*MODEL, "adapter.path", *ENCODING, "export.", "run", "verify"),
     "report": ("report.", "run", "runs"),
-    "plan": (*ROWS, "adapter.r", "adapter.target_modules", "dpo.diffusion_samples", "dpo.estimator",
-             "dpo.mask_rounds", "dpo.loss", "dpo.correction", "dpo.sft_weight", *LENGTH, "optim.optimizer",
+    "plan": (*ROWS, "adapter.r", "adapter.target_modules", *PLANNED, "dpo.mask_rounds", *LENGTH,
              "data.length_quantiles.mean", "data.length_quantiles.p99", "data.length_quantiles.prompt_mean"),
-    "benchmark": (*LOADED, "adapter.", "optim.betas", "optim.eps", "benchmark.", *ANSWERS),
+    "benchmark": (*LOADED, "adapter.", *ENCODING, *DIFFICULTY, *PLANNED, "optim.betas",
+                  "optim.eps", "benchmark.", *ANSWERS),
     "doctor": ("model.model_name_or_path", "quantization.load_in_4bit", "quantization.load_in_8bit", "logger.wandb",
                "logger.wandb_mode"),
     "study": ("study.",),
@@ -157,26 +160,6 @@ def command_of(stage: str) -> str:
     return shlex.join(["python", "-m", f"laddpo.{stage}", *kept])
 
 
-def references(tree: DictConfig) -> dict[str, set[str]]:
-    """By setting, those whose values refer to it, as data.rounds: ${rounds} does."""
-    found: dict[str, set[str]] = {}
-    plain = {key: value for key, value in tree.items_ex(resolve=False) if key != "hydra"}
-    for key, text in _texts(OmegaConf.to_container(OmegaConf.create(plain), resolve=False)):
-        while inner := re.search(r"\$\{([\w.]+)\}", text):
-            found.setdefault(inner[1], set()).add(key)
-            value = OmegaConf.select(tree, inner[1], default="")
-            text = text.replace(inner[0], str(value))
-    return found
-
-
-def _texts(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{prefix}.{name}" if prefix else str(name))
-    elif isinstance(value, str):
-        yield prefix, value
-
-
 def _as_written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
@@ -192,6 +175,13 @@ def matches(key: str, patterns: Sequence[str]) -> bool:
 def _has_local_model(config: RunConfig) -> bool:
     given = config.model.model_name_or_path
     return Path(given).expanduser().is_dir() or (CONF_DIR.parent / given).is_dir()
+
+
+def _has_local_data(config: RunConfig) -> bool:
+    name = config.data.dataset_name or ""
+    places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
+    is_file = Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet", ".gz")
+    return name.count("/") != 1 or is_file or any(place.exists() for place in places)
 
 
 def _sources(config: RunConfig) -> set[str]:
@@ -232,19 +222,19 @@ ADVICE = {
     "data.rounds": "write data.sampling.num_questions and optim.max_train_steps for the work of several rounds, or ",
 }
 CORPUS = (*ENCODING, *DIFFICULTY, "data.problems", "data.habit")
+OF_QUESTIONS = (
+    *("data.dataset_split", "data.columns.", "data.follow_symlinks", "data.allow_empty_prompt", "data.allow_nul"),
+    "data.sampling.instruction",
+)
 OF_PARTS = {
-    "memory_draws": ("memory",),
-    "flat_draws": ("flat",),
-    "plan_ranks": ("plan",),
-    "plan_tokens": ("plan",),
-    "sampler_items": ("sampler",),
-    "sampler_batch": ("sampler",),
-    "cards": ("cards",),
-    "card_tokens": ("cards",),
-    "rates": ("rates",),
-    "predicted": ("rates",),
-    "agreement_pairs": ("agreement",),
-    "nano_steps": ("nano",),
+    "memory": ("memory_draws",),
+    "flat": ("flat_draws",),
+    "plan": ("plan_ranks", "plan_tokens"),
+    "sampler": ("sampler_items", "sampler_batch"),
+    "cards": ("cards", "card_tokens"),
+    "rates": ("rates", "predicted"),
+    "agreement": ("agreement_pairs",),
+    "nano": ("nano_steps",),
 }
 NEEDS = (
     Need(
@@ -279,9 +269,14 @@ NEEDS = (
         "it is read only where the model answers questions (data=onpolicy)",
     ),
     Need(
-        ("data.revision", "data.dataset_config"),
-        lambda stage, config: is_on_hub(config),
-        "only a dataset of the hub has revisions and configurations, and data.dataset_name is a local one",
+        OF_QUESTIONS,
+        lambda stage, config: config.data.source != "onpolicy" or config.data.dataset_name is not None,
+        "it is read only for questions of a file or of the hub (data.questions)",
+    ),
+    Need(
+        ("data.revision",),
+        lambda stage, config: not _has_local_data(config),
+        "only a dataset of the hub has revisions, and data.dataset_name is a local one",
     ),
     Need(
         ("model.revision",),
@@ -398,12 +393,17 @@ NEEDS = (
         lambda stage, config: config.export.push_to_hub is not None,
         "it is read only with export.push_to_hub",
     ),
+    Need(
+        ("optim.betas", "optim.eps"),
+        lambda stage, config: stage != "benchmark" or bool({"cards", "rates"} & set(config.benchmark.parts)),
+        "it is read only by the parts cards and rates of benchmark.parts",
+    ),
     *(
         Need(
-            (f"benchmark.{name}",),
-            lambda stage, config, parts=parts: bool(set(parts) & set(config.benchmark.parts)),
-            f"it is read only by {' and '.join(parts)} of benchmark.parts",
+            tuple(f"benchmark.{name}" for name in names),
+            lambda stage, config, part=part: part in config.benchmark.parts,
+            f"it is read only by the part {part} of benchmark.parts",
         )
-        for name, parts in OF_PARTS.items()
+        for part, names in OF_PARTS.items()
     ),
 )

@@ -25,6 +25,7 @@ NO_USE = {
     ("inputs", "reference_fields"),
     ("inputs", "_check_shape"),
     ("onpolicy", "sample_fields"),
+    ("onpolicy", "sample"),  # whose evaluation holds data.sampling
     ("harness", "answers_key"),
     ("resuming", "changed_settings"),
     ("resuming", "refuse_longer_training"),
@@ -37,7 +38,7 @@ NO_USE = {
     ("plan", "_run_line"),
 }
 PLANNING = {("planning", "choose_plan"), ("planning", "assumed_lengths"), ("machine", "settled_sharding")}
-PLANNED = ("train", "sft", "plan", "benchmark")  # of the others the memory plan is a forecast for nothing that they do
+PLANNED = ("train", "sft", "plan")  # of the others the memory plan is a forecast for nothing that they do
 
 
 @contextlib.contextmanager

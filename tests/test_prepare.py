@@ -155,7 +155,7 @@ def test_rows_that_are_test_problems_are_counted_again_for_another_test_and_refu
     assert list(read_json(folder / "report.json")["leaks"].values()) == [1]
     code, again = run_prepare(tmp_path, *asked, f"evaluation.dataset_name={others}")
     assert (code, again) == (0, folder) and "whose prompt" not in capsys.readouterr().out
-    run_prepare(tmp_path, *asked, f"evaluation.dataset_name={problems}", "evaluation.shots=1")
+    run_prepare(tmp_path, *asked, f"evaluation.dataset_name={problems}")  # counted again for the first test
     assert words in capsys.readouterr().out
     code, _ = run_prepare(tmp_path, *asked, f"evaluation.dataset_name={problems}", "data.fail_on_leak=true")
     assert code == 2 and "DATA-87" in capsys.readouterr().err
