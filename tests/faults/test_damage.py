@@ -277,8 +277,8 @@ def folders(bench) -> Folders:
     return Folders(bench)
 
 
-def verdict(folders: Folders, kind: Kind, command: Command, name: str, how: str) -> str:
-    """What came of the command: refused, noted, made again, or what is wrong."""
+def verdict(folders: Folders, kind: Kind, command: Command, name: str, how: str, undone: list[str]) -> str:
+    """What came of the command: refused, noted, made again, or what is wrong. `undone`: results that it never makes."""
     outcome = folders.command(command.stage, *command.overrides, stand_ins=command.stand_ins)
     named = name.rpartition("/")[2]
     lines = [line for line in outcome.log.splitlines() if named in line or Path(kind.folder, name).parent.name in line]
@@ -288,7 +288,7 @@ def verdict(folders: Folders, kind: Kind, command: Command, name: str, how: str)
         return "refused" if lines else f"refused without its name: {outcome.log[-300:]}"
     if outcome.status != 0:
         return f"exit code {outcome.status}: {outcome.log[-300:]}"
-    if kind.same and not command.name.startswith("report") and (different := folders.differing(kind)):
+    if kind.same and (different := [result for result in folders.differing(kind) if result not in undone]):
         return f"another result: {different}"
     if any(mark in line for mark in REPORTED for line in lines if named in line):
         return "noted"
@@ -306,6 +306,7 @@ def fill_row(folders: Folders, kind: Kind, command: Command, line, draw: random.
     folder = folders.place / kind.folder
     with opened(folder) as read:
         outcome = folders.command(command.stage, *command.overrides, stand_ins=command.stand_ins)
+    undone = folders.differing(kind) if kind.same else []
     folders.put_back()
     line.runs += 1
     assert outcome.status == 0, f"{kind.name}: {command.name} on whole folders:\n{outcome.log}"
@@ -317,7 +318,7 @@ def fill_row(folders: Folders, kind: Kind, command: Command, line, draw: random.
         others = like(folder / name, name, folders.place / kind.twin)
         if damage_file(folder / name, how, others, draw):
             line.runs, line.faults = line.runs + 1, line.faults + 1
-            found = verdict(folders, kind, command, name, how)
+            found = verdict(folders, kind, command, name, how, undone)
             if found in came:
                 came[found] += 1
             else:
