@@ -117,22 +117,24 @@ def _names(folder: Path) -> list[str]:
     return sorted(_that_matter(folder))
 
 
-def _that_matter(folder: Path) -> Iterator[str]:
+def _that_matter(folder: Path, is_top: bool = True) -> Iterator[str]:
+    """As `_names`, one by one. A job's files do not keep its own stage out; inside, they make the folder a sweep's."""
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         is_job = any(_is_job_file(folder / name) for name in JOB_FILES)
+        of_a_job = () if not is_job else (*JOB_FILES, "log.txt") if is_top else ("process.json",)
         for entry in entries:
-            if not _is_harmless(entry, is_job):
+            if not _is_harmless(entry, of_a_job):
                 yield entry.name
 
 
-def _is_harmless(entry: os.DirEntry, is_job: bool) -> bool:
+def _is_harmless(entry: os.DirEntry, of_a_job: tuple[str, ...]) -> bool:
     if entry.is_symlink():
         return False
     if entry.is_dir():
         path = Path(entry.path)
-        return entry.name in HARMLESS_FOLDERS or _marked(path) == "dry_run" or next(_that_matter(path), None) is None
+        return entry.name in HARMLESS_FOLDERS or _marked(path) == "dry_run" or not any(_that_matter(path, False))
     is_left = entry.name.startswith(".tmp-") and NAME.fullmatch(entry.name) is not None
-    return is_left or entry.name in HARMLESS or (is_job and entry.name in (*JOB_FILES, "log.txt"))
+    return is_left or entry.name in HARMLESS or entry.name in of_a_job
 
 
 def _is_job_file(path: Path) -> bool:

@@ -43,7 +43,7 @@ def test_every_stage_finishes_on_a_terminal_that_cannot_show_what_it_prints(tmp_
     home = tmp_path / "données"
     run, base = home / "run", type(stages)(home, stages.model).overrides(*QUICK)
     of_run = [text for text in base if text.startswith(("paths.", "hardware."))] + [f"run={run}"]
-    few = ["variance.pairs=2", "variance.gradient_pairs=2", "variance.evaluations=2", "variance.draws=[2]"]
+    few = ["variance.pairs=2", "variance.gradient_pairs=2", "variance.evaluations=3", "variance.draws=[2]"]
     commands = [
         ["plan", *base],
         ["prepare", *base],
