@@ -91,7 +91,7 @@ ARMS = "study.arms=[{name: default}, {name: other, overrides: ['dpo.loss=ipo']}]
 STUDY = (BARE, ARMS, "study.name=two", "study.seeds=[42]", "output_dir=study", "resume=true")
 
 
-def on(run: str, *stages: str, data: str = "data") -> list[Command]:
+def on(run: str, *stages: str, data: str = "data", stand_ins: Sequence[str] = ()) -> list[Command]:
     """The commands that look at a finished run."""
     more = {
         "evaluate": [f"paths.data_dir={data}", "hardware.device=cpu"],
@@ -100,7 +100,7 @@ def on(run: str, *stages: str, data: str = "data") -> list[Command]:
         "export": [],
         "report": [],
     }
-    return [Command(f"{stage} run=", stage, [BARE, f"run={run}", OUT, *more[stage]]) for stage in stages]
+    return [Command(f"{stage} run=", stage, [BARE, f"run={run}", OUT, *more[stage]], stand_ins) for stage in stages]
 
 
 def again(stage: str, folder: str, *more: str, stand_ins: Sequence[str] = ()) -> Command:
@@ -186,7 +186,7 @@ KINDS = [
         OTHER,
         [
             again("train", "rounds", *ROUNDS, stand_ins=["any_grader"]),
-            *on("rounds", "evaluate", "generate", "export", "report", data="round_data"),
+            *on("rounds", "evaluate", "generate", "export", "report", data="round_data", stand_ins=["any_grader"]),
         ],
         ["rounds", OTHER],
     ),
