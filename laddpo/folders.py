@@ -70,8 +70,9 @@ def refuse_others(folder: Path, kinds: tuple[str, ...], resume: bool, setting: s
         return found
     where = f"{setting} is {str(folder)!r}, which holds"
     if is_own and set(kinds) & CONTINUED:
+        earlier = "a sweep" if kinds == ("sweep",) else "an earlier run"
         raise UserError(
-            f"{where} an earlier run; nothing is overwritten; add resume=true to continue it, or choose another folder."
+            f"{where} {earlier}; nothing is overwritten; add resume=true to continue it, or choose another folder."
         )
     if is_own:
         raise UserError(f"{where} {found.words} already; nothing is overwritten; choose another folder.")
