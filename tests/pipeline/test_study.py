@@ -38,6 +38,7 @@ def test_a_study_without_arms_or_with_unknown_ones_is_refused():
         wanted_arms(compose(["study=nano", "study.only=[defualt]"]))
 
 
+ONE_ARM = "study.arms=[{name: default}]"
 TWO_ARMS = "study.arms=[{name: default}, {name: other, overrides: ['dpo.loss=ipo']}]"
 
 
@@ -65,12 +66,12 @@ def test_what_is_wrong_with_a_study_is_said_before_its_first_arm(settings, messa
     ("settings", "said"),
     [
         (
-            ["study.arms=[{name: a, stage: sft, overrides: [sft=control, 'dpo.loss=ipo', dry_run=true]}]"],
-            "dry_run=true:",
+            ["study.arms=[{name: default, stage: sft, overrides: ['sft=control', 'dry_run=true']}]"],
+            "dry_run=true: sft does not read it",
         ),
-        (["study.arms=[{name: a}]", "verify=true"], "verify=true: no arm of this study reads it"),
-        (["study.arms=[{name: a, overrides: ['dpo.beta=-1']}]"], "dpo.beta is -1.0"),
-        (["study.arms=[{name: a}]", "study.settings=['prompt=hello']"], "prompt=hello: no arm of this study reads it"),
+        ([ONE_ARM, "verify=true"], "verify=true: no arm of this study reads it"),
+        (["study.arms=[{name: default, overrides: ['dpo.beta=-1']}]"], "dpo.beta is -1.0"),
+        ([ONE_ARM, "study.settings=['prompt=hello']"], "prompt=hello: no arm of this study reads it"),
     ],
 )
 def test_a_setting_that_no_arm_reads_is_refused_before_the_first_run(settings, said, tmp_path, capsys):
