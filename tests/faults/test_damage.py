@@ -265,6 +265,7 @@ NOT_SEALED = {  # what these folders hold beside, and why no manifest names it
     ".lock": "who holds the folder",
     "log.txt": "what a job printed; only written",
     "process.json": "a job's number while it runs",
+    "multirun.yaml": "Hydra's record of a sweep; only written",
     "rounds.md": "the table of rounds.json for people; only written",
     "sweep.md": "the table of sweep.json for people; only written",
     "study.": "the page of a study; written from its arms each time",
