@@ -140,7 +140,8 @@ def test_a_signal_during_validation_is_answered_before_the_next_micro_step(stage
 
     run = stages.folder / "run"
     settings = [*QUICK, f"output_dir={run}", "evaluation.at_end=false", "evaluation.tasks=[]", "best_metric=loss"]
-    settings += ["evaluation.every_steps=2", "evaluation.num_pairs=6", "hardware.token_budget=160"]
+    settings += ["evaluation.every_steps=2", "evaluation.num_pairs=6", "data.max_length=160"]
+    settings += ["hardware.token_budget=160"]
     with monkeypatch.context() as patched:
         patched.setattr(Validation, "measure", watched)
         patched.setattr(gradient, "_draw_values", counted)
