@@ -35,7 +35,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if is_resumed:
         config = settings_of_study(config, folder)
     arms = wanted_arms(config)
-    check_arms(config)
+    check_arms(config, arms)
     with owned(folder, "study", is_resumed):
         refuse_other_arms(config, folder)
         write_command(folder, given_overrides.get(), stage="study")
@@ -86,25 +86,26 @@ def wanted_arms(config: RunConfig) -> list[StudyArm]:
     return [arm for arm in study.arms if not study.only or arm.name in study.only]
 
 
-def check_arms(config: RunConfig) -> None:
-    """Refuse the study before its first run when the settings of any arm are wrong, or one is read by no arm."""
+def check_arms(config: RunConfig, asked: list[StudyArm]) -> None:
+    """Refuse the study before its first run when settings of an arm that is asked for are wrong, or one is read by no
+    arm of the study."""
     from laddpo.begun import problems_by_job
     from laddpo.compose import compose_tree, open_hydra, settings_problems
 
-    arms, (name, folder) = config.study.arms, root_config()
+    name, folder = root_config()
     found = {}
     with open_hydra("laddpo.study", folder) as hydra:
-        for arm in arms:
+        for arm in asked:
             try:
                 tree = compose_tree(hydra, name, arm_overrides(config, arm, config.study.seeds[0]))
                 found[arm.name] = settings_problems(tree, arm.stage)[1]
             except UserError as error:
                 found[arm.name] = list(error.problems)
-    problems = problems_by_job(found, f"of {len(arms)} arms")
+    problems = problems_by_job(found, f"of {len(asked)} arms")
     problems += [
         f"{text}: no arm of this study reads it; leave it out."
         for text in shared_overrides(config)
-        if not any(stage_reads(arm.stage, text) for arm in arms)
+        if not any(stage_reads(arm.stage, text) for arm in config.study.arms)
     ]
     if problems:
         raise UserError(*problems)
