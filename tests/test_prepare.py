@@ -15,6 +15,7 @@ from laddpo.inputs import _check_vocabulary, difficulty_of, model_path
 from laddpo.models.loading import load_tokenizer
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.prepare import _arguments, check_enough
+from laddpo.read_settings import stage_reads
 from laddpo.runs import read_json
 
 
@@ -204,7 +205,7 @@ def test_a_hub_dataset_leaves_its_commit_in_the_manifest(tmp_path, monkeypatch):
 def prepared_pairs(tmp_path, count, *settings):
     path = write_rows(tmp_path / "a.jsonl", rows_of("a", count))
     asked = ["data=jsonl", f"data.dataset_name={path}", *settings]
-    code, folder = run_prepare(tmp_path, *asked)
+    code, folder = run_prepare(tmp_path, *(text for text in asked if stage_reads("prepare", text)))
     assert code == 0
     return compose(asked), PreparedPairs.load(folder)
 
