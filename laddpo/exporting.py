@@ -104,7 +104,7 @@ def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list
     model.config.mask_token_id = mask  # where config.json leaves it to the tokenizer
     final, digests = probe_logits(model, probes, mask), tensor_digests(model)
     files = loading.save_model(model, folder, int(config.export.shard_gib * 2**30))
-    if not config.sft.from_scratch:
+    if not (source.is_full and config.sft.from_scratch):
         loading.keep_original_fields(folder, loading.checkpoint_folder(path, revision))
     files += loading.copy_tokenizer(path, revision, folder)
     del model  # two 8B models would not fit beside each other

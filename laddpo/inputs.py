@@ -54,15 +54,15 @@ class Loaded:
     weights: dict[str, str]
 
 
-def check_before_loading(config: RunConfig, hash_again: bool = False) -> None:
+def check_before_loading(config: RunConfig, hash_again: bool | None = None) -> None:
     """Refuse what cannot work before minutes go by: what this machine lacks, a model that cannot be had, a chat
-    template that cannot be used, a starting adapter that does not fit the model. `hash_again`, or verify=true: base
-    weights that are no longer what they were."""
+    template that cannot be used, a starting adapter that does not fit the model. `hash_again` (None: as `verify` says):
+    base weights that are no longer what they were."""
     problems: list[str] = []
     for check in (
         check_machine,
         lambda config: encoder_for(config, loading.load_tokenizer(model_path(config), config.model.revision)),
-        *([_hash_weights] if hash_again or config.verify else []),
+        *([_hash_weights] if (config.verify if hash_again is None else hash_again) else []),
         check_adapter_fits,
         check_adapter,
     ):

@@ -78,14 +78,14 @@ PLANNED = (
 READS: dict[str, tuple[str, ...]] = {
     "prepare": (*PREPARED, "run", "verify"),
     "precompute": (*PREPARED, *DRAWS, *HELD_OUT, "evaluation.at_end", *LENGTH, "verify"),
-    "train": (*PREPARED, "verify", "adapter.", "dpo.", *STEPS, "evaluation.", "data.rounds", "dry_run"),
-    "sft": (*PREPARED, "data.columns.response", "verify", "adapter.", "dpo.diffusion_samples", *MEASURED, *STEPS,
+    "train": (*PREPARED, "adapter.", "dpo.", *STEPS, "evaluation.", "data.rounds", "dry_run"),
+    "sft": (*PREPARED, "data.columns.response", "adapter.", "dpo.diffusion_samples", *MEASURED, *STEPS,
             "-stopping.max_chosen_fall", "evaluation.", "sft."),
     "evaluate": (*LOADED, *ENCODING, *DIFFICULTY, "evaluation.", "-evaluation.at_end", "-evaluation.every_steps",
                  "-evaluation.samples", "run", "verify"),
     "generate": (*LOADED, *ENCODING, *ANSWERS, "run", "verify", "prompt", "prompts"),
     "variance": ("variance.", "evaluation.tasks", "run", "verify"),
-    "export": (*MODEL, "adapter.path", *ENCODING, "export.", "run", "verify"),
+    "export": (*MODEL, "adapter.path", *ENCODING, "export.", "run"),
     "report": ("report.", "run", "runs"),
     "plan": (*ROWS, "adapter.r", "adapter.target_modules", *PLANNED, "dpo.mask_rounds", *LENGTH,
              "data.length_quantiles.mean", "data.length_quantiles.p99", "data.length_quantiles.prompt_mean"),
@@ -216,6 +216,7 @@ def _generates(stage: str, config: RunConfig) -> bool:
 
 OFF = (None, False, [])
 ADVICE = {
+    "verify": "train, sft and export always hash the base weights again; ",
     "stopping.max_chosen_fall": "it is measured on pairs, which sft has none of; ",
     "run": "write adapter.path=<run>/adapter to go on from it, prepare data=onpolicy for pairs of its answers, or ",
     "dry_run": "set optim.max_train_steps=2 for a run of two steps, or ",
@@ -223,7 +224,14 @@ ADVICE = {
 }
 CORPUS = (*ENCODING, *DIFFICULTY, "data.problems", "data.habit")
 OF_QUESTIONS = (
-    *("data.dataset_split", "data.columns.", "data.follow_symlinks", "data.allow_empty_prompt", "data.allow_nul"),
+    *(
+        "data.dataset_split",
+        "data.dataset_config",
+        "data.columns.",
+        "data.follow_symlinks",
+        "data.allow_empty_prompt",
+        "data.allow_nul",
+    ),
     "data.sampling.instruction",
 )
 OF_PARTS = {

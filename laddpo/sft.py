@@ -119,7 +119,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     estimator = ElboEstimator("count", "low_discrepancy", draws_of(config), config.seed, mask_rounds=sys.maxsize)
     backward = machine.choice.setup.backward
     task = SftTask(loaded.denoiser, parameters, examples, estimator, machine.token_budget, backward, ranks)
-    rows = measured_rows(held_out, config.evaluation.diffusion_samples, config.seed)
+    rows = measured_rows(held_out, config.evaluation.diffusion_samples, config.seed) if held_out else []
     validation = Validation(config, loaded, [], 1, validation_tasks(config), stop=stop, rows=rows)
     is_new, metric = config.sft.from_scratch, validation.best_metric
     settings = loop_settings(config, len(examples), metric, has_pairs=False, from_scratch=is_new)

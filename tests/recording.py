@@ -17,7 +17,10 @@ from laddpo.settings import DataSettings, RunConfig
 
 # modules whose own code copies, checks or compares settings
 COPYING = ("dataclasses", "copy", "omegaconf", "hydra", "tests")
-CHECKING = ("app", "compose", "config", "datachecks", "devicechecks", "launch", "mistakes", "ranges", "read_settings")
+CHECKING = (
+    *("app", "compose", "config", "datachecks", "decodingchecks", "devicechecks", "launch", "mistakes", "pathchecks"),
+    *("ranges", "read_settings", "resuming"),
+)
 # functions that fingerprint, compare or print, with all that they call: (module, name)
 NO_USE = {
     ("prepare", "_only_part"),
@@ -27,16 +30,16 @@ NO_USE = {
     ("onpolicy", "sample_fields"),
     ("onpolicy", "sample"),  # whose evaluation holds data.sampling
     ("harness", "answers_key"),
-    ("resuming", "changed_settings"),
-    ("resuming", "refuse_longer_training"),
-    ("resuming", "_existing"),
+    *(("pins", name) for name in ("make", "require_same", "require_like_siblings", "check_adapter", "_problem")),
     ("tuned", "settings_of_run"),
     ("tuned", "refuse_decided"),
     ("tuned", "other_decoding"),
     ("modelcard", "card_text"),
     ("benchmark", "about"),
     ("plan", "_run_line"),
+    ("sft", "source_of"),
 }
+USES = {("datachecks", "sft_examples")}  # functions of CHECKING that decide what a stage does
 PLANNING = {("planning", "choose_plan"), ("planning", "assumed_lengths"), ("machine", "settled_sharding")}
 PLANNED = ("train", "sft", "plan")  # of the others the memory plan is a forecast for nothing that they do
 
@@ -101,7 +104,9 @@ def _request_reader(found: set[str]):
 
 def _counts(frame: FrameType | None, no_use: set[tuple[str, str]]) -> bool:
     module = frame.f_globals["__name__"]
-    if module.partition(".")[0] in COPYING or module.removeprefix("laddpo.") in CHECKING:
+    is_checking = module.removeprefix("laddpo.") in CHECKING
+    is_use = (module.removeprefix("laddpo."), frame.f_code.co_name) in USES
+    if module.partition(".")[0] in COPYING or (is_checking and not is_use):
         return False
     while frame is not None:
         place = frame.f_globals["__name__"].removeprefix("laddpo.")

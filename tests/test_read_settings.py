@@ -233,7 +233,7 @@ REFUSED = [
     ("train", ["data=onpolicy", "data.operand_max=9", "data.problems=word_problems", "evaluation.tasks=[]"], "none is"),
     ("sft", ["sft=control", "dry_run=true"], "set optim.max_train_steps=2 for a run of two steps"),
     ("sft", ["sft=control", "data=onpolicy", "rounds=2"], "sft does not read it; train does"),
-    ("sft", ["sft=control", "sft.num_examples=7"], "sft.examples=corpus"),
+    ("sft", ["sft=control", "sft.num_examples=7"], "a generated corpus"),
     ("sft", ["data.random_sample_size=7"], "a generated corpus does not read it"),
     ("evaluate", ["evaluation.every_steps=3"], "train, sft do"),
     ("evaluate", ["evaluation.num_pairs=3"], "only of a run"),

@@ -124,7 +124,7 @@ def test_what_a_run_was_made_with_is_no_mistake_of_who_looks_at_it(tmp_path, mon
         ("train", "run=r", "write adapter.path=<run>/adapter to go on from it"),
         ("plan", "runs=[r]", 'runs=["r"]: plan does not read it; report does; leave it out.'),
         ("evaluate", "prompts=a.txt", "prompts=a.txt: evaluate does not read it; generate does"),
-        ("plan", "verify=true", "verify=true: plan does not read it; prepare, precompute, train, sft, evaluate"),
+        ("plan", "verify=true", "verify=true: plan does not read it; prepare, precompute, evaluate"),
     ],
 )
 def test_a_setting_that_only_other_stages_look_at_is_refused(run, stage, setting, said, capsys):
