@@ -36,6 +36,7 @@ NO_USE = {
     ("tuned", "other_decoding"),
     ("modelcard", "card_text"),
     ("benchmark", "about"),
+    ("answering", "encoded_prompts"),  # whether a prompt has room
     ("plan", "_run_line"),
     ("sft", "source_of"),
 }
