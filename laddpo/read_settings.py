@@ -84,7 +84,7 @@ READS: dict[str, tuple[str, ...]] = {
     "evaluate": (*LOADED, *ENCODING, *DIFFICULTY, "evaluation.", "-evaluation.at_end", "-evaluation.every_steps",
                  "-evaluation.samples", "run", "verify"),
     "generate": (*LOADED, *ENCODING, *ANSWERS, "run", "verify", "prompt", "prompts"),
-    "variance": ("variance.", "evaluation.tasks", "run", "verify"),
+    "variance": (*ROWS, "variance.", "evaluation.tasks", "run", "verify"),
     "export": (*MODEL, "adapter.path", *ENCODING, "export.", "run"),
     "report": ("report.", "run", "runs"),
     "plan": (*ROWS, "adapter.r", "adapter.target_modules", *PLANNED, "dpo.mask_rounds", *LENGTH,

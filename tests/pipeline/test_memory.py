@@ -147,7 +147,7 @@ def test_a_dry_run_leaves_nothing_that_is_taken_for_a_run(stages, capsys):
     assert stages.run("train", "dry_run=true", "resume=true") == 2
     assert "leave one of them out" in capsys.readouterr().err
     assert stages.run("sft", "dry_run=true") == 2
-    assert "only python -m laddpo.train knows" in capsys.readouterr().err
+    assert "sft does not read it; train does" in capsys.readouterr().err
     assert stages.run("train", "resume=true", f"output_dir={run}", "evaluation.at_end=false") == 0
     assert "holds no run yet; starting a new one" in capsys.readouterr().out
 
