@@ -24,6 +24,7 @@ from laddpo.preference.pairs import prompt_group, user_prompt
 from laddpo.preference.preparation import Part, Rules, find_prepared, prepare_examples, prepare_pairs
 from laddpo.preference.prepared import PreparedPairs, chosen_examples, whole_folder
 from laddpo.preference.sources import Request
+from laddpo.temporaries import NAME
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
 
@@ -426,7 +427,7 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_clears_up(tmp_path, toke
     killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     left = [folder.name for folder in (tmp_path / "out").iterdir()]
-    assert len(left) == 1 and re.fullmatch(r"\.tmp-\d+\.[0-9a-f]{8}-test-[0-9a-f]{16}", left[0])
+    assert len(left) == 1 and re.fullmatch(r"test-[0-9a-f]{16}", NAME.fullmatch(left[0])["name"])
     prepared = prepare(tmp_path / "out", path, tokenizer)
     assert [folder.name for folder in (tmp_path / "out").iterdir()] == [prepared.folder.name]
 
