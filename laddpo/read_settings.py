@@ -118,7 +118,7 @@ def unread_problems(
     problems = {}
     for name in given:
         inside = [key for key in values if f"{key}.".startswith(f"{name}.")]
-        if not inside or all(values[key] in OFF and values[key] == defaults[key] for key in inside):
+        if not inside or all(_is_off(key, values[key], defaults[key]) for key in inside):
             continue
         followed = [key for found in inside for key in (found, *references.get(found, ()))]
         found = [unread(stage, key, config) for key in followed]
@@ -128,6 +128,11 @@ def unread_problems(
     for name, why in problems.items():
         shared.setdefault(why, []).append(f"{name}={_as_written(values[name])}" if name in values else name)
     return [f"{', '.join(sorted(names))}: {why}" for why, names in shared.items()]
+
+
+def _is_off(key: str, value: Any, default: Any) -> bool:
+    """Whether a value says that something is off, which is so anyway or harmless to say."""
+    return value in OFF and (value == default or key in OFF_IS_HARMLESS)
 
 
 def unread(stage: str, key: str, config: RunConfig) -> str | None:
@@ -215,6 +220,7 @@ def _generates(stage: str, config: RunConfig) -> bool:
 
 
 OFF = (None, False, [])
+OFF_IS_HARMLESS = ("evaluation.at_end",)  # true by default
 ADVICE = {
     "verify": "train, sft and export always hash the base weights again; ",
     "stopping.max_chosen_fall": "it is measured on pairs, which sft has none of; ",

@@ -265,13 +265,14 @@ def asked_of(config: RunConfig) -> list[str]:
 def run_state(place: Path) -> str:
     """How a run that is in no number of the page ended."""
     from laddpo import runs
-    from laddpo.sweep import JOB_FILE
+    from laddpo.begun import JOB_FILE, JOB_KEYS
+    from laddpo.seals import read_checked
     from laddpo.sweepresults import job_state
 
     if (place / runs.MANIFEST).exists():
         return "finished, without answers of both models to the same problems"
     job = place / JOB_FILE
-    code = runs.read_json(job).get("exit_code") if job.exists() else None
+    code = read_checked(job, JOB_KEYS)["exit_code"] if job.exists() else None
     return job_state(code, has_begun=job.exists())
 
 

@@ -13,6 +13,7 @@ from laddpo.benchmarking.measure import median_ratio, timed_rounds
 from laddpo.benchmarking.workload import length_parameters, pair_of_tokens, random_model, random_pairs
 from laddpo.compose import compose
 from laddpo.runs import read_manifest
+from tests.tiny import of_parts
 
 TINY = [
     "hardware=cpu",
@@ -99,7 +100,7 @@ def test_a_shipped_model_is_found_from_any_folder(tmp_path, monkeypatch):
 def test_random_weights_answer_for_time_alone(tmp_path):
     folder = tmp_path / "run"
     elsewhere = ["model.model_name_or_path=org/not-here", "benchmark.parts=[sampler]", f"output_dir={folder}"]
-    assert cli("benchmark", [*TINY, *elsewhere]) == 0
+    assert cli("benchmark", [*of_parts(TINY, "sampler"), *elsewhere]) == 0
     text = (folder / "benchmark.md").read_text(encoding="utf-8")
     assert "random weights, which never stop" in text and "exact match" not in text
 
@@ -107,7 +108,7 @@ def test_random_weights_answer_for_time_alone(tmp_path):
 def test_a_part_can_run_alone_on_the_configured_model(tmp_path, capsys):
     folder = tmp_path / "run"
     more = ["benchmark.weights=model", "benchmark.parts=[memory]", "benchmark.memory_draws=[1]", f"output_dir={folder}"]
-    shape_is_the_models = [item for item in TINY if "shape" not in item]
+    shape_is_the_models = [item for item in of_parts(TINY, "memory") if "shape" not in item]
     assert cli("benchmark", [*shape_is_the_models, *more]) == 0
     text = (folder / "benchmark.md").read_text(encoding="utf-8")
     assert "weights of llada_nano" in text and "random weights" not in text and "## Speed" not in text

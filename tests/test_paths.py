@@ -166,7 +166,7 @@ def test_without_a_home_digests_are_not_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that no file knows
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").write_bytes(b"1")
-    assert loading._remembered_sha256(tmp_path / "weights") == runs.file_sha256(tmp_path / "weights")
+    assert loading._remembered_sha256(tmp_path / "weights", False) == runs.file_sha256(tmp_path / "weights")
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 

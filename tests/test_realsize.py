@@ -23,6 +23,7 @@ from laddpo.core.tasks import pair_item
 from laddpo.errors import UserError
 from laddpo.models.adapters import attach_lora
 from laddpo.realsize import predicted_peak, setup_of
+from tests.tiny import of_parts
 
 SHAPE = {"d_model": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 128, "vocab_size": 512}
 SMALL = [
@@ -118,7 +119,12 @@ def test_a_compiler_that_fails_costs_its_own_row_alone(monkeypatch, tmp_path):
 
     monkeypatch.setattr(blocks, "compile_blocks", broken)
     rates = "benchmark.rates=[{quantization: none, compile: true}, {quantization: none, token_budget: 256}]"
-    assert cli("benchmark", [*SMALL, "benchmark.parts=[rates]", rates, f"output_dir={tmp_path / 'run'}"]) == 0
+    assert (
+        cli(
+            "benchmark", [*of_parts(SMALL, "rates"), "benchmark.parts=[rates]", rates, f"output_dir={tmp_path / 'run'}"]
+        )
+        == 0
+    )
     rows = json.loads((tmp_path / "run" / "benchmark.json").read_text())["rates"]["rows"]
     assert [row["problem"] for row in rows] == ["not compiled: no C compiler was found", ""]
 
@@ -131,7 +137,13 @@ def test_what_was_measured_is_written_before_the_next_part(monkeypatch, tmp_path
 
     monkeypatch.setitem(benchmark.PARTS, "nano", fails)
     folder = tmp_path / "run"
-    assert cli("benchmark", [*SMALL, "benchmark.parts=[agreement,nano]", f"output_dir={folder}"]) == 2
+    assert (
+        cli(
+            "benchmark",
+            [*of_parts(SMALL, "agreement", "nano"), "benchmark.parts=[agreement,nano]", f"output_dir={folder}"],
+        )
+        == 2
+    )
     assert "agreement" in json.loads((folder / "benchmark.json").read_text())
     assert "## What 4-bit weights change" in (folder / "benchmark.md").read_text(encoding="utf-8")
 
@@ -222,7 +234,9 @@ def test_whoever_runs_out_of_memory_is_timed_with_one_draw(tmp_path, monkeypatch
         return plain(self, pair, draws, scale)
 
     monkeypatch.setattr(PublicLaddpo, "step", greedy)
-    assert cli("benchmark", [*SMALL, "benchmark.parts=[speed]", f"output_dir={tmp_path / 'run'}"]) == 0
+    assert (
+        cli("benchmark", [*of_parts(SMALL, "speed"), "benchmark.parts=[speed]", f"output_dir={tmp_path / 'run'}"]) == 0
+    )
     text = (tmp_path / "run" / "benchmark.md").read_text(encoding="utf-8")
     record = json.loads((tmp_path / "run" / "benchmark.json").read_text())["speed"]
     assert "public_laddpo ran out of memory with 4 draws; with one draw it takes" in text

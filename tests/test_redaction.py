@@ -133,7 +133,7 @@ def test_no_sink_shows_a_secret_of_the_environment(monkeypatch, tmp_path, capsys
     monkeypatch.setitem(TRACKERS, "wandb", fails)
     with Trackers(tmp_path / "other", {"wandb": True}, {}, say=said.append):
         pass
-    card = card_text(config, CardFacts("fp32", everything, 1), {}, None, everything, 1, None)
+    card = card_text(config, CardFacts("fp32", everything, 1), {}, None, everything, 1, [])
     errors = (UserError(everything), RunFault(everything), Stopped(everything, everything), RuntimeError(everything))
     for error in errors:
 

@@ -193,7 +193,7 @@ def test_a_removed_setting_is_dropped_where_it_did_nothing_and_refused_by_name_e
     monkeypatch.setattr(composing, "REMOVED", removed)
     folder = run_folder(settings)
     path = folder / "config.yaml"
-    text = path.read_text()
+    text = path.read_text().partition("\n")[2]  # without the check of this version
     path.write_text(text.replace("\ndpo:\n", "\nhaste: false\ndpo:\n  warp: 0.0\n"))
     assert read_config(folder) == settings
     path.write_text(text.replace("\ndpo:\n", "\nhaste: true\ndpo:\n  warp: 0.5\n"))

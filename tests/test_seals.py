@@ -23,6 +23,7 @@ RECORDS = [{"id": str(n), "text": "é"} for n in range(4)]
 RAW_READS = {"read_json", "read_bytes", "read_text", "load_file", "safe_open", "JsonLines", "CheckedLines"}
 READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_file, and why that is right
     "app": "a stage's own source text, for --help",
+    "compose": "settings as plain data, to pass over runs of other settings; read_config compares the one that counts",
     "core.checkpoint": "after read_manifest of the checkpoint",
     "core.outputs": "the logs of the run itself: metrics.jsonl is compared by `cut`, timing.jsonl is not sealed",
     "core.reference": "each shard's bytes are hashed before they are used",
@@ -33,15 +34,23 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "evaluation.studies": "timing.jsonl is not sealed",
     "evaluation.tasks": "every line has a check",
     "exporting": "after require_sealed; the base's README.md for its licence",
+    "folders": "what kind of folder it is: marks and manifests, which decide no value",
+    "models.adapter_settings": "after require_sealed",
     "models.adapters": "after require_sealed",
+    "models.foreign": "after require_sealed of its callers",
     "models.loading": "after require_sealed; remembered digests are no content",
+    "models.tokenizers": "after require_sealed in load_tokenizer",
+    "pins": "an adapter of another program, which has no seal",
     "planning": "the kernel's estimate of free memory",
+    "preference.splits": "descriptions of a user's data set, which nothing of ours seals",
     "preference.prepared": "report.json after read_manifest of the folder",
+    "resuming": "command.json: which settings were named, for a message",
     "reporting": "timing.jsonl is not sealed; state.json names what a log must be",
     "runs": "the reading functions themselves",
     "rounds": "results.json after sealed_file",
     "seals": "the comparisons themselves",
     "sweep": "process.json says which process runs a job, for as long as it runs",
+    "temporaries": "the system's boot and namespace ids",
     "tracking": "wandb_id.txt is a name at a tracker; no value depends on it",
 }
 

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from laddpo.read_settings import OF_PARTS
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -28,3 +30,9 @@ def write_tiny_model(folder: Path, shape: Mapping[str, int]) -> Path:
     )
     save_model(new_model(config, seed=3), folder)
     return folder
+
+
+def of_parts(overrides: list[str], *parts: str) -> list[str]:
+    """The overrides of a benchmark that these parts of it read."""
+    unread = {f"benchmark.{name}" for part, names in OF_PARTS.items() if part not in parts for name in names}
+    return [text for text in overrides if text.partition("=")[0] not in unread]

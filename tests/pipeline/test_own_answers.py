@@ -80,6 +80,7 @@ def test_questions_of_a_file_are_graded_by_the_grader_of_that_name(nano, tmp_pat
     rows = [{"question": f"{a:02d}+{b:02d}-03=", "answer": f"so #### {a + b - 3:02d}"} for a, b in problems]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = [f"data.questions={questions}", "data.tasks=[]", "data.grader=contains", "data.sampling.temperature=1.5"]
+    asked.append("data.validation_fraction=0")
     assert nano("prepare", *asked, "data.sampling.num_questions=null") == 0
     sampling = json.loads((prepared_folder(capsys) / "report.json").read_text())["sampling"]
     assert sampling["questions"] == 18
@@ -93,6 +94,7 @@ def test_a_file_of_questions_is_read_once(nano, tmp_path, monkeypatch):
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(onpolicy, "read_questions", lambda *asked: times.append(asked) or read(*asked))
     asked = [f"data.questions={questions}", "data.tasks=[]", "data.grader=contains", "data.sampling.temperature=1.5"]
+    asked.append("data.validation_fraction=0")
     assert nano("prepare", *asked, "data.sampling.num_questions=null") == 0
     assert len(times) == 1
 

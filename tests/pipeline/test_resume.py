@@ -308,7 +308,7 @@ def test_a_run_that_has_nothing_but_checkpoints_can_be_finished_again(stages, fi
     shown = capsys.readouterr().err
     assert f"Remove {finished / 'manifest.json'} and give the command of the run again with resume={finished}" in shown
     (finished / "manifest.json").unlink()
-    assert stages.run(*command) == 1  # the best weights are not those of the last step
+    assert stages.run(*command) == 2  # the best weights are not those of the last step
     advised = capsys.readouterr().err.strip().split("in their place: ")[1]
     subprocess.run(advised, shell=True, check=True)
     assert stages.run(*command) == 0

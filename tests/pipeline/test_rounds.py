@@ -113,7 +113,7 @@ def test_what_reads_results_finds_those_of_all_rounds(two_rounds, tmp_path):
     assert cli("export", [f"run={run}", f"output_dir={tmp_path / 'card'}", "export.adapter_only=true"]) == 0
     card = (tmp_path / "card" / "README.md").read_text()
     assert "| exact match |" in card and "not recorded" not in card
-    shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("evaluation"))
+    shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("evaluation", "manifest.json"))
     rows = [row for row in records(run / "round_2") if row.get("validation/exact_match") is not None]
     best = max(row["validation/exact_match"] for row in rows)
     assert find_results(tmp_path / "bare") == {"validation/exact_match": {"tuned": best}}

@@ -9,6 +9,7 @@ import pytest
 
 from laddpo.evaluation import page
 from laddpo.evaluation.tables import aligned, examples_text, markdown
+from laddpo.evaluation.tasks import Answer
 from laddpo.visible import visible
 
 EVIL = "\x1b[2J\x1b]0;title\x07 a\x08b\rc \x9b31m \x7f \u202e \u2066 <b>|`x`"
@@ -49,7 +50,7 @@ def test_tables_examples_and_pages_show_what_data_hold():
 def test_generate_shows_an_answer_harmlessly_and_keeps_its_true_text(stages, monkeypatch, capsys):
     from laddpo import answering
 
-    monkeypatch.setattr(answering, "answerer", lambda config, loaded: lambda prompts: [EVIL] * len(prompts))
+    monkeypatch.setattr(answering, "answerer", lambda *given: lambda prompts: [Answer(EVIL)] * len(prompts))
     (stages.folder / "prompts.txt").write_text(EVIL.replace("\r", " ") + "\n", encoding="utf-8")
     out = stages.folder / "out"
     assert stages.run("generate", f"prompts={stages.folder / 'prompts.txt'}", f"output_dir={out}") == 0

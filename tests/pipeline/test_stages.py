@@ -145,7 +145,7 @@ def test_an_evaluation_into_the_folder_of_a_finished_run_is_refused(stages, caps
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
     before = (run / "manifest.json").read_bytes()
     assert stages.run("evaluate", f"run={run}", f"output_dir={run}", "resume=true") == 2
-    assert f"output_dir is '{run}', which holds a run of train (finished)" in capsys.readouterr().err
+    assert f"{run}/manifest.json: is a manifest of 'train', expected 'evaluation'" in capsys.readouterr().err
     assert (run / "manifest.json").read_bytes() == before
 
 

@@ -61,7 +61,7 @@ def written_to_by_another(folder, monkeypatch):
 def with_template(folder, template):
     """A copy of the shipped model whose chat template is another."""
     model = folder / "model"
-    shutil.copytree(NANO, model)
+    shutil.copytree(NANO, model, ignore=shutil.ignore_patterns("manifest.json"))
     (model / "chat_template.jinja").unlink(missing_ok=True)
     settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
     (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}), encoding="utf-8")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from laddpo.errors import UserError
 from laddpo.preference.badrows import BadRow
 from laddpo.preference.files import ReadLog
 from laddpo.preference.sources import CORPORA, SOURCES, Request, open_corpus
@@ -63,13 +64,11 @@ def test_a_row_of_any_shape_gives_its_response(tmp_path, row, asked, wanted):
 BAD = [
     ({"prompt": "p"}, {}, ("response", "DATA-01", "data.columns.response")),
     ({"prompt": "p", "output": "a"}, {}, ("response", "DATA-01", "data.columns.response=output")),
-    (PAIR, {"columns": {"response": "output"}}, ("output", "DATA-01")),  # a mapping is never passed over
     ({"prompt": "p", "response": ""}, {}, ("response", "DATA-07")),
     ({"prompt": "p", "response": 3}, {}, ("response", "DATA-12")),
     ({"response": "a"}, {}, ("prompt", "DATA-01")),
     ({"messages": [user("p")]}, {}, ("messages", "DATA-65")),
     ({"messages": "p"}, {}, ("messages", "DATA-12")),
-    ({"messages": [user("p"), assistant("a")]}, {"columns": {"response": "output"}}, ("output", "DATA-01")),
     ({"messages": [user("p"), {"role": "robot", "content": "a"}]}, {}, ("messages[1].role", "DATA-63")),
 ]
 
@@ -78,6 +77,12 @@ BAD = [
 def test_a_row_without_a_response_is_named(tmp_path, row, asked, words):
     (found,), _ = learned("jsonl", tmp_path, [row], **asked)
     assert isinstance(found, str) and all(word in found for word in (":1:", *words)), found
+
+
+@pytest.mark.parametrize("row", [PAIR, {"messages": [user("p"), assistant("a")]}])
+def test_a_column_of_responses_that_no_row_has_is_never_passed_over(tmp_path, row):
+    with pytest.raises(UserError, match=r"data\.columns\.response is 'output'.*DATA-104"):
+        learned("jsonl", tmp_path, [row], columns={"response": "output"})
 
 
 def test_every_source_of_pairs_has_examples_and_each_learns_the_chosen_side(tmp_path):
