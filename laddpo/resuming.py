@@ -85,12 +85,6 @@ def find_run(config: RunConfig, new_folder: Path) -> RunPlace:
     return RunPlace(folder, is_resumed=True, is_finished=is_finished)
 
 
-def keep_command(place: RunPlace, overrides: Iterable[str]) -> None:
-    """Write what the command line names into the folder of a run that begins."""
-    if here().is_main and not place.is_resumed:
-        write_command(place.folder, overrides)
-
-
 def write_command(folder: Path, overrides: Iterable[str], **more: Any) -> None:
     """command.json of a run, a sweep or a study: what the command line named when it began."""
     named = [redact(text) for text in overrides if override_key(text) not in ("output_dir", "resume")]

@@ -30,6 +30,8 @@ def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFla
     from laddpo.core.budget import release_memory
     from laddpo.core.ranks import here
     from laddpo.inputs import ADAPTER
+    from laddpo.read_settings import given_overrides
+    from laddpo.resuming import COMMAND, write_command
 
     ranks = here()
     if ranks.is_main:
@@ -37,6 +39,8 @@ def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFla
         pins.require_like_siblings(folder, pinned, config)
         pins.hold(folder, pinned, config)
         write_config(config, folder)
+        if not (folder / COMMAND).exists():
+            write_command(folder, given_overrides.get())
     start = config.adapter.path
     for number in range(1, config.data.rounds + 1):
         place = folder / f"round_{number}"

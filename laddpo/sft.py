@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one SFT run in `run_folder`, or in the run that `resume` names."""
-    from laddpo.resuming import check_finished, find_run, held, keep_command, step_processes, told_to_resume
+    from laddpo.resuming import check_finished, find_run, held, step_processes, told_to_resume
     from laddpo.signals import stop_on_signal
 
     if config.dry_run:  # of a yaml file; of the command line laddpo/read_settings.py refuses it
@@ -49,7 +49,6 @@ def main(config: RunConfig, run_folder: Path) -> None:
         check_finished(config, place.folder, "sft")
     else:
         with held(place.folder, "sft", place.is_resumed), told_to_resume(place.folder), stop_on_signal() as stop:
-            keep_command(place, given_overrides.get())
             train(step_processes(config, place), place.folder, place.is_resumed, stop)
     print(place.folder)
 
@@ -69,6 +68,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.models.loading import load_tokenizer
     from laddpo.preference.prepared import chosen_examples
     from laddpo.prepare import open_examples, open_prepared
+    from laddpo.resuming import write_command
     from laddpo.training import (
         SEALED,
         Validation,
@@ -113,6 +113,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     ranks = machine.ranks
     if ranks.is_main:
         write_config(config, folder)
+        if not is_resumed:
+            write_command(folder, given_overrides.get())
     stop_if_asked(folder, stop, ranks)
     parameters = inputs.make_trainable(config, loaded)
     # every epoch sees new masks: nothing is stored that would tie them

@@ -20,7 +20,7 @@ from laddpo.settings import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one run in `run_folder`, or in the run that `resume` names."""
-    from laddpo.resuming import check_finished, find_run, held, keep_command, step_processes, told_to_resume
+    from laddpo.resuming import check_finished, find_run, held, step_processes, told_to_resume
 
     place = find_run(config, run_folder)
     if place.is_finished:
@@ -34,7 +34,6 @@ def main(config: RunConfig, run_folder: Path) -> None:
         return
     with held(place.folder, "train", place.is_resumed), told_to_resume(place.folder), stop_on_signal() as stop:
         config = step_processes(config, place)
-        keep_command(place, given_overrides.get())
         if config.data.rounds > 1:
             from laddpo.rounds import train_rounds
 
@@ -88,6 +87,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.machine import find_machine
     from laddpo.planning import pairs_per_step
     from laddpo.prepare import check_enough, open_prepared
+    from laddpo.resuming import write_command
     from laddpo.training import (
         SEALED,
         check_weights,
@@ -119,6 +119,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     ranks = machine.ranks
     if ranks.is_main:
         write_config(config, folder)
+        if not is_resumed:
+            write_command(folder, given_overrides.get())
     stop_if_asked(folder, stop, ranks)
 
     pairs = prepared.train

@@ -49,7 +49,7 @@ class Parent:
     def __init__(self, folder: Path):
         self.folder = folder
         self.model = write_tiny_model(folder / "model", SHAPE)
-        self.trees: dict[str, tuple] = {}
+        self.trees: dict[str, object] = {}
         self.count = 0
 
     def warm(self) -> None:
@@ -72,8 +72,7 @@ class Parent:
         os.chdir(place)
         assert app.cli("train", self.arguments("train", []), train.main) == 0, "the undisturbed run failed"
         os.chdir(here)
-        self.compose, self.typed = app.compose_tree, app.to_run_config
-        app.compose_tree, app.to_run_config = self.composed, lambda tree: self.trees[tree.key][1]
+        self.compose, app.compose_tree = app.compose_tree, self.composed
 
     def arguments(self, stage: str, more: list[str]) -> list[str]:
         if more[:1] == [BARE]:
@@ -85,13 +84,8 @@ class Parent:
         """The tree of these overrides, composed once."""
         key = json.dumps(list(overrides))
         if key not in self.trees:
-            tree = self.compose(hydra, config_name, overrides, mode)
-            config = None
-            with contextlib.suppress(UserError):
-                config = self.typed(tree)
-            object.__setattr__(tree, "key", key)
-            self.trees[key] = (tree, config)
-        return self.trees[key][0]
+            self.trees[key] = self.compose(hydra, config_name, overrides, mode)
+        return self.trees[key]
 
     def prepare_settings(self, stage: str, more: list[str]) -> None:
         from laddpo import app
