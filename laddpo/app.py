@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hydra._internal.hydra import Hydra
@@ -173,7 +173,8 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
 
             refuse_sweep()
             return run_sweep(hydra, stage, args.config_name, args.config_dir, args.overrides, tree)
-        config = settings_for(hydra, stage, tree, args.overrides, args.config_name)
+        with _reader_may_go():
+            config = settings_for(hydra, stage, tree, args.overrides, args.config_name)
         given_overrides.set(tuple(args.overrides))
     with joined(stage, config) as ranks:
         if ranks is None:
@@ -230,13 +231,8 @@ def settings_for(
 
 def _call(main: Main, config: RunConfig, folder: Path) -> int:
     try:
-        main(config, folder)
-    except BrokenPipeError as error:
-        _print_into_nothing()
-        raise RunFault(
-            "what read this command's output went away, and the command stopped. Whatever it had finished is on disk: "
-            "the same command goes on from there (a training run with resume=true). Write the output to a file instead."
-        ) from error
+        with _reader_may_go():
+            main(config, folder)
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
             raise
@@ -244,6 +240,19 @@ def _call(main: Main, config: RunConfig, folder: Path) -> int:
 
         raise out_of_memory_fault(config, error) from error
     return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _reader_may_go() -> Iterator[None]:
+    """A closed pipe at the output (`| head`) ends the block with a `RunFault` that says how to go on."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        _print_into_nothing()
+        raise RunFault(
+            "what read this command's output went away, and the command stopped. Whatever it had finished is on disk: "
+            "the same command goes on from there (a training run with resume=true). Write the output to a file instead."
+        ) from error
 
 
 def _print_into_nothing() -> None:

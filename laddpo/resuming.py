@@ -126,7 +126,9 @@ def step_processes(config: RunConfig, place: RunPlace) -> RunConfig:
     """The settings with the number of processes that a step's pairs are counted for: in a resumed run such that each
     step has the pairs it would have had, in any number of processes."""
     if place.is_resumed:
-        return _counted_like(_read_run(place.folder), config)
+        stored = _read_run(place.folder)
+        # config.yaml keeps the word that the run began with, so that it is the same file after any resume
+        return dataclasses.replace(_counted_like(stored, config), resume=stored.resume)
     return _counted_for(config, config.hardware.processes or here().world)
 
 

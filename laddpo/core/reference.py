@@ -158,10 +158,14 @@ class ReferenceStore:
         for name in self._shards:
             if name not in self._known:
                 self._read_shard(name)
-        if self._shards:
-            for path in sorted(self.folder.glob(_shard_name("*"))):
-                if path.name not in self._shards:
-                    self._take_in(path)
+        if not self._shards:
+            return
+        listed = len(self._shards)
+        for path in sorted(self.folder.glob(_shard_name("*"))):
+            if path.name not in self._shards:
+                self._take_in(path)
+        if len(self._shards) > listed:
+            self._list_taken_in()
 
     def _add(self, pairs: list[StoredPair], first_draw: int, values: np.ndarray) -> None:
         end = first_draw + values.shape[2]
@@ -221,6 +225,12 @@ class ReferenceStore:
             entry = {"sha256": digest, "pairs": len(tensors["ids"]), "first_draw": int(tensors["first_draw"][0])}
             self._shards[path.name] = entry
             self._read_shard(path.name)
+
+    def _list_taken_in(self) -> None:
+        """Name in the manifest what was taken in, so that it is sealed. A folder that may only be read stays as it is."""
+        with contextlib.suppress(UserError, OSError), runs.locked(self.folder, check=self._refuse_others):
+            self._read_manifest()
+            self._write_manifest()
 
     def _write_manifest(self) -> None:
         content = {

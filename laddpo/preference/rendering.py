@@ -99,6 +99,7 @@ class RenderProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                cwd=os.sep,  # a disk that this process works on can be unmounted when it has ended
             )
             self._owner = os.getpid()
         return self._process
