@@ -227,7 +227,7 @@ class ReferenceStore:
             self._read_shard(path.name)
 
     def _list_taken_in(self) -> None:
-        """Name in the manifest what was taken in, so that it is sealed. A folder that may only be read stays as it is."""
+        """Name in the manifest what was taken in, so that it is sealed. A read-only folder stays as it is."""
         with contextlib.suppress(UserError, OSError), runs.locked(self.folder, check=self._refuse_others):
             self._read_manifest()
             self._write_manifest()
