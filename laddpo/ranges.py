@@ -8,6 +8,7 @@ torch, which a configuration must not; a test keeps both equal.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -72,6 +73,11 @@ def _depending(key: str, value: Any, config: Any) -> Iterator[str]:
             f"benchmark.mean is {value:g} and benchmark.p99 is {benchmark.p99:g}; lengths are log-normal, whose 99th "
             f"percentile lies above the mean and below {P99_OVER_MEAN:g} times it; {RANGES[key].usual} (157 and 646)."
         )
+
+
+def as_written(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,6 @@ Groups chosen as a whole (model=, data=, experiment=) and yaml files set much at
 from __future__ import annotations
 
 import contextvars
-import json
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 from laddpo.config import CONF_DIR
 from laddpo.datachecks import is_read, sft_examples
-from laddpo.ranges import EMBEDDED_TASKS, leaves
+from laddpo.ranges import EMBEDDED_TASKS, as_written, leaves
 from laddpo.settings import RunConfig
 
 # what this command line set, for stages that take the rest from an earlier run or name another command
@@ -126,7 +125,7 @@ def unread_problems(
             problems[name] = found[-1]
     shared: dict[str, list[str]] = {}
     for name, why in problems.items():
-        shared.setdefault(why, []).append(f"{name}={_as_written(values[name])}" if name in values else name)
+        shared.setdefault(why, []).append(f"{name}={as_written(values[name])}" if name in values else name)
     return [f"{', '.join(sorted(names))}: {why}" for why, names in shared.items()]
 
 
@@ -163,10 +162,6 @@ def command_of(stage: str) -> str:
     own = ("output_dir", "resume", "auto")
     kept = [text for text in given_overrides.get() if stage_reads(stage, text) and text.split("=")[0] not in own]
     return shlex.join(["python", "-m", f"laddpo.{stage}", *kept])
-
-
-def _as_written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def matches(key: str, patterns: Sequence[str]) -> bool:

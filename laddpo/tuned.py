@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from laddpo import runs
 from laddpo.config import find_problems
 from laddpo.errors import Damaged, UserError
-from laddpo.ranges import leaves
+from laddpo.ranges import as_written, leaves
 from laddpo.settings import RunConfig
 
 
@@ -102,7 +100,7 @@ def other_decoding(config: RunConfig, overrides: Sequence[str]) -> list[str]:
     named = {override.partition("=")[0] for override in overrides}
     was, now = (dataclasses.asdict(part.evaluation) for part in (read_config(Path(config.run)), config))
     changed = [
-        f"evaluation.{name}={_as_written(now[name])} (it had {_as_written(was[name])})"
+        f"evaluation.{name}={as_written(now[name])} (it had {as_written(was[name])})"
         for name in WAY_OF_ANSWERING
         if now[name] != was[name] and f"evaluation.{name}" not in named
     ]
@@ -137,7 +135,7 @@ def refuse_decided(
             is_free = name.split(".")[0] in may_change or name.startswith("model.recommended.")
             if wanted[name] != found[name] and (not is_free or name == key):
                 given.append(override)
-                has.append(f"{name}={_as_written(found[name])}")
+                has.append(f"{name}={as_written(found[name])}")
                 break
     if given and begun is not None:
         raise UserError(
@@ -151,10 +149,6 @@ def refuse_decided(
             f"decides that. Leave it out, or train with it; beside run, {stage} takes "
             f"{', '.join(_patterns(may_change))}."
         )
-
-
-def _as_written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _patterns(names: Sequence[str]) -> list[str]:
