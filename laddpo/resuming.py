@@ -21,7 +21,7 @@ import yaml
 
 from laddpo import runs
 from laddpo.compose import plain_settings, read_config
-from laddpo.config import find_problems
+from laddpo.config import EPOCHS, find_problems
 from laddpo.core.ranks import here, launched
 from laddpo.errors import Stopped, UserError
 from laddpo.folders import owned
@@ -56,9 +56,11 @@ class Asked:
     compose_without: Callable[[Sequence[str]], RunConfig]
 
     def names(self, override: str) -> list[str]:
-        """The settings that an override names: one, or all of a group; none of an experiment, which may set any."""
+        """The settings that an override names: one, or all of a group; none of an experiment, which may set any.
+        Epochs stand in place of a number of steps."""
         key = f"{override_key(override)}."
-        return [name for name, _ in leaves(self.config) if f"{name}.".startswith(key) or key.startswith(f"{name}.")]
+        steps = ["optim.max_train_steps"] if override_key(override) in EPOCHS else []
+        return steps + [name for name, _ in leaves(self.config) if f"{name}.".startswith(key) or key.startswith(f"{name}.")]
 
 
 def override_key(override: str) -> str:

@@ -94,6 +94,9 @@ def test_what_a_resumed_run_may_change_takes_effect(settings):
     assert (config.save_steps, config.logger.tensorboard, config.hardware.threads) == (7, False, 1)
     assert (config.optim.max_train_steps, config.logging_steps, config.paths.data_dir) == (5, 3, "d")
     assert not config.evaluation.at_end and config.dpo.loss == "ipo"
+    assert settings.optim.max_train_steps == 60 and settings.optim.num_train_epochs == 1
+    ((config, _),) = asked("train", f"resume={folder}", "optim.num_train_epochs=1")
+    assert (config.optim.max_train_steps, config.optim.num_train_epochs) == (None, 1)
 
 
 def test_values_that_do_not_go_with_the_runs_are_refused_and_what_the_run_had_is_not(settings, capsys):
