@@ -16,6 +16,8 @@ from laddpo.errors import UserError
 from laddpo.settings import RunConfig
 from laddpo.visible import visible
 
+PROMPT_BYTES = 2**20  # a longer line of a file of prompts has no room in any model
+
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Answer every prompt with the base and, with `run`, with the tuned model."""
@@ -76,7 +78,7 @@ def wanted_prompts(config: RunConfig) -> list[str]:
         from laddpo.preference.files import ReadLog, open_checked, text_lines
 
         with open_checked(path, ReadLog(), "prompts") as stream:
-            read = [line.rstrip("\r\n") for line in text_lines(path, stream, config.data.max_line_bytes)]
+            read = [line.rstrip("\r\n") for line in text_lines(path, stream, PROMPT_BYTES, "Check its line ends.")]
         lines = [line for line in read if line.strip()]
         if not lines:
             raise UserError(f"{path}: holds no prompt; expected one prompt a line.")

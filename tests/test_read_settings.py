@@ -58,6 +58,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     ),
     "prepare": ("prepare", PAIRS),
     "prepare, rows": ("prepare", [*DATA, "seed=2", "data=jsonl", "data.dataset_name={rows}"]),
+    "prepare, hh": ("prepare", [*DATA, "data=hh_rlhf", "data.dataset_name={dialogues}"]),
     "prepare, file": ("prepare", [*PAIRS, "evaluation=file", "evaluation.dataset_name={questions}", "seed=1"]),
     "prepare, own answers": ("prepare", OWN),
     "prepare, mixture": (
@@ -69,6 +70,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "evaluate, file": ("evaluate", [*LOOK, "evaluation=file", "evaluation.dataset_name={questions}"]),
     "evaluate, run": ("evaluate", ["run={train}"]),
     "generate": ("generate", [*LOOK[1:], "prompt=hello"]),
+    "generate, file": ("generate", [*LOOK[1:], "prompts={asked}"]),
     "generate, run": ("generate", ["run={train}", "prompt=hello"]),
     "variance, run": (
         "variance",
@@ -83,6 +85,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "doctor": ("doctor", []),
 }  # fmt: skip
 
+FILES = ("rows", "questions", "asked", "dialogues")
+
 
 class Lab:
     """Runs variants once each, below `folder`, and keeps what they read."""
@@ -93,20 +97,25 @@ class Lab:
         rows = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(12)]
         self._write("rows", rows)
         self._write("questions", [{"prompt": "one?", "answer": "1"}, {"prompt": "two?", "answer": "2"}])
+        self._write("asked", [{"prompt": "one?"}])
+        said = "\n\nHuman: q{}\n\nAssistant: "
+        self._write(
+            "dialogues", [{side: f"{said.format(i)}{side} {i}" for side in ("chosen", "rejected")} for i in range(12)]
+        )
 
     def _write(self, name: str, rows: list[dict]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (self.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
     def place(self, name: str) -> str:
-        return str(self.folder / (f"{name}.jsonl" if name in ("rows", "questions") else name.replace(", ", "-")))
+        return str(self.folder / (f"{name}.jsonl" if name in FILES else name.replace(", ", "-")))
 
     def reads(self, name: str) -> tuple[RunConfig, set[str]]:
         """(the settings, those that were read) of a variant."""
         if name in self.known:
             return self.known[name]
         stage, given = VARIANTS[name]
-        for other in (*VARIANTS, "rows", "questions"):
+        for other in (*VARIANTS, *FILES):
             if any(f"{{{other}}}" in text for text in given):
                 if other in VARIANTS:
                     self.reads(other)

@@ -46,6 +46,7 @@ class ReadLog:
 
 
 RawRow = tuple[str, dict]  # (place, fields)
+LINE_CURE = "Check its line ends, or raise data.max_line_bytes."
 
 
 def read_rows(
@@ -230,20 +231,22 @@ def same_columns(
     return known or (path, columns)
 
 
-def numbered_lines(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(
+    path: Path, stream: BinaryIO, max_line_bytes: int, cure: str = LINE_CURE
+) -> Iterator[tuple[int, bytes]]:
     """Lines with their number, from 1; a line longer than the limit is refused without being read whole."""
     number = 0
     while line := stream.readline(max_line_bytes + 1):
         number += 1
         if len(line) > max_line_bytes:
             problem = f"line {number} is longer than {max_line_bytes:,} bytes"
-            raise file_error(path, "DATA-37", problem, "Check its line ends, or raise data.max_line_bytes.")
+            raise file_error(path, "DATA-37", problem, cure)
         yield number, line
 
 
-def text_lines(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[str]:
+def text_lines(path: Path, stream: BinaryIO, max_line_bytes: int, cure: str = LINE_CURE) -> Iterator[str]:
     """Lines as text, with their ends; `UserError` names the one that is not UTF-8 or too long."""
-    for number, line in numbered_lines(path, stream, max_line_bytes):
+    for number, line in numbered_lines(path, stream, max_line_bytes, cure):
         try:
             yield decode_line(line, first=number == 1)
         except RowError as error:
