@@ -42,7 +42,7 @@ class Command:
 @dataclass(frozen=True)
 class Kind:
     """A folder, or a folder of several. `twin`: another of the kind, whose files are swapped in. `needs`: folders of
-    MAKERS that it takes. `files`: those that carry checks of their own; else all that its manifests seal. `same`: files
+    MAKERS that it takes. `files`: those that carry checks of their own; else all that its manifest_files seal. `same`: files
     that are then equal to those of this folder, whatever was damaged and made again."""
 
     name: str
@@ -58,10 +58,10 @@ class Kind:
         folder = place / self.folder
         if self.files:
             return [path.relative_to(folder).as_posix() for name in self.files for path in sorted(folder.glob(name))]
-        manifests = [folder / runs.MANIFEST]
-        manifests = manifests if manifests[0].exists() else sorted(folder.glob(f"*/{runs.MANIFEST}"))
+        manifest_files = [folder / runs.MANIFEST]
+        manifest_files = manifest_files if manifest_files[0].exists() else sorted(folder.glob(f"*/{runs.MANIFEST}"))
         found = []
-        for path in manifests:
+        for path in manifest_files:
             content = json.loads(path.read_bytes())
             within = path.parent.relative_to(folder)
             found += [(within / name).as_posix() for name in content.get("files", content.get("shards"))]
