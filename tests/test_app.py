@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import laddpo.sweep
-from laddpo import __version__
+from laddpo import __version__, sweep
 from laddpo.app import cli, run_folder
 from laddpo.compose import compose, write_config
 from laddpo.errors import UserError
@@ -36,7 +35,7 @@ def run_python(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
 
 
 def child_environment() -> dict[str, str]:
-    root = str(Path(laddpo.sweep.__file__).parents[1])
+    root = str(Path(sweep.__file__).parents[1])
     return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
 
 
@@ -254,13 +253,13 @@ def tiny_jobs(tmp_path, monkeypatch):
     """Jobs are real child processes with the door of a stage, but of a stage that only writes its results."""
     child = tmp_path / "child.py"
     child.write_text(CHILD, encoding="utf-8")
-    original = laddpo.sweep.child_command
+    original = sweep.child_command
 
     def command(sweep, overrides, folder):
         python, _, _, *rest = original(sweep, overrides, folder)
         return [python, str(child), *rest]
 
-    monkeypatch.setattr(laddpo.sweep, "child_command", command)
+    monkeypatch.setattr(sweep, "child_command", command)
     return tmp_path
 
 
@@ -287,7 +286,7 @@ def test_a_sweep_without_a_folder_gets_one_below_outputs(tiny_jobs):
 
 def test_two_sweeps_of_one_second_have_two_folders(monkeypatch, tmp_path):
     monkeypatch.setattr("time.strftime", lambda form: "now")
-    names = {laddpo.sweep.sweep_folder({}, tmp_path)[0].name for _ in range(3)}
+    names = {sweep.sweep_folder({}, tmp_path)[0].name for _ in range(3)}
     assert len(names) > 1 and all(name.startswith("now-") for name in names)
 
 

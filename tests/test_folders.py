@@ -106,21 +106,28 @@ def content(folder: Path) -> dict[str, bytes | str | None]:
 
 @pytest.fixture
 def stages(config, monkeypatch, tmp_path) -> dict[str, Callable[[Path], None]]:
-    import laddpo.answering
-    import laddpo.evaluate
-    import laddpo.inputs
-    import laddpo.machine
-    import laddpo.reporting
-    import laddpo.sweep
-    import laddpo.variance
-    from laddpo import benchmark, evaluate, export, generate, report, sft, study, sweep, train, variance
+    from laddpo import (
+        benchmark,
+        evaluate,
+        export,
+        generate,
+        inputs,
+        machine,
+        report,
+        reporting,
+        sft,
+        study,
+        sweep,
+        train,
+        variance,
+    )  # fmt: skip
 
     for owner, name, value in [
-        (laddpo.inputs, "check_before_loading", lambda config: None),
+        (inputs, "check_before_loading", lambda config: None),
         (evaluate, "open_tasks", lambda config: []),
         (variance, "moved_weights", lambda config: tmp_path),
-        (laddpo.machine, "find_machine", lambda *arguments: None),
-        (laddpo.reporting, "find_runs", lambda folders: []),
+        (machine, "find_machine", lambda *arguments: None),
+        (reporting, "find_runs", lambda folders: []),
         (sweep, "planned_jobs", lambda *arguments: []),
         (sweep, "check_jobs", lambda *arguments: None),
     ]:

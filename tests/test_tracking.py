@@ -9,7 +9,7 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import laddpo.tracking as tracking
+from laddpo import tracking
 from laddpo.tracking import Trackers, wandb_id
 
 BOTH = {"tensorboard": True, "wandb": True, "wandb_project": "laddpo-test", "wandb_mode": "offline"}

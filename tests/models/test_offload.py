@@ -22,7 +22,7 @@ def gradients(model, offload: bool, dtype=None) -> tuple[torch.Tensor, dict]:
 @pytest.fixture
 def small_offloads(monkeypatch):
     """Everything above 100 bytes travels, and what travels is counted."""
-    import laddpo.models.offload as offload
+    from laddpo.models import offload
 
     monkeypatch.setattr(offload.offloaded_activations.__wrapped__, "__defaults__", (100,))
     travelled = []

@@ -39,16 +39,16 @@ GENERATED = ["evaluation.gen_length=8", "evaluation.block_length=8", "evaluation
 
 @pytest.mark.parametrize("stage", ["generate", "evaluate", "prepare"])
 def test_a_prompt_beyond_the_positions_is_refused_before_any_answer(stages, commands, stage, capsys, monkeypatch):
-    import laddpo.answering
+    from laddpo import answering
 
-    monkeypatch.setattr(laddpo.answering, "generate", lambda *_, **__: pytest.fail("answered"))
+    monkeypatch.setattr(answering, "generate", lambda *_, **__: pytest.fail("answered"))
     assert stages.run(stage, *commands[stage], f"output_dir={stages.folder / 'out'}") == 2
     said = capsys.readouterr().err
     assert "1 of 2 prompts are too long" in said and "4,096 positions" in said and "gen_length" in said
 
 
 def test_the_stage_hands_the_end_of_text_to_the_sampler(stages, monkeypatch):
-    import laddpo.answering
+    from laddpo import answering
 
     seen = []
 
@@ -56,7 +56,7 @@ def test_the_stage_hands_the_end_of_text_to_the_sampler(stages, monkeypatch):
         seen.append((args[2].suppression, kwargs["eos_token_id"]))
         return plain(*args, **kwargs)
 
-    plain = laddpo.answering.generate
-    monkeypatch.setattr(laddpo.answering, "generate", watch)
+    plain = answering.generate
+    monkeypatch.setattr(answering, "generate", watch)
     assert stages.run("generate", "prompt=1+1", "evaluation.suppress_eos=logits") == 0
     assert seen == [("logits", 274)], "the id of <|endoftext|>, not that of the end of a turn"

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import laddpo.sweep
-from laddpo import runs
+from laddpo import runs, sweep
 from laddpo.app import cli, given_overrides
 from laddpo.compose import compose
 from laddpo.config import CONF_DIR
@@ -164,7 +163,7 @@ def no_runs(monkeypatch):
         runs.write_manifest(folder, "train", {}, [])
         return 0
 
-    monkeypatch.setattr(laddpo.sweep, "run_child", run_child)
+    monkeypatch.setattr(sweep, "run_child", run_child)
     return commands
 
 
