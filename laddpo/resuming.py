@@ -60,9 +60,8 @@ class Asked:
         Epochs stand in place of a number of steps."""
         key = f"{override_key(override)}."
         steps = ["optim.max_train_steps"] if override_key(override) in EPOCHS else []
-        return steps + [
-            name for name, _ in leaves(self.config) if f"{name}.".startswith(key) or key.startswith(f"{name}.")
-        ]
+        names = [name for name, _ in leaves(self.config) if f"{name}.".startswith(key) or key.startswith(f"{name}.")]
+        return steps + names
 
 
 def override_key(override: str) -> str:
