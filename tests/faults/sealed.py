@@ -41,9 +41,9 @@ class Command:
 
 @dataclass(frozen=True)
 class Kind:
-    """A folder, or a folder of several. `twin`: another of the kind, whose files are swapped in. `needs`: folders of
-    MAKERS that it takes. `files`: those that carry checks of their own; else all that its manifests seal. `same`: files that
-    are then equal to those of this folder, whatever was damaged and made again."""
+    """A folder, or a folder of several. `twin`: another of the kind, whose files are swapped in. `needs`: folders
+    of MAKERS that it takes. `files`: those that carry checks of their own; else all that its manifests seal.
+    `same`: files that are then equal to those of this folder, whatever was damaged and made again."""
 
     name: str
     folder: str
