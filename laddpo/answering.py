@@ -30,9 +30,9 @@ from laddpo.evaluation.tasks import (
 from laddpo.inputs import Loaded, difficulty_of, encoder_for
 from laddpo.preference.badrows import LISTED, RowError
 from laddpo.preference.pairs import Prompt, prompt_rows
+from laddpo.processes.signals import StopFlag
 from laddpo.ranges import EMBEDDED_TASKS
 from laddpo.settings import RunConfig
-from laddpo.signals import StopFlag
 
 VALIDATION_LIMIT = 200  # problems answered at every evaluation during training: an interval of about +-7 points
 

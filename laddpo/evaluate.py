@@ -32,11 +32,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
     from laddpo import inputs, pins
     from laddpo.compose import write_config
-    from laddpo.core.ranks import here
     from laddpo.machine import find_machine
     from laddpo.prepare import open_examples, open_prepared
+    from laddpo.processes.ranks import here
+    from laddpo.processes.signals import stop_on_signal
     from laddpo.resuming import held, told_to_resume
-    from laddpo.signals import stop_on_signal
 
     # before minutes of loading, which would be lost, and before anything is written
     tuned = tuned_weights(config, Path(config.run)) if config.run else None
@@ -195,7 +195,7 @@ def _harness(config: RunConfig, loaded, folder: Path, label: str, weights: dict,
         return None
     from laddpo.core.gradient import lockstep
     from laddpo.harness import run_harness, write_items
-    from laddpo.signals import at_once
+    from laddpo.processes.signals import at_once
 
     with lockstep(loaded.denoiser):
         if not loaded.machine.ranks.is_main:

@@ -35,9 +35,9 @@ from laddpo.preference.arithmetic import Difficulty
 from laddpo.preference.encode import EncodedPair, TextEncoder
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.preference.sources import Request
+from laddpo.processes.signals import StopFlag
 from laddpo.read_settings import command_of
 from laddpo.settings import MixturePart, QuantizationSettings, RunConfig, keywords
-from laddpo.signals import StopFlag
 
 ADAPTER, ADAPTER_LAST, MODEL, MODEL_LAST = "adapter", "adapter_last", "model", "model_last"
 PAIRS_PER_SHARD = 512

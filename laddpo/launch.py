@@ -11,8 +11,8 @@ import os
 import sys
 from collections.abc import Iterator
 
-from laddpo.core.ranks import Ranks, connect, disconnect, here, is_lost_peer, launched, lost_peer
 from laddpo.errors import EXIT_DONE, UserError
+from laddpo.processes.ranks import Ranks, connect, disconnect, here, is_lost_peer, launched, lost_peer
 from laddpo.settings import RunConfig
 
 SHARED = ("prepare", "train", "sft", "precompute", "evaluate")

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from laddpo.core import ranks as processes
 from laddpo.core.budget import TokenBudget
 from laddpo.core.memory import GIB, explain, gib, predict_memory
 from laddpo.devicechecks import unshardable
 from laddpo.errors import UserError
 from laddpo.planning import CONTEXT_BYTES, Choice, Lengths, assumed_lengths, choose_plan, free_ram_bytes, usable
+from laddpo.processes import ranks as processes
 from laddpo.settings import HardwareSettings, RunConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -39,9 +39,9 @@ def with_run(config: RunConfig) -> RunConfig:
 def sampled_file(config: RunConfig, questions: list) -> Path:
     """samples.jsonl of these settings, which ask `questions`: found, or sampled now with auto=true."""
     from laddpo.core.budget import release_memory
-    from laddpo.core.ranks import here
     from laddpo.evaluation import samples
-    from laddpo.signals import stop_on_signal
+    from laddpo.processes.ranks import here
+    from laddpo.processes.signals import stop_on_signal
 
     fields = sample_fields(config, questions)
     folder = samples.samples_folder(Path(config.paths.data_dir), fields)
@@ -66,7 +66,6 @@ def sampled_file(config: RunConfig, questions: list) -> Path:
 
 def open_questions(config: RunConfig) -> list:
     """The questions asked: of the file or hub data set, else embedded training problems; never validation or test."""
-    from laddpo.core.ranks import here
     from laddpo.inputs import difficulty_of, request_of
     from laddpo.preference import arithmetic, word_problems
     from laddpo.preference.files import ReadLog
@@ -74,6 +73,7 @@ def open_questions(config: RunConfig) -> list:
     from laddpo.preference.report import unread_lines
     from laddpo.preference.rows import RowRules
     from laddpo.preference.sources import raw_rows
+    from laddpo.processes.ranks import here
 
     data, sampling = config.data, config.data.sampling
     first, count = sampling.first_question, sampling.num_questions

@@ -27,9 +27,9 @@ from laddpo.core.memory import (
     largest_token_budget,
     predict_memory,
 )
-from laddpo.core.ranks import launched
 from laddpo.core.speed import Device, Work, predicted_seconds
 from laddpo.linears import BLOCK_LINEARS, linear_names, match_linears
+from laddpo.processes.ranks import launched
 from laddpo.runs import read_json
 from laddpo.settings import AdapterSettings, RunConfig
 

@@ -28,7 +28,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.machine import find_machine
     from laddpo.planning import pairs_per_step
     from laddpo.prepare import open_prepared
-    from laddpo.signals import stop_on_signal
+    from laddpo.processes.signals import stop_on_signal
     from laddpo.training import total_steps
 
     config = dataclasses.replace(config, auto=True)  # asked for by name: there is nothing to refuse

@@ -65,8 +65,8 @@ def prepare(config: RunConfig):
 
 def _prepared(config: RunConfig, make: Callable, arguments: tuple):
     """What `make` prepares: on rank 0 first, whose folder the other processes find."""
-    from laddpo.core.ranks import here
     from laddpo.errors import UserError
+    from laddpo.processes.ranks import here
 
     try:
         with here().main_first():
@@ -99,10 +99,10 @@ def check_enough(config: RunConfig, prepared) -> None:
     """
     import sys
 
-    from laddpo.core.ranks import here
     from laddpo.errors import UserError
     from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT
     from laddpo.planning import pairs_per_step
+    from laddpo.processes.ranks import here
 
     has_problems = any(task in HAS_VALIDATION_SPLIT for task in config.evaluation.tasks)
     needs_pairs = config.best_metric not in ("auto", "none", "exact_match") or (

@@ -22,9 +22,9 @@ import yaml
 from laddpo import runs
 from laddpo.compose import plain_settings, read_config
 from laddpo.config import EPOCHS, find_problems
-from laddpo.core.ranks import here, launched
 from laddpo.errors import Stopped, UserError
 from laddpo.folders import owned
+from laddpo.processes.ranks import here, launched
 from laddpo.ranges import leaves
 from laddpo.redaction import redact
 from laddpo.settings import RunConfig

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from laddpo import runs
+from laddpo.processes.signals import StopFlag
 from laddpo.seals import CheckedLines, sealed_file
 from laddpo.settings import RunConfig
-from laddpo.signals import StopFlag
 
 ROUNDS_FILE = "rounds.json"
 
@@ -28,8 +28,8 @@ def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFla
     from laddpo import pins
     from laddpo.compose import write_config
     from laddpo.core.budget import release_memory
-    from laddpo.core.ranks import here
     from laddpo.inputs import ADAPTER
+    from laddpo.processes.ranks import here
     from laddpo.read_settings import given_overrides
     from laddpo.resuming import COMMAND, write_command
 

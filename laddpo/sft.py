@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one SFT run in `run_folder`, or in the run that `resume` names."""
+    from laddpo.processes.signals import stop_on_signal
     from laddpo.resuming import check_finished, find_run, held, step_processes, told_to_resume
-    from laddpo.signals import stop_on_signal
 
     if config.dry_run:  # of a yaml file; of the command line laddpo/read_settings.py refuses it
         raise UserError("dry_run is true, which only python -m laddpo.train knows; expected false. Leave it out.")

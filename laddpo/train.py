@@ -27,7 +27,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         check_finished(config, place.folder, "train")
         print(place.folder)
         return
-    from laddpo.signals import stop_on_signal
+    from laddpo.processes.signals import stop_on_signal
 
     if config.dry_run:
         dry_run(step_processes(config, place), place.folder)
@@ -51,11 +51,11 @@ def dry_run(config: RunConfig, folder: Path) -> None:
     import contextlib
     import shutil
 
-    from laddpo.core.ranks import here
     from laddpo.errors import Stopped
+    from laddpo.processes.ranks import here
+    from laddpo.processes.signals import stop_on_signal
     from laddpo.resuming import held
     from laddpo.rounds import config_of_round
-    from laddpo.signals import stop_on_signal
 
     place = folder / "dry_run"
     try:

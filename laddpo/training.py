@@ -23,7 +23,6 @@ from laddpo.core.gradient import Item, lockstep
 from laddpo.core.loop import LoopSettings, step_items
 from laddpo.core.objectives import reference_draws
 from laddpo.core.outputs import RunOutputs
-from laddpo.core.ranks import Ranks, here, whole
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError
@@ -35,8 +34,9 @@ from laddpo.machine import Machine
 from laddpo.models import adapters, loading
 from laddpo.planning import pairs_per_step
 from laddpo.preference.prepared import PreparedPairs
+from laddpo.processes.ranks import Ranks, here, whole
+from laddpo.processes.signals import StopFlag
 from laddpo.settings import RunConfig, keywords
-from laddpo.signals import StopFlag
 from laddpo.tracking import Trackers
 from laddpo.tuned import what_is_left
 from laddpo.visible import visible

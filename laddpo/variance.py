@@ -26,7 +26,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.folders import owned
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
-    from laddpo.signals import at_once, stop_on_signal
+    from laddpo.processes.signals import at_once, stop_on_signal
 
     tuned = moved_weights(config)
     inputs.check_before_loading(config)

@@ -169,7 +169,7 @@ def append_to_store(folder: Path) -> None:
 def sample_into(folder: Path) -> None:
     from laddpo.evaluation.samples import collect_samples
     from laddpo.preference.onpolicy import Question
-    from laddpo.signals import StopFlag
+    from laddpo.processes.signals import StopFlag
 
     collect_samples(lambda prompts, keys: ["2"], [Question("1+1=", "2")], 1, folder, {"a": 1}, 1, StopFlag())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from laddpo.errors import Stopped
-from laddpo.signals import at_once, stop_on_signal
+from laddpo.processes.signals import at_once, stop_on_signal
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 posix = pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
@@ -37,7 +37,7 @@ def test_handlers_are_put_back():
 @posix
 def test_a_second_signal_ends_the_process_at_once_with_code_75():
     code = (
-        "import os, signal, time\nfrom laddpo.signals import stop_on_signal\n"
+        "import os, signal, time\nfrom laddpo.processes.signals import stop_on_signal\n"
         "with stop_on_signal():\n"
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(30)\n"

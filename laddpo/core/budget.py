@@ -15,9 +15,9 @@ from typing import TypeVar
 
 import torch
 
-from laddpo.core.ranks import ALONE, Ranks
 from laddpo.errors import RunFault, Stopped
-from laddpo.signals import StopFlag
+from laddpo.processes.ranks import ALONE, Ranks
+from laddpo.processes.signals import StopFlag
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from laddpo import runs
-from laddpo.core.ranks import Ranks, placed_like, whole
 from laddpo.errors import UserError
+from laddpo.processes.ranks import Ranks, placed_like, whole
 from laddpo.temporaries import move_to, temporary_beside
 
 log = logging.getLogger(__name__)

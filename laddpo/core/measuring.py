@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-from laddpo.core.ranks import is_sharded
+from laddpo.processes.ranks import is_sharded
 
 ALLOCATION = "[memory]"  # the profiler's name for one allocation (bytes > 0) or release (bytes < 0)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laddpo.core.ranks import is_sharded
+from laddpo.processes.ranks import is_sharded
 
 MUON_MOMENTUM = 0.95  # Jordan et al. 2024; Adam's betas suit Adam
 

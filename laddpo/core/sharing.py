@@ -15,7 +15,7 @@ from torch import Tensor
 from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item, Objective, StepValues, accumulate_gradient, lockstep, score_items, take_part
-from laddpo.core.ranks import ALONE, Ranks, share_out
+from laddpo.processes.ranks import ALONE, Ranks, share_out
 
 
 def score_shared(

@@ -11,10 +11,10 @@ from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item
 from laddpo.core.objectives import SftObjective
-from laddpo.core.ranks import ALONE, Ranks
 from laddpo.core.tasks import example_item
 from laddpo.evaluation.margins import evaluation_estimator, score_windows
-from laddpo.signals import StopFlag
+from laddpo.processes.ranks import ALONE, Ranks
+from laddpo.processes.signals import StopFlag
 
 if TYPE_CHECKING:
     from laddpo.preference.encode import EncodedExample

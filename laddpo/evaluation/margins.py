@@ -19,10 +19,10 @@ from laddpo.core.elbo import Denoiser, ElboEstimator
 from laddpo.core.gradient import Item
 from laddpo.core.metrics import accuracy, preference_metrics
 from laddpo.core.objectives import DpoObjective, mean_variance, pair_scores, reference_draws
-from laddpo.core.ranks import ALONE, Ranks
 from laddpo.core.sharing import score_shared
 from laddpo.errors import Stopped
-from laddpo.signals import StopFlag
+from laddpo.processes.ranks import ALONE, Ranks
+from laddpo.processes.signals import StopFlag
 
 WINDOW = 64  # pairs scored together; only rounding depends on it
 

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from laddpo.core.ranks import here
 from laddpo.errors import UserError
 from laddpo.preference.badrows import BadRow
 from laddpo.preference.files import ReadLog, missing_file, read_rows
 from laddpo.preference.locate import folder_files
 from laddpo.preference.report import unread_lines
 from laddpo.preference.splits import choose_files, has_configurations
+from laddpo.processes.ranks import here
 
 MAX_LINE_BYTES = 16 * 2**20
 SURROGATE = re.compile("[\ud800-\udfff]")

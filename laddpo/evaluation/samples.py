@@ -22,8 +22,8 @@ from laddpo.errors import Stopped
 from laddpo.folders import refuse_others
 from laddpo.preference.onpolicy import Question
 from laddpo.preference.pairs import Prompt, user_prompt
+from laddpo.processes.signals import StopFlag
 from laddpo.seals import CheckedLines
-from laddpo.signals import StopFlag
 
 KIND, SAMPLES, PARTS = "samples", "samples.jsonl", "parts"
 WAIT_S = 0.5

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from laddpo.core.outputs import SilentLines
-from laddpo.core.ranks import ALONE, Ranks
 from laddpo.errors import UserError, choose
 from laddpo.evaluation.grading import FunctionGrader, math_grader, same_choice, same_final_number, text_grader
 from laddpo.evaluation.rows import is_choices, local_file, matches, task_rows
@@ -25,6 +24,7 @@ from laddpo.preference import arithmetic
 from laddpo.preference.pairs import Message, Prompt, prompt_rows, user_prompt
 from laddpo.preference.word_problems import INSTRUCTION as GSM8K_INSTRUCTION
 from laddpo.preference.word_problems import word_problems
+from laddpo.processes.ranks import ALONE, Ranks
 from laddpo.runs import JsonLines, fingerprint
 from laddpo.seals import CheckedLines
 

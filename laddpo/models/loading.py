@@ -18,13 +18,13 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from laddpo import runs
-from laddpo.core.ranks import placed_like
 from laddpo.errors import Damaged, UserError
 from laddpo.models.families import Family, family_of, find_family
 from laddpo.models.foreign import checked, mapped, read_settings, text
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
 from laddpo.models.tokenizers import build_tokenizer
 from laddpo.preference.special_text import MASK_TOKEN
+from laddpo.processes.ranks import placed_like
 from laddpo.seals import require_sealed, sealed_digests
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]

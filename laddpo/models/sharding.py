@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from laddpo.core.elbo import PackedSequences
-from laddpo.core.ranks import Ranks
 from laddpo.models.blocks import model_blocks
 from laddpo.models.denoiser import TransformerDenoiser
+from laddpo.processes.ranks import Ranks
 
 
 def shard_model(model, ranks: Ranks, device: torch.device) -> None:

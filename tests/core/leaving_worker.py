@@ -12,9 +12,9 @@ import os
 
 import torch
 
-from laddpo.core.ranks import connect
 from laddpo.errors import EXIT_DONE
 from laddpo.launch import leave
+from laddpo.processes.ranks import connect
 
 if __name__ == "__main__":
     if hasattr(os, "sched_setaffinity"):

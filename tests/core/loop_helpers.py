@@ -13,8 +13,8 @@ from laddpo.core.optim import build_optimizer
 from laddpo.core.outputs import RunOutputs
 from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import DpoTask, fill_reference, visited_windows
+from laddpo.processes.signals import StopFlag
 from laddpo.runs import write_json
-from laddpo.signals import StopFlag
 from tests.core.helpers import LinearDenoiser, random_pair, referenced_items
 
 PAIRS, PER_STEP, STEPS = 5, 2, 7  # epochs of 3 steps, the last of them short

@@ -21,7 +21,6 @@ from laddpo.core.loop import LoopSettings, train_loop
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import build_optimizer, clip_gradients
 from laddpo.core.outputs import RunOutputs
-from laddpo.core.ranks import ALONE, Ranks, connect, is_sharded, whole
 from laddpo.core.reference import ReferenceStore
 from laddpo.core.sharing import accumulate_shared, score_shared
 from laddpo.core.tasks import DpoTask, fill_reference, stored_pair, visited_windows
@@ -31,7 +30,8 @@ from laddpo.launch import leave
 from laddpo.models.adapters import attach_lora, trainable_parameters
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.sharding import ShardedDenoiser, shard_model
-from laddpo.signals import StopFlag
+from laddpo.processes.ranks import ALONE, Ranks, connect, is_sharded, whole
+from laddpo.processes.signals import StopFlag
 from tests.core.helpers import MASK_ID, random_pair, referenced_items, tiny_denoiser
 
 ESTIMATOR = ElboEstimator("balanced", diffusion_samples=4)

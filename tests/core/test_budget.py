@@ -17,7 +17,7 @@ from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import DpoTask, fill_reference
 from laddpo.errors import RunFault
 from laddpo.evaluation.margins import score_preferences
-from laddpo.signals import StopFlag
+from laddpo.processes.signals import StopFlag
 from tests.core.helpers import ANY_BUDGET, LinearDenoiser, random_pair, referenced_items
 
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines"

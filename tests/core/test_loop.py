@@ -16,8 +16,8 @@ from laddpo.core.loop import step_items
 from laddpo.core.tasks import SftTask, visited_windows
 from laddpo.errors import Stopped, UserError
 from laddpo.preference.encode import EncodedExample
+from laddpo.processes.signals import stop_on_signal
 from laddpo.runs import write_json, write_manifest
-from laddpo.signals import stop_on_signal
 from tests.core.helpers import random_ids
 from tests.core.loop_helpers import BUDGET, PAIRS, PER_STEP, STEPS, Crash, Run, crash_at
 

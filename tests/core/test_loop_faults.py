@@ -13,7 +13,7 @@ from laddpo.core.loop import step_items
 from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import DpoTask, fill_reference, pair_item
 from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError
-from laddpo.signals import StopFlag
+from laddpo.processes.signals import StopFlag
 from tests.core.helpers import random_pair
 from tests.core.loop_helpers import (
     BUDGET,

@@ -22,7 +22,7 @@ from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.head import token_logps
 from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.loading import new_model
-from laddpo.signals import StopFlag
+from laddpo.processes.signals import StopFlag
 from tests.core.helpers import referenced_items
 
 VOCABULARY, MASK, PAD = 4096, 4095, 4094

@@ -10,7 +10,7 @@ from laddpo.core.objectives import DpoObjective, reference_draws
 from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import DpoTask, fill_reference, pair_item, stored_pair
 from laddpo.errors import Stopped
-from laddpo.signals import StopFlag
+from laddpo.processes.signals import StopFlag
 from tests.core.helpers import LinearDenoiser, random_pair
 
 BUDGET = 30

@@ -11,7 +11,7 @@ from laddpo import runs
 from laddpo.errors import Stopped, UserError
 from laddpo.evaluation.samples import collect_samples, is_finished
 from laddpo.preference.onpolicy import Question
-from laddpo.signals import StopFlag
+from laddpo.processes.signals import StopFlag
 
 QUESTIONS = [Question(f"{i}?", str(i)) for i in range(7)]
 FIELDS = {"seed": 1}

@@ -212,7 +212,7 @@ def test_a_run_folder_in_use_is_refused(stages, capsys):
 def test_an_evaluation_asked_to_stop_keeps_its_answers_and_says_so(stages, capsys, monkeypatch):
     import contextlib
 
-    from laddpo import signals
+    from laddpo.processes import signals
 
     run, evaluation = stages.folder / "run", stages.folder / "evaluation"
     assert stages.run("train", f"output_dir={run}") == 0  # evaluates, so that all reference values are there
@@ -330,7 +330,7 @@ def stop_at(monkeypatch):
     """`stop_at(owner, name)`: the signal arrives as that function is called."""
     import contextlib
 
-    from laddpo import signals
+    from laddpo.processes import signals
 
     def arrange(owner, name: str) -> None:
         flag, whole = signals.StopFlag(), getattr(owner, name)

@@ -123,7 +123,7 @@ def test_the_margin_at_step_0_is_zero_after_a_precompute_stopped_and_continued_i
     """Exactly 0 in the packing that computed the reference; in another one within the tolerance that is stated."""
     import contextlib
 
-    from laddpo import signals
+    from laddpo.processes import signals
     from laddpo.training import STEP_ZERO_TOLERANCE
 
     class Late(signals.StopFlag):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from laddpo.signals import StopFlag
+    from laddpo.processes.signals import StopFlag
 
 # A process that died is noticed at once, by its closed connection; these bound the wait for one that hangs.
 CONTROL_WAIT = datetime.timedelta(hours=12)  # one rank may answer, plot or score while the others wait
