@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from laddpo import runs
 from laddpo.core.gradient import lockstep
 from laddpo.errors import Stopped, UserError
 from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, until_stop
@@ -33,6 +32,7 @@ from laddpo.preference.pairs import Prompt, prompt_rows
 from laddpo.processes.signals import StopFlag
 from laddpo.ranges import EMBEDDED_TASKS
 from laddpo.settings import RunConfig
+from laddpo.storage import atomic
 
 VALIDATION_LIMIT = 200  # problems answered at every evaluation during training: an interval of about +-7 points
 
@@ -109,7 +109,7 @@ def answerer(config: RunConfig, loaded: Loaded, prompts: Sequence[Prompt], names
 
     def answer(asked: list) -> list[Answer]:
         # draws above temperature 0 belong to the question, so they are the same in any batch and after a resume
-        keys = [runs.canonical_json(prompt_rows(prompt)) for prompt in asked]
+        keys = [atomic.canonical_json(prompt_rows(prompt)) for prompt in asked]
         return described_answers(config, loaded, [encoded[prompt] for prompt in asked], keys)
 
     return answer

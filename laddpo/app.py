@@ -46,14 +46,14 @@ from laddpo.compose import (
 from laddpo.config import find_problems, unlikely_settings
 from laddpo.datachecks import sft_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest
-from laddpo.folders import FOREIGN, KINDS, OF_A_RUN, refuse_others, what_is
 from laddpo.launch import joined, leave, refuse_sweep, speaks
 from laddpo.mistakes import config_groups, unresolved
 from laddpo.pathchecks import cannot_use, of_this_process
 from laddpo.read_settings import given_overrides
 from laddpo.redaction import redact
-from laddpo.runs import disk_message
 from laddpo.settings import RunConfig
+from laddpo.storage.folders import FOREIGN, KINDS, OF_A_RUN, refuse_others, what_is
+from laddpo.storage.locks import disk_message
 from laddpo.tuned import (
     MAY_CHANGE,
     OF_EVERY_STAGE,

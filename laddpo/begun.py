@@ -8,7 +8,7 @@ from typing import Any
 
 from laddpo.errors import UserError
 from laddpo.resuming import read_command
-from laddpo.seals import read_checked
+from laddpo.storage.seals import read_checked
 
 JOB_FILE = "job.json"
 JOB_KEYS = ("overrides", "exit_code")

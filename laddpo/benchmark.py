@@ -25,8 +25,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Run the parts that `benchmark.parts` names."""
     from laddpo.config import check_machine
     from laddpo.errors import UserError
-    from laddpo.folders import owned
     from laddpo.machine import find_machine
+    from laddpo.storage.folders import owned
 
     try:
         check_machine(config)
@@ -45,13 +45,13 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def run_parts(config: RunConfig, machine, run_folder: Path) -> float:
     """Measure part by part; the seconds that all took."""
-    from laddpo import runs
     from laddpo.core.budget import release_memory
+    from laddpo.storage import atomic, manifests
 
     started = time.perf_counter()
     sections = [f"# Benchmark\n\n{about(config, machine)}\n"]
     record = {"settings": dataclasses.asdict(config.benchmark), "machine": machine.name}
-    record["provenance"] = runs.provenance()
+    record["provenance"] = manifests.provenance()
     for name in config.benchmark.parts:
         part_started = time.perf_counter()
         release_memory()
@@ -60,10 +60,12 @@ def run_parts(config: RunConfig, machine, run_folder: Path) -> float:
         record["seconds"] = time.perf_counter() - started
         sections.append(f"## {TITLES[name]}\n\n{text}\n")
         # after every part: what comes may fail, and took minutes to get to
-        runs.write_text(run_folder / "benchmark.md", "\n".join(sections))
-        runs.write_json(run_folder / "benchmark.json", record)
+        atomic.write_text(run_folder / "benchmark.md", "\n".join(sections))
+        atomic.write_json(run_folder / "benchmark.json", record)
         if name == config.benchmark.parts[-1]:
-            runs.write_manifest(run_folder, "benchmark", {}, ["benchmark.md", "benchmark.json"], **runs.provenance())
+            manifests.write_manifest(
+                run_folder, "benchmark", {}, ["benchmark.md", "benchmark.json"], **manifests.provenance()
+            )
         print(f"\n{text}", flush=True)
     return record["seconds"]
 

@@ -46,9 +46,9 @@ from laddpo.pathchecks import path_problem, path_problems
 from laddpo.ranges import PATHS
 from laddpo.read_settings import unread_problems
 from laddpo.redaction import find_secrets, foreign_variables, redact
-from laddpo.runs import write_text
-from laddpo.seals import read_checked_text, sealed_file, with_check
 from laddpo.settings import RunConfig
+from laddpo.storage.atomic import write_text
+from laddpo.storage.seals import read_checked_text, sealed_file, with_check
 
 # in these a ~ at the beginning is the user's home
 HOME_PATHS = (*PATHS, "run", "prompts", "evaluation.dataset_name", "evaluation.harness_dir")

@@ -71,27 +71,27 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def learned_rows(weights: Path) -> bool:
     """Whether the run that kept these weights was an sft on the rows of the data, which hold no pairs."""
-    from laddpo import runs
+    from laddpo.storage import manifests
 
-    return runs.read_manifest(weights, "weights", verify=False)["fields"].get(EXAMPLES) == "rows"
+    return manifests.read_manifest(weights, "weights", verify=False)["fields"].get(EXAMPLES) == "rows"
 
 
 def unseal(folder: Path) -> None:
     """An evaluation in the folder of a finished one goes on with its answers, which must be those that were sealed."""
-    from laddpo import runs
-    from laddpo.seals import CheckedLines
+    from laddpo.storage import manifests
+    from laddpo.storage.seals import CheckedLines
 
-    if runs.read_manifest(folder, "evaluation"):
-        (folder / runs.MANIFEST).unlink()
+    if manifests.read_manifest(folder, "evaluation"):
+        (folder / manifests.MANIFEST).unlink()
         CheckedLines(folder / "items.jsonl").protect()
 
 
 def seal(folder: Path, run: str | None, weights: dict) -> None:
     """The manifest of a finished evaluation: what was evaluated, and the checksums of what was found."""
-    from laddpo import runs
+    from laddpo.storage import manifests
 
     fields = {"run": run, "start": weights}
-    runs.write_manifest(folder, "evaluation", fields, runs.present(folder, SEALED), **runs.provenance())
+    manifests.write_manifest(folder, "evaluation", fields, manifests.present(folder, SEALED), **manifests.provenance())
 
 
 def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, stop, tasks=None, say=print) -> dict:
@@ -102,12 +102,12 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     trainable as a whole); its weights are replaced. `tasks` are those of open_tasks, where they are open already. `say`
     takes what is only for people, once all is written.
     """
-    from laddpo import runs
     from laddpo.answering import answer_task
     from laddpo.evaluation.plots import evaluation_plot
     from laddpo.evaluation.tables import before_after_table, examples_text
     from laddpo.preference.prepared import PreparedExamples
-    from laddpo.seals import CheckedLines
+    from laddpo.storage import atomic, manifests
+    from laddpo.storage.seals import CheckedLines
 
     results: dict = {}
     is_main = loaded.machine.ranks.is_main
@@ -123,7 +123,10 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     use_weights(config, loaded, tuned)
     found, margins = measure_tuned()
     results.update(found)
-    digest = {**loaded.weights, "tuned": runs.read_manifest(tuned, "weights", verify=False)["files"]}  # checked above
+    digest = {
+        **loaded.weights,
+        "tuned": manifests.read_manifest(tuned, "weights", verify=False)["files"],
+    }  # checked above
     for task in tasks:
         records = answer_task(config, loaded, task, folder / "items.jsonl", digest, "tuned", stop)
         base = base_records[task.name]
@@ -134,13 +137,13 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
         results[key]["task"] = {"name": task.name, "grader": task.grader.name, **task.fields}
         results.update(_compare_lengths(config, base, records, "" if len(tasks) == 1 else f"{task.name}/", say))
         if is_main:
-            runs.write_text(folder / f"examples_{task.name}.txt", examples_text(base, records) + "\n")
+            atomic.write_text(folder / f"examples_{task.name}.txt", examples_text(base, records) + "\n")
     harness_tuned = _harness(config, loaded, folder, "tuned", digest, stop)
     if not is_main:
         return results
     results.update(_harness_results(harness, harness_tuned, config.seed))
     CheckedLines(folder / "items.jsonl").finish()
-    runs.write_json(folder / "results.json", results)
+    atomic.write_json(folder / "results.json", results)
     evaluation_plot(results, folder / "plots" / "evaluation.png", tuned_margins=margins, title=tuned.parent.name)
     say("")
     say(before_after_table(results))
@@ -150,10 +153,10 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
 
 def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=print) -> dict:
     """Exact match of the configured model alone, on the tasks of open_tasks."""
-    from laddpo import runs
     from laddpo.answering import answer_task
     from laddpo.evaluation.stats import wilson_interval
-    from laddpo.seals import CheckedLines
+    from laddpo.storage import atomic
+    from laddpo.storage.seals import CheckedLines
 
     results: dict = {}
     for task in tasks:
@@ -177,7 +180,7 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=prin
         results[name] = entry
         say(f"{visible(name)}: {entry['base']:.4g}")
     CheckedLines(folder / "items.jsonl").finish()
-    runs.write_json(folder / "results.json", results)
+    atomic.write_json(folder / "results.json", results)
     return results
 
 
@@ -315,8 +318,8 @@ def _measure_rows(config: RunConfig, prepared, loaded, folder: Path, stop) -> Ca
 
 def _measure_held_out(config: RunConfig, loaded, items, block: int, pairs, folder: Path, stop):
     """Entries of results.json for the held-out pairs, and the margins of the tuned model."""
-    from laddpo import runs
     from laddpo.evaluation.margins import length_buckets
+    from laddpo.storage import atomic
 
     scores = _scores(config, loaded, items, block, stop)
     groups, zeros = [pair.group for pair in pairs], [0.0] * len(items)
@@ -340,7 +343,7 @@ def _measure_held_out(config: RunConfig, loaded, items, block: int, pairs, folde
         for i, (pair, item) in enumerate(zip(pairs, items, strict=True))
     ]
     if loaded.machine.ranks.is_main:
-        runs.write_text(folder / "pairs.jsonl", "".join(runs.canonical_json(row) + "\n" for row in rows))
+        atomic.write_text(folder / "pairs.jsonl", "".join(atomic.canonical_json(row) + "\n" for row in rows))
     return results, scores.margins
 
 

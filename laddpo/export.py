@@ -19,8 +19,8 @@ from laddpo.settings import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Export the run that `run` names, or the adapter at `adapter.path` on the configured model."""
-    from laddpo import runs
     from laddpo.modelcard import licences
+    from laddpo.storage import atomic, manifests
 
     if config.run is None and config.adapter.path is None:
         raise UserError(
@@ -33,8 +33,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
         )
 
     from laddpo import exporting
-    from laddpo.folders import owned
     from laddpo.pins import of_folder
+    from laddpo.storage.folders import owned
 
     trained = Path(config.run) if config.run else None
     if config.export.push_to_hub:
@@ -45,11 +45,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
             files, facts = exporting.export_adapter(config, source, run_folder)
         else:
             files, facts = exporting.export_merged(config, source, run_folder)
-        runs.write_text(run_folder / "README.md", exporting.model_card(config, trained, source, facts))
+        atomic.write_text(run_folder / "README.md", exporting.model_card(config, trained, source, facts))
         fields = {"step": source.step, "base": source.base, "adapter_only": config.export.adapter_only}
         if config.export.adapter_only and (pinned := of_folder(source.folder)):
             fields["pins"] = pinned
-        runs.write_manifest(run_folder, "export", fields, [*files, "README.md"], **runs.provenance())
+        manifests.write_manifest(run_folder, "export", fields, [*files, "README.md"], **manifests.provenance())
     if not facts.is_adapter:
         print(f"loaded again: {facts.tensors} tensors byte for byte, logits equal")
     if config.export.push_to_hub:

@@ -13,7 +13,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from laddpo import runs
 from laddpo.errors import RunFault, UserError
 from laddpo.inputs import check_adapter_fits, encoder_for
 from laddpo.modelcard import CardFacts, card_text, licences
@@ -21,8 +20,9 @@ from laddpo.models import adapters, loading
 from laddpo.pins import check_adapter, model_path, require_inputs_of
 from laddpo.planning import stored_adapter
 from laddpo.preference.pairs import user_prompt
-from laddpo.seals import require_sealed, sealed_file
 from laddpo.settings import RunConfig
+from laddpo.storage import atomic, manifests
+from laddpo.storage.seals import require_sealed, sealed_file
 from laddpo.tuned import tuned_weights
 
 PROBES = ("07+15-04=", "What is the capital of France?", "Write one sentence about rivers.", "2, 4, 8, 16,")
@@ -61,10 +61,10 @@ def find_weights(config: RunConfig, trained: Path | None) -> Source:
         check_adapter(config)
         require_sealed(folder, *adapters.ADAPTER_FILES)
         return Source(folder, False, None, _base_fingerprint(config))
-    runs.read_manifest(trained, "train", "sft")  # the model card cites what it seals
+    manifests.read_manifest(trained, "train", "sft")  # the model card cites what it seals
     folder = tuned_weights(config, trained)
     require_inputs_of(folder, config, is_export=True)
-    sealed = runs.read_manifest(folder, "weights", verify=False)["fields"]
+    sealed = manifests.read_manifest(folder, "weights", verify=False)["fields"]
     if not is_full:
         _base_fingerprint(config)
     return Source(folder, is_full, sealed["step"], sealed["base"]["base"])
@@ -128,11 +128,11 @@ def export_adapter(config: RunConfig, source: Source, folder: Path) -> tuple[lis
         )
     settings, weights = adapters.ADAPTER_FILES
     require_sealed(source.folder, settings, weights)
-    content = runs.read_json(source.folder / settings)
+    content = atomic.read_json(source.folder / settings)
     content["base_model_name_or_path"] = config.model.model_name_or_path
     content["revision"] = config.model.revision
-    runs.write_json(folder / settings, content)
-    runs.write_bytes(folder / weights, (source.folder / weights).read_bytes())
+    atomic.write_json(folder / settings, content)
+    atomic.write_bytes(folder / weights, (source.folder / weights).read_bytes())
     return [settings, weights], CardFacts(dtype="fp32", check="", tensors=0, is_adapter=True)
 
 
@@ -205,8 +205,8 @@ def model_card(config: RunConfig, trained: Path | None, source: Source, facts: C
     results, sealed = {}, None
     if trained is not None:
         place = sealed_file(trained, "evaluation/results.json")
-        results = runs.read_json(place) if place.exists() else {}
-        sealed = runs.read_manifest(trained, "train", "sft")
+        results = atomic.read_json(place) if place.exists() else {}
+        sealed = manifests.read_manifest(trained, "train", "sft")
     if not source.is_full:  # what the adapter has, which is not what was configured beside adapter.path
         adapter = stored_adapter(source.folder, config.adapter.path if trained else None)
         config = dataclasses.replace(config, adapter=adapter)

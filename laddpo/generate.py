@@ -23,8 +23,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Answer every prompt with the base and, with `run`, with the tuned model."""
     texts = wanted_prompts(config)
 
-    from laddpo import inputs, pins, runs
-    from laddpo.folders import owned
+    from laddpo import inputs, pins
+    from laddpo.storage import atomic
+    from laddpo.storage.folders import owned
     from laddpo.tuned import tuned_weights
 
     tuned = tuned_weights(config, Path(config.run)) if config.run else None
@@ -34,7 +35,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     with owned(run_folder, "generations", config.resume != "false"):
         answers = answer_prompts(config, texts, tuned)
         rows = [{"prompt": text, **{name: found[i] for name, found in answers.items()}} for i, text in enumerate(texts)]
-        runs.write_text(run_folder / "generations.jsonl", "".join(runs.canonical_json(row) + "\n" for row in rows))
+        atomic.write_text(run_folder / "generations.jsonl", "".join(atomic.canonical_json(row) + "\n" for row in rows))
     for row in rows:
         print()
         for name, text in row.items():

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from laddpo import runs
 from laddpo.answering import sampler_settings
 from laddpo.errors import UserError
 from laddpo.inputs import Loaded, encoder_for
 from laddpo.settings import RunConfig
+from laddpo.storage import atomic, manifests
 
 SHARES = ("acc", "match", "pass@")  # in the names of the harness's metrics that are right or wrong by item
 
@@ -90,7 +90,7 @@ def run_harness(
 
 def answers_key(config: RunConfig, loaded: Loaded, weights: Mapping[str, Any]) -> str:
     """What answers and likelihoods depend on beside the request, by which alone the harness tells them apart."""
-    return runs.fingerprint(
+    return manifests.fingerprint(
         {
             "weights": dict(weights),
             "quantization": dataclasses.asdict(config.quantization),
@@ -138,7 +138,7 @@ def write_items(folder: Path, results: dict[str, Any], label: str) -> None:
         for task, items in (results.get("samples") or {}).items()
         for item in items
     ]
-    runs.write_text(folder / f"items_{label}.jsonl", "".join(runs.canonical_json(row) + "\n" for row in rows))
+    atomic.write_text(folder / f"items_{label}.jsonl", "".join(atomic.canonical_json(row) + "\n" for row in rows))
 
 
 def _item_values(results: dict[str, Any], task: str, metric: str, chosen: str) -> list[float]:

@@ -17,7 +17,6 @@ from laddpo.config import check_machine
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import Item
 from laddpo.core.objectives import DpoObjective
-from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import fill_reference, pair_item, stored_pair
 from laddpo.errors import UserError
 from laddpo.evaluation.margins import WINDOW, evaluation_estimator
@@ -38,6 +37,7 @@ from laddpo.preference.sources import Request
 from laddpo.processes.signals import StopFlag
 from laddpo.read_settings import command_of
 from laddpo.settings import MixturePart, QuantizationSettings, RunConfig, keywords
+from laddpo.storage.reference_store import ReferenceStore
 
 ADAPTER, ADAPTER_LAST, MODEL, MODEL_LAST = "adapter", "adapter_last", "model", "model_last"
 PAIRS_PER_SHARD = 512

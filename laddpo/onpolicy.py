@@ -11,10 +11,10 @@ import hashlib
 import sys
 from pathlib import Path
 
-from laddpo import runs
 from laddpo.errors import UserError
 from laddpo.read_settings import command_of
 from laddpo.settings import MixturePart, RunConfig
+from laddpo.storage import atomic
 
 EMBEDDED_QUESTIONS = 1500  # asked in a round where sampling.num_questions is null
 
@@ -126,7 +126,9 @@ def sample_fields(config: RunConfig, questions: list) -> dict:
         del settings[name]
     adapter = config.adapter.path
     return {
-        "questions": hashlib.sha256(runs.canonical_json([[q.text, q.answer] for q in questions]).encode()).hexdigest(),
+        "questions": hashlib.sha256(
+            atomic.canonical_json([[q.text, q.answer] for q in questions]).encode()
+        ).hexdigest(),
         "samples": config.data.sampling.samples,
         "sampler": settings,
         "encoding": encoder_for(config, load_tokenizer(path, revision)).fields(),

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from laddpo import runs
 from laddpo.compose import plain_settings, read_config
 from laddpo.config import CONF_DIR
 from laddpo.errors import UserError
-from laddpo.seals import sealed_file
 from laddpo.settings import RunConfig
+from laddpo.storage import atomic, manifests
+from laddpo.storage.seals import sealed_file
 
 PINS_FILE = "pins.json"  # of a folder that is worked on in parts: an evaluation, a run of several rounds
 OF_EXAMPLES = "examples:"  # begins the data pin of SFT rows that are no prepared pairs
@@ -47,15 +47,15 @@ def make(config: RunConfig, data: str | None = None, from_scratch: bool = False)
     folder = loading.checkpoint_folder(path, revision)
     spoken = {**encoder.fields(), "bos": encoder.bos_id}
     pins: Pins = {
-        "tokenizer": runs.file_sha256(folder / "tokenizer.json"),
-        "template": runs.fingerprint({name: spoken[name] for name in ("template", "terminator", "bos")}),
+        "tokenizer": atomic.file_sha256(folder / "tokenizer.json"),
+        "template": manifests.fingerprint({name: spoken[name] for name in ("template", "terminator", "bos")}),
         "adapter": "none",
     }
     if from_scratch:
         pins["base"] = f"{RANDOM} of seed {config.seed}"
     else:
         pins["base"] = loading.weights_fingerprint(path, revision)
-        pins["config"] = runs.file_sha256(folder / "config.json")
+        pins["config"] = atomic.file_sha256(folder / "config.json")
     if config.adapter.path:
         pins |= adapters.adapter_identity(Path(config.adapter.path))
     if data is not None:
@@ -82,8 +82,8 @@ def require_same(
 
 def of_folder(folder: Path) -> Pins | None:
     """The pins in the manifest of weights, of a run or of an export; None where there is no such manifest."""
-    path = folder / runs.MANIFEST
-    content = runs.unsealed(path) if path.exists() else None
+    path = folder / manifests.MANIFEST
+    content = manifests.unsealed(path) if path.exists() else None
     fields = content.get("fields") if isinstance(content, dict) else None
     if not isinstance(fields, dict) or content.get("kind") not in ("weights", "train", "sft", "export"):
         return None
@@ -99,11 +99,11 @@ def of_folder(folder: Path) -> Pins | None:
 def of_run(folder: Path) -> Pins | None:
     """The pins of the newest whole checkpoint of a run; None when it has none. A checkpoint of an earlier version has
     the base that the run's kept weights name."""
-    from laddpo.core.checkpoint import STATE, step_folders
+    from laddpo.storage.checkpoint import STATE, step_folders
 
     for place in step_folders(folder / "checkpoints"):
         try:
-            state = runs.read_json(sealed_file(place, STATE))
+            state = atomic.read_json(sealed_file(place, STATE))
         except (UserError, OSError):  # set aside when the run goes on
             continue
         if "pins" in state:
@@ -133,7 +133,7 @@ def require_like_siblings(folder: Path, now: Mapping[str, Any], config: RunConfi
     if not any((folder / name).exists() for name in MARKS_OF_A_JOB):
         return
     ours = dataclasses.asdict(config)
-    for place in sorted(path.parent for path in folder.parent.glob(f"*/{runs.MANIFEST}")):
+    for place in sorted(path.parent for path in folder.parent.glob(f"*/{manifests.MANIFEST}")):
         stored = of_folder(place) if place != folder and (place / "config.yaml").exists() else None
         if not stored or "tokenizer" not in stored:  # none, or of an earlier version
             continue
@@ -190,13 +190,13 @@ def hold(folder: Path, now: Pins, config: RunConfig) -> None:
     """Keep the pins in a folder that is worked on in parts, or compare them with those that it keeps."""
     path = folder / PINS_FILE
     if path.exists():
-        kept = runs.unsealed(path)
-        runs.require_keys(path, kept, ["fields"], f"Remove {path} if the inputs are as they were.")
+        kept = manifests.unsealed(path)
+        manifests.require_keys(path, kept, ["fields"], f"Remove {path} if the inputs are as they were.")
         require_same(folder, kept["fields"], now, config)
         return
     if (folder / "config.yaml").exists():
         require_same(folder, {}, now, config)
-    runs.write_json(path, runs.with_seal({"kind": "pins", "fields": now}))
+    atomic.write_json(path, manifests.with_seal({"kind": "pins", "fields": now}))
 
 
 def examples_pin(examples: Iterable) -> str:
@@ -237,7 +237,7 @@ def _check_named_base(file: Path, config: RunConfig) -> None:
     """An adapter of another program: the base that its settings name, where that name tells something."""
     from laddpo.models import loading
 
-    content = runs.read_json(file) if file.exists() else {}
+    content = atomic.read_json(file) if file.exists() else {}
     name, revision = (content.get(key) for key in ("base_model_name_or_path", "revision"))
     if not isinstance(name, str) or not name:
         return

@@ -18,9 +18,9 @@ from laddpo.settings import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Report on the folders that `run` and `runs` name."""
-    from laddpo import runs
-    from laddpo.folders import owned
     from laddpo.reporting import find_runs, report_page
+    from laddpo.storage import atomic
+    from laddpo.storage.folders import owned
 
     folders = [Path(text) for text in (*([config.run] if config.run else []), *config.runs)]
     if not folders:
@@ -30,7 +30,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         )
     found = find_runs(folders)
     with owned(run_folder, "report"):
-        runs.write_text(run_folder / "report.html", report_page(found, config.report, run_folder / "plots"))
+        atomic.write_text(run_folder / "report.html", report_page(found, config.report, run_folder / "plots"))
     print(f"page: {run_folder / 'report.html'}")
     print(run_folder)
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import yaml
 
-from laddpo import runs
 from laddpo.errors import UserError, nearest
 from laddpo.evaluation import page
 from laddpo.evaluation.plots import evaluation_plot, margins_plot, panel_plots
 from laddpo.evaluation.sweeps import SweepJob, SweepTable, number_text, sweep_plot, sweep_table
 from laddpo.evaluation.tables import before_after_rows, example_pairs, is_share, sweep_rows
-from laddpo.seals import CheckedLines, read_checked, read_checked_text, sealed_file
 from laddpo.settings import ReportSettings
+from laddpo.storage import atomic, json_lines, manifests
+from laddpo.storage.seals import CheckedLines, read_checked, read_checked_text, sealed_file
 from laddpo.sweep import SWEEP_FILE, SWEEP_KEYS
 from laddpo.sweepresults import job_state
 
@@ -95,11 +95,11 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 def read_run(folder: Path) -> Run:
     """A training run with its evaluation, or an evaluation by itself. Unfinished ones are read as far as they go."""
     evaluation = folder / "evaluation" if (folder / "evaluation").is_dir() else folder
-    manifest = folder / runs.MANIFEST
+    manifest = folder / manifests.MANIFEST
     settings = folder / "config.yaml"
-    found = runs.unsealed(manifest) if manifest.exists() else None
+    found = manifests.unsealed(manifest) if manifest.exists() else None
     is_ours = isinstance(found, dict) and isinstance(found.get("kind"), str)
-    sealed = runs.read_manifest(folder, found["kind"]) if is_ours else {}
+    sealed = manifests.read_manifest(folder, found["kind"]) if is_ours else {}
     if not is_ours:
         _require_logged(folder)
     results = _of_evaluation(folder, evaluation, "results.json")
@@ -108,9 +108,9 @@ def read_run(folder: Path) -> Run:
         name=folder.name,
         folder=folder,
         settings=_flat(_read_settings(settings)) if settings.exists() else {},
-        metrics=runs.JsonLines(folder / "metrics.jsonl").read(),
-        timing=runs.JsonLines(folder / "timing.jsonl").read(),
-        results=runs.read_json(results) if results.exists() else {},
+        metrics=json_lines.JsonLines(folder / "metrics.jsonl").read(),
+        timing=json_lines.JsonLines(folder / "timing.jsonl").read(),
+        results=atomic.read_json(results) if results.exists() else {},
         evaluation=evaluation,
         fields=sealed["fields"] if is_ours else {},
         state=FINISHED if is_finished else "not finished",
@@ -124,12 +124,12 @@ def _of_evaluation(folder: Path, evaluation: Path, name: str) -> Path:
 
 def _require_logged(folder: Path) -> None:
     """An unfinished run has no manifest, but its newest checkpoint seals the metrics up to its step."""
-    from laddpo.core.checkpoint import STATE, step_folders
+    from laddpo.storage.checkpoint import STATE, step_folders
 
     log, newest = folder / "metrics.jsonl", step_folders(folder / "checkpoints")[:1]
-    if newest and log.exists() and (newest[0] / runs.MANIFEST).exists():
-        state = runs.read_json(sealed_file(newest[0], STATE))
-        runs.JsonLines(log).require(state["metrics"])
+    if newest and log.exists() and (newest[0] / manifests.MANIFEST).exists():
+        state = atomic.read_json(sealed_file(newest[0], STATE))
+        json_lines.JsonLines(log).require(state["metrics"])
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -342,7 +342,7 @@ def _run_blocks(run: Run, example_count: int, plots: Path) -> list[str]:
         evaluation_plot(run.results, plots / "evaluation.png")
         blocks.append(page.wide_picture(plots / "evaluation.png", "base and tuned with intervals"))
     pairs = _of_evaluation(run.folder, run.evaluation, "pairs.jsonl")
-    margins = [row["margin"] for row in runs.JsonLines(pairs).read()]
+    margins = [row["margin"] for row in json_lines.JsonLines(pairs).read()]
     if margins:
         margins_plot(margins, plots / "margins.png")
         blocks.append(page.gallery([("reward margins of held-out pairs", plots / "margins.png")]))

@@ -19,15 +19,15 @@ from typing import Any
 
 import yaml
 
-from laddpo import runs
 from laddpo.compose import plain_settings, read_config
 from laddpo.config import EPOCHS, find_problems
 from laddpo.errors import Stopped, UserError
-from laddpo.folders import owned
 from laddpo.processes.ranks import here, launched
 from laddpo.ranges import leaves
 from laddpo.redaction import redact
 from laddpo.settings import RunConfig
+from laddpo.storage import atomic, manifests
+from laddpo.storage.folders import owned
 from laddpo.visible import visible
 
 # What a resumed run may change: where it runs, how it reports, how often it saves, and how long it trains. What is
@@ -84,27 +84,27 @@ def find_run(config: RunConfig, new_folder: Path) -> RunPlace:
     if config.resume in ("true", "false"):
         return RunPlace(new_folder)
     folder = Path(config.resume)
-    is_finished = ranks.broadcast((folder / runs.MANIFEST).exists() if ranks.is_main else None)
+    is_finished = ranks.broadcast((folder / manifests.MANIFEST).exists() if ranks.is_main else None)
     return RunPlace(folder, is_resumed=True, is_finished=is_finished)
 
 
 def write_command(folder: Path, overrides: Iterable[str], **more: Any) -> None:
     """command.json of a run, a sweep or a study: what the command line named when it began."""
     named = [redact(text) for text in overrides if override_key(text) not in ("output_dir", "resume")]
-    runs.write_json(folder / COMMAND, {**more, "overrides": named})
+    atomic.write_json(folder / COMMAND, {**more, "overrides": named})
 
 
 def read_command(folder: Path) -> dict[str, Any]:
     """What `write_command` wrote; an earlier version wrote nothing."""
     path = folder / COMMAND
-    return runs.read_json(path) if path.exists() else {}
+    return atomic.read_json(path) if path.exists() else {}
 
 
 def check_finished(config: RunConfig, folder: Path, kind: str) -> None:
     """Say that nothing is left to do, once the run is found whole and no more than it did is asked for."""
     from laddpo.tuned import tuned_weights
 
-    runs.read_manifest(folder, kind)
+    manifests.read_manifest(folder, kind)
     refuse_longer_training(config, folder)
     tuned_weights(config, folder)
     print(f"{folder}: this run is finished; nothing was changed.")
@@ -179,8 +179,8 @@ def told_to_resume(folder: Path, way: str | None = None) -> Iterator[None]:
     except Stopped as stopped:
         if not (folder / "config.yaml").exists():
             raise
-        from laddpo.core.checkpoint import step_folders
-        from laddpo.evaluation.studies import round_folders
+        from laddpo.storage.checkpoint import step_folders
+        from laddpo.storage.run_outputs import round_folders
 
         has_steps = any(step_folders(place / "checkpoints") for place in (folder, *round_folders(folder)))
         again = "" if way or has_steps else " It has no checkpoint yet and starts at step 0 again."
@@ -245,7 +245,7 @@ def _newest_unfinished(asked: Asked, earlier: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # removed meanwhile
             found[path] = path.stat().st_mtime_ns
     for path in sorted(found, key=lambda path: found[path], reverse=True):
-        if (path.parent / runs.MANIFEST).exists() or _differs(path, wanted):
+        if (path.parent / manifests.MANIFEST).exists() or _differs(path, wanted):
             continue
         yield path.parent
 
@@ -302,7 +302,7 @@ def _merge(asked: Asked, folder: Path, stored: RunConfig, fixed: tuple[str, ...]
             *groups, last = name.split(".")
             setattr(operator.attrgetter(".".join(groups))(merged) if groups else merged, last, wanted[name])
         else:
-            differences += runs.differing_fields({name: _plain(has[name])}, {name: _plain(wanted[name])})
+            differences += manifests.differing_fields({name: _plain(has[name])}, {name: _plain(wanted[name])})
     merged.resume = str(folder)
     counted = _counted_like(stored, merged)
     if pairs_per_step(stored) != pairs_per_step(counted):

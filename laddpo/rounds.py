@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from laddpo import runs
 from laddpo.processes.signals import StopFlag
-from laddpo.seals import CheckedLines, sealed_file
 from laddpo.settings import RunConfig
+from laddpo.storage import atomic, manifests
+from laddpo.storage.seals import CheckedLines, sealed_file
 
 ROUNDS_FILE = "rounds.json"
 
@@ -44,7 +44,7 @@ def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFla
     start = config.adapter.path
     for number in range(1, config.data.rounds + 1):
         place = folder / f"round_{number}"
-        found = [(place / name).exists() for name in (runs.MANIFEST, "config.yaml")] if ranks.is_main else None
+        found = [(place / name).exists() for name in (manifests.MANIFEST, "config.yaml")] if ranks.is_main else None
         is_finished, is_resumed = ranks.broadcast(found)
         if is_finished:
             _require_whole(config, place)
@@ -62,7 +62,7 @@ def _require_whole(config: RunConfig, place: Path) -> None:
     """A finished round is what it sealed: its results are compared, and the next round starts from its weights."""
     from laddpo.tuned import tuned_weights
 
-    runs.read_manifest(place, "train")
+    manifests.read_manifest(place, "train")
     tuned_weights(config, place)
 
 
@@ -73,19 +73,21 @@ def finish_rounds(folder: Path, count: int, seed: int) -> None:
 
     places = [folder / f"round_{number}" for number in range(1, count + 1)]
     records = [_round_record(folder, place) for place in places]
-    with runs.replaced_folder(folder / ADAPTER) as target:
+    with atomic.replaced_folder(folder / ADAPTER) as target:
         shutil.copytree(places[-1] / ADAPTER, target, dirs_exist_ok=True)
-        runs.read_manifest(target, "weights")
+        manifests.read_manifest(target, "weights")
         _pin_like_the_first(target, places[0])
     write_evaluation(places[0], places[-1], folder, seed)
     content = {"rounds": records, **compare_rounds(folder, count, seed)}
-    runs.write_json(folder / ROUNDS_FILE, content)
+    atomic.write_json(folder / ROUNDS_FILE, content)
     text = rounds_text(content)
-    runs.write_text(folder / "rounds.md", text + "\n")
+    atomic.write_text(folder / "rounds.md", text + "\n")
     fields = {"rounds": [record["manifest"] for record in records]}
     if "pins" in records[0]["manifest"]:
         fields["pins"] = records[0]["manifest"]["pins"]
-    runs.write_manifest(folder, "train", fields, [ROUNDS_FILE, *runs.present(folder, SEALED)], **runs.provenance())
+    manifests.write_manifest(
+        folder, "train", fields, [ROUNDS_FILE, *manifests.present(folder, SEALED)], **manifests.provenance()
+    )
     print("\n" + text)
 
 
@@ -93,10 +95,10 @@ def _pin_like_the_first(adapter: Path, first: Path) -> None:
     """The settings of the whole run name what its first round started from: so do the pins of its adapter."""
     from laddpo import pins
 
-    manifest = runs.unsealed(adapter / runs.MANIFEST)
+    manifest = manifests.unsealed(adapter / manifests.MANIFEST)
     if "pins" in manifest["fields"]:
         fields = {**manifest["fields"], "pins": pins.of_folder(first)}
-        runs.write_manifest(adapter, "weights", fields, list(manifest["files"]), **manifest["provenance"])
+        manifests.write_manifest(adapter, "weights", fields, list(manifest["files"]), **manifest["provenance"])
 
 
 def questions_pin(config: RunConfig) -> str | None:
@@ -107,7 +109,7 @@ def questions_pin(config: RunConfig) -> str | None:
         return None
     sampling = dataclasses.replace(config.data.sampling, first_question=0, num_questions=None)
     asked = open_questions(dataclasses.replace(config, data=dataclasses.replace(config.data, sampling=sampling)))
-    return runs.fingerprint({"questions": [[question.text, question.answer] for question in asked]})
+    return manifests.fingerprint({"questions": [[question.text, question.answer] for question in asked]})
 
 
 def config_of_round(config: RunConfig, number: int, start: str | None, folder: Path) -> RunConfig:
@@ -129,7 +131,7 @@ def _round_record(folder: Path, place: Path) -> dict[str, Any]:
     """What a round did: its manifest's fields, which link it to its pairs and its start, and what was sampled."""
     from laddpo.sweep import find_results
 
-    manifest = runs.read_manifest(place, "train")
+    manifest = manifests.read_manifest(place, "train")
     assert manifest is not None, f"{place}: a round that is not finished"
     return {
         "folder": place.relative_to(folder).as_posix(),
@@ -150,7 +152,7 @@ def write_evaluation(first: Path, last: Path, folder: Path, seed: int) -> None:
 
     before, after = _answers(first, "base"), _answers(last, "tuned")
     place = sealed_file(last, "evaluation/results.json")
-    of_tasks = {n: e for n, e in (runs.read_json(place) if place.exists() else {}).items() if "task" in e}
+    of_tasks = {n: e for n, e in (atomic.read_json(place) if place.exists() else {}).items() if "task" in e}
     results: dict[str, Any] = {}
     for name, entry in of_tasks.items():
         keys = sorted(key for key in before.keys() & after.keys() if key[0] == entry["task"]["name"])
@@ -165,9 +167,9 @@ def write_evaluation(first: Path, last: Path, folder: Path, seed: int) -> None:
             results[name]["task"] = entry["task"]
     if results:
         target = folder / "evaluation"
-        lines = [runs.canonical_json(record) + "\n" for record in (*before.values(), *after.values())]
-        runs.write_text(target / "items.jsonl", "".join(lines))
-        runs.write_json(target / "results.json", results)
+        lines = [atomic.canonical_json(record) + "\n" for record in (*before.values(), *after.values())]
+        atomic.write_text(target / "items.jsonl", "".join(lines))
+        atomic.write_json(target / "results.json", results)
         evaluation_plot(results, target / "plots" / "evaluation.png", title=f"{folder.name}, {last.name}")
 
 

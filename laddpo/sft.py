@@ -55,7 +55,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     """Everything between the settings and the finished run folder."""
-    from laddpo import inputs, pins, runs
+    from laddpo import inputs, pins
     from laddpo.compose import write_config
     from laddpo.core.elbo import ElboEstimator
     from laddpo.core.loop import train_loop
@@ -69,6 +69,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.preference.prepared import chosen_examples
     from laddpo.prepare import open_examples, open_prepared
     from laddpo.resuming import write_command
+    from laddpo.storage import manifests
     from laddpo.training import (
         SEALED,
         Validation,
@@ -174,7 +175,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     }
     if kind == "rows":
         fields[EXAMPLES] = kind
-    runs.write_manifest(folder, "sft", fields, runs.present(folder, SEALED), **runs.provenance())
+    manifests.write_manifest(folder, "sft", fields, manifests.present(folder, SEALED), **manifests.provenance())
     if shown:
         print("\n".join(shown))
 

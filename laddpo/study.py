@@ -27,8 +27,8 @@ OWN = ("study", "output_dir", "resume")
 def main(config: RunConfig, run_folder: Path) -> None:
     """Run what is missing, arm by arm within each seed, and write the page after each."""
     from laddpo.compose import write_config
-    from laddpo.folders import owned
     from laddpo.resuming import write_command
+    from laddpo.storage.folders import owned
 
     folder = study_folder(config, run_folder)
     is_resumed = config.resume != "false"
@@ -164,9 +164,9 @@ def study_folder(config: RunConfig, run_folder: Path) -> Path:
 
 def refuse_other_arms(config: RunConfig, folder: Path) -> None:
     """Refuse to go on where finished arms, asked for or not, have other settings than the page would say."""
-    from laddpo import runs
     from laddpo.begun import begun_otherwise, problems_by_job
-    from laddpo.seals import damages
+    from laddpo.storage import manifests
+    from laddpo.storage.seals import damages
 
     found = {
         place.name: [
@@ -176,7 +176,7 @@ def refuse_other_arms(config: RunConfig, folder: Path) -> None:
         ]
         for arm in config.study.arms
         for seed in config.study.seeds
-        if ((place := folder / f"{arm.name}-{seed}") / runs.MANIFEST).exists()
+        if ((place := folder / f"{arm.name}-{seed}") / manifests.MANIFEST).exists()
     }
     if problems := problems_by_job(found, f"of {len(found)} finished"):
         raise UserError(*problems)
@@ -198,9 +198,9 @@ def arm_overrides(config: RunConfig, arm: StudyArm, seed: int) -> list[str]:
 
 def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) -> list[str]:
     """Run each job that is not finished; the names of those that failed. Raises `Stopped` after a signal."""
-    from laddpo import runs
     from laddpo.begun import JOB_FILE
-    from laddpo.seals import write_checked
+    from laddpo.storage import atomic, manifests
+    from laddpo.storage.seals import write_checked
     from laddpo.sweep import Sweep, child_command, forward_signals, run_child
 
     failed = []
@@ -208,14 +208,14 @@ def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) 
     with forward_signals(folder) as is_stopping:
         for number, (arm, seed) in enumerate(jobs, 1):
             place = folder / f"{arm.name}-{seed}"
-            if (place / runs.MANIFEST).exists():
+            if (place / manifests.MANIFEST).exists():
                 continue
             print(f"{number} of {len(jobs)}: {place.name}", flush=True)
             sweep = Sweep(arm.stage, config_name, config_dir, [], folder, is_resumed=True)
             overrides = arm_overrides(config, arm, seed)
             write_checked(place / JOB_FILE, {"overrides": overrides})
             code = run_child(child_command(sweep, overrides, place), place, log=place / "log.txt")
-            runs.write_json(place / JOB_FILE, {"overrides": overrides, "exit_code": code})
+            atomic.write_json(place / JOB_FILE, {"overrides": overrides, "exit_code": code})
             if code == EXIT_STOPPED or is_stopping():
                 raise Stopped(f"{folder}: stopped.", f"Run the same command with resume=true output_dir={folder}.")
             if code != EXIT_DONE:
@@ -264,12 +264,12 @@ def asked_of(config: RunConfig) -> list[str]:
 
 def run_state(place: Path) -> str:
     """How a run that is in no number of the page ended."""
-    from laddpo import runs
     from laddpo.begun import JOB_FILE, JOB_KEYS
-    from laddpo.seals import read_checked
+    from laddpo.storage import manifests
+    from laddpo.storage.seals import read_checked
     from laddpo.sweepresults import job_state
 
-    if (place / runs.MANIFEST).exists():
+    if (place / manifests.MANIFEST).exists():
         return "finished, without answers of both models to the same problems"
     job = place / JOB_FILE
     code = read_checked(job, JOB_KEYS)["exit_code"] if job.exists() else None
@@ -278,8 +278,8 @@ def run_state(place: Path) -> str:
 
 def write_page(config: RunConfig, folder: Path) -> dict:
     """study.json, study.md and study.png of what is finished, asked for this time or before."""
-    from laddpo import runs
     from laddpo.evaluation import studies
+    from laddpo.storage import atomic
 
     study = config.study
     read, unfinished = [], []
@@ -295,8 +295,8 @@ def write_page(config: RunConfig, folder: Path) -> dict:
     content["unfinished"] = unfinished
     content["settings"] = shared_overrides(config)
     title, command = f"Study {study.name}", shlex.join(["python", "-m", "laddpo.study", *asked_of(config)])
-    runs.write_json(folder / "study.json", content)
-    runs.write_text(folder / "study.md", studies.study_markdown(content, title, command))
+    atomic.write_json(folder / "study.json", content)
+    atomic.write_text(folder / "study.md", studies.study_markdown(content, title, command))
     if content["arms"]:
         studies.study_plot(content, folder / "study.png", title)
     return content

@@ -34,12 +34,13 @@ import laddpo
 from laddpo.begun import JOB_FILE, JOB_KEYS, begun_otherwise, overrides_to_resume, problems_by_job
 from laddpo.compose import compose_tree, settings_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
-from laddpo.folders import owned, refuse_others
-from laddpo.locks import open_own
 from laddpo.pathchecks import path_problem
 from laddpo.resuming import read_command, write_command
-from laddpo.runs import JsonLines, read_json, write_json
-from laddpo.seals import damages, read_checked, sealed_file, write_checked
+from laddpo.storage.atomic import read_json, write_json
+from laddpo.storage.folders import owned, refuse_others
+from laddpo.storage.json_lines import JsonLines
+from laddpo.storage.locks import open_own
+from laddpo.storage.seals import damages, read_checked, sealed_file, write_checked
 from laddpo.sweepresults import (
     LOWER_IS_BETTER,
     VALIDATION,
@@ -287,7 +288,7 @@ def find_results(folder: Path) -> dict[str, Any]:
 
     Of several rounds these are exact match in the last one: its loss and its base are against another reference.
     """
-    from laddpo.evaluation.studies import round_folders
+    from laddpo.storage.run_outputs import round_folders
 
     for name in ("results.json", "evaluation/results.json"):
         if (path := sealed_file(folder, name)).exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from laddpo.errors import EXIT_DONE, EXIT_STOPPED
-from laddpo.runs import write_text
+from laddpo.storage.atomic import write_text
 
 
 def objective(results: dict[str, Any], columns: Sequence[str] | None = None) -> float:

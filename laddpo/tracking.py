@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from urllib.parse import urlparse
 
 from laddpo.redaction import redact
-from laddpo.runs import write_text
+from laddpo.storage.atomic import write_text
 
 WANDB_ID_FILE = "wandb_id.txt"
 TENSORBOARD_FOLDER = "tensorboard"

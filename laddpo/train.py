@@ -77,7 +77,7 @@ def dry_run(config: RunConfig, folder: Path) -> None:
 
 def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     """Everything between the settings and the finished run folder."""
-    from laddpo import inputs, pins, runs
+    from laddpo import inputs, pins
     from laddpo.compose import write_config
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
@@ -88,6 +88,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.planning import pairs_per_step
     from laddpo.prepare import check_enough, open_prepared
     from laddpo.resuming import write_command
+    from laddpo.storage import manifests
     from laddpo.training import (
         SEALED,
         check_weights,
@@ -186,7 +187,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     if not ranks.is_main:
         return
     check_weights(config, folder)
-    runs.write_manifest(
+    manifests.write_manifest(
         folder,
         "train",
         {
@@ -197,17 +198,17 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
             "start": loaded.weights,
             "pins": pinned,
         },
-        runs.present(folder, SEALED),
-        **runs.provenance(),
+        manifests.present(folder, SEALED),
+        **manifests.provenance(),
     )
     print("\n".join(shown))
 
 
 def finish(config, folder: Path, prepared, loaded, state, settings, stop, test_tasks, say) -> None:
     """Plot the run, evaluate base against tuned on the tasks of open_tasks; `say` takes how the run ended."""
-    from laddpo.core.outputs import RunOutputs
     from laddpo.evaluate import evaluate_run
     from laddpo.evaluation.plots import training_plot
+    from laddpo.storage.run_outputs import RunOutputs
     from laddpo.tuned import tuned_weights
 
     outputs = RunOutputs(folder, save_best=lambda step: None, save_last=lambda step: None)

@@ -16,13 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laddpo import inputs, runs
+from laddpo import inputs
 from laddpo.answering import VALIDATION_LIMIT, answer_ids, answer_task, open_task
-from laddpo.core.checkpoint import save_tensors, step_folders, step_of
 from laddpo.core.gradient import Item, lockstep
 from laddpo.core.loop import LoopSettings, step_items
 from laddpo.core.objectives import reference_draws
-from laddpo.core.outputs import RunOutputs
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError
@@ -37,6 +35,9 @@ from laddpo.preference.prepared import PreparedPairs
 from laddpo.processes.ranks import Ranks, here, whole
 from laddpo.processes.signals import StopFlag
 from laddpo.settings import RunConfig, keywords
+from laddpo.storage import atomic, manifests
+from laddpo.storage.checkpoint import save_tensors, step_folders, step_of
+from laddpo.storage.run_outputs import RunOutputs
 from laddpo.tracking import Trackers
 from laddpo.tuned import what_is_left
 from laddpo.visible import visible
@@ -143,14 +144,14 @@ def run_outputs(
             state = whole(loaded.model.state_dict() if is_full else adapters.adapter_state(loaded.model), ranks.is_main)
         if not ranks.is_main:
             return
-        with runs.replaced_folder(folder / name) as target:
+        with atomic.replaced_folder(folder / name) as target:
             if is_full:
                 files = loading.save_model(loaded.model, target, state=state)
                 files += loading.copy_tokenizer(inputs.model_path(config), config.model.revision, target)
             else:
                 files = adapters.save_adapter(loaded.model, target, state)
             fields = {"step": step, "base": loaded.weights, "pins": dict(pins or {}), **more_fields}
-            runs.write_manifest(target, "weights", fields, files, **runs.provenance())
+            manifests.write_manifest(target, "weights", fields, files, **manifests.provenance())
 
     logger = config.logger
     settings = keywords(logger) if logger.wandb else {"tensorboard": logger.tensorboard}
@@ -161,7 +162,7 @@ def run_outputs(
         def show(step: int, text: str) -> None:
             if not ranks.is_main:
                 return
-            runs.write_text(folder / "samples" / f"step_{step:07d}.txt", text + "\n")
+            atomic.write_text(folder / "samples" / f"step_{step:07d}.txt", text + "\n")
             trackers.text(step, "samples", text)
 
         if validation is not None:
@@ -182,7 +183,7 @@ def check_weights(config: RunConfig, folder: Path) -> None:
         (inputs.MODEL, inputs.MODEL_LAST) if config.adapter.kind == "full" else (inputs.ADAPTER, inputs.ADAPTER_LAST)
     )
     for name in names:
-        if runs.read_manifest(folder / name, "weights") is None:
+        if manifests.read_manifest(folder / name, "weights") is None:
             raise UserError(
                 f"{folder / name}: is gone; expected the weights that the run kept. "
                 f"{what_is_left(folder, folder / names[0])}"
@@ -209,13 +210,13 @@ def fault_reports(folder: Path, parameters: Mapping[str, Tensor], seed: int, ran
 
 def _write_fault(folder: Path, facts: Mapping[str, object], weights: Mapping[str, Tensor]) -> None:
     broken = sorted(name for name, tensor in weights.items() if not bool(tensor.isfinite().all()))
-    with runs.replaced_folder(folder) as target:
-        runs.write_json(target / "fault.json", {**facts, "nonfinite_weights": broken})
+    with atomic.replaced_folder(folder) as target:
+        atomic.write_json(target / "fault.json", {**facts, "nonfinite_weights": broken})
         files = ["fault.json"]
         if weights:
             save_tensors(target / "weights.safetensors", weights)
             files.append("weights.safetensors")
-        runs.write_manifest(target, "fault", {}, files, **runs.provenance())
+        manifests.write_manifest(target, "fault", {}, files, **manifests.provenance())
 
 
 def resume_step(folder: Path) -> int:

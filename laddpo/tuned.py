@@ -12,11 +12,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from laddpo import runs
 from laddpo.config import find_problems
 from laddpo.errors import Damaged, UserError
 from laddpo.ranges import as_written, leaves
 from laddpo.settings import RunConfig
+from laddpo.storage import manifests
 
 
 def begun_evaluation(asked: RunConfig) -> Path | None:
@@ -32,7 +32,7 @@ def begun_evaluation(asked: RunConfig) -> Path | None:
             f"resume is {asked.resume!r} and output_dir is {asked.output_dir!r}; expected one folder. An evaluation "
             "goes on in its own; leave output_dir out."
         )
-    runs.read_manifest(folder, "evaluation", verify=False)
+    manifests.read_manifest(folder, "evaluation", verify=False)
     return folder if (folder / "config.yaml").is_file() else None
 
 
@@ -162,7 +162,7 @@ def tuned_weights(config: RunConfig, trained: Path) -> Path:
 
     folder = trained / (MODEL if config.adapter.kind == "full" else ADAPTER)
     try:
-        if runs.read_manifest(folder, "weights") is not None:
+        if manifests.read_manifest(folder, "weights") is not None:
             return folder
         found = f"{folder}: has no finished weights; expected those that the run kept."
     except Damaged as error:
@@ -172,8 +172,8 @@ def tuned_weights(config: RunConfig, trained: Path) -> Path:
 
 def what_is_left(trained: Path, folder: Path) -> str:
     """What a run still has instead of the weights that it kept in `folder`, and the way to go on with that."""
-    from laddpo.core.checkpoint import step_folders
-    from laddpo.evaluation.studies import round_folders
+    from laddpo.storage.checkpoint import step_folders
+    from laddpo.storage.run_outputs import round_folders
 
     last = folder.with_name(f"{folder.name}_last")
     others = [last, *(path / folder.name for path in round_folders(trained)[-1:])]
@@ -182,21 +182,21 @@ def what_is_left(trained: Path, folder: Path) -> str:
     there = ", ".join(path.relative_to(trained).as_posix() for path in (*whole, *checkpoints))
     there = f"Still there: {there or 'no weights of this run'}."
     if whole:
-        step = runs.read_manifest(whole[0], "weights", verify=False)["fields"]["step"]
+        step = manifests.read_manifest(whole[0], "weights", verify=False)["fields"]["step"]
         remove = f"{shlex.join(['rm', '-r', str(folder)])} && " if folder.exists() else ""
         copy_it = shlex.join(["cp", "-r", str(whole[0]), str(folder)])
         return f"{there} To take the weights of step {step}{_kept(trained)} in their place: {remove}{copy_it}"
     again = f"give the command of the run again with resume={trained}"
-    if checkpoints and (trained / runs.MANIFEST).exists():
-        return f"{there} Remove {trained / runs.MANIFEST} and {again}: {last.name} is written from the checkpoint."
-    if (trained / runs.MANIFEST).exists():
+    if checkpoints and (trained / manifests.MANIFEST).exists():
+        return f"{there} Remove {trained / manifests.MANIFEST} and {again}: {last.name} is written from the checkpoint."
+    if (trained / manifests.MANIFEST).exists():
         return f"{there} Start a new run of the same settings, or check run=."
     return f"{there} The run is not finished: {again}, or check run=."
 
 
 def _is_whole(folder: Path) -> bool:
     try:
-        return runs.read_manifest(folder, "weights") is not None
+        return manifests.read_manifest(folder, "weights") is not None
     except UserError:
         return False
 
@@ -204,7 +204,7 @@ def _is_whole(folder: Path) -> bool:
 def _kept(trained: Path) -> str:
     """The step that a finished run kept, in words; nothing where it does not say."""
     try:
-        manifest = runs.read_manifest(trained, "train", "sft", verify=False)
+        manifest = manifests.read_manifest(trained, "train", "sft", verify=False)
     except UserError:
         return ""
     step = (manifest or {"fields": {}})["fields"].get("best_step")

@@ -23,10 +23,10 @@ def main(config: RunConfig, run_folder: Path) -> None:
         raise UserError("run is not set; expected the folder of a finished run: run=outputs/train/<run>.")
 
     from laddpo import inputs, pins
-    from laddpo.folders import owned
     from laddpo.machine import find_machine
     from laddpo.prepare import open_prepared
     from laddpo.processes.signals import at_once, stop_on_signal
+    from laddpo.storage.folders import owned
 
     tuned = moved_weights(config)
     inputs.check_before_loading(config)
@@ -44,11 +44,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def moved_weights(config: RunConfig) -> Path:
     """The folder of the run's best weights, which must not be those that it started from."""
-    from laddpo import runs
+    from laddpo.storage import manifests
     from laddpo.tuned import tuned_weights
 
     folder = tuned_weights(config, Path(config.run))
-    if runs.read_manifest(folder, "weights", verify=False)["fields"]["step"] == 0:
+    if manifests.read_manifest(folder, "weights", verify=False)["fields"]["step"] == 0:
         raise UserError(
             f"{folder}: holds the weights of step 0, which are the reference's: under common masks their scores have "
             "no noise to measure. Expected a run that kept a later step: train longer, or keep the last step with "
@@ -122,17 +122,17 @@ def measure_run(config: RunConfig, tuned: Path, prepared, loaded, parameters: li
 
 def write_result(config: RunConfig, result: dict, folder: Path) -> None:
     """The page, its numbers and its picture; then the table for the terminal."""
-    from laddpo import runs
     from laddpo.compose import write_config
     from laddpo.evaluation import variance_report
+    from laddpo.storage import atomic, manifests
 
-    (folder / runs.MANIFEST).unlink(missing_ok=True)
+    (folder / manifests.MANIFEST).unlink(missing_ok=True)
     write_config(config, folder)  # which makes the folder a run's: until here nothing could be gone on with
-    runs.write_json(folder / "variance.json", result)
-    runs.write_text(folder / "variance.md", variance_report.markdown_page(result))
+    atomic.write_json(folder / "variance.json", result)
+    atomic.write_text(folder / "variance.md", variance_report.markdown_page(result))
     variance_report.variance_plot(result, folder / "variance.png")
     sealed = ["config.yaml", "variance.json", "variance.md"]
-    runs.write_manifest(folder, "variance", {"run": config.run}, sealed, **runs.provenance())
+    manifests.write_manifest(folder, "variance", {"run": config.run}, sealed, **manifests.provenance())
     print()
     print(variance_report.terminal_table(result))
     print(f"\nvariance.md, variance.json and variance.png: {folder}")

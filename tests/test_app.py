@@ -15,7 +15,9 @@ from laddpo import __version__, sweep
 from laddpo.app import cli, run_folder
 from laddpo.compose import compose, write_config
 from laddpo.errors import UserError
-from laddpo.runs import JsonLines, locked, write_json
+from laddpo.storage.atomic import write_json
+from laddpo.storage.json_lines import JsonLines
+from laddpo.storage.manifests import locked
 
 STAGES = ["prepare", "precompute", "train", "evaluate", "sft", "generate", "plan", "doctor"]
 
@@ -230,7 +232,7 @@ import os, re, sys, time
 from pathlib import Path
 from laddpo.app import run_stage
 from laddpo.compose import write_config
-from laddpo.runs import JsonLines, write_json
+from laddpo.storage.manifests import JsonLines, write_json
 
 def main(config, folder):
     status = Path("/proc/self/status")

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from laddpo import runs
 from laddpo.app import run_folder
 from laddpo.compose import compose, write_config
 from laddpo.errors import UserError
-from laddpo.folders import MARK, WORDS, owned, what_is
+from laddpo.storage import atomic, json_lines, manifests
+from laddpo.storage.folders import MARK, WORDS, owned, what_is
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -44,7 +44,7 @@ def files(*names: str) -> Callable[[Path], None]:
 def sealed(kind: str, *names: str) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         files(*names)(folder)
-        runs.write_manifest(folder, kind, {"encoding": 1, "step": 3, "base": {"base": "a"}}, list(names))
+        manifests.write_manifest(folder, kind, {"encoding": 1, "step": 3, "base": {"base": "a"}}, list(names))
 
     return make
 
@@ -161,7 +161,7 @@ def stages(config, monkeypatch, tmp_path) -> dict[str, Callable[[Path], None]]:
 def append_to_store(folder: Path) -> None:
     import numpy as np
 
-    from laddpo.core.reference import ReferenceStore, StoredPair
+    from laddpo.storage.reference_store import ReferenceStore, StoredPair
 
     ReferenceStore(folder, {"a": 1}).append([StoredPair("p", "00" * 16)], 0, -np.ones((1, 2, 1)))
 
@@ -186,7 +186,7 @@ STAGES = [
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_refuses_every_kind_that_is_not_its_own_whenever_it_appears(stage, stages, tmp_path, monkeypatch):
     """Before the stage looks, and between its look and its lock."""
-    locked = runs.locked
+    locked = manifests.locked
     name = "dry_run" if "dry_run" in stage else "place"
     for kind, make in KINDS.items():
         if (stage, kind) in OWN:
@@ -204,7 +204,7 @@ def test_every_stage_refuses_every_kind_that_is_not_its_own_whenever_it_appears(
             return locked(folder, *args, **kwargs)
 
         with monkeypatch.context() as patched, pytest.raises(UserError) as refused:
-            patched.setattr(runs, "locked", lock_late)
+            patched.setattr(manifests, "locked", lock_late)
             stages[stage](late)
         make(expected := tmp_path / kind / "expected" / name)
         assert str(late) in str(refused.value), (stage, kind)
@@ -221,7 +221,7 @@ def test_prepared_pairs_take_the_name_of_nothing_else(kind, tmp_path):
     with pytest.raises(UserError):
         with whole_folder(folder) as building:
             (building / "pairs.jsonl").write_text("new")
-            (building / runs.MANIFEST).write_text("new")
+            (building / manifests.MANIFEST).write_text("new")
         PreparedPairs.load(folder)  # what has a manifest is taken for the same pairs, unless it is of another kind
     assert content(folder) == before and list(tmp_path.iterdir()) == [folder]
 
@@ -254,7 +254,7 @@ def test_the_door_refuses_a_folder_before_anything_loads(stage, resume, config, 
 )
 def test_a_folder_with_nothing_that_anyone_would_miss_is_free(tmp_path, names):
     for name in names:
-        runs.write_text(tmp_path / "a" / name, '{"overrides": []}')
+        atomic.write_text(tmp_path / "a" / name, '{"overrides": []}')
     (tmp_path / "a" / "nothing").mkdir(parents=True)
     assert what_is(tmp_path / "a").is_free
     with owned(tmp_path / "a", "train") as found:
@@ -263,7 +263,7 @@ def test_a_folder_with_nothing_that_anyone_would_miss_is_free(tmp_path, names):
 
 def test_a_folder_knows_whose_it_is_from_its_first_file_on(tmp_path):
     with owned(tmp_path / "a", "export"):
-        runs.write_text(tmp_path / "a" / "model.safetensors", "half")
+        atomic.write_text(tmp_path / "a" / "model.safetensors", "half")
     assert what_is(tmp_path / "a").kinds == ("export",)
     with owned(tmp_path / "a", "export") as found:  # half an export is made again
         assert not found.is_free
@@ -311,7 +311,7 @@ def test_every_kind_of_manifest_is_known():
 def test_a_run_that_another_process_finished_meanwhile_is_not_replaced(tmp_path):
     """Two real processes: both found the folder free; the slower one takes the lock when the other has finished."""
     slow = (
-        "import sys\nfrom pathlib import Path\nfrom laddpo import runs\nfrom laddpo.folders import owned\n"
+        "import sys\nfrom pathlib import Path\nfrom laddpo import runs\nfrom laddpo.storage.folders import owned\n"
         "locked = runs.locked\n"
         "def late(*args, **kwargs):\n    print('looked', flush=True); sys.stdin.readline()\n"
         "    return locked(*args, **kwargs)\n"
@@ -341,7 +341,7 @@ def test_a_lock_that_is_a_link_or_no_file_is_refused_and_what_it_points_to_stays
         folder = tmp_path / "a"
         folder.mkdir()
         make(folder / ".lock")
-        with pytest.raises(UserError, match=r"\.lock: is not a regular file"), runs.locked(folder, wait=False):
+        with pytest.raises(UserError, match=r"\.lock: is not a regular file"), manifests.locked(folder, wait=False):
             pass
         (folder / ".lock").unlink()
         folder.rmdir()
@@ -351,12 +351,12 @@ def test_a_lock_that_is_a_link_or_no_file_is_refused_and_what_it_points_to_stays
 def test_a_lock_file_of_another_program_keeps_its_content(tmp_path):
     (tmp_path / ".lock").write_text("42\n")
     os.link(tmp_path / ".lock", tmp_path / "second name")
-    with runs.locked(tmp_path):
+    with manifests.locked(tmp_path):
         assert (tmp_path / ".lock").read_text() == "42\n"
     (tmp_path / ".lock").unlink()
     (tmp_path / "target").write_text("")
     os.link(tmp_path / "target", tmp_path / ".lock")
-    with runs.locked(tmp_path):
+    with manifests.locked(tmp_path):
         assert (tmp_path / "target").read_text() == ""
 
 
@@ -368,7 +368,7 @@ def test_logs_and_settings_are_not_written_through_links(tmp_path, config):
     for name in ("metrics.jsonl", "log.txt", "config.yaml"):
         (tmp_path / name).symlink_to(target)
     with pytest.raises(UserError, match=r"metrics\.jsonl: could not be written"):
-        runs.JsonLines(tmp_path / "metrics.jsonl").append({"step": 1})
+        json_lines.JsonLines(tmp_path / "metrics.jsonl").append({"step": 1})
     with pytest.raises(OSError):
         run_child([sys.executable, "-c", "print(1)"], tmp_path, log=tmp_path / "log.txt")
     write_config(config, tmp_path)
@@ -382,7 +382,7 @@ def test_a_lock_waits_for_a_file_that_its_holder_removes(tmp_path):
         "with runs.locked(Path(sys.argv[1])): print(Path(sys.argv[1], '.lock').exists())\n"
     )
     folder = tmp_path / "a"
-    with runs.locked(folder):
+    with manifests.locked(folder):
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
         )

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from laddpo import runs
 from laddpo.app import cli
 from laddpo.errors import UserError
 from laddpo.pathchecks import NAMED, NO_HUB_IDS, path_problem
+from laddpo.storage import atomic, manifests
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FAULTS = {
@@ -166,7 +166,7 @@ def test_without_a_home_digests_are_not_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that no file knows
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").write_bytes(b"1")
-    assert loading._remembered_sha256(tmp_path / "weights", False) == runs.file_sha256(tmp_path / "weights")
+    assert loading._remembered_sha256(tmp_path / "weights", False) == atomic.file_sha256(tmp_path / "weights")
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 
@@ -187,9 +187,9 @@ def test_any_text_can_be_printed_and_written(tmp_path, monkeypatch):
     narrow.flush()
     assert narrow.buffer.getvalue() == b"\\u65e5\\u672c \xe9 \\udce9\n"
     value = {"path": "caf\udce9", "half": "\ud83d"}
-    runs.write_json(tmp_path / "a.json", value)
-    assert runs.read_json(tmp_path / "a.json") == value
-    assert runs.fingerprint(value) != runs.fingerprint({**value, "path": "caf\udcea"})
+    atomic.write_json(tmp_path / "a.json", value)
+    assert atomic.read_json(tmp_path / "a.json") == value
+    assert manifests.fingerprint(value) != manifests.fingerprint({**value, "path": "caf\udcea"})
 
 
 def test_a_path_with_a_dollar_does_not_break_a_picture(tmp_path, capsys, monkeypatch):

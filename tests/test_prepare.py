@@ -16,7 +16,7 @@ from laddpo.models.loading import load_tokenizer
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.prepare import _arguments, check_enough
 from laddpo.read_settings import stage_reads
-from laddpo.runs import read_json
+from laddpo.storage.atomic import read_json
 
 
 def write_rows(path, rows):

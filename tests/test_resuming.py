@@ -13,7 +13,7 @@ from laddpo import resuming
 from laddpo.app import cli
 from laddpo.compose import compose, read_config, write_config
 from laddpo.errors import UserError
-from laddpo.runs import write_manifest
+from laddpo.storage.manifests import write_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +175,7 @@ def test_an_evaluation_goes_on_with_its_own_settings(settings, capsys):
 
 def test_a_sweep_goes_on_with_what_it_was_begun_with(capsys):
     from laddpo.begun import begun_otherwise, overrides_to_resume
-    from laddpo.runs import write_json
+    from laddpo.storage.atomic import write_json
 
     begun = ["dpo.beta=1,2", "seed=3"]
     resuming.write_command(Path("sweep"), begun, stage="train")

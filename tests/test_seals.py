@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import laddpo
-from laddpo import runs, seals
 from laddpo.compose import compose, read_config, write_config
 from laddpo.errors import Damaged, UserError
 from laddpo.evaluation.kept_answers import KeptAnswers
 from laddpo.models import loading
-from laddpo.seals import CheckedLines
+from laddpo.storage import atomic, json_lines, manifests, seals
+from laddpo.storage.seals import CheckedLines
 from tests.tiny import write_tiny_model
 
 PACKAGE = Path(laddpo.__file__).parent
@@ -24,9 +24,9 @@ RAW_READS = {"read_json", "read_bytes", "read_text", "load_file", "safe_open", "
 READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_file, and why that is right
     "app": "a stage's own source text, for --help",
     "compose": "plain data, by which runs of other settings are passed over; read_config compares the right one",
-    "core.checkpoint": "after read_manifest of the checkpoint",
-    "core.outputs": "the logs of the run itself: metrics.jsonl is compared by `cut`, timing.jsonl is not sealed",
-    "core.reference": "each shard's bytes are hashed before they are used",
+    "storage.checkpoint": "after read_manifest of the checkpoint",
+    "storage.run_outputs": "the logs of the run itself: metrics.jsonl is compared by `cut`, timing.jsonl is not sealed",
+    "storage.reference_store": "each shard's bytes are hashed before they are used",
     "evaluate": "unseal reads the manifest first; finish checks every line",
     "evaluation.kept_answers": "every line has a check",
     "evaluation.page": "pictures made a moment before",
@@ -34,7 +34,7 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "evaluation.studies": "timing.jsonl is not sealed",
     "evaluation.tasks": "every line has a check",
     "exporting": "after require_sealed; the base's README.md for its licence",
-    "folders": "what kind of folder it is: marks and manifests, which decide no value",
+    "storage.folders": "what kind of folder it is: marks and manifests, which decide no value",
     "models.adapter_settings": "after require_sealed",
     "models.adapters": "after require_sealed",
     "models.foreign": "after require_sealed of its callers",
@@ -46,17 +46,17 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "preference.prepared": "report.json after read_manifest of the folder",
     "resuming": "command.json: which settings were named, for a message",
     "reporting": "timing.jsonl is not sealed; state.json names what a log must be",
-    "runs": "the reading functions themselves",
+    "storage.manifests": "the reading functions themselves",
     "rounds": "results.json after sealed_file",
-    "seals": "the comparisons themselves",
+    "storage.seals": "the comparisons themselves",
     "sweep": "process.json says which process runs a job, for as long as it runs",
-    "temporaries": "the system's boot and namespace ids",
+    "storage.temporaries": "the system's boot and namespace ids",
     "tracking": "wandb_id.txt is a name at a tracker; no value depends on it",
 }
 
 
 def raw_reads(path: Path) -> list[int]:
-    """Lines that read a file without going through a function of laddpo/seals.py."""
+    """Lines that read a file without going through a function of laddpo/storage/seals.py."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = []
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
@@ -87,7 +87,7 @@ def log(tmp_path) -> CheckedLines:
 
 
 def test_a_finished_log_is_what_a_log_without_checks_would_be(log, tmp_path):
-    plain = runs.JsonLines(tmp_path / "plain.jsonl")
+    plain = json_lines.JsonLines(tmp_path / "plain.jsonl")
     for record in RECORDS:
         plain.append(record)
     assert log.read() == RECORDS and log.path.read_bytes() != plain.path.read_bytes()
@@ -122,7 +122,7 @@ def test_a_damaged_line_is_left_out_when_a_log_goes_on_and_refused_when_it_is_fi
 
 
 def test_a_log_of_an_earlier_version_goes_on_with_one_note(log):
-    plain = runs.JsonLines(log.path)
+    plain = json_lines.JsonLines(log.path)
     plain.rewind(lambda record: True)
     log.path.write_text("".join(plain.line(record) for record in RECORDS))
     log.rewind(lambda record: True)
@@ -159,7 +159,7 @@ def test_a_small_json_file_is_compared_with_its_own_seal(tmp_path, capsys):
         with pytest.raises(Damaged, match=r"job\.json"):
             seals.read_checked(path, value)
         seals.write_checked(path, value)
-    runs.write_json(path, value)
+    atomic.write_json(path, value)
     seals.note_once.cache_clear()
     assert [seals.read_checked(path, value) for _ in range(2)] == [value, value]
     assert capsys.readouterr().err.count("note: job.json of an earlier version") == 1
@@ -177,7 +177,7 @@ def model(tiny_model, tmp_path) -> Path:
     """A sealed model folder."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
-    runs.write_manifest(folder, "weights", {"step": 1, "base": {"base": "x"}}, [p.name for p in folder.iterdir()])
+    manifests.write_manifest(folder, "weights", {"step": 1, "base": {"base": "x"}}, [p.name for p in folder.iterdir()])
     return folder
 
 
@@ -208,7 +208,7 @@ def test_a_file_that_a_loader_would_read_beside_the_sealed_ones_is_refused(model
     with pytest.raises(UserError, match=rf"{name}: is not among the files"):
         loading.load_tokenizer(str(model))
         loading.load_model(str(model))
-    (model / runs.MANIFEST).unlink()
+    (model / manifests.MANIFEST).unlink()
     if name == "added_tokens.json":
         loading.load_tokenizer(str(model))
 
@@ -242,7 +242,7 @@ def test_weights_of_the_hubs_cache_are_hashed_again_by_their_name(tiny_model, tm
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text("0" * 40)
     weights = snapshot / "model.safetensors"
-    blob = blobs / runs.file_sha256(weights)
+    blob = blobs / atomic.file_sha256(weights)
     weights.rename(blob)
     weights.symlink_to(blob)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -272,13 +272,13 @@ def test_a_sealed_file_that_is_given_as_data_is_compared(tmp_path):
     from laddpo.preference.files import ReadLog, read_rows
 
     path = tmp_path / "samples.jsonl"
-    runs.write_text(path, '{"question": "1+1=", "answers": ["2"]}\n')
-    runs.write_manifest(tmp_path, "samples", {}, [path.name])
+    atomic.write_text(path, '{"question": "1+1=", "answers": ["2"]}\n')
+    manifests.write_manifest(tmp_path, "samples", {}, [path.name])
     assert len(list(read_rows([path], 1000, ReadLog()))) == 1
     flip(path)
     with pytest.raises(Damaged, match=r"samples\.jsonl"):
         list(read_rows([path], 1000, ReadLog()))
-    (tmp_path / runs.MANIFEST).write_text("not ours")
+    (tmp_path / manifests.MANIFEST).write_text("not ours")
     list(read_rows([path], 1000, ReadLog()))
 
 

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from laddpo import temporaries
-from laddpo.temporaries import HOST, make_folder, move_to, open_file, process_space, remove_orphans, temporary_beside
+from laddpo.storage import temporaries
+from laddpo.storage.temporaries import (
+    HOST,
+    make_folder,
+    move_to,
+    open_file,
+    process_space,
+    remove_orphans,
+    temporary_beside,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from laddpo.errors import RunFault
 from laddpo.models.adapters import ADAPTER_FILES
-from laddpo.runs import JsonLines
-from laddpo.seals import sealed_file
+from laddpo.storage.json_lines import JsonLines
+from laddpo.storage.seals import sealed_file
 
 SAME = (  # of both runs: the steps, and nothing that would be looked at on the way
     "hardware.precision=fp32",

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from laddpo.core import checkpoint as checkpoints
 from laddpo.core.noise import epoch_order
 from laddpo.core.optim import clip_gradients, learning_rate
-from laddpo.core.outputs import RunOutputs
 from laddpo.errors import NonFiniteStep, Stopped, UserError
 from laddpo.processes.ranks import ALONE, Ranks
 from laddpo.processes.signals import StopFlag
-from laddpo.runs import require_keys
+from laddpo.storage import checkpoint as checkpoints
+from laddpo.storage.manifests import require_keys
+from laddpo.storage.run_outputs import RunOutputs
 
 RESUMED = ("optimizer", "loop.step", "metrics.bytes", "metrics.sha256")  # of a checkpoint's state
 MAX_OVERFLOWS = 25  # in a row; from 65,536 the loss scale has then fallen below 0.002

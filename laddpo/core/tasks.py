@@ -20,11 +20,11 @@ from laddpo.core.gradient import Item, lockstep, score_items
 from laddpo.core.loop import step_items
 from laddpo.core.metrics import preference_metrics
 from laddpo.core.objectives import DpoObjective, SftObjective, loss_std_error
-from laddpo.core.reference import SIDES, ReferenceStore, StoredPair, token_digest
 from laddpo.core.sharing import accumulate_shared
 from laddpo.errors import RunFault, Stopped
 from laddpo.processes.ranks import ALONE, Ranks, share_out
 from laddpo.processes.signals import StopFlag
+from laddpo.storage.reference_store import SIDES, ReferenceStore, StoredPair, token_digest
 
 if TYPE_CHECKING:
     from laddpo.preference.encode import EncodedExample, EncodedPair

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from laddpo.seals import CheckedLines
+from laddpo.storage.seals import CheckedLines
 
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 

@@ -17,13 +17,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from laddpo import runs
 from laddpo.errors import Stopped
-from laddpo.folders import refuse_others
 from laddpo.preference.onpolicy import Question
 from laddpo.preference.pairs import Prompt, user_prompt
 from laddpo.processes.signals import StopFlag
-from laddpo.seals import CheckedLines
+from laddpo.storage import atomic, json_lines, manifests
+from laddpo.storage.folders import refuse_others
+from laddpo.storage.seals import CheckedLines
 
 KIND, SAMPLES, PARTS = "samples", "samples.jsonl", "parts"
 WAIT_S = 0.5
@@ -34,12 +34,12 @@ Sample = Callable[[list[Prompt], list[str]], list[str]]
 
 def samples_folder(data_dir: Path, fields: Mapping[str, Any]) -> Path:
     """Where samples that depend on these fields lie."""
-    return Path(data_dir) / KIND / runs.fingerprint(fields)
+    return Path(data_dir) / KIND / manifests.fingerprint(fields)
 
 
 def is_finished(folder: Path) -> bool:
     """Whether all answers are there; a file that differs from its seal is a UserError."""
-    return runs.read_manifest(folder, KIND) is not None
+    return manifests.read_manifest(folder, KIND) is not None
 
 
 def collect_samples(
@@ -62,7 +62,7 @@ def collect_samples(
     mine = folder / PARTS / f"{rank}-of-{world}"
     own = partial(refuse_others, folder, (KIND,), True, "the folder of samples")
     own()
-    with runs.locked(mine, check=own):
+    with manifests.locked(mine, check=own):
         if is_finished(folder):  # by another process, while this one waited
             return folder / SAMPLES
         log = CheckedLines(mine / "answers.jsonl", say)
@@ -87,7 +87,7 @@ def collect_samples(
     return folder / SAMPLES
 
 
-def _answer(sample: Sample, batch: Sequence[Question], count: int, done: dict, log: runs.JsonLines) -> None:
+def _answer(sample: Sample, batch: Sequence[Question], count: int, done: dict, log: json_lines.JsonLines) -> None:
     asked = [question for question in batch for _ in range(count)]
     keys = [f"{question.text}/sample {number}" for question in batch for number in range(count)]
     texts = sample([user_prompt(question.text) for question in asked], keys)
@@ -117,8 +117,8 @@ def _gather(
 
     _wait(is_whole, stop, folder)
     rows = [{"question": q.text, "answer": q.answer, "answers": done[q.text]} for q in questions]
-    runs.write_text(folder / SAMPLES, "".join(runs.canonical_json(row) + "\n" for row in rows))
-    runs.write_manifest(folder, KIND, fields, [SAMPLES], **runs.provenance())
+    atomic.write_text(folder / SAMPLES, "".join(atomic.canonical_json(row) + "\n" for row in rows))
+    manifests.write_manifest(folder, KIND, fields, [SAMPLES], **manifests.provenance())
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     say(f"{folder}: {len(questions):,} questions answered {count} times")
 

@@ -8,7 +8,6 @@ Choices belong to the validation column.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from laddpo import runs
 from laddpo.errors import UserError
 from laddpo.evaluation.figures import DARK, PALE, RULE, drawn, new_figure, save_png, tidy
 from laddpo.evaluation.stats import DRIFT, Difference, mean_with_error, paired_shares
 from laddpo.evaluation.sweeps import number_text
 from laddpo.evaluation.tables import markdown, points_text
-from laddpo.seals import CheckedLines, sealed_file
+from laddpo.storage import atomic, json_lines, manifests
+from laddpo.storage.run_outputs import round_folders
+from laddpo.storage.seals import CheckedLines, sealed_file
 
 BASE = "base"  # the model before training, as what an arm is compared with
 EXACT_MATCH = "validation/exact_match"
@@ -70,19 +70,13 @@ class Claim:
 
 def read_outcome(folder: Path, seed: int) -> Outcome | None:
     """A finished run of train (one round or several) or sft; None when it is not finished."""
-    if not (folder / runs.MANIFEST).exists():
+    if not (folder / manifests.MANIFEST).exists():
         return None
-    runs.read_manifest(folder, "train", "sft")
+    manifests.read_manifest(folder, "train", "sft")
     rounds = round_folders(folder)
     first, last = (rounds[0], rounds[-1]) if rounds else (folder, folder)
     base, tuned = right_by_item(first, "base"), right_by_item(last, "tuned")
     return Outcome(seed, base, tuned, _facts(first, last)) if base.keys() == tuned.keys() and base else None
-
-
-def round_folders(run: Path) -> list[Path]:
-    """The folders of a run's rounds in their order; none where it has no rounds."""
-    numbered = [(re.fullmatch(r"round_([0-9]+)", path.name), path) for path in run.glob("round_*")]
-    return [path for _, path in sorted((int(found[1]), path) for found, path in numbered if found)]
 
 
 def right_by_item(run: Path, model: str) -> dict[str, bool]:
@@ -220,10 +214,12 @@ def _compared(arm: Arm, other: Arm | None) -> dict[str, Any] | None:
 
 def _facts(first: Path, last: Path) -> dict[str, float]:
     """Numbers about a run; of several rounds lengths are those of the first's start and the last's end."""
-    rows = runs.JsonLines(sealed_file(last, "metrics.jsonl")).read()
-    manifest = runs.read_manifest(last, "train", "sft")
+    rows = json_lines.JsonLines(sealed_file(last, "metrics.jsonl")).read()
+    manifest = manifests.read_manifest(last, "train", "sft")
     if manifest is None:
-        raise UserError(f"{last}: has no {runs.MANIFEST}, expected a finished round; go on with resume={last.parent}.")
+        raise UserError(
+            f"{last}: has no {manifests.MANIFEST}, expected a finished round; go on with resume={last.parent}."
+        )
     fields = manifest["fields"]
     found: dict[str, float] = {"step_kept": fields.get("best_step") or 0, "steps": fields.get("step") or 0}
     answered = [row for row in rows if EXACT_MATCH in row]
@@ -244,14 +240,14 @@ def _facts(first: Path, last: Path) -> dict[str, float]:
             found[f"{name}_base"], found[f"{name}_tuned"] = before[name]["base"], after[name]["tuned"]
     if "reward_accuracy" in after:
         found["reward_accuracy"] = after["reward_accuracy"]["tuned"]
-    times = [row for place in {first, last} for row in runs.JsonLines(place / "timing.jsonl").read()]
+    times = [row for place in {first, last} for row in json_lines.JsonLines(place / "timing.jsonl").read()]
     found["minutes"] = sum(row.get("seconds", 0) + row.get("evaluation_seconds", 0) for row in times) / 60
     return {name: float(value) for name, value in found.items() if math.isfinite(value)}
 
 
 def _results(run: Path) -> dict[str, Any]:
     path = sealed_file(run, "evaluation/results.json")
-    return runs.read_json(path) if path.exists() else {}
+    return atomic.read_json(path) if path.exists() else {}
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from laddpo.core.outputs import SilentLines
 from laddpo.errors import UserError, choose
 from laddpo.evaluation.grading import FunctionGrader, math_grader, same_choice, same_final_number, text_grader
 from laddpo.evaluation.rows import is_choices, local_file, matches, task_rows
@@ -25,8 +24,10 @@ from laddpo.preference.pairs import Message, Prompt, prompt_rows, user_prompt
 from laddpo.preference.word_problems import INSTRUCTION as GSM8K_INSTRUCTION
 from laddpo.preference.word_problems import word_problems
 from laddpo.processes.ranks import ALONE, Ranks
-from laddpo.runs import JsonLines, fingerprint
-from laddpo.seals import CheckedLines
+from laddpo.storage.json_lines import JsonLines
+from laddpo.storage.manifests import fingerprint
+from laddpo.storage.run_outputs import SilentLines
+from laddpo.storage.seals import CheckedLines
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from laddpo.models.foreign import (
     text,
     whole,
 )
-from laddpo.seals import require_sealed
+from laddpo.storage.seals import require_sealed
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What an adapter's settings may ask for beside two matrices a layer, and ways to fill these that leave the base alone.

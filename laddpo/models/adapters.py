@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laddpo import runs
 from laddpo.errors import UserError
 from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.linears import ALL_LINEAR, match_linears, unknown_target
@@ -25,7 +24,8 @@ from laddpo.models.adapter_settings import ADAPTER_FILES, missing_file, read_ada
 from laddpo.models.families import find_family
 from laddpo.models.lora import ADAPTER as NAME
 from laddpo.processes.ranks import placed_like
-from laddpo.seals import note_once, require_sealed
+from laddpo.storage import atomic, manifests
+from laddpo.storage.seals import note_once, require_sealed
 
 PREFIX = "base_model.model."
 SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # settings that change values
@@ -98,8 +98,8 @@ def save_adapter(model, folder: Path, state: Mapping[str, Tensor] | None = None)
     config["inference_mode"] = True
     plain = {key: _plain(value) for key, value in config.items()}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or adapter_state(model)).items()}
-    runs.write_bytes(folder / ADAPTER_FILES[1], save(state, metadata={"format": "pt"}))
-    runs.write_json(folder / ADAPTER_FILES[0], plain)
+    atomic.write_bytes(folder / ADAPTER_FILES[1], save(state, metadata={"format": "pt"}))
+    atomic.write_json(folder / ADAPTER_FILES[0], plain)
     return list(ADAPTER_FILES)
 
 
@@ -119,7 +119,7 @@ def adapter_identity(folder: Path) -> dict[str, Any]:
     require_sealed(folder, *ADAPTER_FILES)
     settings = read_adapter_settings(folder)[1]
     return {
-        "adapter": runs.file_sha256(folder / ADAPTER_FILES[1]),
+        "adapter": atomic.file_sha256(folder / ADAPTER_FILES[1]),
         "adapter_scaling": {name: settings[name] for name in SCALING if settings.get(name)},
     }
 
@@ -137,8 +137,10 @@ def check_adapter_files(folder: Path, linears: Mapping[str, tuple[int, int]]) ->
     if not file.exists():
         raise missing_file(file)
     require_sealed(folder, file.name)
-    if not (folder / runs.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
-        note_once(f"{folder}: has no {runs.MANIFEST}, unlike every adapter of a run; its files are read unchecked.")
+    if not (folder / manifests.MANIFEST).exists() and (folder.parent / "config.yaml").exists():
+        note_once(
+            f"{folder}: has no {manifests.MANIFEST}, unlike every adapter of a run; its files are read unchecked."
+        )
     try:
         with safe_open(str(file), "pt") as content:
             shapes = {name: content.get_slice(name).get_shape() for name in sorted(content.keys())}

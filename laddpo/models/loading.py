@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-from laddpo import runs
 from laddpo.errors import Damaged, UserError
 from laddpo.models.families import Family, family_of, find_family
 from laddpo.models.foreign import checked, mapped, read_settings, text
@@ -25,7 +24,8 @@ from laddpo.models.quantization import DTYPES, quantization_config, settle_quant
 from laddpo.models.tokenizers import build_tokenizer
 from laddpo.preference.special_text import MASK_TOKEN
 from laddpo.processes.ranks import placed_like
-from laddpo.seals import require_sealed, sealed_digests
+from laddpo.storage import atomic, manifests
+from laddpo.storage.seals import require_sealed, sealed_digests
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
@@ -105,7 +105,7 @@ def copy_tokenizer(path: str, revision: str | None, target: Path) -> list[str]:
     require_sealed(folder, *TOKENIZER_FILES)
     files = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern))]
     for file in files:
-        runs.write_bytes(target / file.name, file.read_bytes())
+        atomic.write_bytes(target / file.name, file.read_bytes())
     return [file.name for file in files]
 
 
@@ -161,15 +161,15 @@ def save_model(model, folder: Path, shard_bytes: int = 4 * 2**30, state: Mapping
         for i in range(len(shards))
     ]
     for name, shard in zip(names, shards, strict=True):
-        runs.write_bytes(folder / name, save({k: v.cpu() for k, v in shard.items()}, metadata={"format": "pt"}))
+        atomic.write_bytes(folder / name, save({k: v.cpu() for k, v in shard.items()}, metadata={"format": "pt"}))
     if len(shards) > 1:
         where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(tensor.nbytes for tensor in state.values())
-        runs.write_json(
+        atomic.write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
         )
         names.append("model.safetensors.index.json")
-    runs.write_json(folder / "config.json", config_content(model))
+    atomic.write_json(folder / "config.json", config_content(model))
     return ["config.json", *names]
 
 
@@ -206,11 +206,11 @@ def keep_original_fields(folder: Path, base: Path) -> None:
 
     Names of code and kernels stay behind: `auto_map`, and what begins with an underscore.
     """
-    original, content = original_config(base), runs.read_json(folder / "config.json")
+    original, content = original_config(base), atomic.read_json(folder / "config.json")
     inert = find_family(content, str(folder)).inert
     kept = {name: value for name, value in original.items() if name not in content or name in inert}
     kept = {name: value for name, value in kept.items() if name not in NOT_COPIED and not name.startswith("_")}
-    runs.write_json(folder / "config.json", {**content, **kept})
+    atomic.write_json(folder / "config.json", {**content, **kept})
 
 
 def load_weights(model, folder: Path) -> None:
@@ -340,13 +340,13 @@ def weights_fingerprint(path: str, revision: str | None = None, hash_again: bool
     if len(digests) < 2:
         require_safetensors(folder)
         raise UserError(f"{folder}: has no config.json; expected a checkpoint folder. Check model.model_name_or_path.")
-    return f"sha256:{hashlib.sha256(runs.canonical_json(digests).encode()).hexdigest()}"
+    return f"sha256:{hashlib.sha256(atomic.canonical_json(digests).encode()).hexdigest()}"
 
 
 def _require_content_of_name(file: Path) -> None:
     """A large file of the hub's cache is a link to a file that is named by its sha256."""
     name = file.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", name) and runs.file_sha256(file) != name:
+    if re.fullmatch(r"[0-9a-f]{64}", name) and atomic.file_sha256(file) != name:
         raise Damaged(
             f"{file}: its content does not have the sha256 by which the hub's cache names it.",
             f"Remove {file.resolve()} and download the model again.",
@@ -357,17 +357,17 @@ def _remembered_sha256(file: Path, hash_again: bool) -> str:
     file = file.resolve()
     stat = file.stat()
     names = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
-    key = runs.fingerprint({"path": str(file), **{name: getattr(stat, name) for name in names}})
+    key = manifests.fingerprint({"path": str(file), **{name: getattr(stat, name) for name in names}})
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     memory, known = Path(root) / "laddpo" / "sha256" / key, ""
     if not memory.is_absolute():  # there is no home
-        return runs.file_sha256(file)
+        return atomic.file_sha256(file)
     with contextlib.suppress(OSError, UnicodeDecodeError):
         known = memory.read_text(encoding="ascii")
     is_known = re.fullmatch(r"[0-9a-f]{64}", known) is not None
     if is_known and not hash_again:
         return known
-    digest = runs.file_sha256(file)
+    digest = atomic.file_sha256(file)
     if is_known and digest != known:
         raise Damaged(
             f"{file}: its content changed while its size, times and inode stayed the same: sha256 {digest}, before "
@@ -375,7 +375,7 @@ def _remembered_sha256(file: Path, hash_again: bool) -> str:
             f"Get the file again; if it is right as it is, remove {memory}.",
         )
     with contextlib.suppress(UserError, OSError):  # a read-only home costs time, not the run
-        runs.write_text(memory, digest)
+        atomic.write_text(memory, digest)
     return digest
 
 

@@ -25,8 +25,8 @@ from laddpo.preference.json_arrays import read_json_array
 from laddpo.preference.splits import PACKED_SUFFIXES, SUFFIXES
 from laddpo.preference.strict_json import decode_line, one_line, parse_object
 from laddpo.preference.tables import read_arrow, read_parquet
-from laddpo.runs import file_sha256
-from laddpo.seals import require_if_sealed
+from laddpo.storage.atomic import file_sha256
+from laddpo.storage.seals import require_if_sealed
 
 
 @dataclass

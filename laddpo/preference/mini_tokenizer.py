@@ -15,7 +15,7 @@ from pathlib import Path
 
 from laddpo.preference.nano_tokenizer import byte_letters, tokenizer_config, tokenizer_json
 from laddpo.preference.word_problems import INSTRUCTION, word_problem
-from laddpo.runs import write_json
+from laddpo.storage.atomic import write_json
 
 SAMPLE, MERGES = 2000, 400
 WORD = re.compile(r" ?[A-Za-z]+|#+")  # a subset of the pieces that byte-level BPE splits text into

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from laddpo.preference.special_text import MASK_TOKEN
-from laddpo.runs import write_json
+from laddpo.storage.atomic import write_json
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", MASK_TOKEN  # eos is also the padding, as in LLaDA
 START_HEADER, END_HEADER, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from laddpo.runs import canonical_json
+from laddpo.storage.atomic import canonical_json
 
 ROLES = ("system", "user", "assistant")
 

@@ -36,7 +36,8 @@ from laddpo.preference.report import ReportBuilder, leak_lines, note_lines, repo
 from laddpo.preference.selection import choose_rows, choose_validation
 from laddpo.preference.sources import Request, Source, open_corpus, open_source
 from laddpo.preference.spool import Spool
-from laddpo.runs import MANIFEST, atomic_file, differing_fields, fingerprint
+from laddpo.storage.atomic import atomic_file
+from laddpo.storage.manifests import MANIFEST, differing_fields, fingerprint
 from laddpo.visible import visible
 
 BATCH_ROWS = 256

@@ -26,20 +26,17 @@ import numpy as np
 
 from laddpo.errors import UserError
 from laddpo.preference.encode import EncodedExample, EncodedPair
-from laddpo.runs import (
-    MANIFEST,
+from laddpo.storage.atomic import (
     atomic_file,
     canonical_json,
     explained,
-    provenance,
     read_json,
-    read_manifest,
     sync_folder,
     write_bytes,
     write_json,
-    write_manifest,
 )
-from laddpo.temporaries import make_folder, remove_orphans, temporary_beside
+from laddpo.storage.manifests import MANIFEST, provenance, read_manifest, write_manifest
+from laddpo.storage.temporaries import make_folder, remove_orphans, temporary_beside
 
 TOKENS, REPORT, FIGURE, REJECTED = "tokens.safetensors", "report.json", "report.png", "rejected.jsonl"
 SPLITS = ("train", "validation")

@@ -10,11 +10,11 @@ from laddpo.core.gradient import score_items
 from laddpo.core.loop import LoopSettings, train_loop
 from laddpo.core.objectives import DpoObjective, pair_scores
 from laddpo.core.optim import build_optimizer
-from laddpo.core.outputs import RunOutputs
-from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import DpoTask, fill_reference, visited_windows
 from laddpo.processes.signals import StopFlag
-from laddpo.runs import write_json
+from laddpo.storage.atomic import write_json
+from laddpo.storage.reference_store import ReferenceStore
+from laddpo.storage.run_outputs import RunOutputs
 from tests.core.helpers import LinearDenoiser, random_pair, referenced_items
 
 PAIRS, PER_STEP, STEPS = 5, 2, 7  # epochs of 3 steps, the last of them short

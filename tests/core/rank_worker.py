@@ -20,8 +20,6 @@ from laddpo.core.elbo import ElboEstimator
 from laddpo.core.loop import LoopSettings, train_loop
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import build_optimizer, clip_gradients
-from laddpo.core.outputs import RunOutputs
-from laddpo.core.reference import ReferenceStore
 from laddpo.core.sharing import accumulate_shared, score_shared
 from laddpo.core.tasks import DpoTask, fill_reference, stored_pair, visited_windows
 from laddpo.errors import EXIT_DONE, RunFault, Stopped
@@ -32,6 +30,8 @@ from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.sharding import ShardedDenoiser, shard_model
 from laddpo.processes.ranks import ALONE, Ranks, connect, is_sharded, whole
 from laddpo.processes.signals import StopFlag
+from laddpo.storage.reference_store import ReferenceStore
+from laddpo.storage.run_outputs import RunOutputs
 from tests.core.helpers import MASK_ID, random_pair, referenced_items, tiny_denoiser
 
 ESTIMATOR = ElboEstimator("balanced", diffusion_samples=4)

@@ -13,11 +13,11 @@ from laddpo.core.budget import TokenBudget, is_out_of_memory
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient, score_items
 from laddpo.core.objectives import DpoObjective
-from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import DpoTask, fill_reference
 from laddpo.errors import RunFault
 from laddpo.evaluation.margins import score_preferences
 from laddpo.processes.signals import StopFlag
+from laddpo.storage.reference_store import ReferenceStore
 from tests.core.helpers import ANY_BUDGET, LinearDenoiser, random_pair, referenced_items
 
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines"

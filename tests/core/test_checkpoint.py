@@ -5,8 +5,10 @@ import logging
 import pytest
 import torch
 
-from laddpo import runs
-from laddpo.core.checkpoint import (
+from laddpo.core.optim import build_optimizer
+from laddpo.errors import UserError
+from laddpo.storage import atomic, manifests
+from laddpo.storage.checkpoint import (
     MODEL,
     OPTIMIZER,
     STATE,
@@ -16,8 +18,6 @@ from laddpo.core.checkpoint import (
     save_checkpoint,
     step_folders,
 )
-from laddpo.core.optim import build_optimizer
-from laddpo.errors import UserError
 
 OPTIMIZER_NAMES = ["adamw", "adamw_8bit", "muon"]
 SHAPES = {"blocks.0.z.weight": (64, 64), "a.weight": (3, 5), "a.bias": (5,), "m.weight": (2, 2)}
@@ -179,7 +179,7 @@ def test_an_unfinished_temporary_folder_is_not_a_checkpoint(folder):
     assert newest_checkpoint(folder).step == 1
 
 
-@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE, runs.MANIFEST])
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE, manifests.MANIFEST])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "one bit"])
 def test_a_damaged_newest_one_is_set_aside_and_the_one_before_is_read(folder, name, damage, caplog):
     run = Run()
@@ -209,7 +209,7 @@ def test_any_flipped_bit_of_the_manifest_is_noticed_or_harmless(folder):
     for _ in range(2):
         run.step()
         run.save(folder)
-    path = folder / "step_0000002" / runs.MANIFEST
+    path = folder / "step_0000002" / manifests.MANIFEST
     whole, weights = path.read_bytes(), run.weights()
     for position in range(len(whole)):
         content = bytearray(whole)
@@ -276,7 +276,7 @@ def test_a_failed_save_leaves_the_older_ones_and_no_rest(folder, monkeypatch):
     def full_disk(path, value):
         raise UserError(f"{path}: could not be written: No space left on device.")
 
-    monkeypatch.setattr(runs, "write_json", full_disk)
+    monkeypatch.setattr(atomic, "write_json", full_disk)
     run.step()
     with pytest.raises(UserError, match="No space left"):
         run.save(folder, keep=1)

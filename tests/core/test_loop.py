@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.core.checkpoint import MODEL, OPTIMIZER, STATE, step_folders, step_of
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import score_items
 from laddpo.core.loop import step_items
@@ -17,7 +16,9 @@ from laddpo.core.tasks import SftTask, visited_windows
 from laddpo.errors import Stopped, UserError
 from laddpo.preference.encode import EncodedExample
 from laddpo.processes.signals import stop_on_signal
-from laddpo.runs import write_json, write_manifest
+from laddpo.storage.atomic import write_json
+from laddpo.storage.checkpoint import MODEL, OPTIMIZER, STATE, step_folders, step_of
+from laddpo.storage.manifests import write_manifest
 from tests.core.helpers import random_ids
 from tests.core.loop_helpers import BUDGET, PAIRS, PER_STEP, STEPS, Crash, Run, crash_at
 

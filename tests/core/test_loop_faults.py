@@ -10,10 +10,10 @@ import torch
 
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.loop import step_items
-from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import DpoTask, fill_reference, pair_item
 from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError
 from laddpo.processes.signals import StopFlag
+from laddpo.storage.reference_store import ReferenceStore
 from tests.core.helpers import random_pair
 from tests.core.loop_helpers import (
     BUDGET,

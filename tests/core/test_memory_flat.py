@@ -14,7 +14,6 @@ from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient
 from laddpo.core.measuring import peak_bytes
 from laddpo.core.objectives import DpoObjective
-from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import fill_reference
 from laddpo.models.adapters import attach_lora, trainable_parameters
 from laddpo.models.blocks import checkpoint_blocks
@@ -23,6 +22,7 @@ from laddpo.models.head import token_logps
 from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.loading import new_model
 from laddpo.processes.signals import StopFlag
+from laddpo.storage.reference_store import ReferenceStore
 from tests.core.helpers import referenced_items
 
 VOCABULARY, MASK, PAD = 4096, 4095, 4094

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from laddpo.core.checkpoint import optimizer_state_by_name
 from laddpo.core.optim import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate
+from laddpo.storage.checkpoint import optimizer_state_by_name
 
 ON_CPU = ["adamw", "adamw_8bit", "muon"]  # paged memory is CUDA's
 EIGHT_BIT_FROM = 4096  # elements; bitsandbytes keeps smaller tensors in 32 bits

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from laddpo.core.elbo import ElboEstimator
-from laddpo.core.reference import ReferenceStore, StoredPair
 from laddpo.core.tasks import fill_reference, own_pairs, stored_pair
 from laddpo.errors import RunFault, UserError
 from laddpo.processes.ranks import ALONE, Ranks, launched, share_out
 from laddpo.processes.signals import StopFlag
+from laddpo.storage.reference_store import ReferenceStore, StoredPair
 from tests.core.helpers import LinearDenoiser, random_pair
 from tests.launching import REPOSITORY, launch
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from laddpo import runs
-from laddpo.core.reference import ReferenceStore, StoredPair, token_digest
 from laddpo.errors import UserError
+from laddpo.storage import atomic, manifests
+from laddpo.storage.reference_store import ReferenceStore, StoredPair, token_digest
 
 FIELDS = {"weights": "sha256:abc", "estimator": {"estimator": "complement", "seed": 42}}
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -157,10 +157,10 @@ def test_a_damaged_shard_is_named(stores, damage):
 def test_a_shard_outside_the_folder_is_refused(stores):
     store = ReferenceStore.open(stores, FIELDS)
     store.append([stored("a")], 0, values(1, 1))
-    path = store.folder / runs.MANIFEST
-    manifest = runs.unsealed(path)
+    path = store.folder / manifests.MANIFEST
+    manifest = manifests.unsealed(path)
     manifest["shards"] = {f"../{name}": entry for name, entry in manifest["shards"].items()}
-    runs.write_json(path, runs.with_seal(manifest))
+    atomic.write_json(path, manifests.with_seal(manifest))
     with pytest.raises(UserError, match="is no shard of this folder"):
         ReferenceStore.open(stores, FIELDS)
 
@@ -168,7 +168,7 @@ def test_a_shard_outside_the_folder_is_refused(stores):
 def test_a_flipped_bit_of_the_manifest_is_an_explained_error_or_harmless(stores):
     store = ReferenceStore.open(stores, FIELDS)
     store.append([stored("a")], 0, values(1, 2))
-    path = store.folder / runs.MANIFEST
+    path = store.folder / manifests.MANIFEST
     whole = path.read_bytes()
     for position in range(len(whole)):
         content = bytearray(whole)
@@ -222,13 +222,13 @@ def test_a_shard_that_another_process_left_out_of_the_manifest_is_taken_in(store
     """Two writers without locks: both read the manifest before either wrote it, and the later one wins."""
     ours, theirs = ReferenceStore.open(stores, FIELDS), ReferenceStore.open(stores, FIELDS)
     ours.append([stored("a")], 0, values(1, 1))
-    before = (ours.folder / runs.MANIFEST).read_bytes()
+    before = (ours.folder / manifests.MANIFEST).read_bytes()
     theirs.append([stored("bc")], 0, values(1, 2, -7))
-    (ours.folder / runs.MANIFEST).write_bytes(before)
+    (ours.folder / manifests.MANIFEST).write_bytes(before)
     ours.refresh()
     assert ours.values(stored("bc"), [0, 1]).tolist() == values(1, 2, -7)[0].tolist()
     ours.append([stored("def")], 0, values(1, 1))
-    assert len(runs.unsealed(ours.folder / runs.MANIFEST)["shards"]) == 3
+    assert len(manifests.unsealed(ours.folder / manifests.MANIFEST)["shards"]) == 3
     assert len(ReferenceStore.open(stores, FIELDS)) == 3
 
 
@@ -236,7 +236,7 @@ APPENDER = """
 import sys
 from pathlib import Path
 import numpy as np
-from laddpo.core.reference import ReferenceStore, StoredPair, token_digest
+from laddpo.storage.reference_store import ReferenceStore, StoredPair, token_digest
 name, folder = sys.argv[1:]
 store = ReferenceStore(Path(folder), {"weights": "w"})
 print("ready", flush=True)
@@ -270,7 +270,7 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path):
 def test_the_manifest_says_in_plain_text_what_the_values_depend_on(stores):
     store = ReferenceStore.open(stores, FIELDS)
     store.append([stored("a"), stored("b")], 4, values(2, 3))
-    manifest = json.loads((store.folder / runs.MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads((store.folder / manifests.MANIFEST).read_text(encoding="utf-8"))
     assert manifest["kind"] == "reference" and manifest["fields"] == FIELDS
     (entry,) = manifest["shards"].values()
     assert entry["pairs"] == 2 and entry["first_draw"] == 4

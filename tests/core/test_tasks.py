@@ -7,10 +7,10 @@ import torch
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import score_items
 from laddpo.core.objectives import DpoObjective, reference_draws
-from laddpo.core.reference import ReferenceStore
 from laddpo.core.tasks import DpoTask, fill_reference, pair_item, stored_pair
 from laddpo.errors import Stopped
 from laddpo.processes.signals import StopFlag
+from laddpo.storage.reference_store import ReferenceStore
 from tests.core.helpers import LinearDenoiser, random_pair
 
 BUDGET = 30

@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from laddpo import runs
 from laddpo.errors import Stopped, UserError
 from laddpo.evaluation.samples import collect_samples, is_finished
 from laddpo.preference.onpolicy import Question
 from laddpo.processes.signals import StopFlag
+from laddpo.storage import manifests
 
 QUESTIONS = [Question(f"{i}?", str(i)) for i in range(7)]
 FIELDS = {"seed": 1}
@@ -109,4 +109,4 @@ def test_a_changed_file_of_samples_is_named(tmp_path):
     path.write_text(path.read_text().replace("3?", "4?"))
     with pytest.raises(UserError, match=r"samples\.jsonl: differs from what manifest\.json sealed"):
         is_finished(tmp_path / "a")
-    assert runs.MANIFEST in {p.name for p in (tmp_path / "a").iterdir()}
+    assert manifests.MANIFEST in {p.name for p in (tmp_path / "a").iterdir()}

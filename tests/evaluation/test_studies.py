@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from laddpo import runs
 from laddpo.evaluation.studies import (
     Arm,
     Claim,
@@ -15,6 +14,7 @@ from laddpo.evaluation.studies import (
     study_markdown,
     study_plot,
 )
+from laddpo.storage import json_lines, manifests
 
 
 def arm(name: str, *right: float, seeds=(1, 2, 3), items=200, against="default", **facts) -> Arm:
@@ -90,16 +90,16 @@ def record(model: str, problem: str, correct: bool) -> dict:
 
 
 def write_run(folder, step_kept: int, tuned: list[bool], base: list[bool]) -> None:
-    log = runs.JsonLines(folder / "evaluation" / "items.jsonl")
+    log = json_lines.JsonLines(folder / "evaluation" / "items.jsonl")
     for model, found in (("base", base), ("tuned", tuned)):
         for i, correct in enumerate(found):
             log.append(record(model, str(i), correct))
-    metrics = runs.JsonLines(folder / "metrics.jsonl")
+    metrics = json_lines.JsonLines(folder / "metrics.jsonl")
     metrics.append({"step": 0, "validation/exact_match": 0.5, "validation/chosen_fall": 0.0})
     for step, variance in ((1, 0.0), (2, 0.2), (3, 0.4)):
         metrics.append({"step": step, "score/variance": variance})
     metrics.append({"step": 3, "validation/exact_match": 0.4, "validation/chosen_fall": 0.3})
-    runs.write_manifest(folder, "train", {"step": 3, "best_step": step_kept}, [])
+    manifests.write_manifest(folder, "train", {"step": 3, "best_step": step_kept}, [])
 
 
 def test_a_run_is_read_with_the_checkpoint_that_was_kept(tmp_path):
@@ -115,6 +115,6 @@ def test_a_run_is_read_with_the_checkpoint_that_was_kept(tmp_path):
 def test_rounds_are_read_from_the_first_base_to_the_last_model(tmp_path):
     for number, (tuned, base) in enumerate([([True, False], [False, False]), ([True, True], [True, False])], 1):
         write_run(tmp_path / "run" / f"round_{number}", 3, tuned, base)
-    runs.write_manifest(tmp_path / "run", "train", {"rounds": []}, [])
+    manifests.write_manifest(tmp_path / "run", "train", {"rounds": []}, [])
     outcome = read_outcome(tmp_path / "run", 7)
     assert list(outcome.base.values()) == [False, False] and list(outcome.tuned.values()) == [True, True]

@@ -8,7 +8,7 @@ from laddpo.errors import UserError
 from laddpo.evaluation.grading import FunctionGrader
 from laddpo.evaluation.tasks import Item, Task, TaskOptions, load_task, run_task
 from laddpo.preference.pairs import user_prompt
-from laddpo.seals import CheckedLines
+from laddpo.storage.seals import CheckedLines
 
 
 class Adder:

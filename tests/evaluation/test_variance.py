@@ -25,7 +25,7 @@ from laddpo.evaluation.variance import (
     summarise,
 )
 from laddpo.inputs import training_estimator
-from laddpo.runs import write_json
+from laddpo.storage.atomic import write_json
 from tests.core.helpers import ANY_BUDGET, parameters_of, random_pair, tiny_denoiser
 
 EVALUATIONS, PAIRS, FEW, SEED, BETA = 5, 6, 3, 42, 0.7

@@ -204,7 +204,7 @@ def _watch_safetensors(points: CrashPoints) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save
 
-    from laddpo.core import checkpoint
+    from laddpo.storage import checkpoint
 
     real = checkpoint.save_file
 

@@ -187,7 +187,7 @@ def _poll(child: int):
 
 
 def _draw_nothing(*args, **kwargs) -> None:
-    from laddpo.runs import write_bytes
+    from laddpo.storage.atomic import write_bytes
 
     path = next(value for value in [*args, *kwargs.values()] if isinstance(value, Path))
     write_bytes(path, FIGURE)

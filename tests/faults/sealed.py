@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from laddpo import runs
-from laddpo.seals import CheckedLines
+from laddpo.storage import manifests
+from laddpo.storage.seals import CheckedLines
 from tests.faults.bench import Bench, Outcome
 from tests.faults.parent import BARE
 
@@ -58,8 +58,10 @@ class Kind:
         folder = place / self.folder
         if self.files:
             return [path.relative_to(folder).as_posix() for name in self.files for path in sorted(folder.glob(name))]
-        manifest_files = [folder / runs.MANIFEST]
-        manifest_files = manifest_files if manifest_files[0].exists() else sorted(folder.glob(f"*/{runs.MANIFEST}"))
+        manifest_files = [folder / manifests.MANIFEST]
+        manifest_files = (
+            manifest_files if manifest_files[0].exists() else sorted(folder.glob(f"*/{manifests.MANIFEST}"))
+        )
         found = []
         for path in manifest_files:
             content = json.loads(path.read_bytes())
@@ -287,7 +289,7 @@ def _train(name: str, *more: str, stage: str = "train") -> Callable[[Folders], N
 def _make_unfinished(folders: Folders) -> None:
     folders.need("run")
     shutil.copytree(folders.place / "run", folders.place / "unfinished")
-    (folders.place / "unfinished" / runs.MANIFEST).unlink()
+    (folders.place / "unfinished" / manifests.MANIFEST).unlink()
     shutil.rmtree(folders.place / "unfinished" / "evaluation")
 
 
@@ -296,7 +298,7 @@ def _make_half(folders: Folders) -> None:
     folders.need("evaluation")
     half = folders.place / "half"
     shutil.copytree(folders.place / "evaluation", half)
-    for name in (runs.MANIFEST, "results.json"):
+    for name in (manifests.MANIFEST, "results.json"):
         (half / name).unlink()
     log = CheckedLines(half / "items.jsonl")
     log.protect()
@@ -313,7 +315,7 @@ def _make_half_data(folders: Folders) -> None:
         log = CheckedLines(samples / "parts" / "0-of-1" / "answers.jsonl")
         for row in rows[:-1]:
             log.append({"question": row["question"], "answers": row["answers"]})
-        for name in (runs.MANIFEST, "samples.jsonl"):
+        for name in (manifests.MANIFEST, "samples.jsonl"):
             (samples / name).unlink()
 
 
@@ -321,7 +323,7 @@ def _make_gathered(folders: Folders) -> None:
     """As rounds that were stopped between the last one and the comparison leave them."""
     folders.need("rounds")
     shutil.copytree(folders.place / "rounds", folders.place / "gathered")
-    (folders.place / "gathered" / runs.MANIFEST).unlink()
+    (folders.place / "gathered" / manifests.MANIFEST).unlink()
 
 
 def _evaluate(run: str, name: str) -> Callable[[Folders], None]:

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from laddpo import runs
 from laddpo.compose import read_config
-from laddpo.core.checkpoint import newest_checkpoint, step_folders
-from laddpo.core.reference import ReferenceStore
 from laddpo.errors import UserError
 from laddpo.models import adapters
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.reporting import read_run
-from laddpo.seals import sealed_digests
+from laddpo.storage import json_lines, manifests
+from laddpo.storage.checkpoint import newest_checkpoint, step_folders
+from laddpo.storage.reference_store import ReferenceStore
+from laddpo.storage.seals import sealed_digests
 from tests.faults.sealed import DAMAGES as WAYS
 from tests.faults.sealed import KINDS as FOLDERS
 from tests.faults.sealed import Command, Folders, Kind, damage_file, like, opened
@@ -59,16 +59,16 @@ def artifacts(bench) -> list[Artifact]:
     return [
         Artifact("prepared pairs", prepared, read_prepared, other_prepared),
         *[
-            Artifact("reference store", store, read_store, twin, may_miss=(runs.MANIFEST,))
+            Artifact("reference store", store, read_store, twin, may_miss=(manifests.MANIFEST,))
             for store, twin in zip(stores, other_stores, strict=True)
         ],
         Artifact("checkpoint", newest, read_checkpoint, older),
         Artifact("adapter", run / "adapter", read_weights, other / "run" / "adapter"),
         Artifact(
-            "adapter by path", run / "adapter_last", read_by_path, other / "run" / "adapter_last", (runs.MANIFEST,)
+            "adapter by path", run / "adapter_last", read_by_path, other / "run" / "adapter_last", (manifests.MANIFEST,)
         ),
         Artifact("finished run", run, read_finished, other / "run"),
-        Artifact("run of a report", run, read_report, other / "run", may_miss=(runs.MANIFEST,)),
+        Artifact("run of a report", run, read_report, other / "run", may_miss=(manifests.MANIFEST,)),
         Artifact("log of a run", older, read_log, step_folders(other / "run" / "checkpoints")[0]),
     ]
 
@@ -90,7 +90,7 @@ def read_checkpoint(folder: Path) -> object:
 
 def read_weights(folder: Path) -> object:
     """As `run=` does."""
-    if runs.read_manifest(folder, "weights") is None:
+    if manifests.read_manifest(folder, "weights") is None:
         raise UserError(f"{folder}: no finished weights")
     return folder
 
@@ -118,7 +118,7 @@ def read_by_path(folder: Path) -> object:
 def read_finished(folder: Path) -> object:
     """As `resume=` on a finished run does, and every command with `run=`."""
     read_config(folder)
-    if runs.read_manifest(folder, "train") is None:
+    if manifests.read_manifest(folder, "train") is None:
         raise UserError(f"{folder}: unfinished")
     return folder
 
@@ -131,7 +131,7 @@ def read_log(folder: Path) -> object:
     """metrics.jsonl (in the folder for this test) as a run that goes on from this checkpoint does."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        runs.JsonLines(folder / "metrics.jsonl").cut(json.loads((folder / "state.json").read_bytes())["metrics"])
+        json_lines.JsonLines(folder / "metrics.jsonl").cut(json.loads((folder / "state.json").read_bytes())["metrics"])
     if "is missing" in out.getvalue():
         raise UserError(out.getvalue())
     return folder
@@ -144,7 +144,7 @@ def warnings_as_errors():
             raise UserError(record.getMessage())
 
     handler = Raising(logging.WARNING)
-    log = logging.getLogger("laddpo.core.checkpoint")
+    log = logging.getLogger("laddpo.storage.checkpoint")
     log.addHandler(handler)
     try:
         yield
@@ -158,8 +158,8 @@ def files_of(artifact: Artifact) -> list[str]:
         return ["metrics.jsonl"]
     if artifact.name == "run of a report":
         return ["config.yaml", "metrics.jsonl", "evaluation/results.json"]
-    manifest = json.loads((artifact.folder / runs.MANIFEST).read_bytes())
-    return [*manifest.get("files", manifest.get("shards", {})), runs.MANIFEST]
+    manifest = json.loads((artifact.folder / manifests.MANIFEST).read_bytes())
+    return [*manifest.get("files", manifest.get("shards", {})), manifests.MANIFEST]
 
 
 def laid_out(artifact: Artifact, place: Path) -> Path:
@@ -178,7 +178,7 @@ def laid_out(artifact: Artifact, place: Path) -> Path:
         content = (folder / "metrics.jsonl").read_bytes()
         (folder / "metrics.jsonl").write_bytes(content[:cut])
     if artifact.name == "reference store":
-        fields = json.loads((folder / runs.MANIFEST).read_bytes())["fields"]
+        fields = json.loads((folder / manifests.MANIFEST).read_bytes())["fields"]
         (folder / "fields.json").write_text(json.dumps(fields))
     return folder
 
@@ -243,7 +243,7 @@ def test_some_damages_are_noticed(artifacts, tally, tmp_path):
 
 
 BY_DESIGN = (  # (kind, command, file, damage), None for any: the command rightly finds this undone and does it again
-    (None, None, runs.MANIFEST, "deleted"),  # a folder without a manifest is unfinished, by definition
+    (None, None, manifests.MANIFEST, "deleted"),  # a folder without a manifest is unfinished, by definition
     ("unfinished evaluation", None, "items.jsonl", "deleted"),  # no answer is there yet
     ("unfinished evaluation", None, "items.jsonl", "truncated"),  # at the end of a line: it was stopped earlier
     ("unfinished samples", None, "answers.jsonl", "deleted"),
@@ -358,5 +358,5 @@ def test_every_file_that_is_left_is_sealed_or_listed(folders):
                 assert any(part in text for part in NOT_SEALED), f"{name}/{text} is read unchecked or useless"
 
 
-WITH_CHECKS = (runs.MANIFEST, "config.yaml", "job.json", "sweep.json")
+WITH_CHECKS = (manifests.MANIFEST, "config.yaml", "job.json", "sweep.json")
 CHEAP = ("run of train", "adapter", "prepared", "reference", "unfinished run", "its checkpoints")  # of two runs

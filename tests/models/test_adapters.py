@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from laddpo import runs
 from laddpo.errors import UserError
 from laddpo.models.adapters import (
     adapter_disabled,
@@ -20,6 +19,7 @@ from laddpo.models.adapters import (
     save_adapter,
     trainable_parameters,
 )
+from laddpo.storage import atomic
 
 PARTS = ["q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"]
 
@@ -200,11 +200,11 @@ def test_the_identity_of_an_adapter_is_its_matrices_and_their_scale(tiny_model, 
     attach_lora(model, r=2, alpha=4)
     save_adapter(model, tmp_path)
     first = adapter_identity(tmp_path)
-    settings = runs.read_json(tmp_path / "adapter_config.json")
-    runs.write_json(tmp_path / "adapter_config.json", {**settings, "base_model_name_or_path": "elsewhere"})
+    settings = atomic.read_json(tmp_path / "adapter_config.json")
+    atomic.write_json(tmp_path / "adapter_config.json", {**settings, "base_model_name_or_path": "elsewhere"})
     assert adapter_identity(tmp_path) == first
     for change in ({"lora_alpha": 40}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}):
-        runs.write_json(tmp_path / "adapter_config.json", {**settings, **change})
+        atomic.write_json(tmp_path / "adapter_config.json", {**settings, **change})
         assert adapter_identity(tmp_path) != first
 
 
@@ -257,8 +257,8 @@ def test_an_adapter_that_is_more_than_lora_is_refused(tiny_model, tmp_path, chan
     model = tiny_model()
     attach_lora(model, r=2)
     save_adapter(model, tmp_path)
-    config = runs.read_json(tmp_path / "adapter_config.json")
-    runs.write_json(tmp_path / "adapter_config.json", {**config, **change})
+    config = atomic.read_json(tmp_path / "adapter_config.json")
+    atomic.write_json(tmp_path / "adapter_config.json", {**config, **change})
     with pytest.raises(UserError, match=message):
         attach_lora(tiny_model(), path=str(tmp_path))
 

@@ -253,11 +253,11 @@ def test_auto_classes_find_our_model(tiny_folder):
 
 
 def test_remote_code_named_in_a_checkpoint_is_never_looked_for(tiny_folder):
-    from laddpo import runs
     from laddpo.models.loading import load_model
+    from laddpo.storage import atomic
 
-    config = runs.read_json(tiny_folder / "config.json")
-    runs.write_json(tiny_folder / "config.json", {**config, "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"}})
+    config = atomic.read_json(tiny_folder / "config.json")
+    atomic.write_json(tiny_folder / "config.json", {**config, "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"}})
     assert type(AutoModel.from_pretrained(tiny_folder)) is LLaDAModelLM
     assert type(load_model(str(tiny_folder))) is LLaDAModelLM
 

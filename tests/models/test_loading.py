@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from laddpo import runs
 from laddpo.errors import UserError
 from laddpo.models.loading import load_model, load_tokenizer, mask_token_id, save_model, weights_fingerprint
+from laddpo.storage import atomic
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_shards_are_indexed_and_load_again(tiny_model, tmp_path):
     model = tiny_model()
     files = save_model(model, tmp_path, shard_bytes=20_000)
     assert "model-00001-of-00005.safetensors" in files
-    index = runs.read_json(tmp_path / "model.safetensors.index.json")
+    index = atomic.read_json(tmp_path / "model.safetensors.index.json")
     assert index["weight_map"].keys() == model.state_dict().keys()
     again = load_model(str(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
@@ -88,8 +88,8 @@ def test_an_unknown_tensor_is_refused(tiny_folder):
 
 
 def test_weights_of_another_shape_are_refused(tiny_folder):
-    config = runs.read_json(tiny_folder / "config.json")
-    runs.write_json(tiny_folder / "config.json", {**config, "mlp_hidden_size": 40})
+    config = atomic.read_json(tiny_folder / "config.json")
+    atomic.write_json(tiny_folder / "config.json", {**config, "mlp_hidden_size": 40})
     with pytest.raises(UserError, match=r"6 tensors have another shape \(first: model\.transformer\.blocks\.0\.ff_out"):
         load_model(str(tiny_folder))
 
@@ -113,7 +113,7 @@ def test_a_missing_shard_is_named(tiny_model, tmp_path):
 
 
 def test_another_family_is_refused_before_weights_are_looked_for(tmp_path):
-    runs.write_json(tmp_path / "config.json", {"architectures": ["DreamModel"], "model_type": "Dream"})
+    atomic.write_json(tmp_path / "config.json", {"architectures": ["DreamModel"], "model_type": "Dream"})
     with pytest.raises(UserError, match="Dream, whose logits are shifted"):
         load_model(str(tmp_path))
 
@@ -168,8 +168,8 @@ def test_fingerprint_of_a_folder_follows_weights_and_config_but_not_its_place(ti
     assert weights_fingerprint(str(moved)) == first
     (moved / "notes.txt").write_text("x")
     assert weights_fingerprint(str(moved)) == first
-    config = runs.read_json(moved / "config.json")
-    runs.write_json(moved / "config.json", {**config, "rope_theta": 1000.0})
+    config = atomic.read_json(moved / "config.json")
+    atomic.write_json(moved / "config.json", {**config, "rope_theta": 1000.0})
     second = weights_fingerprint(str(moved))
     state = load_file(moved / "model.safetensors")
     state["model.transformer.ln_f.weight"][0] += 1
@@ -179,7 +179,7 @@ def test_fingerprint_of_a_folder_follows_weights_and_config_but_not_its_place(ti
 
 def test_fingerprint_reads_a_file_once(tiny_folder, monkeypatch):
     first = weights_fingerprint(str(tiny_folder))
-    monkeypatch.setattr(runs, "file_sha256", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(atomic, "file_sha256", lambda path: pytest.fail(f"{path} was read again"))
     assert weights_fingerprint(str(tiny_folder)) == first
 
 
@@ -212,7 +212,7 @@ def test_a_tokenizer_needs_no_weights(tmp_path):
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
-    runs.write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    atomic.write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     assert load_tokenizer(str(tmp_path)).convert_tokens_to_ids("b") == 1
 
 

@@ -130,7 +130,7 @@ class TestKilledAndTakenOver:
         assert results[0]["exact_match"] == results[1]["exact_match"]
 
     def test_the_finished_run_is_whole_and_sealed(self, runs):
-        from laddpo.runs import read_manifest
+        from laddpo.storage.manifests import read_manifest
 
         manifests = [read_manifest(runs[name], "train") for name in ("together", "alone")]
         assert manifests[0]["fields"]["step"] == manifests[1]["fields"]["step"] == STEPS

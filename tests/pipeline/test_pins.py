@@ -12,7 +12,8 @@ from laddpo import pins
 from laddpo.app import cli
 from laddpo.compose import compose
 from laddpo.errors import UserError
-from laddpo.runs import MANIFEST, read_json, unsealed, with_seal, write_json
+from laddpo.storage.atomic import read_json, write_json
+from laddpo.storage.manifests import MANIFEST, unsealed, with_seal
 from tests.pipeline.conftest import SHAPE
 
 SETTINGS = [
@@ -206,8 +207,8 @@ def test_an_older_version_kept_less_and_that_is_one_note(place, capsys):
 
 
 def test_a_users_copies_beside_checkpoints_and_rounds_are_ignored_with_a_note(place, capsys):
-    from laddpo.core.checkpoint import step_folders
-    from laddpo.evaluation.studies import round_folders
+    from laddpo.storage.checkpoint import step_folders
+    from laddpo.storage.run_outputs import round_folders
 
     shutil.copytree("part/checkpoints/step_0000001", "part/checkpoints/step_0000001_backup")
     assert cli("train", ["resume=part"]) == 0

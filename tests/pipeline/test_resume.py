@@ -201,7 +201,7 @@ def test_a_run_of_the_other_stage_is_not_gone_on_with(stages, interrupted, capsy
 
 
 def test_a_run_folder_in_use_is_refused(stages, capsys):
-    from laddpo.runs import locked
+    from laddpo.storage.manifests import locked
 
     run = stages.folder / "run"
     with locked(run):
@@ -231,16 +231,16 @@ def test_an_evaluation_asked_to_stop_keeps_its_answers_and_says_so(stages, capsy
 def test_a_checkpoint_of_an_older_version_ends_resume_in_one_message(stages, capsys):
     import json
 
-    from laddpo import runs
+    from laddpo.storage import atomic, manifests
 
     run = stages.folder / "run"
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
     (run / "manifest.json").unlink()
     for checkpoint in (run / "checkpoints").iterdir():
-        manifest, state = (json.loads((checkpoint / name).read_text()) for name in (runs.MANIFEST, "state.json"))
+        manifest, state = (json.loads((checkpoint / name).read_text()) for name in (manifests.MANIFEST, "state.json"))
         del state["metrics"]
-        runs.write_json(checkpoint / "state.json", state)
-        runs.write_manifest(checkpoint, "checkpoint", manifest["fields"], list(manifest["files"]))
+        atomic.write_json(checkpoint / "state.json", state)
+        manifests.write_manifest(checkpoint, "checkpoint", manifest["fields"], list(manifest["files"]))
     capsys.readouterr()
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false", "resume=true") == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from laddpo import runs, sweep
+from laddpo import sweep
 from laddpo.app import cli, given_overrides
 from laddpo.compose import compose
 from laddpo.config import CONF_DIR
 from laddpo.errors import UserError
+from laddpo.storage import manifests
 from laddpo.study import arm_overrides, asked_of, shared_overrides, wanted_arms
 
 STUDIES = [path.stem for path in sorted((CONF_DIR / "study").glob("*.yaml")) if path.stem != "none"]
@@ -160,7 +161,7 @@ def no_runs(monkeypatch):
 
     def run_child(command, folder, log=None):
         commands.append(command)
-        runs.write_manifest(folder, "train", {}, [])
+        manifests.write_manifest(folder, "train", {}, [])
         return 0
 
     monkeypatch.setattr(sweep, "run_child", run_child)

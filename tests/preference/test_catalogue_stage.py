@@ -8,7 +8,7 @@ import pytest
 
 from laddpo.app import cli
 from laddpo.preference.prepared import PreparedPairs
-from laddpo.runs import read_json
+from laddpo.storage.atomic import read_json
 
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 PAGE = Path(__file__).resolve().parents[2] / "data" / "preference_data" / "README.md"

@@ -24,7 +24,7 @@ from laddpo.preference.pairs import prompt_group, user_prompt
 from laddpo.preference.preparation import Part, Rules, find_prepared, prepare_examples, prepare_pairs
 from laddpo.preference.prepared import PreparedPairs, chosen_examples, whole_folder
 from laddpo.preference.sources import Request
-from laddpo.temporaries import NAME
+from laddpo.storage.temporaries import NAME
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
 

@@ -10,7 +10,7 @@ from laddpo.errors import UserError
 from laddpo.preference.files import ReadLog
 from laddpo.preference.sources import Request, open_source
 from laddpo.preference.splits import splits_by_name
-from laddpo.runs import read_json
+from laddpo.storage.atomic import read_json
 
 
 def make(root, names, rows=None):

@@ -14,7 +14,7 @@ from laddpo.evaluation.tasks import GSM8K_INSTRUCTION, TaskOptions, load_task
 from laddpo.preference.arithmetic import split_of
 from laddpo.preference.mini_tokenizer import learn_merges, write_mini_tokenizer
 from laddpo.preference.word_problems import INSTRUCTION, LARGEST, word_corpus, word_problem, word_problems, write_files
-from laddpo.runs import file_sha256
+from laddpo.storage.atomic import file_sha256
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_mini"
 EQUATION = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")

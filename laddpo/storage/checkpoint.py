@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from laddpo import runs
 from laddpo.errors import UserError
 from laddpo.processes.ranks import Ranks, placed_like, whole
-from laddpo.temporaries import move_to, temporary_beside
+from laddpo.storage import atomic, locks, manifests
+from laddpo.storage.temporaries import move_to, temporary_beside
 
 log = logging.getLogger(__name__)
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -59,18 +59,18 @@ def save_checkpoint(
     tensors, optimizer_tensors = whole(tensors, writes), whole(optimizer_tensors, writes)
     if not writes:
         return folder
-    with runs.replaced_folder(folder) as temporary:
+    with atomic.replaced_folder(folder) as temporary:
         save_tensors(temporary / MODEL, tensors)
         save_tensors(temporary / OPTIMIZER, optimizer_tensors)
-        runs.write_json(temporary / STATE, {**state, "step": step, "optimizer": optimizer_numbers})
-        runs.write_manifest(temporary, "checkpoint", {"step": step}, [MODEL, OPTIMIZER, STATE])
+        atomic.write_json(temporary / STATE, {**state, "step": step, "optimizer": optimizer_numbers})
+        manifests.write_manifest(temporary, "checkpoint", {"step": step}, [MODEL, OPTIMIZER, STATE])
     remove_older(checkpoints, keep)
     return folder
 
 
 def remove_older(checkpoints: Path, keep: int) -> None:
     """Delete all but the newest `keep` (0: none), each under another name: half of one must not look like one."""
-    with runs.explained(checkpoints):
+    with atomic.explained(checkpoints):
         for folder in step_folders(checkpoints)[keep:] if keep else []:
             with temporary_beside(folder) as doomed:
                 move_to(folder, doomed)
@@ -86,12 +86,12 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     damaged = []
     for folder in step_folders(checkpoints):
         try:
-            manifest = runs.read_manifest(folder, "checkpoint")
+            manifest = manifests.read_manifest(folder, "checkpoint")
             if manifest is None:
-                raise UserError(f"{folder}: has no {runs.MANIFEST}; it is unfinished.")
+                raise UserError(f"{folder}: has no {manifests.MANIFEST}; it is unfinished.")
             if manifest["fields"] != {"step": step_of(folder)} or set(manifest["files"]) != {MODEL, OPTIMIZER, STATE}:
-                raise UserError(f"{folder}: its {runs.MANIFEST} is that of another checkpoint.")
-            state = runs.read_json(folder / STATE)
+                raise UserError(f"{folder}: its {manifests.MANIFEST} is that of another checkpoint.")
+            state = atomic.read_json(folder / STATE)
             return Checkpoint(folder, step_of(folder), load_file(folder / MODEL), load_file(folder / OPTIMIZER), state)
         except UserError as error:
             damaged.append(quarantine(folder))
@@ -173,8 +173,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(copies, path)
     except SafetensorError as error:  # what its compiled writer makes of a full disk
-        raise UserError(runs.disk_message(path, OSError(str(error)))) from error
-    runs.sync_file(path)
+        raise UserError(locks.disk_message(path, OSError(str(error)))) from error
+    atomic.sync_file(path)
 
 
 def optimizer_state_by_name(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from laddpo.errors import UserError
-from laddpo.temporaries import remove_orphans
+from laddpo.storage.temporaries import remove_orphans
 
 LOCK = ".lock"
 ATTEMPTS = 100  # to lock a file that others remove meanwhile

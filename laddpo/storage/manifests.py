@@ -9,27 +9,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
-import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from laddpo.errors import Damaged, UserError
-from laddpo.locks import disk_message, open_own
-from laddpo.locks import locked as locked  # one of the things that folders are written by
-from laddpo.temporaries import make_folder, move_to, open_file, temporary_beside
+from laddpo.storage.atomic import (
+    canonical_json,
+    file_sha256,
+    read_json,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 SEAL = "seal"
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text. NaN and infinity are refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def fingerprint(fields: Mapping[str, Any]) -> str:
@@ -54,179 +50,6 @@ def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> li
         for key in sorted(a.keys() | b.keys())
         if a.get(key, absent) != b.get(key, absent)
     ]
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, read in bounded memory."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
-
-
-def _digest(f: IO[bytes]) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable, where the file system can (some network ones cannot)."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def sync_file(path: Path) -> None:
-    """Make the content of a file that a library wrote durable."""
-    with path.open("rb+") as f:
-        os.fsync(f.fileno())
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Write `path` whole or not at all: the name appears only after the content is on disk."""
-    kwargs = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(path) as temporary:
-            with open_file(temporary, mode, **kwargs) as f:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-@contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """An `OSError` inside the block becomes a `UserError` that names `path`, the free space there and the cure."""
-    try:
-        yield
-    except BrokenPipeError:  # of something printed: no word about the disk
-        raise
-    except OSError as error:
-        raise UserError(disk_message(path, error)) from error
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Atomic write of bytes."""
-    with atomic_file(path) as f:
-        f.write(content)
-
-
-def write_text(path: Path, content: str) -> None:
-    """Atomic write of UTF-8 text with `\\n` line ends on every platform. Half a character is written as in JSON."""
-    write_bytes(path, content.encode("utf-8", "backslashreplace"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomic write of readable JSON with sorted keys. NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """JSON of a file that we wrote; `UserError` names the file when it is missing or damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise Damaged(
-            f"{path}: cannot be read ({error}).", "It may be damaged; remove its folder and run again."
-        ) from error
-
-
-class JsonLines:
-    """An append-only log of one JSON object per line, in which a torn last line can only come from a crash.
-
-    `seal()` makes what is there durable and describes it; a run that goes on from a checkpoint gives that back to
-    `cut`, which drops every later record and refuses a file whose earlier ones are no longer the same bytes.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def line(self, record: Mapping[str, Any]) -> str:
-        """The record as the log has it."""
-        return json.dumps(record, allow_nan=False) + "\n"
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        line = self.line(record)
-        with explained(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fd = open_own(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            with open(fd, "a", encoding="utf-8", newline="\n") as f:
-                f.write(line)
-
-    def read(self) -> list[dict]:
-        """All records before the first line that is none."""
-        if not self.path.exists():
-            return []
-        records = []
-        for line in self.path.read_bytes().split(b"\n"):
-            if line:
-                try:
-                    records.append(json.loads(line))
-                except ValueError:
-                    break
-        return records
-
-    def rewind(self, keep) -> None:
-        """Drop a torn last line and every record for which `keep(record)` is false."""
-        records = [record for record in self.read() if keep(record)]
-        write_text(self.path, "".join(self.line(record) for record in records))
-
-    def sync(self) -> None:
-        """Make what was appended durable: a power cut takes no record that others rely on."""
-        if self.path.exists():
-            with explained(self.path):
-                sync_file(self.path)
-
-    def seal(self) -> dict[str, Any]:
-        """Size and sha256 of the log as it is now, and on disk."""
-        if not self.path.exists():
-            return {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
-        self.sync()
-        return {"bytes": self.path.stat().st_size, "sha256": file_sha256(self.path)}
-
-    def cut(self, sealed: Mapping[str, Any]) -> None:
-        """Back to what `seal` described. A log that is gone is said to be gone; a changed one raises `UserError`."""
-        size = sealed["bytes"]
-        if size and not self.path.exists():
-            print(f"{self.path}: is missing; going on without the records of the steps before.")
-            return
-        write_bytes(self.path, self.require(sealed))
-
-    def require(self, sealed: Mapping[str, Any]) -> bytes:
-        """The bytes that `seal` described; `UserError` when the log no longer begins with them."""
-        content = self.path.read_bytes()[: sealed["bytes"]] if sealed["bytes"] else b""
-        if hashlib.sha256(content).hexdigest() != sealed["sha256"]:
-            raise UserError(
-                f"{self.path}: differs from what the checkpoint sealed (truncated or changed). Restore it, or remove "
-                "it to go on without the records of the steps before."
-            )
-        return content
-
-
-@contextlib.contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Fill a temporary folder that takes the place of `folder` as a whole when the block ends well.
-
-    A crash leaves the old folder or the new one, never a mixture; or, for one instant, the old one under its `.old`
-    name, which `temporaries.remove_orphans` gives back.
-    """
-    with explained(folder), temporary_beside(folder) as temporary, temporary_beside(folder, "old") as old:
-        make_folder(temporary)
-        yield temporary
-        try:
-            if os.path.lexists(folder):
-                move_to(folder, old)
-            os.replace(temporary, folder)
-            sync_folder(folder.parent)
-        finally:
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
 
 
 def write_manifest(folder: Path, kind: str, fields: Mapping[str, Any], files: list[str], **provenance: Any) -> None:

@@ -21,9 +21,9 @@ import numpy as np
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from laddpo import runs
 from laddpo.errors import UserError
-from laddpo.folders import refuse_others
+from laddpo.storage import atomic, manifests
+from laddpo.storage.folders import refuse_others
 
 SIDES = ("chosen", "rejected")
 FORMAT = 1
@@ -68,7 +68,7 @@ class ReferenceStore:
     @classmethod
     def open(cls, stores: Path, fields: Mapping[str, Any]) -> ReferenceStore:
         """The store for `fields` inside the folder of stores; empty when nothing was computed yet."""
-        return cls(stores / runs.fingerprint(dict(fields, format=FORMAT)), fields)
+        return cls(stores / manifests.fingerprint(dict(fields, format=FORMAT)), fields)
 
     def missing(self, pair: StoredPair, draws: Iterable[int]) -> list[int]:
         """The draws of this pair that the store lacks."""
@@ -106,10 +106,10 @@ class ReferenceStore:
     def _differs_from_nearest(self) -> str:
         """The fields in which the most similar of the other stores differs."""
         candidates = []
-        for manifest in sorted(self.folder.parent.glob(f"*/{runs.MANIFEST}")):
+        for manifest in sorted(self.folder.parent.glob(f"*/{manifests.MANIFEST}")):
             with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
-                fields = runs.unsealed(manifest)["fields"]
-                candidates.append((runs.differing_fields(fields, self.fields), manifest.parent.name))
+                fields = manifests.unsealed(manifest)["fields"]
+                candidates.append((manifests.differing_fields(fields, self.fields), manifest.parent.name))
         if not candidates:
             return "nothing is stored yet"
         differences, name = min(candidates, key=lambda candidate: len(candidate[0]))
@@ -141,9 +141,9 @@ class ReferenceStore:
         )
         digest = hashlib.sha256(content).hexdigest()
         name = _shard_name(digest)
-        with runs.locked(self.folder, check=self._refuse_others):
+        with manifests.locked(self.folder, check=self._refuse_others):
             self._read_manifest()
-            runs.write_bytes(self.folder / name, content)
+            atomic.write_bytes(self.folder / name, content)
             self._shards[name] = {"sha256": digest, "pairs": len(pairs), "first_draw": first_draw}
             self._write_manifest()
         self._known.add(name)
@@ -179,12 +179,12 @@ class ReferenceStore:
             known[:, first_draw:end] = row
 
     def _read_manifest(self) -> None:
-        path = self.folder / runs.MANIFEST
+        path = self.folder / manifests.MANIFEST
         if not path.exists():
             return
-        manifest = runs.unsealed(path)
+        manifest = manifests.unsealed(path)
         try:
-            differences = runs.differing_fields(manifest["fields"], self.fields)
+            differences = manifests.differing_fields(manifest["fields"], self.fields)
             shards = {
                 name: {key: entry[key] for key in ("sha256", "pairs", "first_draw")}
                 for name, entry in manifest["shards"].items()
@@ -200,12 +200,12 @@ class ReferenceStore:
 
     def _read_shard(self, name: str) -> None:
         if Path(name).name != name:
-            raise UserError(f"{self.folder / runs.MANIFEST}: names {name!r}, which is no shard of this folder.")
+            raise UserError(f"{self.folder / manifests.MANIFEST}: names {name!r}, which is no shard of this folder.")
         path = self.folder / name
         content = path.read_bytes() if path.exists() else b""
         if hashlib.sha256(content).hexdigest() != self._shards[name]["sha256"]:
             raise UserError(
-                f"{path}: differs from what {runs.MANIFEST} sealed (missing, truncated or changed). "
+                f"{path}: differs from what {manifests.MANIFEST} sealed (missing, truncated or changed). "
                 f"Remove {self.folder} and run again; its values will be computed anew."
             )
         tensors = load_tensors(content)
@@ -228,16 +228,16 @@ class ReferenceStore:
 
     def _list_taken_in(self) -> None:
         """Name in the manifest what was taken in, so that it is sealed. A read-only folder stays as it is."""
-        with contextlib.suppress(UserError, OSError), runs.locked(self.folder, check=self._refuse_others):
+        with contextlib.suppress(UserError, OSError), manifests.locked(self.folder, check=self._refuse_others):
             self._read_manifest()
             self._write_manifest()
 
     def _write_manifest(self) -> None:
         content = {
             "kind": "reference",
-            "fingerprint": runs.fingerprint(dict(self.fields, format=FORMAT)),
+            "fingerprint": manifests.fingerprint(dict(self.fields, format=FORMAT)),
             "fields": self.fields,
             "shards": self._shards,
-            "provenance": runs.provenance(),
+            "provenance": manifests.provenance(),
         }
-        runs.write_json(self.folder / runs.MANIFEST, runs.with_seal(content))
+        atomic.write_json(self.folder / manifests.MANIFEST, manifests.with_seal(content))

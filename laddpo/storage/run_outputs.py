@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from laddpo.runs import JsonLines
+from laddpo.storage.json_lines import JsonLines
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,9 @@ class SilentLines(JsonLines):
 
     def cut(self, sealed: Mapping[str, Any]) -> None:
         pass
+
+
+def round_folders(run: Path) -> list[Path]:
+    """The folders of a run's rounds in their order; none where it has no rounds."""
+    numbered = [(re.fullmatch(r"round_([0-9]+)", path.name), path) for path in run.glob("round_*")]
+    return [path for _, path in sorted((int(found[1]), path) for found, path in numbered if found)]

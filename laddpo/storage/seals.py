@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from laddpo import runs
 from laddpo.errors import Damaged, UserError
-from laddpo.runs import MANIFEST, SEAL
+from laddpo.storage import atomic, json_lines, manifests
+from laddpo.storage.manifests import MANIFEST, SEAL
 
 OURS = ("weights", "export")  # kinds of manifest of folders whose files a library's loader opens by name
 LINE_HEAD = b'{"check": "'
@@ -72,7 +72,7 @@ def require_sealed(folder: Path, *patterns: str) -> None:
     for name, digest in sealed.items():
         if _matches(name, patterns):
             _compare(folder, name, digest)
-    if sealed and runs.unsealed(manifest).get("kind") in OURS:
+    if sealed and manifests.unsealed(manifest).get("kind") in OURS:
         there = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
         if added := [name for name in there if name not in sealed and _matches(name, patterns)]:
             raise UserError(
@@ -84,7 +84,7 @@ def require_sealed(folder: Path, *patterns: str) -> None:
 def sealed_digests(folder: Path) -> dict[str, str]:
     """sha256 by name, as the folder's manifest has them; empty without a manifest of ours. No file is compared."""
     manifest = folder / MANIFEST
-    content = runs.unsealed(manifest) if manifest.exists() else None
+    content = manifests.unsealed(manifest) if manifest.exists() else None
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict):
         return {}
@@ -97,9 +97,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _compare(folder: Path, name: str, digest: str) -> None:
     file = folder / name
-    if not file.is_file() or runs.file_sha256(file) != digest:
-        kind = runs.unsealed(folder / MANIFEST).get("kind")
-        cure = runs.CURES.get(kind, "Copy the folder again from where it is whole.")
+    if not file.is_file() or atomic.file_sha256(file) != digest:
+        kind = manifests.unsealed(folder / MANIFEST).get("kind")
+        cure = manifests.CURES.get(kind, "Copy the folder again from where it is whole.")
         raise Damaged(
             f"{file}: differs from what {MANIFEST} sealed (missing, truncated or changed).",
             f"{cure} If it was changed on purpose, remove {folder / MANIFEST}.",
@@ -114,7 +114,7 @@ def note_once(text: str) -> None:
 
 def write_checked(path: Path, value: Mapping[str, Any]) -> None:
     """JSON with its own seal, for a file that no manifest names."""
-    runs.write_json(path, runs.with_seal(value))
+    atomic.write_json(path, manifests.with_seal(value))
 
 
 def read_checked(path: Path, keys: Iterable[str]) -> dict[str, Any]:
@@ -122,9 +122,9 @@ def read_checked(path: Path, keys: Iterable[str]) -> dict[str, Any]:
 
     Without a seal it is a file of an earlier version: that is one note.
     """
-    content = runs.read_json(path)
+    content = atomic.read_json(path)
     bare = {name: value for name, value in content.items() if name != SEAL} if isinstance(content, dict) else None
-    if bare is None or not bare.keys() <= set(keys) or (SEAL in content and runs.with_seal(bare) != content):
+    if bare is None or not bare.keys() <= set(keys) or (SEAL in content and manifests.with_seal(bare) != content):
         raise Damaged(f"{path}: is damaged (its seal does not hold).", "Restore it from a copy, or remove it.")
     if SEAL not in content:
         note_once(f"{path.name} of an earlier version carries no seal, so it is read unchecked.")
@@ -158,7 +158,7 @@ def read_checked_text(path: Path) -> str:
     return text
 
 
-class CheckedLines(runs.JsonLines):
+class CheckedLines(json_lines.JsonLines):
     """A log of records that is continued later. Each line begins with a crc32 of the rest of it.
 
     Damaged lines are left out with a note, so that their records are made again. `finish` takes the checks away: a
@@ -204,7 +204,7 @@ class CheckedLines(runs.JsonLines):
         records, left_out, _ = self._examine()
         if left_out:
             raise Damaged(f"{self.path}: {left_out} lines were damaged since they were written.", "Run again.")
-        runs.write_text(self.path, "".join(runs.JsonLines.line(self, record) for record in records))
+        atomic.write_text(self.path, "".join(json_lines.JsonLines.line(self, record) for record in records))
 
     def _examine(self) -> tuple[list[dict], int, bool]:
         """The records, the number of lines that are none, and whether any line has a check."""

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laddpo import runs
 from laddpo.errors import UserError
-from laddpo.locks import LOCK
-from laddpo.temporaries import NAME
+from laddpo.storage import atomic, manifests
+from laddpo.storage.locks import LOCK
+from laddpo.storage.temporaries import NAME
 
 MARK = ".laddpo"  # holds the kind of the folder, from its first moment on
 
@@ -45,11 +45,11 @@ def what_is(folder: Path) -> Found:
     names = _names(folder)
     if not names:
         return Found()
-    manifest = _read(folder / runs.MANIFEST)
+    manifest = _read(folder / manifests.MANIFEST)
     kind = manifest.get("kind") if isinstance(manifest, dict) else None
     if isinstance(kind, str) and kind in WORDS:
         return Found((kind,), f"{WORDS[kind]} (finished)", True)
-    is_finished = runs.MANIFEST in names
+    is_finished = manifests.MANIFEST in names
     marked = _marked(folder)
     if marked in WORDS:
         return Found((marked,), f"{WORDS[marked]} (unfinished)", is_finished)
@@ -96,9 +96,11 @@ def owned(folder: Path, kind: str, resume: bool = False, setting: str = "output_
     """
     refuse_others(folder, (kind,), resume, setting)
     found: list[Found] = []
-    with runs.locked(folder, wait=False, check=lambda: found.append(refuse_others(folder, (kind,), resume, setting))):
+    with manifests.locked(
+        folder, wait=False, check=lambda: found.append(refuse_others(folder, (kind,), resume, setting))
+    ):
         if found[0].is_free:
-            runs.write_text(folder / MARK, kind + "\n")
+            atomic.write_text(folder / MARK, kind + "\n")
         try:
             yield found[0]
         finally:
@@ -178,9 +180,11 @@ def _kinds_by_files(folder: Path, names: list[str]) -> tuple[str, ...]:
     if "sweep.json" in there or has_jobs:
         return ("sweep",)
     if folder.name == "evaluation" and there & ANSWERED and _is_config(folder.parent / "config.yaml"):
-        return ("final_evaluation",) if (folder.parent / runs.MANIFEST).exists() else ("evaluation",)
+        return ("final_evaluation",) if (folder.parent / manifests.MANIFEST).exists() else ("evaluation",)
     for kind, own in FILES_OF.items():
-        if all(re.fullmatch(own, name) for name in names if name != runs.MANIFEST) and names != [runs.MANIFEST]:
+        if all(re.fullmatch(own, name) for name in names if name != manifests.MANIFEST) and names != [
+            manifests.MANIFEST
+        ]:
             return (kind,)
     return ()
 
