@@ -30,8 +30,8 @@ from laddpo.inputs import Loaded, difficulty_of, encoder_for
 from laddpo.preference.badrows import LISTED, RowError
 from laddpo.preference.pairs import Prompt, prompt_rows
 from laddpo.processes.signals import StopFlag
-from laddpo.ranges import EMBEDDED_TASKS
-from laddpo.settings import RunConfig
+from laddpo.settings.ranges import EMBEDDED_TASKS
+from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic
 
 VALIDATION_LIMIT = 200  # problems answered at every evaluation during training: an interval of about +-7 points

@@ -34,7 +34,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import laddpo
-from laddpo.compose import (
+from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest, visible
+from laddpo.launch import joined, leave, refuse_sweep, speaks
+from laddpo.settings.advice import unlikely_settings
+from laddpo.settings.checks import find_problems
+from laddpo.settings.compose import (
     compose_tree,
     config_from,
     group_settings,
@@ -43,18 +47,9 @@ from laddpo.compose import (
     stage_problems,
     typed_settings,
 )
-from laddpo.config import find_problems, unlikely_settings
-from laddpo.datachecks import sft_problems
-from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest
-from laddpo.launch import joined, leave, refuse_sweep, speaks
-from laddpo.mistakes import config_groups, unresolved
-from laddpo.pathchecks import cannot_use, of_this_process
-from laddpo.read_settings import given_overrides
-from laddpo.redaction import redact
-from laddpo.settings import RunConfig
-from laddpo.storage.folders import FOREIGN, KINDS, OF_A_RUN, refuse_others, what_is
-from laddpo.storage.locks import disk_message
-from laddpo.tuned import (
+from laddpo.settings.data_checks import sft_problems
+from laddpo.settings.mistakes import config_groups, unresolved
+from laddpo.settings.of_a_run import (
     MAY_CHANGE,
     OF_EVERY_STAGE,
     begun_evaluation,
@@ -62,7 +57,12 @@ from laddpo.tuned import (
     resume_problems,
     settings_of_run,
 )
-from laddpo.visible import visible
+from laddpo.settings.path_checks import cannot_use, of_this_process
+from laddpo.settings.read_settings import given_overrides
+from laddpo.settings.redaction import redact
+from laddpo.settings.schema import RunConfig
+from laddpo.storage.folders import FOREIGN, KINDS, OF_A_RUN, refuse_others, what_is
+from laddpo.storage.locks import disk_message
 
 WITH_STEPS = ("train", "sft")  # stages whose `resume` finds a run and its checkpoints
 

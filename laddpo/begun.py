@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from laddpo.errors import UserError
-from laddpo.resuming import read_command
+from laddpo.settings.of_a_run import read_command
 from laddpo.storage.seals import read_checked
 
 JOB_FILE = "job.json"

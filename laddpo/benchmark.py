@@ -18,14 +18,13 @@ from pathlib import Path
 from laddpo import realsize
 from laddpo.app import run_stage
 from laddpo.realsize import dialogue_pairs, random_policy
-from laddpo.settings import RunConfig, keywords
+from laddpo.settings.schema import RunConfig, keywords
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Run the parts that `benchmark.parts` names."""
-    from laddpo.config import check_machine
     from laddpo.errors import UserError
-    from laddpo.machine import find_machine
+    from laddpo.machine import check_machine, find_machine
     from laddpo.storage.folders import owned
 
     try:

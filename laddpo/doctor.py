@@ -23,11 +23,11 @@ from importlib import metadata
 from pathlib import Path
 
 from laddpo.app import run_stage
-from laddpo.config import CONF_DIR
 from laddpo.errors import EXIT_FAULT
 from laddpo.foreign_logs import quiet_bitsandbytes
-from laddpo.redaction import redact
-from laddpo.settings import RunConfig
+from laddpo.settings.ranges import CONF_DIR
+from laddpo.settings.redaction import redact
+from laddpo.settings.schema import RunConfig
 from laddpo.tracking import has_wandb_key
 
 OK, WARN, FAIL = "ok", "warn", "fail"

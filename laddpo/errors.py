@@ -7,6 +7,7 @@ stage is a fault of ours and keeps its traceback (exit code 1).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -88,3 +89,20 @@ def choose(table: Mapping[str, T], name: str, field: str, where: str) -> T:
         f"{field} is {name!r}; known: {', '.join(sorted(table))}; {hint}"
         f"fix the name or add a row to the table in {where}."
     )
+
+
+def visible(text: str) -> str:
+    r"""The text with every control character but newline and tab as an escape: "\x1b[2J" for a cleared screen.
+
+    Also those that turn the direction of writing, which hide what a text says, and halves of surrogate pairs.
+    """
+    return _ACTING.sub(lambda found: _escape(ord(found.group())), text)
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+_ACTING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from laddpo.app import run_stage
-from laddpo.errors import UserError
-from laddpo.settings import RunConfig
+from laddpo.errors import UserError, visible
+from laddpo.settings.schema import RunConfig
 from laddpo.tuned import base_model, tuned_weights, use_weights
-from laddpo.visible import visible
 
 EXAMPLES = "examples"  # field of a manifest: "rows" where sft trained on the rows of the data
 TRAINING_SAMPLE = 64  # training pairs on which reward accuracy is measured, too
@@ -31,12 +30,12 @@ def main(config: RunConfig, run_folder: Path) -> None:
         )
 
     from laddpo import inputs, pins
-    from laddpo.compose import write_config
     from laddpo.machine import find_machine
     from laddpo.prepare import open_examples, open_prepared
     from laddpo.processes.ranks import here
     from laddpo.processes.signals import stop_on_signal
     from laddpo.resuming import held, told_to_resume
+    from laddpo.settings.compose import write_config
 
     # before minutes of loading, which would be lost, and before anything is written
     tuned = tuned_weights(config, Path(config.run)) if config.run else None

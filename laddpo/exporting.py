@@ -20,7 +20,7 @@ from laddpo.models import adapters, loading
 from laddpo.pins import check_adapter, model_path, require_inputs_of
 from laddpo.planning import stored_adapter
 from laddpo.preference.pairs import user_prompt
-from laddpo.settings import RunConfig
+from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import require_sealed, sealed_file
 from laddpo.tuned import tuned_weights

@@ -18,7 +18,7 @@ from laddpo.core.speed import duration
 from laddpo.errors import RunFault
 from laddpo.machine import Machine, find_machine
 from laddpo.planning import Lengths, usable, work_of
-from laddpo.settings import RunConfig
+from laddpo.settings.schema import RunConfig
 
 WATCHED_STEP = 1  # counted from 0 in this process: the first one that finds the optimizer's state allocated
 MOST_BLOCK_PASSES = 5000  # of a step watched on the CPU: each leaves some hundred records

@@ -12,9 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from laddpo.app import run_stage
-from laddpo.errors import UserError
-from laddpo.settings import RunConfig
-from laddpo.visible import visible
+from laddpo.errors import UserError, visible
+from laddpo.settings.schema import RunConfig
 
 PROMPT_BYTES = 2**20  # a longer line of a file of prompts has no room in any model
 

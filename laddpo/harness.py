@@ -13,7 +13,7 @@ import numpy as np
 from laddpo.answering import sampler_settings
 from laddpo.errors import UserError
 from laddpo.inputs import Loaded, encoder_for
-from laddpo.settings import RunConfig
+from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic, manifests
 
 SHARES = ("acc", "match", "pass@")  # in the names of the harness's metrics that are right or wrong by item

@@ -13,7 +13,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from laddpo.config import check_machine
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import Item
 from laddpo.core.objectives import DpoObjective
@@ -21,7 +20,7 @@ from laddpo.core.tasks import fill_reference, pair_item, stored_pair
 from laddpo.errors import UserError
 from laddpo.evaluation.margins import WINDOW, evaluation_estimator
 from laddpo.linears import linear_names
-from laddpo.machine import Machine
+from laddpo.machine import Machine, check_machine
 from laddpo.models import adapters, loading
 from laddpo.models.blocks import checkpoint_blocks, compile_blocks
 from laddpo.models.denoiser import TransformerDenoiser
@@ -35,8 +34,8 @@ from laddpo.preference.encode import EncodedPair, TextEncoder
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.preference.sources import Request
 from laddpo.processes.signals import StopFlag
-from laddpo.read_settings import command_of
-from laddpo.settings import MixturePart, QuantizationSettings, RunConfig, keywords
+from laddpo.settings.read_settings import command_of
+from laddpo.settings.schema import MixturePart, QuantizationSettings, RunConfig, keywords
 from laddpo.storage.reference_store import ReferenceStore
 
 ADAPTER, ADAPTER_LAST, MODEL, MODEL_LAST = "adapter", "adapter_last", "model", "model_last"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from laddpo.errors import EXIT_DONE, UserError
 from laddpo.processes.ranks import Ranks, connect, disconnect, here, is_lost_peer, launched, lost_peer
-from laddpo.settings import RunConfig
+from laddpo.settings.schema import RunConfig
 
 SHARED = ("prepare", "train", "sft", "precompute", "evaluate")
 

@@ -12,11 +12,12 @@ import torch
 
 from laddpo.core.budget import TokenBudget
 from laddpo.core.memory import GIB, explain, gib, predict_memory
-from laddpo.devicechecks import unshardable
 from laddpo.errors import UserError
+from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.planning import CONTEXT_BYTES, Choice, Lengths, assumed_lengths, choose_plan, free_ram_bytes, usable
 from laddpo.processes import ranks as processes
-from laddpo.settings import HardwareSettings, RunConfig
+from laddpo.settings.hardware_checks import unshardable
+from laddpo.settings.schema import HardwareSettings, RunConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -138,3 +139,43 @@ def available_bytes(hardware: HardwareSettings, device: torch.device) -> int:
     if hardware.vram_gib is None:
         return free
     return min(free, int(hardware.vram_gib * GIB) - CONTEXT_BYTES)
+
+
+def check_machine(config: RunConfig) -> None:
+    """Refuse what this machine cannot do: no GPU, no bf16, no quantization kernels. Imports torch; needs no weights."""
+    import torch
+
+    hardware, quantization = config.hardware, config.quantization
+    has_cuda = torch.cuda.is_available()
+    is_cuda = hardware.device == "cuda" or (hardware.device == "auto" and has_cuda)
+    problems = []
+    if is_cuda and not has_cuda:
+        problems.append(
+            "hardware.device is 'cuda' and torch finds no CUDA device; expected an NVIDIA driver and a CUDA build of "
+            "torch; run python -m laddpo.doctor, or use hardware=cpu."
+        )
+    elif is_cuda and "bf16" in (hardware.precision, quantization.bnb_4bit_compute_dtype):
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            problems.append(
+                f"bf16 needs compute capability 8.0 and {torch.cuda.get_device_name()} has {major}.{minor}; "
+                "use hardware.precision=fp16."
+            )
+    if not is_cuda and hardware.device == "auto" and hardware.precision == "fp16":
+        problems.append(
+            "hardware.precision is 'fp16' and no CUDA device was found; float16 arithmetic is missing or slow on the "
+            "CPU; use hardware.precision=auto."
+        )
+    if not is_cuda and hardware.device == "auto" and config.optim.optimizer == "paged_adamw_8bit":
+        problems.append("optim.optimizer is 'paged_adamw_8bit' and no CUDA device was found; use adamw_8bit or adamw.")
+    if quantization.load_in_4bit or quantization.load_in_8bit:
+        quiet_bitsandbytes()
+        try:
+            import bitsandbytes  # noqa: F401
+        except Exception as error:  # a broken install raises anything
+            problems.append(
+                f"quantization needs bitsandbytes, which cannot be imported ({type(error).__name__}: {error}); "
+                "install it again, or use quantization=none."
+            )
+    if problems:
+        raise UserError(*problems)

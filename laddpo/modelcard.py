@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from laddpo.datachecks import sft_examples
 from laddpo.evaluation.tables import before_after_rows, markdown
 from laddpo.preference.splits import HUB_ID, has_file_name
-from laddpo.redaction import redact
-from laddpo.settings import RunConfig
+from laddpo.settings.data_checks import sft_examples
+from laddpo.settings.redaction import redact
+from laddpo.settings.schema import RunConfig
 
 
 @dataclass(frozen=True)

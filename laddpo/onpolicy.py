@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from laddpo.errors import UserError
-from laddpo.read_settings import command_of
-from laddpo.settings import MixturePart, RunConfig
+from laddpo.settings.read_settings import command_of
+from laddpo.settings.schema import MixturePart, RunConfig
 from laddpo.storage import atomic
 
 EMBEDDED_QUESTIONS = 1500  # asked in a round where sampling.num_questions is null
@@ -23,7 +23,7 @@ def with_run(config: RunConfig) -> RunConfig:
     """`run=` names a finished run whose best adapter samples: the same as adapter.path=<run>/adapter."""
     if config.data.source != "onpolicy" or not config.run or config.adapter.path:
         return config
-    from laddpo.compose import read_config
+    from laddpo.settings.compose import read_config
     from laddpo.tuned import tuned_weights
 
     trained = read_config(Path(config.run))

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from laddpo.compose import plain_settings, read_config
-from laddpo.config import CONF_DIR
 from laddpo.errors import UserError
-from laddpo.settings import RunConfig
+from laddpo.settings.compose import plain_settings, read_config
+from laddpo.settings.ranges import CONF_DIR
+from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import sealed_file
 

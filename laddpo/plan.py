@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from laddpo.app import run_stage
-from laddpo.settings import RunConfig
+from laddpo.settings.schema import RunConfig
 
 
 def main(config: RunConfig, run_folder: Path) -> None:

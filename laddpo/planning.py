@@ -30,7 +30,7 @@ from laddpo.core.memory import (
 from laddpo.core.speed import Device, Work, predicted_seconds
 from laddpo.linears import BLOCK_LINEARS, linear_names, match_linears
 from laddpo.processes.ranks import launched
-from laddpo.settings import AdapterSettings, RunConfig
+from laddpo.settings.schema import AdapterSettings, RunConfig
 from laddpo.storage.atomic import read_json
 
 CONTEXT_BYTES = int(0.5 * GIB)  # what CUDA and its libraries take beside every tensor

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from laddpo.app import run_stage
 from laddpo.errors import RunFault
-from laddpo.settings import RunConfig
+from laddpo.settings.schema import RunConfig
 
 VERIFIED_PAIRS = 32
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from laddpo.app import run_stage
-from laddpo.ranges import EMBEDDED_TASKS
-from laddpo.read_settings import command_of
-from laddpo.settings import MixturePart, RunConfig
+from laddpo.settings.ranges import EMBEDDED_TASKS
+from laddpo.settings.read_settings import command_of
+from laddpo.settings.schema import MixturePart, RunConfig
 
 if TYPE_CHECKING:
     from laddpo.preference.candidates import Grader

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laddpo.settings import QuantizationSettings, RunConfig, StepSetting, keywords
+from laddpo.settings.schema import QuantizationSettings, RunConfig, StepSetting, keywords
 
 if TYPE_CHECKING:
     from laddpo.benchmarking.steps import Measured

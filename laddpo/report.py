@@ -13,7 +13,7 @@ from pathlib import Path
 
 from laddpo.app import run_stage
 from laddpo.errors import UserError
-from laddpo.settings import RunConfig
+from laddpo.settings.schema import RunConfig
 
 
 def main(config: RunConfig, run_folder: Path) -> None:

@@ -15,7 +15,7 @@ from laddpo.evaluation import page
 from laddpo.evaluation.plots import evaluation_plot, margins_plot, panel_plots
 from laddpo.evaluation.sweeps import SweepJob, SweepTable, number_text, sweep_plot, sweep_table
 from laddpo.evaluation.tables import before_after_rows, example_pairs, is_share, sweep_rows
-from laddpo.settings import ReportSettings
+from laddpo.settings.schema import ReportSettings
 from laddpo.storage import atomic, json_lines, manifests
 from laddpo.storage.seals import CheckedLines, read_checked, read_checked_text, sealed_file
 from laddpo.sweep import SWEEP_FILE, SWEEP_KEYS

@@ -11,24 +11,23 @@ import copy
 import dataclasses
 import operator
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from laddpo.compose import plain_settings, read_config
-from laddpo.config import EPOCHS, find_problems
-from laddpo.errors import Stopped, UserError
+from laddpo.errors import Stopped, UserError, visible
 from laddpo.processes.ranks import here, launched
-from laddpo.ranges import leaves
-from laddpo.redaction import redact
-from laddpo.settings import RunConfig
-from laddpo.storage import atomic, manifests
+from laddpo.settings.checks import EPOCHS, find_problems
+from laddpo.settings.compose import plain_settings, read_config
+from laddpo.settings.of_a_run import override_key, read_command
+from laddpo.settings.ranges import leaves
+from laddpo.settings.redaction import redact
+from laddpo.settings.schema import RunConfig
+from laddpo.storage import manifests
 from laddpo.storage.folders import owned
-from laddpo.visible import visible
 
 # What a resumed run may change: where it runs, how it reports, how often it saves, and how long it trains. What is
 # recommended for a model is where other settings take their values from: those are compared. Of a step's pairs the
@@ -44,7 +43,6 @@ WHERE = ("model.model_name_or_path", "model.revision")  # by which a search tell
 MAY_CHANGE_GROUPS = ("hardware", "logger", "paths")
 PLACES = ("adapter.path", "model.model_name_or_path", "data.dataset_name", "run")
 _ABSENT = object()
-COMMAND = "command.json"  # in a run's folder: what the command line named when the run began
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,6 @@ class Asked:
         return steps + names
 
 
-def override_key(override: str) -> str:
-    """`dpo.beta` of `+dpo.beta=1`."""
-    return re.split(r"[=\[@]", override.lstrip("+~"))[0]
-
-
 @dataclass(frozen=True)
 class RunPlace:
     """Where a run writes; `is_resumed`: an earlier part of it is there; `is_finished`: nothing is left to do."""
@@ -86,18 +79,6 @@ def find_run(config: RunConfig, new_folder: Path) -> RunPlace:
     folder = Path(config.resume)
     is_finished = ranks.broadcast((folder / manifests.MANIFEST).exists() if ranks.is_main else None)
     return RunPlace(folder, is_resumed=True, is_finished=is_finished)
-
-
-def write_command(folder: Path, overrides: Iterable[str], **more: Any) -> None:
-    """command.json of a run, a sweep or a study: what the command line named when it began."""
-    named = [redact(text) for text in overrides if override_key(text) not in ("output_dir", "resume")]
-    atomic.write_json(folder / COMMAND, {**more, "overrides": named})
-
-
-def read_command(folder: Path) -> dict[str, Any]:
-    """What `write_command` wrote; an earlier version wrote nothing."""
-    path = folder / COMMAND
-    return atomic.read_json(path) if path.exists() else {}
 
 
 def check_finished(config: RunConfig, folder: Path, kind: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from laddpo.processes.signals import StopFlag
-from laddpo.settings import RunConfig
+from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import CheckedLines, sealed_file
 
@@ -26,12 +26,12 @@ TrainRun = Callable[[RunConfig, Path, bool, StopFlag], None]  # settings, folder
 def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFlag) -> None:
     """Run the rounds that are not finished yet, each by `train`, then compare them."""
     from laddpo import pins
-    from laddpo.compose import write_config
     from laddpo.core.budget import release_memory
     from laddpo.inputs import ADAPTER
     from laddpo.processes.ranks import here
-    from laddpo.read_settings import given_overrides
-    from laddpo.resuming import COMMAND, write_command
+    from laddpo.settings.compose import write_config
+    from laddpo.settings.of_a_run import COMMAND, write_command
+    from laddpo.settings.read_settings import given_overrides
 
     ranks = here()
     if ranks.is_main:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from laddpo.app import run_stage
-from laddpo.datachecks import sft_examples
 from laddpo.errors import UserError
-from laddpo.read_settings import given_overrides
-from laddpo.settings import RunConfig
+from laddpo.settings.data_checks import sft_examples
+from laddpo.settings.read_settings import given_overrides
+from laddpo.settings.schema import RunConfig
 
 if TYPE_CHECKING:
     from laddpo.planning import Lengths
@@ -34,7 +34,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.processes.signals import stop_on_signal
     from laddpo.resuming import check_finished, find_run, held, step_processes, told_to_resume
 
-    if config.dry_run:  # of a yaml file; of the command line laddpo/read_settings.py refuses it
+    if config.dry_run:  # of a yaml file; of the command line laddpo/settings/read_settings.py refuses it
         raise UserError("dry_run is true, which only python -m laddpo.train knows; expected false. Leave it out.")
     if config.data.rounds > 1:
         raise UserError(f"rounds is {config.data.rounds}, which only python -m laddpo.train knows; expected 1.")
@@ -56,7 +56,6 @@ def main(config: RunConfig, run_folder: Path) -> None:
 def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     """Everything between the settings and the finished run folder."""
     from laddpo import inputs, pins
-    from laddpo.compose import write_config
     from laddpo.core.elbo import ElboEstimator
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
@@ -68,7 +67,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.models.loading import load_tokenizer
     from laddpo.preference.prepared import chosen_examples
     from laddpo.prepare import open_examples, open_prepared
-    from laddpo.resuming import write_command
+    from laddpo.settings.compose import write_config
+    from laddpo.settings.of_a_run import write_command
     from laddpo.storage import manifests
     from laddpo.training import (
         SEALED,

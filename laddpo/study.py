@@ -15,19 +15,19 @@ import shlex
 from pathlib import Path
 
 from laddpo.app import run_stage
-from laddpo.datachecks import reader_row
 from laddpo.errors import EXIT_DONE, EXIT_STOPPED, RunFault, Stopped, UserError, nearest
-from laddpo.read_settings import given_overrides, stage_reads
-from laddpo.settings import RunConfig
-from laddpo.stagesettings import StudyArm, StudySettings
+from laddpo.settings.data_checks import reader_row
+from laddpo.settings.read_settings import given_overrides, stage_reads
+from laddpo.settings.schema import RunConfig
+from laddpo.settings.stage_schema import StudyArm, StudySettings
 
 OWN = ("study", "output_dir", "resume")
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Run what is missing, arm by arm within each seed, and write the page after each."""
-    from laddpo.compose import write_config
-    from laddpo.resuming import write_command
+    from laddpo.settings.compose import write_config
+    from laddpo.settings.of_a_run import write_command
     from laddpo.storage.folders import owned
 
     folder = study_folder(config, run_folder)
@@ -57,8 +57,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
 def settings_of_study(config: RunConfig, folder: Path) -> RunConfig:
     """Those of a study that goes on: what it was begun with, where this command line says nothing else. Arms that are
     finished are held against it."""
-    from laddpo.compose import read_config
-    from laddpo.resuming import override_key, read_command
+    from laddpo.settings.compose import read_config
+    from laddpo.settings.of_a_run import override_key, read_command
 
     if not (folder / "config.yaml").exists():
         return config
@@ -90,7 +90,7 @@ def check_arms(config: RunConfig, asked: list[StudyArm]) -> None:
     """Refuse the study before its first run when settings of an arm that is asked for are wrong, or one is read by no
     arm of the study."""
     from laddpo.begun import problems_by_job
-    from laddpo.compose import compose_tree, open_hydra, settings_problems
+    from laddpo.settings.compose import compose_tree, open_hydra, settings_problems
 
     name, folder = root_config()
     found = {}

@@ -32,10 +32,10 @@ from omegaconf import DictConfig
 
 import laddpo
 from laddpo.begun import JOB_FILE, JOB_KEYS, begun_otherwise, overrides_to_resume, problems_by_job
-from laddpo.compose import compose_tree, settings_problems
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
-from laddpo.pathchecks import path_problem
-from laddpo.resuming import read_command, write_command
+from laddpo.settings.compose import compose_tree, settings_problems
+from laddpo.settings.of_a_run import AT_ONCE, read_command, write_command
+from laddpo.settings.path_checks import path_problem
 from laddpo.storage.atomic import read_json, write_json
 from laddpo.storage.folders import owned, refuse_others
 from laddpo.storage.json_lines import JsonLines
@@ -50,7 +50,6 @@ from laddpo.sweepresults import (
     picture_sweep,
     ranking_metric,
 )
-from laddpo.tuned import AT_ONCE
 
 SWEEP_FILE = "sweep.json"
 SWEEP_KEYS = ("stage", "jobs")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
-from laddpo.redaction import redact
+from laddpo.settings.redaction import redact
 from laddpo.storage.atomic import write_text
 
 WANDB_ID_FILE = "wandb_id.txt"

@@ -14,8 +14,8 @@ import math
 from pathlib import Path
 
 from laddpo.app import run_stage
-from laddpo.read_settings import given_overrides
-from laddpo.settings import RunConfig
+from laddpo.settings.read_settings import given_overrides
+from laddpo.settings.schema import RunConfig
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
@@ -78,7 +78,6 @@ def dry_run(config: RunConfig, folder: Path) -> None:
 def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     """Everything between the settings and the finished run folder."""
     from laddpo import inputs, pins
-    from laddpo.compose import write_config
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
     from laddpo.core.tasks import DpoTask, visited_windows
@@ -87,7 +86,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.machine import find_machine
     from laddpo.planning import pairs_per_step
     from laddpo.prepare import check_enough, open_prepared
-    from laddpo.resuming import write_command
+    from laddpo.settings.compose import write_config
+    from laddpo.settings.of_a_run import write_command
     from laddpo.storage import manifests
     from laddpo.training import (
         SEALED,

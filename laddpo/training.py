@@ -23,7 +23,7 @@ from laddpo.core.loop import LoopSettings, step_items
 from laddpo.core.objectives import reference_draws
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
-from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError
+from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError, visible
 from laddpo.evaluation.heldout import row_losses
 from laddpo.evaluation.margins import score_preferences
 from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
@@ -34,13 +34,12 @@ from laddpo.planning import pairs_per_step
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.processes.ranks import Ranks, here, whole
 from laddpo.processes.signals import StopFlag
-from laddpo.settings import RunConfig, keywords
+from laddpo.settings.schema import RunConfig, keywords
 from laddpo.storage import atomic, manifests
 from laddpo.storage.checkpoint import save_tensors, step_folders, step_of
 from laddpo.storage.run_outputs import RunOutputs
 from laddpo.tracking import Trackers
 from laddpo.tuned import what_is_left
-from laddpo.visible import visible
 
 SEALED = (  # of a finished run
     *("config.yaml", "metrics.jsonl"),
@@ -94,7 +93,7 @@ def loop_settings(
 
 def warmup_note(config: RunConfig, settings: LoopSettings) -> None:
     """Say that the run ends within its warm-up. How many steps its epochs are is known only once the rows are counted;
-    laddpo/config.py says it of a given number of steps."""
+    laddpo/settings/checks.py says it of a given number of steps."""
     from_epochs = config.optim.max_train_steps is None and not config.dry_run
     if from_epochs and settings.total_steps < settings.num_warmup_steps and here().is_main:
         print(

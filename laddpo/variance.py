@@ -14,7 +14,7 @@ from pathlib import Path
 
 from laddpo.app import run_stage
 from laddpo.errors import UserError
-from laddpo.settings import RunConfig
+from laddpo.settings.schema import RunConfig
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
@@ -122,8 +122,8 @@ def measure_run(config: RunConfig, tuned: Path, prepared, loaded, parameters: li
 
 def write_result(config: RunConfig, result: dict, folder: Path) -> None:
     """The page, its numbers and its picture; then the table for the terminal."""
-    from laddpo.compose import write_config
     from laddpo.evaluation import variance_report
+    from laddpo.settings.compose import write_config
     from laddpo.storage import atomic, manifests
 
     (folder / manifests.MANIFEST).unlink(missing_ok=True)

@@ -13,13 +13,23 @@ from collections.abc import Iterator
 from types import FrameType
 
 from laddpo.preference.sources import Request
-from laddpo.settings import DataSettings, RunConfig
+from laddpo.settings.schema import DataSettings, RunConfig
 
 # modules whose own code copies, checks or compares settings
 COPYING = ("dataclasses", "copy", "omegaconf", "hydra", "tests")
 CHECKING = (
-    *("app", "compose", "config", "datachecks", "decodingchecks", "devicechecks", "launch", "mistakes", "pathchecks"),
-    *("ranges", "read_settings", "resuming"),
+    *(
+        "app",
+        "settings.compose",
+        "settings.checks",
+        "settings.data_checks",
+        "settings.decoding_checks",
+        "settings.hardware_checks",
+        "launch",
+        "settings.mistakes",
+        "settings.path_checks",
+    ),
+    *("settings.ranges", "settings.read_settings", "resuming"),
 )
 # functions that fingerprint, compare or print, with all that they call: (module, name)
 NO_USE = {
@@ -31,16 +41,16 @@ NO_USE = {
     ("onpolicy", "sample"),  # whose evaluation holds data.sampling
     ("harness", "answers_key"),
     *(("pins", name) for name in ("make", "require_same", "require_like_siblings", "check_adapter", "_problem")),
-    ("tuned", "settings_of_run"),
-    ("tuned", "refuse_decided"),
-    ("tuned", "other_decoding"),
+    ("settings.of_a_run", "settings_of_run"),
+    ("settings.of_a_run", "refuse_decided"),
+    ("settings.of_a_run", "other_decoding"),
     ("modelcard", "card_text"),
     ("benchmark", "about"),
     ("answering", "encoded_prompts"),  # whether a prompt has room
     ("plan", "_run_line"),
     ("sft", "source_of"),
 }
-USES = {("datachecks", "sft_examples")}  # functions of CHECKING that decide what a stage does
+USES = {("settings.data_checks", "sft_examples")}  # functions of CHECKING that decide what a stage does
 PLANNING = {("planning", "choose_plan"), ("planning", "assumed_lengths"), ("machine", "settled_sharding")}
 PLANNED = ("train", "sft", "plan")  # of the others the memory plan is a forecast for nothing that they do
 

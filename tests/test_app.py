@@ -13,8 +13,8 @@ import pytest
 
 from laddpo import __version__, sweep
 from laddpo.app import cli, run_folder
-from laddpo.compose import compose, write_config
 from laddpo.errors import UserError
+from laddpo.settings.compose import compose, write_config
 from laddpo.storage.atomic import write_json
 from laddpo.storage.json_lines import JsonLines
 from laddpo.storage.manifests import locked
@@ -231,7 +231,7 @@ CHILD = """
 import os, re, sys, time
 from pathlib import Path
 from laddpo.app import run_stage
-from laddpo.compose import write_config
+from laddpo.settings.compose import write_config
 from laddpo.storage.manifests import JsonLines, write_json
 
 def main(config, folder):

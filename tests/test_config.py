@@ -5,15 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from laddpo import ranges
 from laddpo.app import cli
-from laddpo.compose import compose, read_config, write_config
-from laddpo.config import check_machine, find_problems, unlikely_settings
-from laddpo.datachecks import READ_BY
 from laddpo.errors import UserError
-from laddpo.ranges import CHOICES, LISTS, RANGES, leaves
-from laddpo.redaction import find_secrets
-from laddpo.settings import RunConfig
+from laddpo.machine import check_machine
+from laddpo.settings import ranges
+from laddpo.settings.advice import unlikely_settings
+from laddpo.settings.checks import find_problems
+from laddpo.settings.compose import compose, read_config, write_config
+from laddpo.settings.data_checks import READ_BY
+from laddpo.settings.ranges import CHOICES, LISTS, RANGES, leaves
+from laddpo.settings.redaction import find_secrets
+from laddpo.settings.schema import RunConfig
 
 TOKEN = "hf_" + "a" * 30
 
@@ -533,8 +535,8 @@ def test_the_table_of_what_each_source_reads_names_settings_and_sources():
 
 
 def test_losses_that_take_label_smoothing_are_known():
-    from laddpo.config import TAKES_LABEL_SMOOTHING
     from laddpo.core.losses import LOSSES
+    from laddpo.settings.checks import TAKES_LABEL_SMOOTHING
 
     assert set(TAKES_LABEL_SMOOTHING) == {name for name, loss in LOSSES.items() if loss.takes_label_smoothing}
 

@@ -4,8 +4,8 @@ import pytest
 
 from laddpo import doctor
 from laddpo.app import cli
-from laddpo.compose import compose
 from laddpo.doctor import FAIL, OK, WARN, Finding, examine, table
+from laddpo.settings.compose import compose
 
 
 def test_the_table_has_a_line_for_each_finding_and_a_fix_for_each_that_is_not_ok():

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from laddpo.app import run_folder
-from laddpo.compose import compose, write_config
 from laddpo.errors import UserError
+from laddpo.settings.compose import compose, write_config
 from laddpo.storage import atomic, json_lines, manifests
 from laddpo.storage.folders import MARK, WORDS, owned, what_is
 

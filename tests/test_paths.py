@@ -13,7 +13,7 @@ import pytest
 
 from laddpo.app import cli
 from laddpo.errors import UserError
-from laddpo.pathchecks import NAMED, NO_HUB_IDS, path_problem
+from laddpo.settings.path_checks import NAMED, NO_HUB_IDS, path_problem
 from laddpo.storage import atomic, manifests
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -8,14 +8,14 @@ import pytest
 
 from laddpo.answering import question_in
 from laddpo.app import cli
-from laddpo.compose import compose
 from laddpo.errors import UserError
 from laddpo.evaluation.tasks import ARC_INSTRUCTION, GSM8K_INSTRUCTION, MATH500_INSTRUCTION
 from laddpo.inputs import _check_vocabulary, difficulty_of, model_path
 from laddpo.models.loading import load_tokenizer
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.prepare import _arguments, check_enough
-from laddpo.read_settings import stage_reads
+from laddpo.settings.compose import compose
+from laddpo.settings.read_settings import stage_reads
 from laddpo.storage.atomic import read_json
 
 

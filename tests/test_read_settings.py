@@ -15,16 +15,16 @@ import pytest
 
 from laddpo import reporting
 from laddpo.app import cli
-from laddpo.compose import compose
-from laddpo.config import find_problems
-from laddpo.datachecks import OF_EACH_PART
 from laddpo.evaluation import plots, variance_report
-from laddpo.mistakes import schema_types
 from laddpo.planning import memory_setup
 from laddpo.preference import preparation
-from laddpo.read_settings import ADVICE, EVERYWHERE, NEEDS, READS, command_of, given_overrides, matches, unread
-from laddpo.settings import RunConfig
-from laddpo.tuned import MAY_CHANGE
+from laddpo.settings.checks import find_problems
+from laddpo.settings.compose import compose
+from laddpo.settings.data_checks import OF_EACH_PART
+from laddpo.settings.mistakes import schema_types
+from laddpo.settings.of_a_run import MAY_CHANGE
+from laddpo.settings.read_settings import ADVICE, EVERYWHERE, NEEDS, READS, command_of, given_overrides, matches, unread
+from laddpo.settings.schema import RunConfig
 from tests.pipeline.conftest import SHAPE
 from tests.recording import recorded
 from tests.tiny import write_tiny_model
@@ -177,7 +177,7 @@ def test_a_stage_reads_what_the_table_lets_it_be_given_and_nothing_else(name, la
         read -= {f"data.{part}" for part in OF_EACH_PART}
     ignored, refused = sorted(taken - read), sorted((read & keys) - taken)
     assert not ignored, f"{name}: these may be given and nothing reads them"
-    assert not refused, f"{name}: these are read and refused; see laddpo/read_settings.py"
+    assert not refused, f"{name}: these are read and refused; see laddpo/settings/read_settings.py"
 
 
 def test_every_setting_is_read_by_some_stage():

@@ -15,7 +15,6 @@ from laddpo.benchmarking.measure import timed_rounds
 from laddpo.benchmarking.rates import kernel_kind, micro_steps, work_of
 from laddpo.benchmarking.steps import Measured, fixed_budget, measure
 from laddpo.benchmarking.workload import random_model, random_pairs
-from laddpo.compose import compose
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.memory import GIB, Load, predict_memory
 from laddpo.core.speed import Device, forward_flops, predicted_tokens_per_s
@@ -23,6 +22,7 @@ from laddpo.core.tasks import pair_item
 from laddpo.errors import UserError
 from laddpo.models.adapters import attach_lora
 from laddpo.realsize import predicted_peak, setup_of
+from laddpo.settings.compose import compose
 from tests.tiny import of_parts
 
 SHAPE = {"d_model": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 128, "vocab_size": 512}

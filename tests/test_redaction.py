@@ -8,11 +8,11 @@ import yaml
 
 from laddpo import doctor
 from laddpo.app import cli
-from laddpo.compose import compose, read_config, write_config
 from laddpo.errors import RunFault, Stopped, UserError
 from laddpo.modelcard import CardFacts, card_text
-from laddpo.redaction import find_secrets, foreign_variables, redact
-from laddpo.settings import RunConfig
+from laddpo.settings.compose import compose, read_config, write_config
+from laddpo.settings.redaction import find_secrets, foreign_variables, redact
+from laddpo.settings.schema import RunConfig
 from laddpo.tracking import TRACKERS, Trackers
 
 CANARY = "cAn4ry/K7MDENG+bPxRfi"

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from laddpo import compose as composing
 from laddpo import resuming
 from laddpo.app import cli
-from laddpo.compose import compose, read_config, write_config
 from laddpo.errors import UserError
+from laddpo.settings import compose as composing
+from laddpo.settings import of_a_run
+from laddpo.settings.compose import compose, read_config, write_config
 from laddpo.storage.manifests import write_manifest
 
 
@@ -32,7 +33,7 @@ def run_folder(settings, name: str = "old", **command) -> Path:
     folder = Path("outputs/train", name)
     write_config(settings, folder)
     if command:
-        resuming.write_command(folder, **command)
+        of_a_run.write_command(folder, **command)
     return folder
 
 
@@ -178,7 +179,7 @@ def test_a_sweep_goes_on_with_what_it_was_begun_with(capsys):
     from laddpo.storage.atomic import write_json
 
     begun = ["dpo.beta=1,2", "seed=3"]
-    resuming.write_command(Path("sweep"), begun, stage="train")
+    of_a_run.write_command(Path("sweep"), begun, stage="train")
     assert overrides_to_resume(Path("sweep"), "train", []) == begun
     assert overrides_to_resume(Path("sweep"), "train", begun) == begun
     assert overrides_to_resume(Path("sweep"), "train", ["seed=3", "logger=none"]) == [*begun, "logger=none"]

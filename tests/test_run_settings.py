@@ -3,7 +3,7 @@
 import pytest
 
 from laddpo.app import cli
-from laddpo.compose import compose, write_config
+from laddpo.settings.compose import compose, write_config
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from laddpo.errors import visible
 from laddpo.evaluation.sweeps import SweepTable, number_text
 from laddpo.evaluation.tables import shortened
-from laddpo.visible import visible
 
 
 def page(title: str, summary: str, blocks: Sequence[str]) -> str:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laddpo.decodingchecks import sampler_problems
 from laddpo.errors import UserError
 from laddpo.models.block_cache import BlockCache
+from laddpo.settings.decoding_checks import sampler_problems
 
 
 @dataclass(frozen=True)

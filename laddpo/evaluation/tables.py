@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from laddpo.errors import visible
 from laddpo.evaluation.sweeps import SweepCell, SweepTable, number_text
-from laddpo.visible import visible
 
 Record = Mapping[str, Any]
 

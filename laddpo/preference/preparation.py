@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from laddpo.errors import UserError, choose
+from laddpo.errors import UserError, choose, visible
 from laddpo.preference.badrows import BadRow, BadRows, RowError
 from laddpo.preference.encode import TextEncoder
 from laddpo.preference.files import ReadLog
@@ -38,7 +38,6 @@ from laddpo.preference.sources import Request, Source, open_corpus, open_source
 from laddpo.preference.spool import Spool
 from laddpo.storage.atomic import atomic_file
 from laddpo.storage.manifests import MANIFEST, differing_fields, fingerprint
-from laddpo.visible import visible
 
 BATCH_ROWS = 256
 FEW_HELD_OUT = 30  # validation pairs below which their figures say little

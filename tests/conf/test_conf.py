@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from laddpo.compose import compose
-from laddpo.config import CONF_DIR, unlikely_settings
 from laddpo.errors import UserError
-from laddpo.mistakes import NOT_GROUPS, schema_types
+from laddpo.settings.advice import unlikely_settings
+from laddpo.settings.compose import compose
+from laddpo.settings.mistakes import NOT_GROUPS, schema_types
+from laddpo.settings.ranges import CONF_DIR
 
 FILES = sorted(path for path in CONF_DIR.glob("*/*.yaml") if path.parent.name not in NOT_GROUPS)
 OPTIONS = [f"{path.parent.name}={path.stem}" for path in FILES]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from laddpo.compose import compose
 from laddpo.core.corrections import (
     CORRECTIONS,
     allocate_draws,
@@ -24,6 +23,7 @@ from laddpo.core.gradient import accumulate_gradient, score_items
 from laddpo.core.losses import LOSSES
 from laddpo.core.objectives import DpoObjective
 from laddpo.planning import gradient_groups
+from laddpo.settings.compose import compose
 from tests.core import oracle
 from tests.core.helpers import ANY_BUDGET, parameters_of, random_ids, random_pair, referenced_items, tiny_denoiser
 

@@ -8,7 +8,7 @@ import pytest
 from laddpo.errors import UserError
 from laddpo.evaluation.grading import contains_text, same_choice, same_text, text_grader
 from laddpo.evaluation.tasks import TASKS, TaskOptions, load_task
-from laddpo.ranges import TASKS as NAMED
+from laddpo.settings.ranges import TASKS as NAMED
 
 MATH = {"problem": "What is $1+1$?", "answer": "2"}
 ARC = {"question": "Which flies?", "choices": {"text": ["a bird", "a stone"], "label": ["A", "B"]}, "answerKey": "A"}

@@ -307,7 +307,7 @@ def test_a_threshold_that_is_reached_gives_the_tokens_of_a_plain_loop(sure_model
 @pytest.mark.parametrize("group", ["evaluation", "data.sampling"])
 @pytest.mark.parametrize(("threshold", "is_allowed"), [(0, False), (1e-3, True), (1, True), (1.5, False)])
 def test_settings_and_sampler_agree_on_thresholds(group, threshold, is_allowed):
-    from laddpo.compose import compose
+    from laddpo.settings.compose import compose
 
     def is_taken(make):
         try:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.compose import compose
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient
 from laddpo.core.objectives import DpoObjective
@@ -25,6 +24,7 @@ from laddpo.evaluation.variance import (
     summarise,
 )
 from laddpo.inputs import training_estimator
+from laddpo.settings.compose import compose
 from laddpo.storage.atomic import write_json
 from tests.core.helpers import ANY_BUDGET, parameters_of, random_pair, tiny_denoiser
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from laddpo.errors import UserError
-from laddpo.read_settings import stage_reads
+from laddpo.settings.read_settings import stage_reads
 from tests.tiny import write_tiny_model
 
 SHAPE = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 32}

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from laddpo.compose import read_config
 from laddpo.errors import UserError
 from laddpo.models import adapters
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.reporting import read_run
+from laddpo.settings.compose import read_config
 from laddpo.storage import json_lines, manifests
 from laddpo.storage.checkpoint import newest_checkpoint, step_folders
 from laddpo.storage.reference_store import ReferenceStore

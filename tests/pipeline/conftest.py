@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from laddpo.app import cli
-from laddpo.tuned import MAY_CHANGE
+from laddpo.settings.of_a_run import MAY_CHANGE
 from tests.tiny import write_tiny_model
 
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 64}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from laddpo.compose import compose
 from laddpo.modelcard import CardFacts, card_text
 from laddpo.models import adapters, loading
+from laddpo.settings.compose import compose
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from laddpo.app import cli
-from laddpo.compose import compose
 from laddpo.errors import UserError
-from laddpo.read_settings import stage_reads
+from laddpo.settings.compose import compose
+from laddpo.settings.read_settings import stage_reads
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 
 from laddpo import pins
 from laddpo.app import cli
-from laddpo.compose import compose
 from laddpo.errors import UserError
+from laddpo.settings.compose import compose
 from laddpo.storage.atomic import read_json, write_json
 from laddpo.storage.manifests import MANIFEST, unsealed, with_seal
 from tests.pipeline.conftest import SHAPE

@@ -9,8 +9,8 @@ import pytest
 
 from laddpo.app import cli
 from laddpo.errors import UserError
-from laddpo.read_settings import stage_reads
 from laddpo.reporting import find_runs
+from laddpo.settings.read_settings import stage_reads
 from laddpo.sweep import find_results, objective
 
 QUICK = [
@@ -135,8 +135,8 @@ def test_a_run_of_rounds_goes_on_where_it_stopped(two_rounds, tmp_path, capsys):
 
 def test_a_run_of_rounds_is_pinned_to_what_its_settings_name(two_rounds):
     from laddpo import pins
-    from laddpo.compose import read_config
     from laddpo.prepare import open_prepared
+    from laddpo.settings.compose import read_config
 
     run, _ = two_rounds
     config = read_config(run)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from laddpo import inputs
-from laddpo.compose import compose, write_config
 from laddpo.preference.encode import EncodedExample
+from laddpo.settings.compose import compose, write_config
 from laddpo.sft import padded
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from laddpo import sweep
 from laddpo.app import cli, given_overrides
-from laddpo.compose import compose
-from laddpo.config import CONF_DIR
 from laddpo.errors import UserError
+from laddpo.settings.compose import compose
+from laddpo.settings.ranges import CONF_DIR
 from laddpo.storage import manifests
 from laddpo.study import arm_overrides, asked_of, shared_overrides, wanted_arms
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from laddpo.app import cli
-from laddpo.read_settings import stage_reads
+from laddpo.settings.read_settings import stage_reads
 from tests.tiny import REPOSITORY
 
 QUICK = ["optim.max_train_steps=2", "evaluation.limit=2", "evaluation.every_steps=null", "evaluation.num_pairs=2"]

@@ -6,8 +6,8 @@ import shutil
 import signal
 
 from laddpo import inputs
-from laddpo.compose import compose, read_config, write_config
 from laddpo.errors import EXIT_STOPPED
+from laddpo.settings.compose import compose, read_config, write_config
 
 
 def test_a_run_is_measured_into_page_numbers_and_picture(stages, capsys):

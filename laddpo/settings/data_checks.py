@@ -1,14 +1,14 @@
 """Which settings of `data` its source reads, and what files and data=onpolicy contradict; part of the checks of
-laddpo/config.py, without torch."""
+laddpo/settings/checks.py, without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from laddpo.decodingchecks import decoding_problems, room_problems
 from laddpo.preference.splits import contradicted_split, has_file_name
-from laddpo.ranges import EMBEDDED_TASKS, leaves
-from laddpo.settings import DataSettings, RunConfig
+from laddpo.settings.decoding_checks import decoding_problems, room_problems
+from laddpo.settings.ranges import EMBEDDED_TASKS, leaves
+from laddpo.settings.schema import DataSettings, RunConfig
 
 
 def unread_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:

@@ -24,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from laddpo.errors import nearest
-from laddpo.redaction import find_secrets, redact
-from laddpo.settings import RunConfig
+from laddpo.settings.redaction import find_secrets, redact
+from laddpo.settings.schema import RunConfig
 
 
 @dataclasses.dataclass
@@ -282,7 +282,7 @@ def config_groups(hydra: Hydra) -> set[str]:
 
 @functools.cache
 def schema_types() -> dict[str, str]:
-    """Type of every setting as written in laddpo/settings.py, by dotted key."""
+    """Type of every setting as written in laddpo/settings/schema.py, by dotted key."""
 
     def walk(kind: type, prefix: str) -> Iterator[tuple[str, str]]:
         node = OmegaConf.structured(kind)
@@ -311,7 +311,7 @@ def _first_line(error: Exception) -> str:
 
 NOT_GROUPS = ("accelerate",)  # files for accelerate's launcher, which lie in conf/ to be found
 CODE_KEYS = r"_(target|partial|args|recursive|convert)_"
-ALLOWED_RESOLVERS = {"oc.env", "oc.select"}  # which variables oc.env may read: laddpo/redaction.py
+ALLOWED_RESOLVERS = {"oc.env", "oc.select"}  # which variables oc.env may read: laddpo/settings/redaction.py
 TYPE_WORDS = {
     "int": "a whole number",
     "float": "a number",

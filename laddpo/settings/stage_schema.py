@@ -1,4 +1,5 @@
-"""The typed settings of stages that no other stage reads; part of laddpo/settings.py, as whose groups they appear."""
+"""The typed settings of stages that no other stage reads; part of laddpo/settings/schema.py, as whose groups they
+appear."""
 
 from __future__ import annotations
 

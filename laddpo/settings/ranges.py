@@ -1,8 +1,8 @@
 """What each single setting may be: names out of a list, numbers within bounds, lists that hold something.
 
 `single_problems(config)` checks every setting by itself, and what a setting may be because of another one that is read
-with it alone; laddpo/config.py checks settings against each other. The names are those of tables in modules that import
-torch, which a configuration must not; a test keeps both equal.
+with it alone; laddpo/settings/checks.py checks settings against each other. The names are those of tables in modules
+that import torch, which a configuration must not; a test keeps both equal.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from laddpo.errors import nearest
@@ -127,7 +128,7 @@ def _plain(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
-# not among CHOICES: the harness knows thousands more, so laddpo/config.py looks at evaluation.harness first
+# not among CHOICES: the harness knows thousands more, so laddpo/settings/checks.py looks at evaluation.harness first
 EMBEDDED_TASKS = ("arithmetic", "word_problems")  # with problems of their own, made here
 TASKS = ("arithmetic", "word_problems", "gsm8k", "math500", "arc_c", "file")
 
@@ -339,3 +340,13 @@ RANGES: dict[str, Range] = {
     "sft.pad_to": at_least(1, "evaluation.gen_length is usual, null pads nothing"),
     "sft.diffusion_samples": at_least(1, "1 is usual; more batches of other rows teach more than more masks of one"),
 }
+
+
+def _find_conf_dir() -> Path:
+    """conf/ of the repository (an editable install or a checkout), else the copy inside the installed package."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if (inside / "config.yaml").is_file() else package.parent / "conf"
+
+
+CONF_DIR = _find_conf_dir()

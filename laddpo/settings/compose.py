@@ -1,7 +1,8 @@
 """From yaml files and command-line overrides to one checked `RunConfig`.
 
-Hydra composes and knows the grammar; laddpo/mistakes.py decides what a mistake looks like to the user: all of them at
-once, as "found; expected; what to do". `compose(overrides)` is the way in from Python; stages use laddpo/app.py.
+Hydra composes and knows the grammar; laddpo/settings/mistakes.py decides what a mistake looks like to the user: all of
+them at once, as "found; expected; what to do". `compose(overrides)` is the way in from Python; stages use
+laddpo/app.py.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from laddpo.config import CONF_DIR, EPOCHS, STEPS, find_problems
 from laddpo.errors import UserError
-from laddpo.mistakes import (
+from laddpo.settings.checks import EPOCHS, STEPS, find_problems
+from laddpo.settings.mistakes import (
     Composed,
     diagnose,
     forbidden,
@@ -42,11 +43,11 @@ from laddpo.mistakes import (
     unresolved,
     yaml_mistake,
 )
-from laddpo.pathchecks import path_problem, path_problems
-from laddpo.ranges import PATHS
-from laddpo.read_settings import unread_problems
-from laddpo.redaction import find_secrets, foreign_variables, redact
-from laddpo.settings import RunConfig
+from laddpo.settings.path_checks import path_problem, path_problems
+from laddpo.settings.ranges import CONF_DIR, PATHS
+from laddpo.settings.read_settings import unread_problems
+from laddpo.settings.redaction import find_secrets, foreign_variables, redact
+from laddpo.settings.schema import RunConfig
 from laddpo.storage.atomic import write_text
 from laddpo.storage.seals import read_checked_text, sealed_file, with_check
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from laddpo.ranges import CHOICES, unknown_name
-from laddpo.settings import RunConfig
+from laddpo.settings.ranges import CHOICES, unknown_name
+from laddpo.settings.schema import RunConfig
 
 
 def device_problems(config: RunConfig) -> Iterator[str]:

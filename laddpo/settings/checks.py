@@ -10,26 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator
-from pathlib import Path
 
-from laddpo.datachecks import file_problems, onpolicy_problems, unread_settings
-from laddpo.decodingchecks import decoding_problems, room_problems
-from laddpo.devicechecks import device_problems, step_problems
 from laddpo.errors import UserError
-from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.linears import linear_names, match_linears, unknown_target
-from laddpo.ranges import CHOICES, EMBEDDED_TASKS, TASKS, single_problems, unknown_name
-from laddpo.settings import RunConfig
-
-
-def _find_conf_dir() -> Path:
-    """conf/ of the repository (an editable install or a checkout), else the copy inside the installed package."""
-    package = Path(__file__).resolve().parent
-    inside = package / "conf"
-    return inside if (inside / "config.yaml").is_file() else package.parent / "conf"
-
-
-CONF_DIR = _find_conf_dir()
+from laddpo.settings.data_checks import file_problems, onpolicy_problems, unread_settings
+from laddpo.settings.decoding_checks import decoding_problems, room_problems
+from laddpo.settings.hardware_checks import device_problems, step_problems
+from laddpo.settings.ranges import CHOICES, EMBEDDED_TASKS, TASKS, single_problems, unknown_name
+from laddpo.settings.schema import RunConfig
 
 
 def find_problems(
@@ -245,135 +233,8 @@ def _decoding(config: RunConfig) -> Iterator[str]:
     yield from decoding_problems(evaluation, "evaluation")
 
 
-def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
-    """What of a stage runs, but probably not as wished: one sentence for each setting, by name. Never an error."""
-    recommended, dpo, optim, name = config.model.recommended, config.dpo, config.optim, config.model.name
-    is_lora = config.adapter.kind == "lora"
-    rate = recommended.learning_rate.lora if is_lora else recommended.learning_rate.full
-    is_from_scratch = stage == "sft" and config.sft.from_scratch  # what is recommended is for trained weights
-    is_large = config.model.shape.n_layers >= 16
-    is_arithmetic, kind = config.data.source == "arithmetic", "LoRA" if is_lora else "full fine-tuning"
-    repeats_masks = optim.num_train_epochs > dpo.mask_rounds and optim.max_train_steps is None
-    notes = [
-        (
-            not recommended.beta / 5 <= dpo.beta <= recommended.beta * 5,
-            f"dpo.beta={dpo.beta:g} is far from what suits {name} ({recommended.beta:g}): too small lets the policy "
-            "leave the reference, too large holds it still.",
-        ),
-        (
-            not is_from_scratch and not rate / 9 <= optim.learning_rate <= rate * 9,
-            f"optim.learning_rate={optim.learning_rate:g} is far from what suits {name} with {kind} ({rate:g}).",
-        ),
-        (
-            is_arithmetic and is_large,
-            f"data.source=arithmetic is the small embedded task, from which {name} learns nothing useful; name real "
-            "pairs, for instance data=hh_rlhf.",
-        ),
-        (
-            is_arithmetic and dpo.beta < 0.3,
-            f"dpo.beta={dpo.beta:g} with data.source=arithmetic: so short an answer has a likelihood of a few nats, "
-            "and a beta below 0.3 made a small model collapse; near 1 suits it.",
-        ),
-        (
-            optim.max_train_steps is not None and optim.max_train_steps < optim.num_warmup_steps,
-            f"optim.max_train_steps={optim.max_train_steps} ends within the warm-up of optim.num_warmup_steps="
-            f"{optim.num_warmup_steps}: the learning rate never reaches its value.",
-        ),
-        (
-            dpo.estimator == "bernoulli",
-            "dpo.estimator=bernoulli is biased and of large variance; it exists to compare with older code.",
-        ),
-        (
-            is_lora and config.adapter.use_dora,
-            "adapter.use_dora=true keeps PEFT's arithmetic: a step takes about twice the memory that the plan counts, "
-            "and twice the time (llada_nano, bf16).",
-        ),
-        (
-            dpo.correction != "none"
-            and (dpo.estimator == "balanced" or dpo.schedule != "iid" or dpo.difference_focus > 0),
-            f"dpo.correction={dpo.correction} takes parts of the draws for independent, which draws that are spread "
-            "out are not; it is exact with dpo.estimator=complement dpo.schedule=iid dpo.difference_focus=0.",
-        ),
-        (
-            dpo.schedule == "single",
-            "dpo.schedule=single gives all draws of a pair one masked count, the worst use of them; it exists for "
-            "comparison.",
-        ),
-        (
-            dpo.estimator == "balanced" and dpo.diffusion_samples % 4,
-            f"dpo.diffusion_samples={dpo.diffusion_samples} cuts through the fours that dpo.estimator=balanced draws; "
-            "a multiple of 4 has less noise per draw; with 2, dpo.estimator=complement.",
-        ),
-        (
-            not dpo.common_random_numbers,
-            "dpo.common_random_numbers=false makes the score about a thousand times noisier; it exists for comparison.",
-        ),
-        (
-            repeats_masks,
-            f"optim.num_train_epochs={optim.num_train_epochs:g} with dpo.mask_rounds={dpo.mask_rounds}: later epochs "
-            "see the same masks again and may fit their noise; raise dpo.mask_rounds (each costs one reference pass).",
-        ),
-        (
-            dpo.loss in PER_TOKEN_LOSSES and dpo.beta == recommended.beta,
-            f"dpo.loss={dpo.loss} scores per token, where beta is usually larger by the response length; "
-            f"dpo.beta={dpo.beta:g} was chosen for sums.",
-        ),
-        (
-            "gsm8k_preferences" in (config.data.dataset_name or "") and "gsm8k" in config.evaluation.tasks,
-            "evaluation.tasks has gsm8k, and data.dataset_name holds pairs made from its test questions: that accuracy "
-            "would mean nothing; build pairs from training questions.",
-        ),
-        (
-            is_large and config.hardware.precision == "fp32",
-            f"hardware.precision=fp32 doubles the memory and more than doubles the time of bf16 for {name}.",
-        ),
-    ]
-    return [note for applies, note in notes if applies]
-
-
-def check_machine(config: RunConfig) -> None:
-    """Refuse what this machine cannot do: no GPU, no bf16, no quantization kernels. Imports torch; needs no weights."""
-    import torch
-
-    hardware, quantization = config.hardware, config.quantization
-    has_cuda = torch.cuda.is_available()
-    is_cuda = hardware.device == "cuda" or (hardware.device == "auto" and has_cuda)
-    problems = []
-    if is_cuda and not has_cuda:
-        problems.append(
-            "hardware.device is 'cuda' and torch finds no CUDA device; expected an NVIDIA driver and a CUDA build of "
-            "torch; run python -m laddpo.doctor, or use hardware=cpu."
-        )
-    elif is_cuda and "bf16" in (hardware.precision, quantization.bnb_4bit_compute_dtype):
-        major, minor = torch.cuda.get_device_capability()
-        if major < 8:
-            problems.append(
-                f"bf16 needs compute capability 8.0 and {torch.cuda.get_device_name()} has {major}.{minor}; "
-                "use hardware.precision=fp16."
-            )
-    if not is_cuda and hardware.device == "auto" and hardware.precision == "fp16":
-        problems.append(
-            "hardware.precision is 'fp16' and no CUDA device was found; float16 arithmetic is missing or slow on the "
-            "CPU; use hardware.precision=auto."
-        )
-    if not is_cuda and hardware.device == "auto" and config.optim.optimizer == "paged_adamw_8bit":
-        problems.append("optim.optimizer is 'paged_adamw_8bit' and no CUDA device was found; use adamw_8bit or adamw.")
-    if quantization.load_in_4bit or quantization.load_in_8bit:
-        quiet_bitsandbytes()
-        try:
-            import bitsandbytes  # noqa: F401
-        except Exception as error:  # a broken install raises anything
-            problems.append(
-                f"quantization needs bitsandbytes, which cannot be imported ({type(error).__name__}: {error}); "
-                "install it again, or use quantization=none."
-            )
-    if problems:
-        raise UserError(*problems)
-
-
 SHORTEST_PAIR = 24  # tokens: the template of one turn, a short prompt, a token of response and its terminator
 TAKES_LABEL_SMOOTHING = ("sigmoid", "robust", "sigmoid_norm")
-PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm")
 EPOCHS = frozenset({"optim.num_train_epochs", "model.recommended.num_train_epochs"})
 STEPS = frozenset({"optim.max_train_steps", "model.recommended.max_train_steps"})
 NEEDS_A_DATASET = ("jsonl", "laddpo_public", "graded_candidates")

@@ -2,7 +2,7 @@
 
 One dataclass per group of conf/, composed into `RunConfig`. Hydra merges yaml files and overrides into these types, so
 an unknown key or a wrong type is refused with its full name. What a value costs (memory, time, bias) is written beside
-the key in conf/; the ranges and contradictions are checked in laddpo/config.py. No torch, so that reading a
+the key in conf/; the ranges and contradictions are checked in laddpo/settings/checks.py. No torch, so that reading a
 configuration is instant.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from laddpo.stagesettings import (
+from laddpo.settings.stage_schema import (
     CardSpeed,
     ExportSettings,
     ReportSettings,

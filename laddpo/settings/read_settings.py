@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laddpo.config import CONF_DIR
-from laddpo.datachecks import is_read, sft_examples
-from laddpo.ranges import EMBEDDED_TASKS, as_written, leaves
-from laddpo.settings import RunConfig
+from laddpo.settings.data_checks import is_read, sft_examples
+from laddpo.settings.ranges import CONF_DIR, EMBEDDED_TASKS, as_written, leaves
+from laddpo.settings.schema import RunConfig
 
 # what this command line set, for stages that take the rest from an earlier run or name another command
 given_overrides: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("given_overrides", default=())

@@ -1,4 +1,5 @@
-"""What the settings of decoding contradict, for every group that has them; part of the checks of laddpo/config.py.
+"""What the settings of decoding contradict, for every group that has them; part of the checks of
+laddpo/settings/checks.py.
 
 The sampler asks here too (laddpo/evaluation/sampling.py), so settings and sampler agree. No torch.
 """
@@ -9,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from laddpo.ranges import setting_problems
+from laddpo.settings.ranges import setting_problems
 
 
 def sampler_problems(settings: Any, group: str = "evaluation") -> list[str]:

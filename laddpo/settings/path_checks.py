@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from laddpo.errors import UserError
-from laddpo.ranges import PATHS
+from laddpo.settings.ranges import PATHS
 
 # data.dataset_name is looked at where it is read: it may be a pattern
 NAMED = (*PATHS, "run", "prompts", "data.questions", "data.candidates_name", "evaluation.dataset_name")
