@@ -40,7 +40,7 @@ def make(config: RunConfig, data: str | None = None, from_scratch: bool = False)
     `data`: what stands for the rows, where there are any. `from_scratch`: training starts from random weights.
     """
     from laddpo.models import adapters, loading
-    from laddpo.preference.encode import TextEncoder
+    from laddpo.preference.encoding.encode import TextEncoder
 
     path, revision = model_path(config), config.model.revision
     encoder = TextEncoder(loading.load_tokenizer(path, revision), config.data.template)

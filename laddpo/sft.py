@@ -26,7 +26,7 @@ from laddpo.settings.schema import RunConfig
 
 if TYPE_CHECKING:
     from laddpo.planning import Lengths
-    from laddpo.preference.encode import EncodedExample
+    from laddpo.preference.encoding.encode import EncodedExample
 
 
 def main(config: RunConfig, run_folder: Path) -> None:

@@ -58,6 +58,7 @@ FLOORS = {
     "storage.reference_store": 3,
     "settings.advice": 0,
     "settings.of_a_run": 0,
+    "preference.encoding": 3,
     "": 5,
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}

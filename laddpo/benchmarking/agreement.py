@@ -14,7 +14,7 @@ import torch
 from laddpo.benchmarking.contenders import Ours
 from laddpo.core.gradient import Item, score_items
 from laddpo.models.adapters import trainable_parameters
-from laddpo.preference.encode import EncodedPair
+from laddpo.preference.encoding.encode import EncodedPair
 
 
 def observe(ours: Ours, pairs: Sequence[EncodedPair], draws: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from laddpo.core.tasks import pair_item
 from laddpo.models.adapters import adapter_disabled, trainable_parameters
 from laddpo.models.blocks import checkpoint_blocks
 from laddpo.models.denoiser import TransformerDenoiser
-from laddpo.preference.encode import EncodedPair
+from laddpo.preference.encoding.encode import EncodedPair
 
 BETA = 0.1
 

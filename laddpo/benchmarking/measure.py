@@ -18,7 +18,7 @@ from laddpo.benchmarking.steps import unless_out_of_memory, wait
 from laddpo.core.gradient import score_items
 from laddpo.core.measuring import peak_bytes, resident_bytes
 from laddpo.core.memory import Load, Setup, predict_memory
-from laddpo.preference.encode import EncodedPair
+from laddpo.preference.encoding.encode import EncodedPair
 
 RESAMPLES = 10_000
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from laddpo.models.adapters import adapter_disabled
-from laddpo.preference.encode import EncodedPair
+from laddpo.preference.encoding.encode import EncodedPair
 
 FLOOR = 1e-3  # p_mask = (1 - FLOOR) t + FLOOR
 TILE_ROWS, TILE_COLUMNS = 4096, 8192  # of TRL's head: positions and vocabulary entries projected at a time

@@ -16,7 +16,7 @@ from torch import nn
 from laddpo.models.families import find_family
 from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.quantization import quantization_config, quantized_linear, settle_quantized
-from laddpo.preference.encode import EncodedPair
+from laddpo.preference.encoding.encode import EncodedPair
 
 Z99 = 2.3263478740408408  # the 99th percentile of the standard normal
 SHORTEST = 8  # tokens of prompt and of response

@@ -27,7 +27,7 @@ from laddpo.processes.signals import StopFlag
 from laddpo.storage.reference_store import SIDES, ReferenceStore, StoredPair, token_digest
 
 if TYPE_CHECKING:
-    from laddpo.preference.encode import EncodedExample, EncodedPair
+    from laddpo.preference.encoding.encode import EncodedExample, EncodedPair
 
 RESPONSE = "response"  # the side of an SFT row in its noise key
 

@@ -20,7 +20,7 @@ from laddpo.core.elbo import Denoiser
 from laddpo.evaluation.likelihoods import Likelihoods
 from laddpo.evaluation.requests import RequestEncoder
 from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, until_stop
-from laddpo.preference.encode import TextEncoder
+from laddpo.preference.encoding.encode import TextEncoder
 
 
 @register_model("laddpo")

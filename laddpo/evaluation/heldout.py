@@ -17,7 +17,7 @@ from laddpo.processes.ranks import ALONE, Ranks
 from laddpo.processes.signals import StopFlag
 
 if TYPE_CHECKING:
-    from laddpo.preference.encode import EncodedExample
+    from laddpo.preference.encoding.encode import EncodedExample
 
 
 def measured_rows(rows: Sequence[EncodedExample], diffusion_samples: int, seed: int) -> list[Item]:

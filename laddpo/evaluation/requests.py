@@ -16,7 +16,7 @@ import numpy as np
 
 from laddpo.errors import UserError
 from laddpo.preference.badrows import RowError
-from laddpo.preference.encode import TextEncoder
+from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.pairs import Message, Prompt, prompt_rows
 
 START, END = "\ue000", "\ue001"  # private-use characters, which ASCII JSON between them cannot contain

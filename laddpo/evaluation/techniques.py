@@ -30,7 +30,7 @@ from laddpo.core.objectives import DpoObjective, score_variance
 from laddpo.evaluation.variance import GradientSpread, Measured, noise_items, ratio_of
 
 if TYPE_CHECKING:
-    from laddpo.preference.encode import EncodedPair
+    from laddpo.preference.encoding.encode import EncodedPair
 
 UPPER_SHARE = 0.5  # of the upper bound in the mixture, as SPG
 

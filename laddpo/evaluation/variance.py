@@ -24,7 +24,7 @@ from laddpo.core.objectives import DpoObjective, score_variance
 from laddpo.core.tasks import pair_item
 
 if TYPE_CHECKING:
-    from laddpo.preference.encode import EncodedPair
+    from laddpo.preference.encoding.encode import EncodedPair
 
 BASELINE = "vrpo_paper"
 WINDOW = 32  # pairs scored together

@@ -22,7 +22,7 @@ from laddpo.models.families import Family, family_of, find_family
 from laddpo.models.foreign import checked, mapped, read_settings, text
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
 from laddpo.models.tokenizers import build_tokenizer
-from laddpo.preference.special_text import MASK_TOKEN
+from laddpo.preference.encoding.special_text import MASK_TOKEN
 from laddpo.processes.ranks import placed_like
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import require_sealed, sealed_digests

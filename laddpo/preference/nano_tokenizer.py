@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from laddpo.preference.special_text import MASK_TOKEN
+from laddpo.preference.encoding.special_text import MASK_TOKEN
 from laddpo.storage.atomic import write_json
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", MASK_TOKEN  # eos is also the padding, as in LLaDA

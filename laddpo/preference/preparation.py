@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from laddpo.errors import UserError, choose, visible
 from laddpo.preference.badrows import BadRow, BadRows, RowError
-from laddpo.preference.encode import TextEncoder
+from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.files import ReadLog
 from laddpo.preference.leaks import EvaluationPrompts, count_leaks, refuse_leaks
 from laddpo.preference.pairs import prompt_rows

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from laddpo.errors import UserError
-from laddpo.preference.encode import EncodedExample, EncodedPair
+from laddpo.preference.encoding.encode import EncodedExample, EncodedPair
 from laddpo.storage.atomic import (
     atomic_file,
     canonical_json,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from laddpo.preference.badrows import CODES, EXAMPLES, BadRow, BadRows
-from laddpo.preference.encode import EncodedRow, TextEncoder
+from laddpo.preference.encoding.encode import EncodedRow, TextEncoder
 from laddpo.preference.files import ReadLog
 from laddpo.preference.onpolicy import sampling_lines
 from laddpo.preference.splits import NO_SPLIT

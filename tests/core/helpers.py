@@ -12,7 +12,7 @@ from laddpo.core.tasks import pair_item
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.llada import LLaDAModelLM
 from laddpo.models.llada_config import LLaDAConfig
-from laddpo.preference.encode import EncodedPair
+from laddpo.preference.encoding.encode import EncodedPair
 
 VOCABULARY, MASK_ID = 8, 7
 ANY_BUDGET = 10**9  # tokens: everything fits one micro-step

@@ -21,7 +21,7 @@ from laddpo.core.elbo import (
 )
 from laddpo.core.noise import COUNT_SCHEDULES, FULL, NoiseKey, golden_step
 from laddpo.core.tasks import pair_item
-from laddpo.preference.encode import EncodedPair
+from laddpo.preference.encoding.encode import EncodedPair
 from tests.core import oracle
 from tests.core.helpers import random_ids, tiny_denoiser
 

@@ -14,7 +14,7 @@ from laddpo.core.gradient import score_items
 from laddpo.core.loop import step_items
 from laddpo.core.tasks import SftTask, visited_windows
 from laddpo.errors import Stopped, UserError
-from laddpo.preference.encode import EncodedExample
+from laddpo.preference.encoding.encode import EncodedExample
 from laddpo.processes.signals import stop_on_signal
 from laddpo.storage.atomic import write_json
 from laddpo.storage.checkpoint import MODEL, OPTIMIZER, STATE, step_folders, step_of

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from laddpo.errors import UserError
 from laddpo.evaluation.requests import RequestEncoder
-from laddpo.preference.encode import TextEncoder
+from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.pairs import Example, Message, prompt_rows, user_prompt
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"

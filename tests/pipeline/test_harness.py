@@ -83,7 +83,7 @@ def harness(tiny_model):
     from laddpo.evaluation.sampling import SamplerSettings
     from laddpo.models.denoiser import TransformerDenoiser
     from laddpo.models.loading import load_model, load_tokenizer
-    from laddpo.preference.encode import TextEncoder
+    from laddpo.preference.encoding.encode import TextEncoder
 
     model, tokenizer = load_model(str(tiny_model)), load_tokenizer(str(tiny_model))
     denoiser = TransformerDenoiser(model, model.config.mask_token_id)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from laddpo import inputs
-from laddpo.preference.encode import EncodedExample
+from laddpo.preference.encoding.encode import EncodedExample
 from laddpo.settings.compose import compose, write_config
 from laddpo.sft import padded
 

@@ -13,7 +13,7 @@ from laddpo.evaluation.grading import FunctionGrader
 from laddpo.evaluation.rows import task_rows
 from laddpo.evaluation.tasks import TaskOptions, load_task
 from laddpo.generate import wanted_prompts
-from laddpo.preference.encode import TextEncoder
+from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.files import ReadLog
 from laddpo.preference.preparation import Part, Rules, prepare_pairs
 from laddpo.preference.sources import Request, open_source, raw_rows

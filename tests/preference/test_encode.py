@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2TokenizerF
 
 from laddpo.errors import UserError
 from laddpo.preference.badrows import RowError
-from laddpo.preference.encode import TextEncoder
+from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.pairs import Example, Message, RowIds, example_of, pair_of, prompt_rows, user_prompt
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from laddpo.errors import UserError
 from laddpo.evaluation.grading import FunctionGrader
 from laddpo.preference import preparation
-from laddpo.preference.encode import TextEncoder
+from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.pairs import prompt_group, user_prompt
 from laddpo.preference.preparation import Part, Rules, find_prepared, prepare_examples, prepare_pairs
 from laddpo.preference.prepared import PreparedPairs, chosen_examples, whole_folder
@@ -417,7 +417,7 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_clears_up(tmp_path, toke
     path = write_rows(tmp_path / "a.jsonl", make_rows(10))
     script = (
         "import os, sys; from pathlib import Path; from transformers import AutoTokenizer\n"
-        "from laddpo.preference import preparation as p; from laddpo.preference.encode import TextEncoder\n"
+        "from laddpo.preference import preparation as p; from laddpo.preference.encoding.encode import TextEncoder\n"
         "p.report_figure = lambda report: os.kill(os.getpid(), 9)\n"
         f"encoder = TextEncoder(AutoTokenizer.from_pretrained({str(SHIPPED)!r}), max_length=4096)\n"
         f"part = p.Part('jsonl', p.Request(dataset_name={str(path)!r}))\n"

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from laddpo.errors import UserError
 from laddpo.evaluation.grading import FunctionGrader
 from laddpo.preference.badrows import BadRow
-from laddpo.preference.encode import TextEncoder
+from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.files import ReadLog
 from laddpo.preference.pairs import Message
 from laddpo.preference.preparation import Part, Rules, prepare_pairs

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 from laddpo.app import cli
 from laddpo.errors import UserError
 from laddpo.models.loading import load_tokenizer
-from laddpo.preference import rendering
 from laddpo.preference.badrows import RowError
-from laddpo.preference.encode import TextEncoder
+from laddpo.preference.encoding import rendering
+from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.pairs import Message, prompt_rows, user_prompt
 
 NANO = Path(__file__).resolve().parents[2] / "data" / "llada_nano"

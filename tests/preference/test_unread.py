@@ -13,7 +13,7 @@ import laddpo
 from laddpo.app import cli
 from laddpo.errors import UserError
 from laddpo.preference.badrows import CODES, BadRow
-from laddpo.preference.encode import TextEncoder
+from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.files import ReadLog
 from laddpo.preference.preparation import Part, Rules, prepare_pairs
 from laddpo.preference.prepared import PreparedPairs

@@ -15,10 +15,10 @@ import numpy as np
 
 from laddpo.errors import UserError, choose
 from laddpo.preference.badrows import RowError
+from laddpo.preference.encoding.shorten import shorten_prompt
+from laddpo.preference.encoding.special_text import PlainTokenizer
+from laddpo.preference.encoding.templates import ChatTemplate
 from laddpo.preference.pairs import Example, Message, PreferencePair, Prompt, plain_prompt
-from laddpo.preference.shorten import shorten_prompt
-from laddpo.preference.special_text import PlainTokenizer
-from laddpo.preference.templates import ChatTemplate
 
 MIN_BYTE_LIMIT = 2**20  # a text below it is always tokenised; above it only if it might fit max_length
 MAX_BYTES_PER_TOKEN = 256
@@ -67,11 +67,11 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Any, template: str = "auto", max_length: int = 1024, truncation: str = "error"):
-        choose(TRUNCATIONS, truncation, "data.truncation", "laddpo/preference/encode.py")
+        choose(TRUNCATIONS, truncation, "data.truncation", "laddpo/preference/encoding/encode.py")
         if max_length < 2:
             raise UserError(f"data.max_length is {max_length}; a row needs at least a prompt and a response token.")
         self.max_length, self.truncation = max_length, truncation
-        self.chat = choose(TEMPLATES, template, "data.template", "laddpo/preference/encode.py")(tokenizer)
+        self.chat = choose(TEMPLATES, template, "data.template", "laddpo/preference/encoding/encode.py")(tokenizer)
         self.bos_id: int | None = tokenizer.bos_token_id
         role_markers = self.chat.markers if self.chat else ()
         self.tokens = PlainTokenizer(tokenizer, role_markers)

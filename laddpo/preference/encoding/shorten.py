@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from laddpo.preference.badrows import RowError
+from laddpo.preference.encoding.special_text import PlainTokenizer
 from laddpo.preference.pairs import Message, Prompt
-from laddpo.preference.special_text import PlainTokenizer
 
 
 def shorten_prompt(

@@ -1,9 +1,9 @@
 """The process that renders chat templates: it can be stopped, for a template is foreign code that may never end.
 
-laddpo/preference/rendering.py starts this file. A request is one line of JSON: the template, its variables, the limits
-of time and the jobs (messages, and whether an open assistant turn is wanted). The answer is one line of JSON: for each
-job its text, or what went wrong, with the line of the template. The jinja environment is the one of transformers,
-sandbox included, without the time that importing transformers takes. Imports nothing of laddpo.
+laddpo/preference/encoding/rendering.py starts this file. A request is one line of JSON: the template, its variables,
+the limits of time and the jobs (messages, and whether an open assistant turn is wanted). The answer is one line of
+JSON: for each job its text, or what went wrong, with the line of the template. The jinja environment is the one of
+transformers, sandbox included, without the time that importing transformers takes. Imports nothing of laddpo.
 """
 
 from __future__ import annotations

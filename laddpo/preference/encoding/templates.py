@@ -13,9 +13,9 @@ from typing import Any
 
 from laddpo.errors import UserError
 from laddpo.preference.badrows import RowError
+from laddpo.preference.encoding.rendering import Failure, render_jobs
+from laddpo.preference.encoding.special_text import PlainTokenizer
 from laddpo.preference.pairs import Message, Prompt, prompt_rows
-from laddpo.preference.rendering import Failure, render_jobs
-from laddpo.preference.special_text import PlainTokenizer
 
 PROBE = "probe"
 KNOWN_ROLES = 1024  # orders of roles whose special tokens are remembered
