@@ -27,8 +27,8 @@ from laddpo.evaluation.tasks import (
     run_task,
 )
 from laddpo.inputs import Loaded, difficulty_of, encoder_for
-from laddpo.preference.badrows import LISTED, RowError
-from laddpo.preference.pairs import Prompt, prompt_rows
+from laddpo.preference.reading.bad_rows import LISTED, RowError
+from laddpo.preference.reading.pairs import Prompt, prompt_rows
 from laddpo.processes.signals import StopFlag
 from laddpo.settings.ranges import EMBEDDED_TASKS
 from laddpo.settings.schema import RunConfig

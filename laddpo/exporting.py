@@ -19,7 +19,7 @@ from laddpo.modelcard import CardFacts, card_text, licences
 from laddpo.models import adapters, loading
 from laddpo.pins import check_adapter, model_path, require_inputs_of
 from laddpo.planning import stored_adapter
-from laddpo.preference.pairs import user_prompt
+from laddpo.preference.reading.pairs import user_prompt
 from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import require_sealed, sealed_file

@@ -47,7 +47,7 @@ def answer_prompts(config: RunConfig, texts: list[str], tuned: Path | None) -> d
     from laddpo import inputs
     from laddpo.answering import answerer
     from laddpo.machine import find_machine
-    from laddpo.preference.pairs import user_prompt
+    from laddpo.preference.reading.pairs import user_prompt
     from laddpo.tuned import base_model, use_weights
 
     loaded = inputs.load(config, find_machine(config))
@@ -75,7 +75,7 @@ def wanted_prompts(config: RunConfig) -> list[str]:
         return [config.prompt]
     if config.prompts is not None:
         path = Path(config.prompts)
-        from laddpo.preference.files import ReadLog, open_checked, text_lines
+        from laddpo.preference.reading.files import ReadLog, open_checked, text_lines
 
         with open_checked(path, ReadLog(), "prompts") as stream:
             read = [line.rstrip("\r\n") for line in text_lines(path, stream, PROMPT_BYTES, "Check its line ends.")]

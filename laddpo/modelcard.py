@@ -16,7 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from laddpo.evaluation.tables import before_after_rows, markdown
-from laddpo.preference.splits import HUB_ID, has_file_name
+from laddpo.preference.reading.splits import HUB_ID, has_file_name
 from laddpo.settings.data_checks import sft_examples
 from laddpo.settings.redaction import redact
 from laddpo.settings.schema import RunConfig

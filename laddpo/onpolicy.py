@@ -68,10 +68,10 @@ def open_questions(config: RunConfig) -> list:
     """The questions asked: of the file or hub data set, else embedded training problems; never validation or test."""
     from laddpo.inputs import difficulty_of, request_of
     from laddpo.preference import arithmetic, word_problems
-    from laddpo.preference.files import ReadLog
     from laddpo.preference.onpolicy import Question, read_questions
+    from laddpo.preference.reading.files import ReadLog
+    from laddpo.preference.reading.rows import RowRules
     from laddpo.preference.report import unread_lines
-    from laddpo.preference.rows import RowRules
     from laddpo.preference.sources import raw_rows
     from laddpo.processes.ranks import here
 
@@ -168,7 +168,7 @@ def _sampler(config: RunConfig, questions: list):
     from laddpo import inputs
     from laddpo.answering import answer_ids, encoded_prompts
     from laddpo.machine import find_machine
-    from laddpo.preference.pairs import user_prompt
+    from laddpo.preference.reading.pairs import user_prompt
 
     inputs.check_before_loading(config)
     config = sampling_config(config)

@@ -36,8 +36,8 @@ FLOORS = {
     "settings.decoding_checks": 0,
     "settings.read_settings": 0,
     "settings.compose": 0,
-    "preference.pairs": 0,
-    "preference.splits": 0,
+    "preference.reading.pairs": 0,
+    "preference.reading.splits": 0,
     "core.noise": 1,
     "core.losses": 1,
     "core.metrics": 1,
@@ -59,6 +59,7 @@ FLOORS = {
     "settings.advice": 0,
     "settings.of_a_run": 0,
     "preference.encoding": 3,
+    "preference.reading": 3,
     "": 5,
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}

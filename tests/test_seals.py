@@ -42,7 +42,7 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "models.tokenizers": "after require_sealed in load_tokenizer",
     "pins": "an adapter of another program, which has no seal",
     "planning": "the kernel's estimate of free memory",
-    "preference.splits": "descriptions of a user's data set, which nothing of ours seals",
+    "preference.reading.splits": "descriptions of a user's data set, which nothing of ours seals",
     "preference.prepared": "report.json after read_manifest of the folder",
     "resuming": "command.json: which settings were named, for a message",
     "reporting": "timing.jsonl is not sealed; state.json names what a log must be",
@@ -269,7 +269,7 @@ def test_verify_and_training_hash_the_base_again(monkeypatch, tiny_model):
 
 
 def test_a_sealed_file_that_is_given_as_data_is_compared(tmp_path):
-    from laddpo.preference.files import ReadLog, read_rows
+    from laddpo.preference.reading.files import ReadLog, read_rows
 
     path = tmp_path / "samples.jsonl"
     atomic.write_text(path, '{"question": "1+1=", "answers": ["2"]}\n')

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from laddpo.errors import UserError
-from laddpo.preference.badrows import RowError
 from laddpo.preference.encoding.encode import TextEncoder
-from laddpo.preference.pairs import Message, Prompt, prompt_rows
+from laddpo.preference.reading.bad_rows import RowError
+from laddpo.preference.reading.pairs import Message, Prompt, prompt_rows
 
 START, END = "\ue000", "\ue001"  # private-use characters, which ASCII JSON between them cannot contain
 CHAT = re.compile(f"{START}([^{END}]*){END}")

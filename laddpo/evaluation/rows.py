@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from laddpo.errors import UserError
-from laddpo.preference.badrows import BadRow
-from laddpo.preference.files import ReadLog, missing_file, read_rows
-from laddpo.preference.locate import folder_files
+from laddpo.preference.reading.bad_rows import BadRow
+from laddpo.preference.reading.files import ReadLog, missing_file, read_rows
+from laddpo.preference.reading.locate import folder_files
+from laddpo.preference.reading.splits import choose_files, has_configurations
 from laddpo.preference.report import unread_lines
-from laddpo.preference.splits import choose_files, has_configurations
 from laddpo.processes.ranks import here
 
 MAX_LINE_BYTES = 16 * 2**20

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from laddpo.errors import Stopped
 from laddpo.preference.onpolicy import Question
-from laddpo.preference.pairs import Prompt, user_prompt
+from laddpo.preference.reading.pairs import Prompt, user_prompt
 from laddpo.processes.signals import StopFlag
 from laddpo.storage import atomic, json_lines, manifests
 from laddpo.storage.folders import refuse_others

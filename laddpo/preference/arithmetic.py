@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import count as count_up
 
 from laddpo.errors import UserError, choose
-from laddpo.preference.pairs import Example, PreferencePair, RowIds, example_of, pair_of, user_prompt
+from laddpo.preference.reading.pairs import Example, PreferencePair, RowIds, example_of, pair_of, user_prompt
 
 SPLIT_SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 MAX_ATTEMPTS_PER_ROW = 20_000

@@ -16,10 +16,10 @@ from itertools import product
 from typing import Protocol
 
 from laddpo.errors import UserError
-from laddpo.preference.badrows import BadRow, RowError
-from laddpo.preference.files import ReadLog
-from laddpo.preference.pairs import PreferencePair, content_digest, prompt_group, user_prompt
-from laddpo.preference.rows import FIX, RowRules, check_text, get_field
+from laddpo.preference.reading.bad_rows import BadRow, RowError
+from laddpo.preference.reading.files import ReadLog
+from laddpo.preference.reading.pairs import PreferencePair, content_digest, prompt_group, user_prompt
+from laddpo.preference.reading.rows import FIX, RowRules, check_text, get_field
 
 Raw = tuple[str, dict] | BadRow
 

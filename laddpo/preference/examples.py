@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from laddpo.preference.badrows import BadRow, RowError
-from laddpo.preference.pairs import Example, PreferencePair, Prompt, content_digest
-from laddpo.preference.rows import (
+from laddpo.preference.reading.bad_rows import BadRow, RowError
+from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, content_digest
+from laddpo.preference.reading.rows import (
     FIX,
     RowRules,
     Warn,

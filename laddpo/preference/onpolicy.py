@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from laddpo.errors import UserError
-from laddpo.preference.badrows import BadRow, BadRows, RowError
 from laddpo.preference.candidates import Grader, Raw, read_text, short_answer
-from laddpo.preference.files import ReadLog
-from laddpo.preference.pairs import PreferencePair, content_digest, prompt_group, user_prompt
-from laddpo.preference.rows import RowRules
+from laddpo.preference.reading.bad_rows import BadRow, BadRows, RowError
+from laddpo.preference.reading.files import ReadLog
+from laddpo.preference.reading.pairs import PreferencePair, content_digest, prompt_group, user_prompt
+from laddpo.preference.reading.rows import RowRules
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from laddpo.errors import UserError, choose, visible
-from laddpo.preference.badrows import BadRow, BadRows, RowError
 from laddpo.preference.encoding.encode import TextEncoder
-from laddpo.preference.files import ReadLog
 from laddpo.preference.leaks import EvaluationPrompts, count_leaks, refuse_leaks
-from laddpo.preference.pairs import prompt_rows
 from laddpo.preference.prepared import (
     REJECTED,
     SPLITS,
@@ -32,6 +29,9 @@ from laddpo.preference.prepared import (
     PreparedWriter,
     whole_folder,
 )
+from laddpo.preference.reading.bad_rows import BadRow, BadRows, RowError
+from laddpo.preference.reading.files import ReadLog
+from laddpo.preference.reading.pairs import prompt_rows
 from laddpo.preference.report import ReportBuilder, leak_lines, note_lines, report_figure, report_table
 from laddpo.preference.selection import choose_rows, choose_validation
 from laddpo.preference.sources import Request, Source, open_corpus, open_source

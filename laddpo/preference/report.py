@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from laddpo.preference.badrows import CODES, EXAMPLES, BadRow, BadRows
 from laddpo.preference.encoding.encode import EncodedRow, TextEncoder
-from laddpo.preference.files import ReadLog
 from laddpo.preference.onpolicy import sampling_lines
-from laddpo.preference.splits import NO_SPLIT
+from laddpo.preference.reading.bad_rows import CODES, EXAMPLES, BadRow, BadRows
+from laddpo.preference.reading.files import ReadLog
+from laddpo.preference.reading.splits import NO_SPLIT
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 SAMPLES = 3

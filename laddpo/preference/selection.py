@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from laddpo.preference.files import ReadLog
+from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.spool import Spool, keyed_position
 
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 from laddpo.errors import UserError, choose
 from laddpo.preference import arithmetic
-from laddpo.preference.badrows import BadRow, RowError
 from laddpo.preference.candidates import Grader, candidate_pairs
 from laddpo.preference.examples import COLUMNS, MESSAGES, chosen_sides, example, read_example
-from laddpo.preference.files import ReadLog, content_sha256, read_rows
-from laddpo.preference.hub import hub_rows
-from laddpo.preference.locate import locate
 from laddpo.preference.onpolicy import sampled_pairs
-from laddpo.preference.pairs import Example, PreferencePair, Prompt, content_digest, prompt_group
-from laddpo.preference.rows import SHAPES, WITHOUT_PROMPT, RowRules, mapped_text, one_pair_each
-from laddpo.preference.unread import OPTIONAL, accounted, refuse_unread_columns
+from laddpo.preference.reading.bad_rows import BadRow, RowError
+from laddpo.preference.reading.files import ReadLog, content_sha256, read_rows
+from laddpo.preference.reading.hub import hub_rows
+from laddpo.preference.reading.locate import locate
+from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, content_digest, prompt_group
+from laddpo.preference.reading.rows import SHAPES, WITHOUT_PROMPT, RowRules, mapped_text, one_pair_each
+from laddpo.preference.reading.unread import OPTIONAL, accounted, refuse_unread_columns
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def same_kind(kind: bool | None, fields: dict, rules: RowRules) -> bool:
 def shape_name(format: str) -> str:
     """The shape of rows that a data.format asks for."""
     known = {**{name: name for name in SHAPES}, "json": "auto"}
-    return choose(known, format, "data.format", "laddpo/preference/rows.py")
+    return choose(known, format, "data.format", "laddpo/preference/reading/rows.py")
 
 
 def rows_identity(request: Request) -> dict:

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from laddpo.preference.pairs import Example, Message, PreferencePair, Prompt, content_digest, prompt_group, prompt_rows
+from laddpo.preference.reading.pairs import (
+    Example,
+    Message,
+    PreferencePair,
+    Prompt,
+    content_digest,
+    prompt_group,
+    prompt_rows,
+)
 
 DIGEST_BYTES = 12
 

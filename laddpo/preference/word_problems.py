@@ -16,7 +16,7 @@ from pathlib import Path
 
 from laddpo.errors import UserError, choose
 from laddpo.preference.arithmetic import HABITS, SPLIT_SHARES, keyed_integers, split_of
-from laddpo.preference.pairs import Example, RowIds, example_of, user_prompt
+from laddpo.preference.reading.pairs import Example, RowIds, example_of, user_prompt
 from laddpo.storage.atomic import canonical_json, write_text
 
 INSTRUCTION = "\n\nReason step by step and end with a line `#### ` and the number."  # GSM8K's questions end in it, too

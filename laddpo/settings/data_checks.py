@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from laddpo.preference.splits import contradicted_split, has_file_name
+from laddpo.preference.reading.splits import contradicted_split, has_file_name
 from laddpo.settings.decoding_checks import decoding_problems, room_problems
 from laddpo.settings.ranges import EMBEDDED_TASKS, leaves
 from laddpo.settings.schema import DataSettings, RunConfig

@@ -16,7 +16,7 @@ from laddpo.models.llada import LLaDAConfig
 from laddpo.models.loading import load_model, load_tokenizer, new_model
 from laddpo.preference.arithmetic import Difficulty, problems
 from laddpo.preference.encoding.encode import TextEncoder
-from laddpo.preference.pairs import prompt_rows, user_prompt
+from laddpo.preference.reading.pairs import prompt_rows, user_prompt
 
 SHIPPED = str(Path(__file__).resolve().parents[2] / "data" / "llada_nano")
 

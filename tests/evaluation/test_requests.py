@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from laddpo.errors import UserError
 from laddpo.evaluation.requests import RequestEncoder
 from laddpo.preference.encoding.encode import TextEncoder
-from laddpo.preference.pairs import Example, Message, prompt_rows, user_prompt
+from laddpo.preference.reading.pairs import Example, Message, prompt_rows, user_prompt
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
 HEADER = "'<|start_header_id|>' + m['role'] + '<|end_header_id|>"

@@ -7,7 +7,7 @@ import pytest
 from laddpo.errors import UserError
 from laddpo.evaluation.grading import FunctionGrader
 from laddpo.evaluation.tasks import Item, Task, TaskOptions, load_task, run_task
-from laddpo.preference.pairs import user_prompt
+from laddpo.preference.reading.pairs import user_prompt
 from laddpo.storage.seals import CheckedLines
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from laddpo.errors import UserError
 from laddpo.evaluation.grading import FunctionGrader, math_grader, same_final_number
-from laddpo.preference.badrows import BadRow
-from laddpo.preference.files import ReadLog
+from laddpo.preference.reading.bad_rows import BadRow
+from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.sources import Request, open_source
 
 GRADER = FunctionGrader("final number", same_final_number)

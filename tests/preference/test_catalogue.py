@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from laddpo.errors import UserError
-from laddpo.preference.badrows import CODES, BadRow
-from laddpo.preference.files import ReadLog
+from laddpo.preference.reading.bad_rows import CODES, BadRow
+from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.sources import Request, open_source
 
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}

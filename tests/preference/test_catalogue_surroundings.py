@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from laddpo.app import cli
-from laddpo.preference import files
+from laddpo.preference.reading import files
 
 NANO = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}

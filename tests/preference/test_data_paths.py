@@ -14,8 +14,8 @@ from laddpo.evaluation.rows import task_rows
 from laddpo.evaluation.tasks import TaskOptions, load_task
 from laddpo.generate import wanted_prompts
 from laddpo.preference.encoding.encode import TextEncoder
-from laddpo.preference.files import ReadLog
 from laddpo.preference.preparation import Part, Rules, prepare_pairs
+from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.sources import Request, open_source, raw_rows
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2TokenizerFast
 
 from laddpo.errors import UserError
-from laddpo.preference.badrows import RowError
 from laddpo.preference.encoding.encode import TextEncoder
-from laddpo.preference.pairs import Example, Message, RowIds, example_of, pair_of, prompt_rows, user_prompt
+from laddpo.preference.reading.bad_rows import RowError
+from laddpo.preference.reading.pairs import Example, Message, RowIds, example_of, pair_of, prompt_rows, user_prompt
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
 CONVERSATION = (

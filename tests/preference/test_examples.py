@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from laddpo.errors import UserError
-from laddpo.preference.badrows import BadRow
-from laddpo.preference.files import ReadLog
+from laddpo.preference.reading.bad_rows import BadRow
+from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.sources import CORPORA, SOURCES, Request, open_corpus
 
 

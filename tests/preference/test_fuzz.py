@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from laddpo.errors import UserError
-from laddpo.preference.badrows import CODES, BadRow
-from laddpo.preference.files import ReadLog
-from laddpo.preference.pairs import PreferencePair, plain_prompt
+from laddpo.preference.reading.bad_rows import CODES, BadRow
+from laddpo.preference.reading.files import ReadLog
+from laddpo.preference.reading.pairs import PreferencePair, plain_prompt
 from laddpo.preference.sources import Request, open_source
 
 LINE_LIMIT = 10_000

@@ -9,12 +9,12 @@ from transformers import AutoTokenizer
 
 from laddpo.errors import UserError
 from laddpo.evaluation.grading import FunctionGrader
-from laddpo.preference.badrows import BadRow
 from laddpo.preference.encoding.encode import TextEncoder
-from laddpo.preference.files import ReadLog
-from laddpo.preference.pairs import Message
 from laddpo.preference.preparation import Part, Rules, prepare_pairs
-from laddpo.preference.rows import read_dialogue
+from laddpo.preference.reading.bad_rows import BadRow
+from laddpo.preference.reading.files import ReadLog
+from laddpo.preference.reading.pairs import Message
+from laddpo.preference.reading.rows import read_dialogue
 from laddpo.preference.sources import CORPORA, SOURCES, Request, open_corpus, open_source
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"

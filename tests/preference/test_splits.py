@@ -7,9 +7,9 @@ import pytest
 
 from laddpo.app import cli
 from laddpo.errors import UserError
-from laddpo.preference.files import ReadLog
+from laddpo.preference.reading.files import ReadLog
+from laddpo.preference.reading.splits import splits_by_name
 from laddpo.preference.sources import Request, open_source
-from laddpo.preference.splits import splits_by_name
 from laddpo.storage.atomic import read_json
 
 

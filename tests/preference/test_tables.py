@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from laddpo.errors import UserError
-from laddpo.preference.badrows import BadRow
-from laddpo.preference.files import ReadLog, read_rows
+from laddpo.preference.reading.bad_rows import BadRow
+from laddpo.preference.reading.files import ReadLog, read_rows
 from laddpo.preference.sources import Request, open_source
 
 pa = pytest.importorskip("pyarrow")
@@ -54,7 +54,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from laddpo.errors import UserError
-from laddpo.preference.files import ReadLog, read_rows
+from laddpo.preference.reading.files import ReadLog, read_rows
 for path in sys.argv[1:]:
     try:
         for row in read_rows([Path(path)], 16 * 2**20, ReadLog()):
@@ -175,7 +175,7 @@ class OwnError(Exception):
 def test_a_column_that_fails_by_an_error_of_an_optional_package_is_named(tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
-    from laddpo.preference import tables
+    from laddpo.preference.reading import tables
 
     class Unreadable:
         def to_pylist(self):

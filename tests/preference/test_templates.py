@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 from laddpo.app import cli
 from laddpo.errors import UserError
 from laddpo.models.loading import load_tokenizer
-from laddpo.preference.badrows import RowError
 from laddpo.preference.encoding import rendering
 from laddpo.preference.encoding.encode import TextEncoder
-from laddpo.preference.pairs import Message, prompt_rows, user_prompt
+from laddpo.preference.reading.bad_rows import RowError
+from laddpo.preference.reading.pairs import Message, prompt_rows, user_prompt
 
 NANO = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|eot_id|>{% endfor %}"

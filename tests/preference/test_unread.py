@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 import laddpo
 from laddpo.app import cli
 from laddpo.errors import UserError
-from laddpo.preference.badrows import CODES, BadRow
 from laddpo.preference.encoding.encode import TextEncoder
-from laddpo.preference.files import ReadLog
 from laddpo.preference.preparation import Part, Rules, prepare_pairs
 from laddpo.preference.prepared import PreparedPairs
+from laddpo.preference.reading.bad_rows import CODES, BadRow
+from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.sources import Request, open_corpus, open_source
 
 NANO = Path(__file__).resolve().parents[2] / "data" / "llada_nano"

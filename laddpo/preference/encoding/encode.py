@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from laddpo.errors import UserError, choose
-from laddpo.preference.badrows import RowError
 from laddpo.preference.encoding.shorten import shorten_prompt
 from laddpo.preference.encoding.special_text import PlainTokenizer
 from laddpo.preference.encoding.templates import ChatTemplate
-from laddpo.preference.pairs import Example, Message, PreferencePair, Prompt, plain_prompt
+from laddpo.preference.reading.bad_rows import RowError
+from laddpo.preference.reading.pairs import Example, Message, PreferencePair, Prompt, plain_prompt
 
 MIN_BYTE_LIMIT = 2**20  # a text below it is always tokenised; above it only if it might fit max_length
 MAX_BYTES_PER_TOKEN = 256

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from laddpo.preference.badrows import RowError
 from laddpo.preference.encoding.special_text import PlainTokenizer
-from laddpo.preference.pairs import Message, Prompt
+from laddpo.preference.reading.bad_rows import RowError
+from laddpo.preference.reading.pairs import Message, Prompt
 
 
 def shorten_prompt(

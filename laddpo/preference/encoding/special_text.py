@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from laddpo.errors import UserError
-from laddpo.preference.badrows import RowError
+from laddpo.preference.reading.bad_rows import RowError
 
 MASK_TOKEN = "<|mdm_mask|>"  # where the tokenizer declares none, as LLaDA's
 

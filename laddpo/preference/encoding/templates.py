@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from laddpo.errors import UserError
-from laddpo.preference.badrows import RowError
 from laddpo.preference.encoding.rendering import Failure, render_jobs
 from laddpo.preference.encoding.special_text import PlainTokenizer
-from laddpo.preference.pairs import Message, Prompt, prompt_rows
+from laddpo.preference.reading.bad_rows import RowError
+from laddpo.preference.reading.pairs import Message, Prompt, prompt_rows
 
 PROBE = "probe"
 KNOWN_ROLES = 1024  # orders of roles whose special tokens are remembered

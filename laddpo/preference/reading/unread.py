@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from laddpo.errors import UserError, nearest
-from laddpo.preference.badrows import BadRow, RowError
+from laddpo.preference.reading.bad_rows import BadRow, RowError
 
 Warn = Callable[..., None]
 COLUMNS_NAMED = 50  # columns that are not used and named in the report; further ones are counted together

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from laddpo.preference.badrows import file_error
-from laddpo.preference.compression import RATIO_FREE_BYTES, RATIO_LIMIT
-from laddpo.preference.strict_json import one_line
+from laddpo.preference.reading.bad_rows import file_error
+from laddpo.preference.reading.compression import RATIO_FREE_BYTES, RATIO_LIMIT
+from laddpo.preference.reading.strict_json import one_line
 
 BATCH_ROWS = 1000
 BATCH_BYTES = 64 * 2**20  # Python objects made at a time

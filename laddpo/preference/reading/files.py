@@ -2,7 +2,8 @@
 
 Every row comes out as a dictionary with its place ("file:line"), every bad one as a BadRow that says what was found,
 what was expected and what to do. What makes a whole file unusable is a UserError. Nothing is repaired in silence and
-nothing is decoded with replacement characters. Codes DATA-nn are stable: see CODES in laddpo/preference/badrows.py.
+nothing is decoded with replacement characters. Codes DATA-nn are stable: see CODES in
+laddpo/preference/reading/bad_rows.py.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from laddpo.errors import UserError, nearest
-from laddpo.preference.badrows import BadRow, RowError, file_error, printable
-from laddpo.preference.compression import open_plain
-from laddpo.preference.json_arrays import read_json_array
-from laddpo.preference.splits import PACKED_SUFFIXES, SUFFIXES
-from laddpo.preference.strict_json import decode_line, one_line, parse_object
-from laddpo.preference.tables import read_arrow, read_parquet
+from laddpo.preference.reading.bad_rows import BadRow, RowError, file_error, printable
+from laddpo.preference.reading.compression import open_plain
+from laddpo.preference.reading.json_arrays import read_json_array
+from laddpo.preference.reading.splits import PACKED_SUFFIXES, SUFFIXES
+from laddpo.preference.reading.strict_json import decode_line, one_line, parse_object
+from laddpo.preference.reading.tables import read_arrow, read_parquet
 from laddpo.storage.atomic import file_sha256
 from laddpo.storage.seals import require_if_sealed
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 
 from laddpo.errors import UserError, nearest
-from laddpo.preference.files import ReadLog
-from laddpo.preference.strict_json import one_line
+from laddpo.preference.reading.files import ReadLog
+from laddpo.preference.reading.strict_json import one_line
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_FILE = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")

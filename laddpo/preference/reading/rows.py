@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from laddpo.errors import nearest
-from laddpo.preference.badrows import RowError
-from laddpo.preference.pairs import ROLES, Message, Prompt, fold
-from laddpo.preference.texts import FIX, check_text, is_blank, kind_of
-from laddpo.preference.unread import refuse_stored_messages, refuse_unread_keys
+from laddpo.preference.reading.bad_rows import RowError
+from laddpo.preference.reading.pairs import ROLES, Message, Prompt, fold
+from laddpo.preference.reading.texts import FIX, check_text, is_blank, kind_of
+from laddpo.preference.reading.unread import refuse_stored_messages, refuse_unread_keys
 
 Warn = Callable[[str], None]
 

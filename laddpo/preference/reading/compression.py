@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from laddpo.preference.badrows import file_error
+from laddpo.preference.reading.bad_rows import file_error
 
 RATIO_LIMIT = 200
 RATIO_FREE_BYTES = 64 * 2**20  # small outputs of repetitive rows may exceed the ratio

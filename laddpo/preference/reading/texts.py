@@ -7,10 +7,10 @@ import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from laddpo.preference.badrows import RowError
+from laddpo.preference.reading.bad_rows import RowError
 
 if TYPE_CHECKING:
-    from laddpo.preference.rows import RowRules
+    from laddpo.preference.reading.rows import RowRules
 
 
 def check_text(text: str, name: str, rules: RowRules, warn: Callable[[str], None]) -> None:

@@ -8,9 +8,9 @@ from collections import deque
 from pathlib import Path
 
 from laddpo.errors import UserError, nearest
-from laddpo.preference.badrows import file_error, printable
-from laddpo.preference.files import ReadLog, missing_file
-from laddpo.preference.splits import (
+from laddpo.preference.reading.bad_rows import file_error, printable
+from laddpo.preference.reading.files import ReadLog, missing_file
+from laddpo.preference.reading.splits import (
     DESCRIPTIONS,
     HUB_ID,
     SHARD,

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from laddpo.preference.badrows import BadRow, RowError, file_error
-from laddpo.preference.strict_json import one_line, parse_object
+from laddpo.preference.reading.bad_rows import BadRow, RowError, file_error
+from laddpo.preference.reading.strict_json import one_line, parse_object
 
 
 def read_json_array(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterator[tuple[str, dict] | BadRow]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from laddpo.preference.badrows import RowError
+from laddpo.preference.reading.bad_rows import RowError
 
 BOM = "\ufeff"
 
