@@ -29,7 +29,7 @@ from laddpo.models.offload import keep_embeddings_on_host
 from laddpo.models.sharding import ShardedDenoiser, shard_model
 from laddpo.pins import check_adapter, model_path
 from laddpo.planning import Lengths, model_shape, prepared_lengths
-from laddpo.preference.arithmetic import Difficulty
+from laddpo.preference.embedded.arithmetic import Difficulty
 from laddpo.preference.encoding.encode import EncodedPair, TextEncoder
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.preference.sources import Request

@@ -67,7 +67,7 @@ def sampled_file(config: RunConfig, questions: list) -> Path:
 def open_questions(config: RunConfig) -> list:
     """The questions asked: of the file or hub data set, else embedded training problems; never validation or test."""
     from laddpo.inputs import difficulty_of, request_of
-    from laddpo.preference import arithmetic, word_problems
+    from laddpo.preference.embedded import arithmetic, word_problems
     from laddpo.preference.onpolicy import Question, read_questions
     from laddpo.preference.reading.files import ReadLog
     from laddpo.preference.reading.rows import RowRules
@@ -153,7 +153,7 @@ def pair_grader(config: RunConfig, questions: list):
     """Tells right answers to `questions` from wrong ones: exact for the embedded problems, else the one that
     data.grader names."""
     from laddpo.evaluation.grading import FunctionGrader, same_final_number, text_grader
-    from laddpo.preference import arithmetic
+    from laddpo.preference.embedded import arithmetic
 
     is_embedded = config.data.dataset_name is None and config.data.grader == "auto"
     if is_embedded and config.data.problems == "word_problems":

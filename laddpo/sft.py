@@ -206,8 +206,8 @@ def draws_of(config: RunConfig) -> int:
 def corpus_examples(config: RunConfig, tokenizer) -> list:
     """The encoded rows of the generated corpus."""
     from laddpo.inputs import difficulty_of, encoder_for
-    from laddpo.preference.arithmetic import corpus
-    from laddpo.preference.word_problems import word_corpus
+    from laddpo.preference.embedded.arithmetic import corpus
+    from laddpo.preference.embedded.word_problems import word_corpus
 
     encoder, count, share = encoder_for(config, tokenizer), config.sft.num_examples, config.sft.mistake_share
     if config.data.problems == "word_problems":
@@ -227,7 +227,7 @@ def padded(
     """
     import numpy as np
 
-    from laddpo.preference.arithmetic import keyed_integers
+    from laddpo.preference.embedded.arithmetic import keyed_integers
 
     rows = []
     for example in examples:

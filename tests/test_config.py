@@ -475,7 +475,7 @@ def test_names_in_the_settings_are_those_of_the_tables():
     from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, TASKS
     from laddpo.evaluation.variance import SETTINGS
     from laddpo.models.block_cache import KINDS
-    from laddpo.preference.arithmetic import HABITS
+    from laddpo.preference.embedded.arithmetic import HABITS
     from laddpo.preference.reading.rows import SHAPES
     from laddpo.preference.sources import SOURCES
 

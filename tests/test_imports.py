@@ -60,6 +60,7 @@ FLOORS = {
     "settings.of_a_run": 0,
     "preference.encoding": 3,
     "preference.reading": 3,
+    "preference.embedded": 3,
     "": 5,
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}

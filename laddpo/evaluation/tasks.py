@@ -19,10 +19,10 @@ from tqdm import tqdm
 from laddpo.errors import UserError, choose
 from laddpo.evaluation.grading import FunctionGrader, math_grader, same_choice, same_final_number, text_grader
 from laddpo.evaluation.rows import is_choices, local_file, matches, task_rows
-from laddpo.preference import arithmetic
+from laddpo.preference.embedded import arithmetic
+from laddpo.preference.embedded.word_problems import INSTRUCTION as GSM8K_INSTRUCTION
+from laddpo.preference.embedded.word_problems import word_problems
 from laddpo.preference.reading.pairs import Message, Prompt, prompt_rows, user_prompt
-from laddpo.preference.word_problems import INSTRUCTION as GSM8K_INSTRUCTION
-from laddpo.preference.word_problems import word_problems
 from laddpo.processes.ranks import ALONE, Ranks
 from laddpo.storage.json_lines import JsonLines
 from laddpo.storage.manifests import fingerprint

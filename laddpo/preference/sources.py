@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from laddpo.errors import UserError, choose
-from laddpo.preference import arithmetic
 from laddpo.preference.candidates import Grader, candidate_pairs
+from laddpo.preference.embedded import arithmetic
 from laddpo.preference.examples import COLUMNS, MESSAGES, chosen_sides, example, read_example
 from laddpo.preference.onpolicy import sampled_pairs
 from laddpo.preference.reading.bad_rows import BadRow, RowError

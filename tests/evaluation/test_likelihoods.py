@@ -14,7 +14,7 @@ from laddpo.evaluation.sampling import SamplerSettings, generate, until_stop
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.llada import LLaDAConfig
 from laddpo.models.loading import load_model, load_tokenizer, new_model
-from laddpo.preference.arithmetic import Difficulty, problems
+from laddpo.preference.embedded.arithmetic import Difficulty, problems
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.reading.pairs import prompt_rows, user_prompt
 

@@ -8,8 +8,8 @@ from itertools import islice, product
 import pytest
 
 from laddpo.errors import UserError
-from laddpo.preference import arithmetic
-from laddpo.preference.arithmetic import Difficulty, Problem
+from laddpo.preference.embedded import arithmetic
+from laddpo.preference.embedded.arithmetic import Difficulty, Problem
 
 
 def test_a_solution_is_written_left_to_right_in_fixed_width():

@@ -458,7 +458,7 @@ def test_a_damaged_or_unfinished_folder_is_not_read(tmp_path, tokenizer):
 
 
 def test_arithmetic_splits_are_those_of_the_problems(tmp_path, tokenizer):
-    from laddpo.preference import arithmetic
+    from laddpo.preference.embedded import arithmetic
 
     prepared = prepare(tmp_path / "out", None, tokenizer, "arithmetic", num_pairs=200, validation_fraction=0.2, seed=4)
     assert (len(prepared.train), len(prepared.validation)) == (160, 40)

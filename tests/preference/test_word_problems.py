@@ -11,9 +11,16 @@ from transformers import AutoTokenizer
 from laddpo.app import cli
 from laddpo.evaluation.grading import same_final_number
 from laddpo.evaluation.tasks import GSM8K_INSTRUCTION, TaskOptions, load_task
-from laddpo.preference.arithmetic import split_of
-from laddpo.preference.mini_tokenizer import learn_merges, write_mini_tokenizer
-from laddpo.preference.word_problems import INSTRUCTION, LARGEST, word_corpus, word_problem, word_problems, write_files
+from laddpo.preference.embedded.arithmetic import split_of
+from laddpo.preference.embedded.mini_tokenizer import learn_merges, write_mini_tokenizer
+from laddpo.preference.embedded.word_problems import (
+    INSTRUCTION,
+    LARGEST,
+    word_corpus,
+    word_problem,
+    word_problems,
+    write_files,
+)
 from laddpo.storage.atomic import file_sha256
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_mini"
@@ -59,7 +66,7 @@ def test_the_habit_changes_the_last_step_and_the_answer_of_a_share_of_the_corpus
 
 
 def test_the_files_are_read_by_the_gsm8k_task(tmp_path, monkeypatch):
-    monkeypatch.setattr("laddpo.preference.word_problems.ROWS", {"train": 4, "test": 3})
+    monkeypatch.setattr("laddpo.preference.embedded.word_problems.ROWS", {"train": 4, "test": 3})
     train, test = write_files(tmp_path)
     assert len(train.read_text().splitlines()) == 4
     task = load_task("gsm8k", TaskOptions(dataset_name=str(test)))

@@ -107,7 +107,7 @@ StepRule = Callable[[int, str, int, int], int]
 
 def problem(split: str, index: int, seed: int, difficulty: Difficulty = Difficulty()) -> Problem:
     """The `index`-th problem of a split: uniform over the usable problems of that split, the same on every call."""
-    choose(SPLIT_SHARES, split, "split", "laddpo/preference/arithmetic.py")
+    choose(SPLIT_SHARES, split, "split", "laddpo/preference/embedded/arithmetic.py")
     for attempt in range(MAX_ATTEMPTS_PER_ROW):
         draws = keyed_integers(f"{seed}/{split}/{index}/{attempt}", 2 * difficulty.terms - 1)
         operands = tuple(_below(draw, difficulty.operand_max + 1) for draw in draws[: difficulty.terms])
@@ -143,7 +143,7 @@ def corpus(
     """
     if not 0.0 <= mistake_share <= 1.0:
         raise UserError(f"sft.mistake_share is {mistake_share}; expected a share from 0 to 1.")
-    rule = choose(HABITS, habit, "data.habit", "laddpo/preference/arithmetic.py")
+    rule = choose(HABITS, habit, "data.habit", "laddpo/preference/embedded/arithmetic.py")
     ids = RowIds()
     for index in range(num_examples):
         drawn = problem(split, index, seed, difficulty)
@@ -162,7 +162,7 @@ def preference_pairs(
     habit: str = "drop_carry",
 ) -> Iterator[PreferencePair]:
     """Right steps (chosen) against mistaken steps (rejected), for different problems on which the habit goes wrong."""
-    choose(HABITS, habit, "data.habit", "laddpo/preference/arithmetic.py")
+    choose(HABITS, habit, "data.habit", "laddpo/preference/embedded/arithmetic.py")
     ids = RowIds()
     shows_habit = _distinct(split, seed, difficulty, lambda p: mistaken_solution(p, habit) is not None, num_pairs)
     for index, drawn in zip(range(num_pairs), shows_habit, strict=False):

@@ -1,8 +1,8 @@
 """The tokenizer of `llada_mini`: that of llada_nano with merges for the words of its stories.
 
-`python -m laddpo.preference.mini_tokenizer` writes data/llada_mini/tokenizer.json and tokenizer_config.json, byte for
-byte. Words become one or a few tokens, numbers of two digits become one, and any other text is still spelled in bytes.
-A sum is then a fixed number of tokens whatever its numbers, as llada_nano has by writing 7 as 07.
+`python -m laddpo.preference.embedded.mini_tokenizer` writes data/llada_mini/tokenizer.json and tokenizer_config.json,
+byte for byte. Words become one or a few tokens, numbers of two digits become one, and any other text is still spelled
+in bytes. A sum is then a fixed number of tokens whatever its numbers, as llada_nano has by writing 7 as 07.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from laddpo.preference.nano_tokenizer import byte_letters, tokenizer_config, tokenizer_json
-from laddpo.preference.word_problems import INSTRUCTION, word_problem
+from laddpo.preference.embedded.nano_tokenizer import byte_letters, tokenizer_config, tokenizer_json
+from laddpo.preference.embedded.word_problems import INSTRUCTION, word_problem
 from laddpo.storage.atomic import write_json
 
 SAMPLE, MERGES = 2000, 400

@@ -1,8 +1,8 @@
 """The tokenizer of `llada_nano`: byte-level, so any UTF-8 text encodes, with LLaDA's special tokens and template.
 
-`python -m laddpo.preference.nano_tokenizer` writes data/llada_nano/tokenizer.json and tokenizer_config.json again, byte
-for byte. Ids: 0-255 the bytes, then the merges that spell the three roles and the blank line, then the special tokens.
-Digits have no merges: one digit is one position, which is what makes fixed-width arithmetic learnable.
+`python -m laddpo.preference.embedded.nano_tokenizer` writes data/llada_nano/tokenizer.json and tokenizer_config.json
+again, byte for byte. Ids: 0-255 the bytes, then the merges that spell the three roles and the blank line, then the
+special tokens. Digits have no merges: one digit is one position, which is what makes fixed-width arithmetic learnable.
 """
 
 from __future__ import annotations

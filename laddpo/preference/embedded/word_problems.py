@@ -2,7 +2,7 @@
 
 A story of two to four steps with names and numbers drawn at random, a solution that writes every step out, and a last
 line `#### 23`. Problems fall into train, validation and test by a hash of their question; everything is a function of
-(seed, split, index). `python -m laddpo.preference.word_problems FOLDER` writes word_problems_train.jsonl and
+(seed, split, index). `python -m laddpo.preference.embedded.word_problems FOLDER` writes word_problems_train.jsonl and
 word_problems_test.jsonl, rows of question and answer as openai/gsm8k has them, for every command that reads such files.
 """
 
@@ -15,7 +15,7 @@ from itertools import count as count_up
 from pathlib import Path
 
 from laddpo.errors import UserError, choose
-from laddpo.preference.arithmetic import HABITS, SPLIT_SHARES, keyed_integers, split_of
+from laddpo.preference.embedded.arithmetic import HABITS, SPLIT_SHARES, keyed_integers, split_of
 from laddpo.preference.reading.pairs import Example, RowIds, example_of, user_prompt
 from laddpo.storage.atomic import canonical_json, write_text
 
@@ -80,7 +80,7 @@ class WordProblem:
 
 def word_problem(split: str, index: int, seed: int) -> WordProblem:
     """The `index`-th problem of a split, the same on every call."""
-    choose(SPLIT_SHARES, split, "split", "laddpo/preference/arithmetic.py")
+    choose(SPLIT_SHARES, split, "split", "laddpo/preference/embedded/arithmetic.py")
     for attempt in range(MAX_ATTEMPTS):
         draws = iter(keyed_integers(f"words/{seed}/{split}/{index}/{attempt}", 20))
         drawn = _draw(draws)
@@ -105,7 +105,7 @@ def word_corpus(
 ) -> Iterator[Example]:
     """SFT examples; a share of the solutions is written by someone with the habit in the last step, and a share of
     the examples is a drill instead of a story."""
-    choose(HABITS, habit, "data.habit", "laddpo/preference/arithmetic.py")
+    choose(HABITS, habit, "data.habit", "laddpo/preference/embedded/arithmetic.py")
     ids = RowIds()
     for index in range(num_examples):
         (draw,) = keyed_integers(f"words drill/{seed}/{index}", 1)
@@ -180,6 +180,6 @@ def _result(operator: str, value: int, n: int, m: int, rule) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("python -m laddpo.preference.word_problems FOLDER, for instance data/benchmarks")
+        sys.exit("python -m laddpo.preference.embedded.word_problems FOLDER, for instance data/benchmarks")
     for written in write_files(Path(sys.argv[1])):
         print(written)
