@@ -24,7 +24,7 @@ from pathlib import Path
 
 from laddpo.app import run_stage
 from laddpo.errors import EXIT_FAULT
-from laddpo.foreign_logs import quiet_bitsandbytes
+from laddpo.models.foreign_logs import quiet_bitsandbytes
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.redaction import redact
 from laddpo.settings.schema import RunConfig

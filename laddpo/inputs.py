@@ -19,11 +19,11 @@ from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import fill_reference, pair_item, stored_pair
 from laddpo.errors import UserError
 from laddpo.evaluation.margins import WINDOW, evaluation_estimator
-from laddpo.linears import linear_names
 from laddpo.machine import Machine, check_machine
 from laddpo.models import adapters, loading
 from laddpo.models.blocks import checkpoint_blocks, compile_blocks
 from laddpo.models.denoiser import TransformerDenoiser
+from laddpo.models.linears import linear_names
 from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.offload import keep_embeddings_on_host
 from laddpo.models.sharding import ShardedDenoiser, shard_model

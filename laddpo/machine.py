@@ -13,7 +13,7 @@ import torch
 from laddpo.core.budget import TokenBudget
 from laddpo.core.memory import GIB, explain, gib, predict_memory
 from laddpo.errors import UserError
-from laddpo.foreign_logs import quiet_bitsandbytes
+from laddpo.models.foreign_logs import quiet_bitsandbytes
 from laddpo.planning import CONTEXT_BYTES, Choice, Lengths, assumed_lengths, choose_plan, free_ram_bytes, usable
 from laddpo.processes import ranks as processes
 from laddpo.settings.hardware_checks import unshardable

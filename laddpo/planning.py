@@ -28,7 +28,7 @@ from laddpo.core.memory import (
     predict_memory,
 )
 from laddpo.core.speed import Device, Work, predicted_seconds
-from laddpo.linears import BLOCK_LINEARS, linear_names, match_linears
+from laddpo.models.linears import BLOCK_LINEARS, linear_names, match_linears
 from laddpo.processes.ranks import launched
 from laddpo.settings.schema import AdapterSettings, RunConfig
 from laddpo.storage.atomic import read_json

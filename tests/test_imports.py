@@ -15,12 +15,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # The lower the floor, the less a module may know. A folder's floor holds for its modules unless one is named.
 FLOORS = {
     "errors": 0,
-    "foreign_logs": 0,
+    "models.foreign_logs": 0,
     "storage.manifests": 0,
     "storage.seals": 0,
     "settings.redaction": 0,
     "processes.signals": 0,
-    "linears": 0,
+    "models.linears": 0,
     "storage.temporaries": 0,
     "storage.locks": 0,
     "storage.folders": 0,

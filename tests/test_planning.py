@@ -14,7 +14,7 @@ from laddpo.app import cli
 from laddpo.core.losses import LOSSES
 from laddpo.core.memory import GIB, predict_memory
 from laddpo.core.speed import Device, Work, duration, forward_flops, predicted_seconds, training_passes
-from laddpo.linears import BLOCK_LINEARS
+from laddpo.models.linears import BLOCK_LINEARS
 from laddpo.planning import Lengths, adapter_targets, assumed_lengths, choose_backward, choose_plan, prepared_lengths
 from laddpo.settings.compose import compose
 

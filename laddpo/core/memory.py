@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from laddpo.linears import BLOCK_LINEARS
+from laddpo.models.linears import BLOCK_LINEARS
 
 GIB = 2**30
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

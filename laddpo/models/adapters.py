@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from laddpo.errors import UserError
-from laddpo.foreign_logs import quiet_bitsandbytes
-from laddpo.linears import ALL_LINEAR, match_linears, unknown_target
 from laddpo.models import lora
 from laddpo.models.adapter_settings import ADAPTER_FILES, missing_file, read_adapter_settings, require_own_rank
 from laddpo.models.families import find_family
+from laddpo.models.foreign_logs import quiet_bitsandbytes
+from laddpo.models.linears import ALL_LINEAR, match_linears, unknown_target
 from laddpo.models.lora import ADAPTER as NAME
 from laddpo.processes.ranks import placed_like
 from laddpo.storage import atomic, manifests

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from laddpo.errors import UserError
-from laddpo.linears import BLOCKS
 from laddpo.models.foreign import Kind
+from laddpo.models.linears import BLOCKS
 from laddpo.models.llada import LLaDAConfig, LLaDAModelLM
 from laddpo.models.llada_config import AUTO_MAP, CONFIG_FIELDS, INERT, SWITCHES
 

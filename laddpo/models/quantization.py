@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from laddpo.errors import choose
-from laddpo.foreign_logs import quiet_bitsandbytes
 from laddpo.models.families import Family
+from laddpo.models.foreign_logs import quiet_bitsandbytes
 
 
 def quantization_config(quantization: dict[str, Any] | None, family: Family, dtype: torch.dtype):

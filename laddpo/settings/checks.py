@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator
 
 from laddpo.errors import UserError
-from laddpo.linears import linear_names, match_linears, unknown_target
+from laddpo.models.linears import linear_names, match_linears, unknown_target
 from laddpo.settings.data_checks import file_problems, onpolicy_problems, unread_settings
 from laddpo.settings.decoding_checks import decoding_problems, room_problems
 from laddpo.settings.hardware_checks import device_problems, step_problems

@@ -26,11 +26,11 @@ from laddpo.core.memory import (
 )
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import OPTIMIZERS, build_optimizer
-from laddpo.linears import BLOCK_LINEARS
 from laddpo.models import head
 from laddpo.models.adapters import attach_lora, trainable_parameters
 from laddpo.models.blocks import checkpoint_blocks
 from laddpo.models.denoiser import TransformerDenoiser
+from laddpo.models.linears import BLOCK_LINEARS
 from laddpo.models.llada import LLaDAModelLM
 from laddpo.models.llada_config import LLaDAConfig
 from tests.core.memory_helpers import masked_sequences
