@@ -236,7 +236,7 @@ def _call(main: Main, config: RunConfig, folder: Path) -> int:
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
             raise
-        from laddpo.footprint import out_of_memory_fault
+        from laddpo.hardware.footprint import out_of_memory_fault
 
         raise out_of_memory_fault(config, error) from error
     return EXIT_DONE

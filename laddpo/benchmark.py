@@ -24,7 +24,7 @@ from laddpo.settings.schema import RunConfig, keywords
 def main(config: RunConfig, run_folder: Path) -> None:
     """Run the parts that `benchmark.parts` names."""
     from laddpo.errors import UserError
-    from laddpo.machine import check_machine, find_machine
+    from laddpo.hardware.machine import check_machine, find_machine
     from laddpo.storage.folders import owned
 
     try:
@@ -141,8 +141,8 @@ def plan_part(config: RunConfig, machine) -> tuple[str, dict]:
     from laddpo.benchmarking.measure import predicted_and_measured
     from laddpo.benchmarking.report import plan_section
     from laddpo.benchmarking.workload import pair_of_tokens
+    from laddpo.hardware.planning import memory_setup
     from laddpo.models.blocks import checkpoint_blocks
-    from laddpo.planning import memory_setup
 
     rows = []
     shape = _shape(config)

@@ -30,7 +30,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         )
 
     from laddpo import inputs, pins
-    from laddpo.machine import find_machine
+    from laddpo.hardware.machine import find_machine
     from laddpo.prepare import open_examples, open_prepared
     from laddpo.processes.ranks import here
     from laddpo.processes.signals import stop_on_signal

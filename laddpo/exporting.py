@@ -14,11 +14,11 @@ import yaml
 from torch import Tensor
 
 from laddpo.errors import RunFault, UserError
+from laddpo.hardware.planning import stored_adapter
 from laddpo.inputs import check_adapter_fits, encoder_for
 from laddpo.modelcard import CardFacts, card_text, licences
 from laddpo.models import adapters, loading
 from laddpo.pins import check_adapter, model_path, require_inputs_of
-from laddpo.planning import stored_adapter
 from laddpo.preference.reading.pairs import user_prompt
 from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic, manifests

@@ -46,7 +46,7 @@ def answer_prompts(config: RunConfig, texts: list[str], tuned: Path | None) -> d
     """The answers of the base, and with `tuned` those of the tuned model, by name."""
     from laddpo import inputs
     from laddpo.answering import answerer
-    from laddpo.machine import find_machine
+    from laddpo.hardware.machine import find_machine
     from laddpo.preference.reading.pairs import user_prompt
     from laddpo.tuned import base_model, use_weights
 

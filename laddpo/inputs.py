@@ -19,7 +19,8 @@ from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import fill_reference, pair_item, stored_pair
 from laddpo.errors import UserError
 from laddpo.evaluation.margins import WINDOW, evaluation_estimator
-from laddpo.machine import Machine, check_machine
+from laddpo.hardware.machine import Machine, check_machine
+from laddpo.hardware.planning import Lengths, model_shape, prepared_lengths
 from laddpo.models import adapters, loading
 from laddpo.models.blocks import checkpoint_blocks, compile_blocks
 from laddpo.models.denoiser import TransformerDenoiser
@@ -28,7 +29,6 @@ from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.offload import keep_embeddings_on_host
 from laddpo.models.sharding import ShardedDenoiser, shard_model
 from laddpo.pins import check_adapter, model_path
-from laddpo.planning import Lengths, model_shape, prepared_lengths
 from laddpo.preference.embedded.arithmetic import Difficulty
 from laddpo.preference.encoding.encode import EncodedPair, TextEncoder
 from laddpo.preference.prepared import PreparedPairs

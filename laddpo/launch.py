@@ -33,7 +33,7 @@ def joined(stage: str, config: RunConfig) -> Iterator[Ranks | None]:
         return
     if not found.is_main:
         os.environ["TQDM_DISABLE"] = "1"  # before anything that draws bars is imported
-    from laddpo.machine import find_device
+    from laddpo.hardware.machine import find_device
 
     ranks = connect(find_device(config.hardware).type)
     with contextlib.ExitStack() as quiet:

@@ -167,7 +167,7 @@ def _sampler(config: RunConfig, questions: list):
     """A function from prompts to these questions and keys to texts, which holds the model."""
     from laddpo import inputs
     from laddpo.answering import answer_ids, encoded_prompts
-    from laddpo.machine import find_machine
+    from laddpo.hardware.machine import find_machine
     from laddpo.preference.reading.pairs import user_prompt
 
     inputs.check_before_loading(config)

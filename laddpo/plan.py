@@ -25,8 +25,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def plan_text(config: RunConfig) -> str:
     """Everything that `plan` says."""
-    from laddpo.core.memory import GIB, explain, gib
-    from laddpo.planning import CONTEXT_BYTES, choose_plan, usable
+    from laddpo.hardware.memory import GIB, explain, gib
+    from laddpo.hardware.planning import CONTEXT_BYTES, choose_plan, usable
 
     lengths, pairs = find_lengths(config)
     device, precision, available, where = find_memory(config)
@@ -55,7 +55,7 @@ def plan_text(config: RunConfig) -> str:
 
 def find_lengths(config: RunConfig):
     """Lengths of the prepared pairs and their number; assumed ones, and the number if the settings give one."""
-    from laddpo.planning import assumed_lengths, prepared_lengths
+    from laddpo.hardware.planning import assumed_lengths, prepared_lengths
 
     prepared = _prepared(config)
     if prepared is not None:
@@ -89,8 +89,8 @@ def _prepared(config: RunConfig):
 
 def find_memory(config: RunConfig) -> tuple[str, str, int, str]:
     """Device, precision, available bytes and where that number is from. Asks torch only when the settings leave it."""
-    from laddpo.core.memory import GIB
-    from laddpo.planning import CONTEXT_BYTES, free_ram_bytes
+    from laddpo.hardware.memory import GIB
+    from laddpo.hardware.planning import CONTEXT_BYTES, free_ram_bytes
 
     hardware = config.hardware
     device = "cuda" if hardware.device == "auto" and hardware.vram_gib is not None else hardware.device
@@ -174,8 +174,8 @@ def _budget_lines(config: RunConfig, choice, lengths) -> list[str]:
 
 
 def _hours_line(config: RunConfig, choice, lengths, pairs: int | None, device: str) -> str:
-    from laddpo.core.speed import duration, exchange_seconds, predicted_seconds
-    from laddpo.planning import device_speed, measured_cpu_speed, pairs_per_step, processes, work_of
+    from laddpo.hardware.planning import device_speed, measured_cpu_speed, pairs_per_step, processes, work_of
+    from laddpo.hardware.speed import duration, exchange_seconds, predicted_seconds
 
     speed = device_speed(config) or (measured_cpu_speed(choice.setup.shape, lengths) if device == "cpu" else None)
     if speed is None:

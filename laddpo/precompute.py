@@ -25,8 +25,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo import inputs
     from laddpo.core.tasks import visited_windows
     from laddpo.evaluate import training_sample
-    from laddpo.machine import find_machine
-    from laddpo.planning import pairs_per_step
+    from laddpo.hardware.machine import find_machine
+    from laddpo.hardware.planning import pairs_per_step
     from laddpo.prepare import open_prepared
     from laddpo.processes.signals import stop_on_signal
     from laddpo.training import total_steps

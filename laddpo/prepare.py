@@ -101,7 +101,7 @@ def check_enough(config: RunConfig, prepared) -> None:
 
     from laddpo.errors import UserError
     from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT
-    from laddpo.planning import pairs_per_step
+    from laddpo.hardware.planning import pairs_per_step
     from laddpo.processes.ranks import here
 
     has_problems = any(task in HAS_VALIDATION_SPLIT for task in config.evaluation.tasks)

@@ -151,7 +151,7 @@ def rate_of(config: RunConfig, machine, shelf: Shelf, setting: StepSetting) -> d
 
     from laddpo.benchmarking.rates import micro_steps, where_time_goes, work_of
     from laddpo.benchmarking.steps import measure
-    from laddpo.core.speed import forward_flops
+    from laddpo.hardware.speed import forward_flops
 
     model, is_training = shelf.get(config, machine, setting), setting.work == "train"
     ours = contender_of(config, model, setting)
@@ -253,7 +253,7 @@ def quantization_of(name: str) -> QuantizationSettings:
 
 def setup_of(config: RunConfig, machine, setting: StepSetting):
     """The memory plan's view of a setting."""
-    from laddpo.planning import memory_setup
+    from laddpo.hardware.planning import memory_setup
 
     taken = ("gradient_checkpointing", "offload_activations", "embeddings_on_cpu")
     changed = dataclasses.replace(
@@ -268,7 +268,7 @@ def setup_of(config: RunConfig, machine, setting: StepSetting):
 
 def predicted_peak(config: RunConfig, machine, setting: StepSetting, pair) -> int | None:
     """What the plan says of our step; it knows no others."""
-    from laddpo.core.memory import Load, predict_memory
+    from laddpo.hardware.memory import Load, predict_memory
 
     if setting.who != "ours":
         return None
@@ -302,7 +302,7 @@ def _pairs_of_tokens(config: RunConfig, tokens: int, draws: int) -> list:
 def _predictions(config: RunConfig, machine, rows: Sequence[dict], ceiling: float) -> tuple[str, list[dict]]:
     """Tokens per second on other cards, from the share of the matrix speed that training reached on this one."""
     from laddpo.benchmarking.steps_report import predictions_section
-    from laddpo.core.speed import Device, predicted_tokens_per_s, training_passes
+    from laddpo.hardware.speed import Device, predicted_tokens_per_s, training_passes
 
     training = [row for row in rows if row["setting"]["work"] == "train" and not row["problem"]]
     plain = [row for row in training if row["setting"]["quantization"] == "none"]

@@ -119,7 +119,7 @@ def step_processes(config: RunConfig, place: RunPlace) -> RunConfig:
 def _counted_like(stored: RunConfig, wanted: RunConfig) -> RunConfig:
     """`wanted` with the processes that its steps are counted for: as set; else those that the run began with, or, where
     a process is given other pairs than it had, those launched."""
-    from laddpo.planning import pairs_per_process
+    from laddpo.hardware.planning import pairs_per_process
 
     is_same_share = pairs_per_process(stored) == pairs_per_process(wanted)
     began_with = stored.hardware.processes if is_same_share else here().world
@@ -270,7 +270,7 @@ def _checked(merged: RunConfig, stored: RunConfig) -> RunConfig:
 def _merge(asked: Asked, folder: Path, stored: RunConfig, fixed: tuple[str, ...] = ()) -> tuple[RunConfig, list[str]]:
     """The run's settings with what the command line may change, and `key: stored a, now b` for what it may not, which
     `fixed` adds to."""
-    from laddpo.planning import pairs_per_step  # with numpy, which a job that only begins need not wait for
+    from laddpo.hardware.planning import pairs_per_step  # with numpy, which a job that only begins need not wait for
 
     has, wanted = dict(leaves(stored)), dict(leaves(asked.config))
     merged = copy.deepcopy(stored)
@@ -333,7 +333,7 @@ def _plain(value: Any) -> Any:
 
 
 def _product(config: RunConfig) -> str:
-    from laddpo.planning import pairs_per_step
+    from laddpo.hardware.planning import pairs_per_step
 
     optim = config.optim
     factors = (optim.per_device_train_batch_size, optim.gradient_accumulation_steps, config.hardware.processes)

@@ -25,7 +25,7 @@ from laddpo.settings.read_settings import given_overrides
 from laddpo.settings.schema import RunConfig
 
 if TYPE_CHECKING:
-    from laddpo.planning import Lengths
+    from laddpo.hardware.planning import Lengths
     from laddpo.preference.encoding.encode import EncodedExample
 
 
@@ -63,7 +63,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.evaluate import EXAMPLES, evaluate_run, open_tasks
     from laddpo.evaluation.heldout import measured_rows
     from laddpo.evaluation.plots import training_plot
-    from laddpo.machine import find_machine
+    from laddpo.hardware.machine import find_machine
     from laddpo.models.loading import load_tokenizer
     from laddpo.preference.prepared import chosen_examples
     from laddpo.prepare import open_examples, open_prepared
@@ -244,7 +244,7 @@ def example_lengths(config: RunConfig, examples: Sequence[EncodedExample]) -> Le
     """What the memory plan must know of these rows, padding included."""
     import numpy as np
 
-    from laddpo.planning import prepared_lengths
+    from laddpo.hardware.planning import prepared_lengths
 
     lengths = np.array([(len(example.prompt_ids), len(example.response_ids)) for example in examples])
     return prepared_lengths(lengths, draws_of(config), source_of(config))

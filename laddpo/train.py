@@ -82,9 +82,9 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.optim import build_optimizer
     from laddpo.core.tasks import DpoTask, visited_windows
     from laddpo.evaluate import open_tasks
-    from laddpo.footprint import StepMemory, dry_run_text, retries_text
-    from laddpo.machine import find_machine
-    from laddpo.planning import pairs_per_step
+    from laddpo.hardware.footprint import StepMemory, dry_run_text, retries_text
+    from laddpo.hardware.machine import find_machine
+    from laddpo.hardware.planning import pairs_per_step
     from laddpo.prepare import check_enough, open_prepared
     from laddpo.settings.compose import write_config
     from laddpo.settings.of_a_run import write_command

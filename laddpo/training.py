@@ -27,10 +27,10 @@ from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError, visible
 from laddpo.evaluation.heldout import row_losses
 from laddpo.evaluation.margins import score_preferences
 from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
+from laddpo.hardware.machine import Machine
+from laddpo.hardware.planning import pairs_per_step
 from laddpo.inputs import Loaded
-from laddpo.machine import Machine
 from laddpo.models import adapters, loading
-from laddpo.planning import pairs_per_step
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.processes.ranks import Ranks, here, whole
 from laddpo.processes.signals import StopFlag

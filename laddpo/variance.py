@@ -23,7 +23,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         raise UserError("run is not set; expected the folder of a finished run: run=outputs/train/<run>.")
 
     from laddpo import inputs, pins
-    from laddpo.machine import find_machine
+    from laddpo.hardware.machine import find_machine
     from laddpo.prepare import open_prepared
     from laddpo.processes.signals import at_once, stop_on_signal
     from laddpo.storage.folders import owned

@@ -51,7 +51,11 @@ NO_USE = {
     ("sft", "source_of"),
 }
 USES = {("settings.data_checks", "sft_examples")}  # functions of CHECKING that decide what a stage does
-PLANNING = {("planning", "choose_plan"), ("planning", "assumed_lengths"), ("machine", "settled_sharding")}
+PLANNING = {
+    ("hardware.planning", "choose_plan"),
+    ("hardware.planning", "assumed_lengths"),
+    ("hardware.machine", "settled_sharding"),
+}
 PLANNED = ("train", "sft", "plan")  # of the others the memory plan is a forecast for nothing that they do
 
 

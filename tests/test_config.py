@@ -7,7 +7,7 @@ import pytest
 
 from laddpo.app import cli
 from laddpo.errors import UserError
-from laddpo.machine import check_machine
+from laddpo.hardware.machine import check_machine
 from laddpo.settings import ranges
 from laddpo.settings.advice import unlikely_settings
 from laddpo.settings.checks import find_problems

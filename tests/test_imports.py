@@ -41,7 +41,7 @@ FLOORS = {
     "core.noise": 1,
     "core.losses": 1,
     "core.metrics": 1,
-    "core.memory": 1,
+    "hardware.memory": 1,
     "core.optim": 1,
     "processes.ranks": 1,
     "storage.run_outputs": 1,
@@ -61,6 +61,8 @@ FLOORS = {
     "preference.encoding": 3,
     "preference.reading": 3,
     "preference.embedded": 3,
+    "hardware.speed": 3,
+    "hardware.measuring": 3,
     "": 5,
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}

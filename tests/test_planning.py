@@ -9,13 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from laddpo import plan, planning
+from laddpo import plan
 from laddpo.app import cli
 from laddpo.core.losses import LOSSES
-from laddpo.core.memory import GIB, predict_memory
-from laddpo.core.speed import Device, Work, duration, forward_flops, predicted_seconds, training_passes
+from laddpo.hardware import planning
+from laddpo.hardware.memory import GIB, predict_memory
+from laddpo.hardware.planning import (
+    Lengths,
+    adapter_targets,
+    assumed_lengths,
+    choose_backward,
+    choose_plan,
+    prepared_lengths,
+)
+from laddpo.hardware.speed import Device, Work, duration, forward_flops, predicted_seconds, training_passes
 from laddpo.models.linears import BLOCK_LINEARS
-from laddpo.planning import Lengths, adapter_targets, assumed_lengths, choose_backward, choose_plan, prepared_lengths
 from laddpo.settings.compose import compose
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -264,7 +272,7 @@ def test_plan_reads_lengths_of_prepared_data(tmp_path, capsys):
 
 
 def test_stages_and_plan_choose_alike(capsys):
-    from laddpo.machine import find_machine
+    from laddpo.hardware.machine import find_machine
 
     config = compose(["hardware=cpu"])
     machine = find_machine(config, DIALOGUES)
@@ -276,7 +284,7 @@ def test_stages_and_plan_choose_alike(capsys):
 
 
 def test_the_message_of_one_sequence_that_does_not_fit_is_the_plans():
-    from laddpo.machine import find_machine
+    from laddpo.hardware.machine import find_machine
 
     machine = find_machine(compose(["hardware=cpu"]), DIALOGUES)
     text = machine.token_budget.explain(900)
@@ -300,7 +308,7 @@ def test_processes_are_those_launched_unless_the_settings_say_otherwise(monkeypa
 
 
 def test_a_run_counted_for_eight_is_planned_for_the_processes_it_has():
-    from laddpo.machine import find_machine
+    from laddpo.hardware.machine import find_machine
 
     short = Lengths(longest=40, longest_pair=320, mean=40, response=21, source="test")
     one_pair = ["optim.per_device_train_batch_size=1", "optim.gradient_accumulation_steps=1", "hardware.processes=8"]

@@ -16,7 +16,7 @@ import pytest
 from laddpo import reporting
 from laddpo.app import cli
 from laddpo.evaluation import plots, variance_report
-from laddpo.planning import memory_setup
+from laddpo.hardware.planning import memory_setup
 from laddpo.preference import preparation
 from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import compose

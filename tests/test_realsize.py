@@ -16,10 +16,10 @@ from laddpo.benchmarking.rates import kernel_kind, micro_steps, work_of
 from laddpo.benchmarking.steps import Measured, fixed_budget, measure
 from laddpo.benchmarking.workload import random_model, random_pairs
 from laddpo.core.elbo import ElboEstimator
-from laddpo.core.memory import GIB, Load, predict_memory
-from laddpo.core.speed import Device, forward_flops, predicted_tokens_per_s
 from laddpo.core.tasks import pair_item
 from laddpo.errors import UserError
+from laddpo.hardware.memory import GIB, Load, predict_memory
+from laddpo.hardware.speed import Device, forward_flops, predicted_tokens_per_s
 from laddpo.models.adapters import attach_lora
 from laddpo.realsize import predicted_peak, setup_of
 from laddpo.settings.compose import compose

@@ -41,7 +41,7 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "models.loading": "after require_sealed; remembered digests are no content",
     "models.tokenizers": "after require_sealed in load_tokenizer",
     "pins": "an adapter of another program, which has no seal",
-    "planning": "the kernel's estimate of free memory",
+    "hardware.planning": "the kernel's estimate of free memory",
     "preference.reading.splits": "descriptions of a user's data set, which nothing of ours seals",
     "preference.prepared": "report.json after read_manifest of the folder",
     "resuming": "command.json: which settings were named, for a message",

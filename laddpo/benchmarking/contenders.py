@@ -17,9 +17,9 @@ from laddpo.benchmarking.steps import fixed_budget
 from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import Item, accumulate_gradient, score_items
-from laddpo.core.measuring import resident_bytes
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import pair_item
+from laddpo.hardware.measuring import resident_bytes
 from laddpo.models.adapters import adapter_disabled, trainable_parameters
 from laddpo.models.blocks import checkpoint_blocks
 from laddpo.models.denoiser import TransformerDenoiser

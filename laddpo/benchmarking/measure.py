@@ -16,8 +16,8 @@ import numpy as np
 from laddpo.benchmarking.contenders import Contender, Ours
 from laddpo.benchmarking.steps import unless_out_of_memory, wait
 from laddpo.core.gradient import score_items
-from laddpo.core.measuring import peak_bytes, resident_bytes
-from laddpo.core.memory import Load, Setup, predict_memory
+from laddpo.hardware.measuring import peak_bytes, resident_bytes
+from laddpo.hardware.memory import Load, Setup, predict_memory
 from laddpo.preference.encoding.encode import EncodedPair
 
 RESAMPLES = 10_000

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from laddpo.benchmarking.steps import timed, wait
 from laddpo.core.gradient import Item, pack_items, pack_sequence_runs
-from laddpo.core.memory import Shape
-from laddpo.core.speed import Work
+from laddpo.hardware.memory import Shape
+from laddpo.hardware.speed import Work
 
 PRODUCT_SECONDS = 0.5  # of repeated products, after a warm-up
 

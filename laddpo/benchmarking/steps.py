@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from laddpo.core.budget import TokenBudget, is_out_of_memory, release_memory
-from laddpo.core.measuring import peak_bytes, resident_bytes
-from laddpo.core.memory import GIB
 from laddpo.errors import RunFault
+from laddpo.hardware.measuring import peak_bytes, resident_bytes
+from laddpo.hardware.memory import GIB
 
 OUT_OF_MEMORY = "out of memory"
 T = TypeVar("T")

@@ -9,8 +9,8 @@ import numpy as np
 
 from laddpo.benchmarking.rates import OTHER
 from laddpo.benchmarking.twins import Trained
-from laddpo.core.memory import GIB
 from laddpo.evaluation.tables import markdown
+from laddpo.hardware.memory import GIB
 
 WHO = {
     "ours": "ours",

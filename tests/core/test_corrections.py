@@ -22,7 +22,7 @@ from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient, score_items
 from laddpo.core.losses import LOSSES
 from laddpo.core.objectives import DpoObjective
-from laddpo.planning import gradient_groups
+from laddpo.hardware.planning import gradient_groups
 from laddpo.settings.compose import compose
 from tests.core import oracle
 from tests.core.helpers import ANY_BUDGET, parameters_of, random_ids, random_pair, referenced_items, tiny_denoiser

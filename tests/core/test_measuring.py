@@ -2,7 +2,7 @@
 
 import torch
 
-from laddpo.core.measuring import peak_bytes, resident_bytes, stored_bytes
+from laddpo.hardware.measuring import peak_bytes, resident_bytes, stored_bytes
 
 MEGABYTE = 250_000  # float32 elements in a million bytes
 

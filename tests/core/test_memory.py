@@ -10,8 +10,10 @@ import torch
 
 from laddpo.core.elbo import draw_logps
 from laddpo.core.gradient import Item, accumulate_gradient
-from laddpo.core.measuring import peak_bytes, resident_bytes
-from laddpo.core.memory import (
+from laddpo.core.objectives import DpoObjective
+from laddpo.core.optim import OPTIMIZERS, build_optimizer
+from laddpo.hardware.measuring import peak_bytes, resident_bytes
+from laddpo.hardware.memory import (
     BUDGET_STEP,
     CHUNK_ELEMENTS,
     GIB,
@@ -24,8 +26,6 @@ from laddpo.core.memory import (
     largest_token_budget,
     predict_memory,
 )
-from laddpo.core.objectives import DpoObjective
-from laddpo.core.optim import OPTIMIZERS, build_optimizer
 from laddpo.models import head
 from laddpo.models.adapters import attach_lora, trainable_parameters
 from laddpo.models.blocks import checkpoint_blocks

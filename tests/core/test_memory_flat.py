@@ -12,9 +12,9 @@ from laddpo.benchmarking.measure import pass_peaks, step_peak
 from laddpo.benchmarking.workload import longest_sequence, pair_of_tokens, random_pairs
 from laddpo.core.elbo import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient
-from laddpo.core.measuring import peak_bytes
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import fill_reference
+from laddpo.hardware.measuring import peak_bytes
 from laddpo.models.adapters import attach_lora, trainable_parameters
 from laddpo.models.blocks import checkpoint_blocks
 from laddpo.models.denoiser import TransformerDenoiser

@@ -265,8 +265,8 @@ def test_sft_trains_on_the_padding_that_it_is_asked_for(stages):
 
 
 def test_an_sft_run_is_planned_for_its_rows_padding_included(stages, monkeypatch):
-    from laddpo import machine
     from laddpo.core.tasks import SftTask
+    from laddpo.hardware import machine
 
     find, accumulate, machines, tasks = machine.find_machine, SftTask.accumulate, [], []
     monkeypatch.setattr(machine, "find_machine", lambda *given: machines.append(find(*given)) or machines[-1])

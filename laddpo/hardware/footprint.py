@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from laddpo.core.measuring import bytes_before, peak_bytes
-from laddpo.core.memory import GIB, explain, gib
-from laddpo.core.speed import duration
 from laddpo.errors import RunFault
-from laddpo.machine import Machine, find_machine
-from laddpo.planning import Lengths, usable, work_of
+from laddpo.hardware.machine import Machine, find_machine
+from laddpo.hardware.measuring import bytes_before, peak_bytes
+from laddpo.hardware.memory import GIB, explain, gib
+from laddpo.hardware.planning import Lengths, usable, work_of
+from laddpo.hardware.speed import duration
 from laddpo.settings.schema import RunConfig
 
 WATCHED_STEP = 1  # counted from 0 in this process: the first one that finds the optimizer's state allocated

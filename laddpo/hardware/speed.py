@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from laddpo.core.memory import ELEMENT_BYTES, Setup
+from laddpo.hardware.memory import ELEMENT_BYTES, Setup
 
 # Of the datasheet's dense matrix speed. Published 4-bit LoRA runs of an 8B reach 66% of an RTX 4090 (torchtune) and 47%
 # of an A100 (Unsloth) on full sequences of one length; packed short ones reach less.

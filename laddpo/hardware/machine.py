@@ -11,10 +11,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from laddpo.core.budget import TokenBudget
-from laddpo.core.memory import GIB, explain, gib, predict_memory
 from laddpo.errors import UserError
+from laddpo.hardware.memory import GIB, explain, gib, predict_memory
+from laddpo.hardware.planning import (
+    CONTEXT_BYTES,
+    Choice,
+    Lengths,
+    assumed_lengths,
+    choose_plan,
+    free_ram_bytes,
+    usable,
+)
 from laddpo.models.foreign_logs import quiet_bitsandbytes
-from laddpo.planning import CONTEXT_BYTES, Choice, Lengths, assumed_lengths, choose_plan, free_ram_bytes, usable
 from laddpo.processes import ranks as processes
 from laddpo.settings.hardware_checks import unshardable
 from laddpo.settings.schema import HardwareSettings, RunConfig

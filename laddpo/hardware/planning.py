@@ -1,7 +1,7 @@
 """From settings to a memory plan: what a run needs, the micro-step that fits, whether to recompute activations.
 
 Plain numbers out of the settings, no torch: `plan` prints them before any weight is there, and the stages that run the
-model take their token budget from the same prediction (laddpo/machine.py).
+model take their token budget from the same prediction (laddpo/hardware/machine.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from laddpo.core.memory import (
+from laddpo.hardware.memory import (
     BUDGET_STEP,
     GIB,
     MOST_TOKENS,
@@ -27,7 +27,7 @@ from laddpo.core.memory import (
     largest_token_budget,
     predict_memory,
 )
-from laddpo.core.speed import Device, Work, predicted_seconds
+from laddpo.hardware.speed import Device, Work, predicted_seconds
 from laddpo.models.linears import BLOCK_LINEARS, linear_names, match_linears
 from laddpo.processes.ranks import launched
 from laddpo.settings.schema import AdapterSettings, RunConfig
