@@ -332,7 +332,7 @@ def _shape(config: RunConfig):
 def _pair_with_full_first_draw(tokens: int, vocabulary: int):
     """A pair for which one draw is as much work as any of many: its first one masks half of the response or more."""
     from laddpo.benchmarking.workload import pair_of_tokens
-    from laddpo.core.elbo import ElboEstimator
+    from laddpo.core.draws import ElboEstimator
     from laddpo.core.tasks import pair_item
 
     for seed in range(1000):

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import Item
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import fill_reference, pair_item, stored_pair

@@ -56,7 +56,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
 def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     """Everything between the settings and the finished run folder."""
     from laddpo import inputs, pins
-    from laddpo.core.elbo import ElboEstimator
+    from laddpo.core.draws import ElboEstimator
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
     from laddpo.core.tasks import SftTask

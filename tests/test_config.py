@@ -466,7 +466,7 @@ def test_every_number_that_can_be_wrong_has_a_range():
 
 def test_names_in_the_settings_are_those_of_the_tables():
     from laddpo.core.corrections import CORRECTIONS
-    from laddpo.core.elbo import ESTIMATORS
+    from laddpo.core.draws import ESTIMATORS
     from laddpo.core.gradient import BACKWARD_MODES
     from laddpo.core.losses import LOSSES
     from laddpo.core.noise import COUNT_SCHEDULES

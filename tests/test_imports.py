@@ -63,6 +63,7 @@ FLOORS = {
     "preference.embedded": 3,
     "hardware.speed": 3,
     "hardware.measuring": 3,
+    "core.draws": 2,
     "": 5,
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}

@@ -15,7 +15,7 @@ from laddpo.benchmarking.measure import timed_rounds
 from laddpo.benchmarking.rates import kernel_kind, micro_steps, work_of
 from laddpo.benchmarking.steps import Measured, fixed_budget, measure
 from laddpo.benchmarking.workload import random_model, random_pairs
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.tasks import pair_item
 from laddpo.errors import UserError
 from laddpo.hardware.memory import GIB, Load, predict_memory

@@ -15,7 +15,7 @@ import torch
 from laddpo.benchmarking.rivals import PublicLaddpo, TrlLike
 from laddpo.benchmarking.steps import fixed_budget
 from laddpo.core.budget import TokenBudget
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import Item, accumulate_gradient, score_items
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import pair_item

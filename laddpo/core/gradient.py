@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
-from laddpo.core.elbo import Denoiser, MaskedSequence, draw_logps
+from laddpo.core.draws import MaskedSequence
+from laddpo.core.elbo import Denoiser, draw_logps
 
 BACKWARD_MODES = ("stream", "two_pass", "joint")
 

@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
-from laddpo.core.elbo import Denoiser, ElboEstimator, differing_positions
+from laddpo.core.draws import ElboEstimator, differing_positions
+from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item, lockstep, score_items
 from laddpo.core.loop import step_items
 from laddpo.core.metrics import preference_metrics

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from laddpo.core.elbo import Denoiser, ElboEstimator, MaskedSequence, draw_logps
+from laddpo.core.draws import ElboEstimator, MaskedSequence
+from laddpo.core.elbo import Denoiser, draw_logps
 from laddpo.evaluation.sampling import never_emitted
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
-from laddpo.core.elbo import Denoiser, ElboEstimator
+from laddpo.core.draws import ElboEstimator
+from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item
 from laddpo.core.metrics import accuracy, preference_metrics
 from laddpo.core.objectives import DpoObjective, mean_variance, pair_scores, reference_draws

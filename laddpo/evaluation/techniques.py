@@ -24,7 +24,8 @@ from laddpo.core.corrections import (
     mixture,
     upper_bound,
 )
-from laddpo.core.elbo import Denoiser, ElboEstimator, pack_sequences
+from laddpo.core.draws import ElboEstimator
+from laddpo.core.elbo import Denoiser, pack_sequences
 from laddpo.core.gradient import Item
 from laddpo.core.objectives import DpoObjective, score_variance
 from laddpo.evaluation.variance import GradientSpread, Measured, noise_items, ratio_of

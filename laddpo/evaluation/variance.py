@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
-from laddpo.core.elbo import Denoiser, ElboEstimator
+from laddpo.core.draws import ElboEstimator
+from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item, Objective, accumulate_gradient, score_items
 from laddpo.core.objectives import DpoObjective, score_variance
 from laddpo.core.tasks import pair_item

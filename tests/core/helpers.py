@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from laddpo.core.elbo import ElboEstimator, PackedSequences
+from laddpo.core.draws import ElboEstimator
+from laddpo.core.elbo import PackedSequences
 from laddpo.core.gradient import Item, score_items
 from laddpo.core.tasks import pair_item
 from laddpo.models.denoiser import TransformerDenoiser

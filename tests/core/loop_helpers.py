@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import score_items
 from laddpo.core.loop import LoopSettings, train_loop
 from laddpo.core.objectives import DpoObjective, pair_scores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from laddpo.core.elbo import MaskedDraw, MaskedSequence
+from laddpo.core.draws import MaskedDraw, MaskedSequence
 
 
 def masked_sequences(lengths: list[int], vocabulary: int, masked_share: float = 0.5) -> list[MaskedSequence]:

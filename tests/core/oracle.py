@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laddpo.core.elbo import BERNOULLI_FLOOR, ElboEstimator, MaskedDraw, MaskedSequence, draw_logps
+from laddpo.core.draws import BERNOULLI_FLOOR, ElboEstimator, MaskedDraw, MaskedSequence
+from laddpo.core.elbo import draw_logps
 from laddpo.core.noise import FULL, NoiseKey
 from laddpo.models.denoiser import TransformerDenoiser
 from tests.core.helpers import MASK_ID

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laddpo.core.elbo import (
+from laddpo.core.draws import (
     ESTIMATORS,
     ElboEstimator,
     MaskedDraw,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from laddpo.core.budget import TokenBudget, is_out_of_memory
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient, score_items
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import DpoTask, fill_reference

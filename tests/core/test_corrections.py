@@ -18,7 +18,7 @@ from laddpo.core.corrections import (
     mixture,
     upper_bound,
 )
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient, score_items
 from laddpo.core.losses import LOSSES
 from laddpo.core.objectives import DpoObjective

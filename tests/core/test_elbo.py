@@ -11,18 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.core.elbo import (
-    BERNOULLI_FLOOR,
-    COUNT_SCHEDULES,
-    ESTIMATORS,
-    FULL,
-    ElboEstimator,
-    MaskedDraw,
-    MaskedSequence,
-    draw_logps,
-    pack_sequences,
-    random_order,
-)
+from laddpo.core.draws import BERNOULLI_FLOOR, ESTIMATORS, ElboEstimator, MaskedDraw, MaskedSequence
+from laddpo.core.elbo import COUNT_SCHEDULES, FULL, draw_logps, pack_sequences, random_order
 from tests.core import oracle
 from tests.core.helpers import MASK_ID, parameters_of, random_ids, tiny_denoiser
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.core.elbo import ESTIMATORS, ElboEstimator, draw_logps
+from laddpo.core.draws import ESTIMATORS, ElboEstimator
+from laddpo.core.elbo import draw_logps
 from laddpo.core.gradient import (
     BACKWARD_MODES,
     Item,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import score_items
 from laddpo.core.loop import step_items
 from laddpo.core.tasks import SftTask, visited_windows

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.loop import step_items
 from laddpo.core.tasks import DpoTask, fill_reference, pair_item
 from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError

@@ -10,7 +10,7 @@ import torch
 from laddpo.benchmarking.contenders import Ours, build_contenders
 from laddpo.benchmarking.measure import pass_peaks, step_peak
 from laddpo.benchmarking.workload import longest_sequence, pair_of_tokens, random_pairs
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import fill_reference

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import Item
 from laddpo.core.losses import LOSSES
 from laddpo.core.metrics import accuracy, preference_metrics, to_floats

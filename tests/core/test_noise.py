@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laddpo.core.elbo import ESTIMATORS, ElboEstimator
+from laddpo.core.draws import ESTIMATORS, ElboEstimator
 from laddpo.core.noise import COUNT_SCHEDULES, FULL, NoiseKey, epoch_order, random_order, reversed_bits
 from laddpo.core.tasks import pair_item
 from tests.core.helpers import random_pair

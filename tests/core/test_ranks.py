@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.tasks import fill_reference, own_pairs, stored_pair
 from laddpo.errors import RunFault, UserError
 from laddpo.processes.ranks import ALONE, Ranks, launched, share_out

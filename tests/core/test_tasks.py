@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import score_items
 from laddpo.core.objectives import DpoObjective, reference_draws
 from laddpo.core.tasks import DpoTask, fill_reference, pair_item, stored_pair

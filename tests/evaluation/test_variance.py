@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.core.elbo import ElboEstimator
+from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient
 from laddpo.core.objectives import DpoObjective
 from laddpo.evaluation import techniques, variance_report

@@ -2,7 +2,8 @@
 
 import torch
 
-from laddpo.core.elbo import ElboEstimator, draw_logps
+from laddpo.core.draws import ElboEstimator
+from laddpo.core.elbo import draw_logps
 from laddpo.models.denoiser import TransformerDenoiser
 
 

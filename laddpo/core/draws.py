@@ -1,0 +1,312 @@
+"""Masked draws of a response: which tokens are masked, and what a draw weighs in the ELBO's estimate."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from laddpo.core.noise import COUNT_OF_BOTH_SIDES, COUNT_SCHEDULES, FULL, NoiseKey, golden_step, random_order
+
+BERNOULLI_FLOOR = 1e-3  # LLaDA's own: p_mask = (1 - 1e-3) t + 1e-3
+NO_POSITIONS = np.array([], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class MaskedDraw:
+    """One mask of one response. `masked`: ascending positions in the response; `weight`: what its log-sum counts."""
+
+    index: int
+    masked: np.ndarray
+    weight: float
+
+
+@dataclass(frozen=True)
+class MaskedSequence:
+    """A prompt and a response as the model will see them under one draw. # int32 [prompt], [L]"""
+
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    draw: MaskedDraw
+
+    @property
+    def tokens(self) -> int:
+        """What the sequence costs; a draw that masks nothing is known (0) without the model."""
+        return len(self.prompt_ids) + len(self.response_ids) if len(self.draw.masked) else 0
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the draws of a response may depend on beside the seed: its pair, its side (chosen, rejected, response), its
+    length in tokens, and the positions at which it differs from the pair's other response."""
+
+    pair_id: str
+    side: str
+    length: int
+    differing: np.ndarray = field(default_factory=lambda: NO_POSITIONS)
+
+
+@dataclass(frozen=True)
+class ElboEstimator:
+    """Which draws stand for the expectation. Draws are a function of (seed, pair id, side, draw index) alone.
+
+    `estimator`: a row of ESTIMATORS; `schedule`: a row of COUNT_SCHEDULES; `diffusion_samples` n: draws per response;
+    `shared_counts`: chosen and rejected mask the same fraction; `mask_rounds` R: epoch e uses draws (e mod R) * n + k;
+    `stream` names an independent family of draws ("" is the one that policy and reference share); `shared_masks`:
+    chosen and rejected mask the same positions too; `difference_focus`: the share of picks that goes to tokens in which
+    the two responses differ, the rest going to all tokens alike; `count_tilt`: the share of counts that follows the
+    tilted law (`count_law`), the rest being uniform.
+    """
+
+    estimator: str = "complement"
+    schedule: str = "low_discrepancy"
+    diffusion_samples: int = 4
+    seed: int = 42
+    shared_counts: bool = True
+    mask_rounds: int = 1
+    stream: str = ""
+    shared_masks: bool = False
+    difference_focus: float = 0.0
+    count_tilt: float = 0.0
+
+    @property
+    def block(self) -> int:
+        """How many neighbouring draws are anything but independent: a mask and its inverse, or nearly so.
+
+        Blocks of draws that are spread out (by a schedule, a focus or `balanced`) differ more than by chance: variances
+        told by their spread are too large, 1 to 2.6 times on normal tokens, never too small.
+        """
+        return 2 if self.estimator in ("complement", "balanced") else 1
+
+    def draw_indices(self, epoch: int) -> range:
+        """The indices of the n draws that this epoch uses."""
+        start = (epoch % self.mask_rounds) * self.diffusion_samples
+        return range(start, start + self.diffusion_samples)
+
+    def draw(
+        self, pair_id: str, side: str, length: int, index: int, differing: np.ndarray = NO_POSITIONS
+    ) -> MaskedDraw:
+        """One draw for a response of `length` tokens, which differs from the other one at `differing`."""
+        return ESTIMATORS[self.estimator](self, Response(pair_id, side, length, differing), index)
+
+    def sequences(
+        self,
+        pair_id: str,
+        side: str,
+        prompt_ids: np.ndarray,
+        response_ids: np.ndarray,
+        indices: Sequence[int],
+        differing: np.ndarray = NO_POSITIONS,
+    ) -> tuple[MaskedSequence, ...]:
+        """The response under each of the draws `indices`."""
+        return tuple(
+            MaskedSequence(prompt_ids, response_ids, self.draw(pair_id, side, len(response_ids), index, differing))
+            for index in indices
+        )
+
+    def key(self, pair_id: str, side: str, index: int) -> NoiseKey:
+        """Identity of a draw's mask."""
+        return NoiseKey(self.seed, pair_id + self.stream, COUNT_OF_BOTH_SIDES if self.shared_masks else side, index)
+
+    def count_key(self, pair_id: str, side: str, index: int) -> NoiseKey:
+        """Identity of what decides a draw's masked count."""
+        shared = COUNT_OF_BOTH_SIDES if self.shared_counts else side
+        return NoiseKey(self.seed, pair_id + self.stream, shared, index)
+
+    def count_fraction(self, pair_id: str, side: str, index: int, draws: int) -> int:
+        """Where in [0, FULL) the masked fraction of draw `index` lies."""
+        return COUNT_SCHEDULES[self.schedule].fraction(self.count_key(pair_id, side, 0), index, draws)
+
+    def store_fields(self) -> dict:
+        """What a store of reference values must have in common with a run to serve it.
+
+        The number of draws is among it only for schedules whose draws depend on it.
+        """
+        fields = asdict(self)
+        if COUNT_SCHEDULES[self.schedule].prefix_consistent:
+            del fields["diffusion_samples"]
+        return fields
+
+
+def differing_positions(response: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Where a response differs from the pair's other one, counted from its start. # int64, ascending
+
+    Common beginning and end are cut off; what is left in between differs, but for equal tokens at equal places where
+    both middles have one length. Example: [1, 2, 3, 9] against [1, 4, 3, 9] -> [1]; against [1, 4, 4, 3, 9] -> [1].
+    """
+    shorter = min(len(response), len(other))
+    start = _equal_run(response[:shorter], other[:shorter])
+    end = _equal_run(response[::-1][: shorter - start], other[::-1][: shorter - start])
+    middle, other_middle = response[start : len(response) - end], other[start : len(other) - end]
+    if len(middle) == len(other_middle):
+        return start + np.flatnonzero(middle != other_middle)
+    return start + np.arange(len(middle))
+
+
+def _equal_run(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common beginning of two arrays of one length."""
+    unequal = np.flatnonzero(a != b)
+    return int(unequal[0]) if len(unequal) else len(a)
+
+
+def draw_weight(e: ElboEstimator, response: Response, masked: np.ndarray) -> float:
+    """1 / (L q(l) pi(masked)): q(l) is the law of the count, pi(i) the probability that token i is the picked one, and
+    pi(set) adds up.
+
+    With the other l-1 tokens uniform, a mask M of size l has probability q(l) sum_{i in M} pi(i) / C(L-1, l-1), which
+    is L q(l) pi(M) (L/l) times what it has in the bound, where it counts (L/l) S(M). So S(M) / (L q(l) pi(M)) has mean
+    B for any q, pi > 0, without another forward; for equal ones it is LLaDA's (L/l) S(M).
+    """
+    length, size = response.length, len(masked)
+    focus = e.difference_focus if len(response.differing) else 0.0
+    if not focus and not e.count_tilt:
+        return length / size
+    law = length * count_law(length, e.count_tilt)[1][size - 1] if e.count_tilt else 1.0
+    hidden = focus * np.isin(response.differing, masked).mean() if focus else 0.0
+    return float(1 / (law * (hidden + (1 - focus) * size / length)))
+
+
+@functools.lru_cache(maxsize=4096)
+def count_law(length: int, tilt: float) -> tuple[list[int], list[float]]:
+    """The law of the masked count: (upper ends of its folded halves in [0, FULL / 2), q of the counts 1..L).
+
+    A mix of uniform counts and q(l) ~ sqrt(1/l + 1/(L+1-l)), under which the weight of a token has the least variance
+    if it counts alike in every mask of a pair. Uniform counts are best where tokens only count together; a mix is near
+    both, and keeps masks of few tokens, whose weights are largest, from being rare.
+    """
+    tilted = [math.sqrt(1 / size + 1 / (length + 1 - size)) for size in range(1, length + 1)]
+    total = math.fsum(tilted)
+    law = [(1 - tilt) / length + tilt * value / total for value in tilted]
+    ends = [int(math.fsum(law[:size]) * FULL) for size in range(1, (length + 1) // 2)]
+    return [*ends, FULL >> 1], law
+
+
+def mask_size(e: ElboEstimator, length: int, fraction: int) -> int:
+    """The count at a place in [0, FULL) of its law, from few tokens to many; mirrored places give l and L + 1 - l."""
+    if not e.count_tilt:
+        return 1 + (fraction * length >> 64)
+    ends, _ = count_law(length, e.count_tilt)
+    if fraction < FULL >> 1:
+        return 1 + bisect.bisect_right(ends, fraction)
+    return length - bisect.bisect_right(ends, FULL - 1 - fraction)
+
+
+def picked_token(e: ElboEstimator, response: Response, index: int) -> int:
+    """The token that pick `index` falls on, with probability pi.
+
+    Picks walk by golden steps from a keyed start, so that neighbours fall on tokens far apart.
+    """
+    start = int(e.key(response.pair_id, response.side, 0).words("pick-start", 1)[0])
+    place = golden_step(start, index)
+    boundary = int(e.difference_focus * FULL) if len(response.differing) else 0
+    if place < boundary:
+        return int(response.differing[place * len(response.differing) // boundary])
+    return (place - boundary) * response.length // (FULL - boundary)
+
+
+def count_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
+    """Exact count: l ~ U{1..L}, l tokens without replacement, weight L / l (LLaDA eq. 6)."""
+    length = response.length
+    fraction = e.count_fraction(response.pair_id, response.side, index, e.diffusion_samples)
+    size = mask_size(e, length, fraction)
+    order = random_order(e.key(response.pair_id, response.side, index), length)
+    if e.difference_focus:
+        picked = picked_token(e, response, index)
+        order = np.concatenate([[picked], order[order != picked]])
+    masked = np.sort(order[:size])
+    return MaskedDraw(index, masked, draw_weight(e, response, masked))
+
+
+def complement_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
+    """Draw 2j is a mask with l ~ U{0..L}, draw 2j+1 its inverse; weight (L+1) / size, an empty mask counts 0.
+
+    Each of them alone has mean B: sum_l 1/(L+1) * (L+1)/l * E[S_l] = sum_l E[S_l] / l. Together they score every token
+    exactly once, which is where variance goes (complementary masks: ESPO 2512.03759). The fraction is folded at 1/2,
+    with a keyed coin for which of the two comes first: a schedule that spreads points over [0, 1) then spreads the
+    pairs {u, 1-u}, instead of letting two of them fall on each other.
+
+    With a focus or tilt both halves hide the picked token and share out the others.
+    """
+    length, pair_index = response.length, index // 2
+    folded, small_first = _folded_fraction(e, response, pair_index)
+    if e.difference_focus or e.count_tilt:
+        picked = picked_token(e, response, pair_index)
+        order = random_order(e.key(response.pair_id, response.side, 2 * pair_index), length)
+        others, size = order[order != picked], mask_size(e, length, folded) - 1
+        masked = others[:size] if small_first == (index % 2 == 0) else others[size:]
+        masked = np.sort(np.append(masked, picked))
+        return MaskedDraw(index, masked, draw_weight(e, response, masked))
+    fraction = folded if small_first else FULL - 1 - folded
+    size = fraction * (length + 1) >> 64
+    order = random_order(e.key(response.pair_id, response.side, 2 * pair_index), length)
+    masked = order[size:] if index % 2 else order[:size]
+    return MaskedDraw(index, np.sort(masked), (length + 1) / len(masked) if len(masked) else 0.0)
+
+
+def balanced_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
+    """Four masks at a time that together hide every token twice (picked tokens more often), no two as inverses.
+
+    Draws 4q, 4q+1 pick a and draws 4q+2, 4q+3 pick b. In each of the two pairs one mask is small (r others, r from the
+    folded fraction) and one large (all but r others). Inverses have one fault: whether two tokens are hidden together
+    is the same in a mask and in its inverse, so that noise doubles. Here the small masks A, B of sizes p <= q are
+    disjoint, and what the large ones leave visible is A + B dealt out anew: with the others in a random order,
+
+        small:  A = [0, p)        B = [p, p+q)        large leaves visible:  [p, 2p)        [0, p) + [2p, p+q)
+
+    Each mask alone is a pick and a uniformly random set of others of its size, so each draw has mean B.
+    """
+    length, quad, in_quad = response.length, index // 4, index % 4
+    key = e.key(response.pair_id, response.side, 4 * quad)
+    picks = [picked_token(e, response, 2 * quad + pair) for pair in (0, 1)]
+    folded, small_first = zip(*(_folded_fraction(e, response, 2 * quad + pair) for pair in (0, 1)), strict=True)
+    sizes = [mask_size(e, length, fraction) - 1 for fraction in folded]  # r of each pair, below L / 2
+    in_small = [False, False]  # does the small mask of a pair hide the other pair's pick?
+    if picks[0] != picks[1]:
+        # two events of probability r / (L-1), as far from coinciding as can be: else A and B might not fit
+        place = int(key.words("other-pick", 1)[0]) * (length - 1) >> 64
+        in_small = [place < sizes[0], place >= length - 1 - sizes[1]]
+    order = random_order(key, length)
+    others = order[(order != picks[0]) & (order != picks[1])]
+    p, q = sorted(size - extra for size, extra in zip(sizes, in_small, strict=True))
+    pair = in_quad // 2
+    is_smaller = sizes[pair] - in_small[pair] == p and (pair == 0 or sizes[0] - in_small[0] != p)
+    is_small = small_first[pair] == (in_quad % 2 == 0)
+    if is_small:
+        masked = others[:p] if is_smaller else others[p : p + q]
+    else:
+        visible = slice(p, 2 * p) if is_smaller else np.r_[0:p, 2 * p : p + q]
+        masked = np.delete(others, visible)
+    own, other = picks[pair], picks[1 - pair]
+    hidden = [own, other] if own != other and in_small[pair] == is_small else [own]
+    masked = np.sort(np.concatenate([masked, hidden]))
+    return MaskedDraw(index, masked, draw_weight(e, response, masked))
+
+
+def bernoulli_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
+    """Each token masked with probability p ~ U(1e-3, 1), weight 1 / p: LLaDA's training form, for comparison only.
+
+    Biased by the floor, and without it of infinite variance (its one-token term diverges): never a default.
+    """
+    fraction = e.count_fraction(response.pair_id, response.side, index, e.diffusion_samples) / FULL
+    p = (1 - BERNOULLI_FLOOR) * fraction + BERNOULLI_FLOOR
+    words = e.key(response.pair_id, response.side, index).words("bernoulli", response.length)
+    return MaskedDraw(index, np.flatnonzero(words / FULL < p), 1 / p)
+
+
+def _folded_fraction(e: ElboEstimator, response: Response, pair_index: int) -> tuple[int, bool]:
+    """The smaller masked fraction of a pair {u, 1-u} of draws, below FULL / 2, and whether it comes first."""
+    folded = e.count_fraction(response.pair_id, response.side, pair_index, max(1, e.diffusion_samples // 2)) >> 1
+    coin = int(e.count_key(response.pair_id, response.side, pair_index).words("count-coin", 1)[0]) & 1
+    return folded, bool(coin)
+
+
+ESTIMATORS: dict[str, Callable[[ElboEstimator, Response, int], MaskedDraw]] = {
+    "count": count_draw,
+    "complement": complement_draw,
+    "balanced": balanced_draw,
+    "bernoulli": bernoulli_draw,
+}
