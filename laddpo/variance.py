@@ -62,8 +62,8 @@ def measure_run(config: RunConfig, tuned: Path, prepared, loaded, parameters: li
     import numpy as np
     from tqdm.auto import tqdm
 
-    from laddpo.evaluation import techniques, variance_report
-    from laddpo.evaluation.variance import SETTINGS, drift, measure, reference_values, summarise
+    from laddpo.estimator_study import report, techniques
+    from laddpo.estimator_study.noise import SETTINGS, drift, measure, reference_values, summarise
     from laddpo.inputs import objective_of
     from laddpo.tuned import base_model, use_weights
 
@@ -113,7 +113,7 @@ def measure_run(config: RunConfig, tuned: Path, prepared, loaded, parameters: li
         "gradient_pairs": len(few),
         "evaluations": wanted.evaluations,
         "trainable_parameters": sum(p.numel() for p in parameters),
-        "response_tokens": variance_report.length_words(pairs),
+        "response_tokens": report.length_words(pairs),
         "drift": drift(best),
     }
     table = summarise(list(measured.values()), config.dpo.beta, np.random.default_rng(config.seed))
@@ -122,19 +122,19 @@ def measure_run(config: RunConfig, tuned: Path, prepared, loaded, parameters: li
 
 def write_result(config: RunConfig, result: dict, folder: Path) -> None:
     """The page, its numbers and its picture; then the table for the terminal."""
-    from laddpo.evaluation import variance_report
+    from laddpo.estimator_study import report
     from laddpo.settings.compose import write_config
     from laddpo.storage import atomic, manifests
 
     (folder / manifests.MANIFEST).unlink(missing_ok=True)
     write_config(config, folder)  # which makes the folder a run's: until here nothing could be gone on with
     atomic.write_json(folder / "variance.json", result)
-    atomic.write_text(folder / "variance.md", variance_report.markdown_page(result))
-    variance_report.variance_plot(result, folder / "variance.png")
+    atomic.write_text(folder / "variance.md", report.markdown_page(result))
+    report.variance_plot(result, folder / "variance.png")
     sealed = ["config.yaml", "variance.json", "variance.md"]
     manifests.write_manifest(folder, "variance", {"run": config.run}, sealed, **manifests.provenance())
     print()
-    print(variance_report.terminal_table(result))
+    print(report.terminal_table(result))
     print(f"\nvariance.md, variance.json and variance.png: {folder}")
 
 

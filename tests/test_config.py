@@ -471,9 +471,9 @@ def test_names_in_the_settings_are_those_of_the_tables():
     from laddpo.core.losses import LOSSES
     from laddpo.core.noise import COUNT_SCHEDULES
     from laddpo.core.optim import OPTIMIZERS, SCHEDULES
+    from laddpo.estimator_study.noise import SETTINGS
     from laddpo.evaluation.sampling import REMASKING, SUPPRESSION
     from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, TASKS
-    from laddpo.evaluation.variance import SETTINGS
     from laddpo.models.block_cache import KINDS
     from laddpo.preference.embedded.arithmetic import HABITS
     from laddpo.preference.reading.rows import SHAPES

@@ -64,6 +64,7 @@ FLOORS = {
     "hardware.speed": 3,
     "hardware.measuring": 3,
     "core.draws": 2,
+    "estimator_study": 4,
     "": 5,
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}

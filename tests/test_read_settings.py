@@ -15,7 +15,8 @@ import pytest
 
 from laddpo import reporting
 from laddpo.app import cli
-from laddpo.evaluation import plots, variance_report
+from laddpo.estimator_study import report
+from laddpo.evaluation import plots
 from laddpo.hardware.planning import memory_setup
 from laddpo.preference import preparation
 from laddpo.settings.checks import find_problems
@@ -147,7 +148,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         patch.setattr(preparation, "report_figure", lambda content: b"a figure")
         for name in ("training_plot", "evaluation_plot"):
             patch.setattr(plots, name, lambda *arguments, **options: None)
-        patch.setattr(variance_report, "variance_plot", lambda *arguments: None)
+        patch.setattr(report, "variance_plot", lambda *arguments: None)
         patch.setattr(reporting, "panel_plots", lambda *arguments, **options: [])
         yield Lab(tmp_path_factory.mktemp("read_settings"))
 

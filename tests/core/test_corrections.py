@@ -8,20 +8,19 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from laddpo.core.corrections import (
-    CORRECTIONS,
-    allocate_draws,
-    control_bias,
-    control_coefficients,
-    controlled_margins,
-    half_labels,
-    mixture,
-    upper_bound,
-)
+from laddpo.core.corrections import CORRECTIONS, half_labels
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient, score_items
 from laddpo.core.losses import LOSSES
 from laddpo.core.objectives import DpoObjective
+from laddpo.estimator_study.techniques import (
+    allocate_draws,
+    control_bias,
+    control_coefficients,
+    controlled_margins,
+    mixture,
+    upper_bound,
+)
 from laddpo.hardware.planning import gradient_groups
 from laddpo.settings.compose import compose
 from tests.core import oracle

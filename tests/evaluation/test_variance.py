@@ -9,8 +9,8 @@ import torch
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient
 from laddpo.core.objectives import DpoObjective
-from laddpo.evaluation import techniques, variance_report
-from laddpo.evaluation.variance import (
+from laddpo.estimator_study import report, techniques
+from laddpo.estimator_study.noise import (
     BASELINE,
     SEED_STEP,
     SETTINGS,
@@ -68,7 +68,7 @@ def page_of(pairs, found, rows: list[dict], studies: dict) -> dict:
     return {
         **{"run": "run", "model": "tiny", "data": "random", "loss": "sigmoid", "beta": BETA, "pairs": PAIRS},
         **{"gradient_pairs": FEW, "evaluations": EVALUATIONS, "trainable_parameters": 1},
-        "response_tokens": variance_report.length_words(pairs),
+        "response_tokens": report.length_words(pairs),
         "drift": drift(found),
         "settings": rows,
         "techniques": studies,
@@ -171,9 +171,9 @@ def test_what_does_not_vary_has_no_ratios_and_still_a_page(models, pairs, measur
     assert study["upper_bound"]["score_variance_ratio"] is None
     result = page_of(pairs, found, rows, {4: study})
     write_json(tmp_path / "variance.json", result)
-    assert "V of score x –" in variance_report.markdown_page(result)
-    assert variance_report.terminal_table(result)
-    variance_report.variance_plot(result, tmp_path / "variance.png")
+    assert "V of score x –" in report.markdown_page(result)
+    assert report.terminal_table(result)
+    report.variance_plot(result, tmp_path / "variance.png")
 
 
 def test_drift_is_policy_minus_reference(measured):
@@ -208,11 +208,11 @@ def test_all_techniques_are_measured_and_shown(models, pairs, measured, tmp_path
     assert np.isfinite(list(study["upper_bound"].values())).all()
     rows = summarise(list(measured.values()), BETA, np.random.default_rng(0))
     result = page_of(pairs, found, rows, {4: study})
-    page = variance_report.markdown_page(result)
+    page = report.markdown_page(result)
     for words in ("| default | 4 |", "control variate", "second_order", "cross_fit", "SPG", "B(y_w)"):
         assert words in page, words
-    assert variance_report.terminal_table(result).count("\n") == 1 + len(measured)
-    variance_report.variance_plot(result, tmp_path / "variance.png")
+    assert report.terminal_table(result).count("\n") == 1 + len(measured)
+    report.variance_plot(result, tmp_path / "variance.png")
     assert (tmp_path / "variance.png").stat().st_size > 10_000
 
 

@@ -16,19 +16,11 @@ import torch
 from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
-from laddpo.core.corrections import (
-    allocate_draws,
-    control_bias,
-    control_coefficients,
-    controlled_margins,
-    mixture,
-    upper_bound,
-)
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.elbo import Denoiser, pack_sequences
 from laddpo.core.gradient import Item
 from laddpo.core.objectives import DpoObjective, score_variance
-from laddpo.evaluation.variance import GradientSpread, Measured, noise_items, ratio_of
+from laddpo.estimator_study.noise import GradientSpread, Measured, noise_items, ratio_of
 
 if TYPE_CHECKING:
     from laddpo.preference.encoding.encode import EncodedPair
@@ -258,3 +250,65 @@ TECHNIQUES: dict[str, Technique] = {
     "adaptive draws": Technique("Neyman 1934", "draws in proportion to each pair's standard deviation"),
     "upper-bound mixture": Technique("SPG 2510.09541", "an upper bound for what is made less likely"),
 }
+
+
+def control_coefficients(policy: Tensor, reference: Tensor) -> Tensor:
+    """For each pair the coefficient c of the reference as a control variate, fitted on the OTHER pairs. # [pairs]
+
+    Takes per-draw values float64 [pairs, sides, draws] of common masks. c = Cov / Var within pairs minimises the
+    variance of B_theta - c (B_ref - mean B_ref); common random numbers alone are c = 1. A coefficient that has not seen
+    a pair's own draws leaves its estimate unbiased.
+    """
+    a, b = (values - values.mean(dim=-1, keepdim=True) for values in (policy, reference))
+    covariance, variance = (a * b).sum(dim=(1, 2)), (b * b).sum(dim=(1, 2))
+    return (covariance.sum() - covariance) / (variance.sum() - variance)
+
+
+def controlled_margins(policy: Tensor, reference: Tensor, reference_mean: Tensor, coefficient: Tensor) -> Tensor:
+    """Margins with the reference as control variate, its mean known from many stored draws. # [pairs]
+
+    reference_mean [pairs, sides]. An error e of it moves a margin by (1 - c) e: see `control_bias`.
+    """
+    shift = coefficient[:, None] * (reference.mean(dim=-1) - reference_mean) + reference_mean
+    ratio = policy.mean(dim=-1) - shift
+    return ratio[:, 0] - ratio[:, 1]
+
+
+def control_bias(coefficient: Tensor, mean_error: Tensor) -> Tensor:
+    """By how much a margin may be off at one standard error of the reference's stored means: |1 - c| sqrt(sum of
+    squares over the sides of mean_error [pairs, sides]). # [pairs]"""
+    return (1 - coefficient).abs() * mean_error.square().sum(dim=-1).sqrt()
+
+
+def allocate_draws(spread: np.ndarray, total: int, block: int) -> np.ndarray:
+    """Draws for each pair, in whole blocks, at least one, `total` together, in proportion to its standard deviation.
+
+    Neyman's allocation (1934): it minimises the mean variance at a fixed total. # int [pairs]
+    """
+    blocks = total // block
+    assert blocks >= len(spread), f"{total} draws in blocks of {block} for {len(spread)} pairs: one block each at least"
+    spread = np.maximum(np.asarray(spread, dtype=np.float64), 0.0)
+    counts = np.ones(len(spread), dtype=int)
+    for _ in range(blocks - len(spread)):
+        # the block that lowers sum(spread^2 / count) most
+        counts[np.argmax(spread**2 / (counts * (counts + 1)))] += 1
+    return counts * block
+
+
+def upper_bound(token_logps: Tensor, is_masked: Tensor, weights: Tensor, gamma: float = 1.0) -> Tensor:
+    """SPG's score for responses to be made less likely: sum_i 1/gamma log mean over contexts of p_i^gamma. # scalar
+
+    token_logps [draws, L], is_masked bool [draws, L], weights [draws]. The contexts of a token are the draws that mask
+    it, in proportion to their weights. By Jensen the value lies above the ELBO, which is the same with gamma -> 0 (SPG
+    2510.09541: above log pi, up to a constant of the discretisation). From few draws it is biased: the logarithm is
+    outside the mean. A token that no draw masks is left out, as if certain; `balanced` and `complement` mask them all.
+    """
+    share = torch.where(is_masked, weights[:, None], 0.0)  # [draws, L]
+    total = share.sum(dim=0)
+    mean = (share * (gamma * token_logps).exp()).sum(dim=0)[total > 0] / total[total > 0]
+    return mean.log().sum() / gamma
+
+
+def mixture(elbo: Tensor, upper: Tensor, share: float) -> Tensor:
+    """SPG's mixture of the two scores: share * upper + (1 - share) * elbo."""
+    return share * upper + (1 - share) * elbo
