@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from laddpo.errors import UserError
+from laddpo.results.of_jobs import JOB_FILE, JOB_KEYS
 from laddpo.settings.of_a_run import read_command
 from laddpo.storage.seals import read_checked
 
-JOB_FILE = "job.json"
-JOB_KEYS = ("overrides", "exit_code")
 # Settings of which a job's result knows nothing, as overrides begin.
 CHANGE_NO_RESULT = (
     *("logger", "logging_steps=", "save_", "paths.", "auto=", "hardware.threads=", "hardware.vram_gib="),

@@ -102,9 +102,9 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     takes what is only for people, once all is written.
     """
     from laddpo.answering import answer_task
-    from laddpo.evaluation.plots import evaluation_plot
-    from laddpo.evaluation.tables import before_after_table, examples_text
     from laddpo.preference.prepared import PreparedExamples
+    from laddpo.results.plots import evaluation_plot
+    from laddpo.results.tables import before_after_table, examples_text
     from laddpo.storage import atomic, manifests
     from laddpo.storage.seals import CheckedLines
 
@@ -153,7 +153,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
 def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=print) -> dict:
     """Exact match of the configured model alone, on the tasks of open_tasks."""
     from laddpo.answering import answer_task
-    from laddpo.evaluation.stats import wilson_interval
+    from laddpo.results.stats import wilson_interval
     from laddpo.storage import atomic
     from laddpo.storage.seals import CheckedLines
 
@@ -219,7 +219,7 @@ def _harness_results(base: dict | None, tuned: dict | None, seed: int) -> dict:
 def _compare(base, tuned, seed: int, groups=None, *, is_share: bool, is_base_known: bool = False) -> dict:
     import numpy as np
 
-    from laddpo.evaluation.stats import compare
+    from laddpo.results.stats import compare
 
     return compare(base, tuned, np.random.default_rng(seed), groups, is_share=is_share, is_base_known=is_base_known)
 
@@ -228,7 +228,7 @@ def _compare_lengths(config: RunConfig, base: list[dict], tuned: list[dict], pre
     """Length of the answers and the share that ends by itself; says so where training moved either by a tenth."""
     if not all("tokens" in record for record in (*base, *tuned)):  # answered by an earlier version
         return {}
-    from laddpo.evaluation.stats import DRIFT
+    from laddpo.results.stats import DRIFT
 
     found = {}
     for name, key, is_share in (("answer_tokens", "tokens", False), ("ended_rate", "stopped", True)):

@@ -19,7 +19,7 @@ from laddpo.settings.schema import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Export the run that `run` names, or the adapter at `adapter.path` on the configured model."""
-    from laddpo.modelcard import licences
+    from laddpo.results.model_card import licences
     from laddpo.storage import atomic, manifests
 
     if config.run is None and config.adapter.path is None:
@@ -32,8 +32,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
             f"export.license is {config.export.license!r}; expected a short name such as mit or apache-2.0. Correct it."
         )
 
-    from laddpo import exporting
     from laddpo.pins import of_folder
+    from laddpo.results import exporting
     from laddpo.storage.folders import owned
 
     trained = Path(config.run) if config.run else None

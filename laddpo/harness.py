@@ -104,7 +104,7 @@ def answers_key(config: RunConfig, loaded: Loaded, weights: Mapping[str, Any]) -
 
 def harness_results(base: dict[str, Any], tuned: dict[str, Any] | None, seed: int) -> dict[str, Any]:
     """Entries of results.json: `<task>/<metric>,<filter>` with base, and with tuned and a paired interval."""
-    from laddpo.evaluation.stats import compare
+    from laddpo.results.stats import compare
 
     entries: dict[str, Any] = {}
     for task, numbers in base["results"].items():

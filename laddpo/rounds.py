@@ -129,7 +129,7 @@ def config_of_round(config: RunConfig, number: int, start: str | None, folder: P
 
 def _round_record(folder: Path, place: Path) -> dict[str, Any]:
     """What a round did: its manifest's fields, which link it to its pairs and its start, and what was sampled."""
-    from laddpo.sweep import find_results
+    from laddpo.results.of_jobs import find_results
 
     manifest = manifests.read_manifest(place, "train")
     assert manifest is not None, f"{place}: a round that is not finished"
@@ -147,8 +147,8 @@ def write_evaluation(first: Path, last: Path, folder: Path, seed: int) -> None:
     """
     import numpy as np
 
-    from laddpo.evaluation.plots import evaluation_plot
-    from laddpo.evaluation.stats import compare
+    from laddpo.results.plots import evaluation_plot
+    from laddpo.results.stats import compare
 
     before, after = _answers(first, "base"), _answers(last, "tuned")
     place = sealed_file(last, "evaluation/results.json")
@@ -184,8 +184,8 @@ def compare_rounds(folder: Path, count: int, seed: int) -> dict[str, Any]:
     first; paired by problem. Empty where nothing was answered."""
     import numpy as np
 
-    from laddpo.evaluation.stats import compare
-    from laddpo.evaluation.studies import right_by_item
+    from laddpo.results.stats import compare
+    from laddpo.results.studies import right_by_item
 
     after = [right_by_item(folder / f"round_{number}", "tuned") for number in range(1, count + 1)]
     before = [right_by_item(folder / "round_1", "base"), *after[:-1]]
@@ -205,7 +205,7 @@ def compare_rounds(folder: Path, count: int, seed: int) -> dict[str, Any]:
 
 def rounds_text(content: dict[str, Any]) -> str:
     """The table of rounds, and in words whether more than one was worth it."""
-    from laddpo.evaluation.tables import markdown, points_text
+    from laddpo.results.tables import markdown, points_text
 
     if "against_base" not in content:
         return f"{len(content['rounds'])} rounds; nothing was answered to compare them by (evaluation.tasks)."

@@ -62,11 +62,11 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.tasks import SftTask
     from laddpo.evaluate import EXAMPLES, evaluate_run, open_tasks
     from laddpo.evaluation.heldout import measured_rows
-    from laddpo.evaluation.plots import training_plot
     from laddpo.hardware.machine import find_machine
     from laddpo.models.loading import load_tokenizer
     from laddpo.preference.prepared import chosen_examples
     from laddpo.prepare import open_examples, open_prepared
+    from laddpo.results.plots import training_plot
     from laddpo.settings.compose import write_config
     from laddpo.settings.of_a_run import write_command
     from laddpo.storage import manifests

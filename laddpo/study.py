@@ -128,7 +128,7 @@ def _seeds_elsewhere(study: StudySettings) -> list[str]:
 
 def _name_problems(study: StudySettings) -> list[str]:
     """Arms that cannot be told apart or run, and names of arms that are none."""
-    from laddpo.evaluation.studies import BASE
+    from laddpo.results.studies import BASE
 
     names = [arm.name for arm in study.arms]
     problems = [
@@ -198,7 +198,7 @@ def arm_overrides(config: RunConfig, arm: StudyArm, seed: int) -> list[str]:
 
 def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) -> list[str]:
     """Run each job that is not finished; the names of those that failed. Raises `Stopped` after a signal."""
-    from laddpo.begun import JOB_FILE
+    from laddpo.results.of_jobs import JOB_FILE
     from laddpo.storage import atomic, manifests
     from laddpo.storage.seals import write_checked
     from laddpo.sweep import Sweep, child_command, forward_signals, run_child
@@ -264,10 +264,9 @@ def asked_of(config: RunConfig) -> list[str]:
 
 def run_state(place: Path) -> str:
     """How a run that is in no number of the page ended."""
-    from laddpo.begun import JOB_FILE, JOB_KEYS
+    from laddpo.results.of_jobs import JOB_FILE, JOB_KEYS, job_state
     from laddpo.storage import manifests
     from laddpo.storage.seals import read_checked
-    from laddpo.sweepresults import job_state
 
     if (place / manifests.MANIFEST).exists():
         return "finished, without answers of both models to the same problems"
@@ -278,7 +277,7 @@ def run_state(place: Path) -> str:
 
 def write_page(config: RunConfig, folder: Path) -> dict:
     """study.json, study.md and study.png of what is finished, asked for this time or before."""
-    from laddpo.evaluation import studies
+    from laddpo.results import studies
     from laddpo.storage import atomic
 
     study = config.study

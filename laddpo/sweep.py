@@ -8,7 +8,6 @@ own below outputs/sweep/<sweep>/, all share data/reference. Afterwards sweep.jso
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import secrets
 import signal
@@ -31,28 +30,26 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import laddpo
-from laddpo.begun import JOB_FILE, JOB_KEYS, begun_otherwise, overrides_to_resume, problems_by_job
+from laddpo.begun import begun_otherwise, overrides_to_resume, problems_by_job
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
+from laddpo.results.of_jobs import (
+    JOB_FILE,
+    JOB_KEYS,
+    SWEEP_FILE,
+    find_results,
+    job_objective,
+    job_state,
+    jobs_table,
+    picture_sweep,
+)
 from laddpo.settings.compose import compose_tree, settings_problems
 from laddpo.settings.of_a_run import AT_ONCE, read_command, write_command
 from laddpo.settings.path_checks import path_problem
 from laddpo.storage.atomic import read_json, write_json
 from laddpo.storage.folders import owned, refuse_others
-from laddpo.storage.json_lines import JsonLines
 from laddpo.storage.locks import open_own
-from laddpo.storage.seals import damages, read_checked, sealed_file, write_checked
-from laddpo.sweepresults import (
-    LOWER_IS_BETTER,
-    VALIDATION,
-    job_state,
-    jobs_table,
-    objective,
-    picture_sweep,
-    ranking_metric,
-)
+from laddpo.storage.seals import damages, read_checked, write_checked
 
-SWEEP_FILE = "sweep.json"
-SWEEP_KEYS = ("stage", "jobs")
 PROCESS_FILE = "process.json"
 
 
@@ -279,43 +276,6 @@ def signal_jobs(folder: Path, number: int) -> None:
             process = read_json(path)
             if process["host"] == socket.gethostname():
                 os.kill(process["pid"], number)
-
-
-def find_results(folder: Path) -> dict[str, Any]:
-    """results.json of a job: its own when it evaluated, that of its evaluation when it trained; else, of a job without
-    a final evaluation, its best validation values (base: at step 0); {} if there are none.
-
-    Of several rounds these are exact match in the last one: its loss and its base are against another reference.
-    """
-    from laddpo.storage.run_outputs import round_folders
-
-    for name in ("results.json", "evaluation/results.json"):
-        if (path := sealed_file(folder, name)).exists():
-            return read_json(path)
-    found = {}
-    rounds = round_folders(folder)
-    log = JsonLines(sealed_file(rounds[-1] if rounds else folder, "metrics.jsonl")).read()
-    for name in VALIDATION[:1] if rounds else VALIDATION:
-        rows = [record for record in log if record.get(name) is not None]
-        if rows:
-            best = (min if name in LOWER_IS_BETTER else max)(record[name] for record in rows)
-            has_base = rows[0]["step"] == 0 and not rounds
-            found[name] = {"tuned": best, **({"base": rows[0][name]} if has_base else {})}
-    return found
-
-
-def job_objective(sweep: Path, folder: Path) -> float:
-    """The objective of a job by the measure that ranks its sweep, which is that of the first finished job."""
-    finished = {
-        int(path.parent.name): path.parent
-        for path in sweep.glob(f"*/{JOB_FILE}")
-        if path.parent.name.isdigit() and read_json(path).get("exit_code") == EXIT_DONE
-    }
-    if not any(place.samefile(folder) for place in finished.values()):
-        return math.nan
-    metrics = (ranking_metric([find_results(finished[number])]) for number in sorted(finished))
-    metric = next(filter(None, metrics), None)  # the first one's: it stays while jobs come in
-    return objective(find_results(folder), [metric] if metric else [])
 
 
 def write_sweep_file(sweep: Sweep, jobs: list[list[str]]) -> list[dict[str, Any]]:

@@ -207,7 +207,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
 def finish(config, folder: Path, prepared, loaded, state, settings, stop, test_tasks, say) -> None:
     """Plot the run, evaluate base against tuned on the tasks of open_tasks; `say` takes how the run ended."""
     from laddpo.evaluate import evaluate_run
-    from laddpo.evaluation.plots import training_plot
+    from laddpo.results.plots import training_plot
     from laddpo.storage.run_outputs import RunOutputs
     from laddpo.tuned import tuned_weights
 

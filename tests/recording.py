@@ -44,7 +44,7 @@ NO_USE = {
     ("settings.of_a_run", "settings_of_run"),
     ("settings.of_a_run", "refuse_decided"),
     ("settings.of_a_run", "other_decoding"),
-    ("modelcard", "card_text"),
+    ("results.model_card", "card_text"),
     ("benchmark", "about"),
     ("answering", "encoded_prompts"),  # whether a prompt has room
     ("plan", "_run_line"),

@@ -106,28 +106,16 @@ def content(folder: Path) -> dict[str, bytes | str | None]:
 
 @pytest.fixture
 def stages(config, monkeypatch, tmp_path) -> dict[str, Callable[[Path], None]]:
-    from laddpo import (
-        benchmark,
-        evaluate,
-        export,
-        generate,
-        inputs,
-        report,
-        reporting,
-        sft,
-        study,
-        sweep,
-        train,
-        variance,  # fmt: skip
-    )
+    from laddpo import benchmark, evaluate, export, generate, inputs, report, sft, study, sweep, train, variance
     from laddpo.hardware import machine
+    from laddpo.results import run_pages
 
     for owner, name, value in [
         (inputs, "check_before_loading", lambda config: None),
         (evaluate, "open_tasks", lambda config: []),
         (variance, "moved_weights", lambda config: tmp_path),
         (machine, "find_machine", lambda *arguments: None),
-        (reporting, "find_runs", lambda folders: []),
+        (run_pages, "find_runs", lambda folders: []),
         (sweep, "planned_jobs", lambda *arguments: []),
         (sweep, "check_jobs", lambda *arguments: None),
     ]:

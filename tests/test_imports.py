@@ -65,6 +65,11 @@ FLOORS = {
     "hardware.measuring": 3,
     "core.draws": 2,
     "estimator_study": 4,
+    "results": 4,
+    "results.run_pages": 5,
+    "results.model_card": 5,
+    "results.exporting": 5,
+    "results.of_jobs": 5,
     "": 5,
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}

@@ -193,8 +193,8 @@ def test_any_text_can_be_printed_and_written(tmp_path, monkeypatch):
 
 
 def test_a_path_with_a_dollar_does_not_break_a_picture(tmp_path, capsys, monkeypatch):
-    from laddpo.evaluation import figures
-    from laddpo.evaluation.plots import panel_plots, training_plot
+    from laddpo.results import figures
+    from laddpo.results.plots import panel_plots, training_plot
 
     rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
     training_plot(rows, tmp_path / "a.png", title="$x_{$")
@@ -203,11 +203,11 @@ def test_a_path_with_a_dollar_does_not_break_a_picture(tmp_path, capsys, monkeyp
     def broken(*arguments, **named):
         raise RuntimeError("no font was found\nlong story")
 
-    monkeypatch.setattr("laddpo.evaluation.plots.new_figure", broken)
+    monkeypatch.setattr("laddpo.results.plots.new_figure", broken)
     training_plot(rows, tmp_path / "b.png")
     assert f"note: {tmp_path / 'b.png'}: was not drawn (RuntimeError: no font was found)" in capsys.readouterr().err
     assert panel_plots(rows, tmp_path) == [] and not (tmp_path / "b.png").exists()
     monkeypatch.setattr(figures, "write_bytes", lambda path, content: (_ for _ in ()).throw(UserError("full")))
-    monkeypatch.setattr("laddpo.evaluation.plots.new_figure", figures.new_figure)
+    monkeypatch.setattr("laddpo.results.plots.new_figure", figures.new_figure)
     with pytest.raises(UserError, match="full"):  # what comes next could not be written either
         training_plot(rows, tmp_path / "c.png")

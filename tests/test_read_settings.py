@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from laddpo import reporting
 from laddpo.app import cli
 from laddpo.estimator_study import report
-from laddpo.evaluation import plots
 from laddpo.hardware.planning import memory_setup
 from laddpo.preference import preparation
+from laddpo.results import plots, run_pages
 from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import compose
 from laddpo.settings.data_checks import OF_EACH_PART
@@ -149,7 +148,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         for name in ("training_plot", "evaluation_plot"):
             patch.setattr(plots, name, lambda *arguments, **options: None)
         patch.setattr(report, "variance_plot", lambda *arguments: None)
-        patch.setattr(reporting, "panel_plots", lambda *arguments, **options: [])
+        patch.setattr(run_pages, "panel_plots", lambda *arguments, **options: [])
         yield Lab(tmp_path_factory.mktemp("read_settings"))
 
 

@@ -9,7 +9,7 @@ import yaml
 from laddpo import doctor
 from laddpo.app import cli
 from laddpo.errors import RunFault, Stopped, UserError
-from laddpo.modelcard import CardFacts, card_text
+from laddpo.results.model_card import CardFacts, card_text
 from laddpo.settings.compose import compose, read_config, write_config
 from laddpo.settings.redaction import find_secrets, foreign_variables, redact
 from laddpo.settings.schema import RunConfig

@@ -10,8 +10,8 @@ import numpy as np
 
 from laddpo.benchmarking.decoding import Decoded
 from laddpo.benchmarking.measure import Peak, Ratio, median_ratio
-from laddpo.evaluation.stats import compare
-from laddpo.evaluation.tables import markdown
+from laddpo.results.stats import compare
+from laddpo.results.tables import markdown
 
 MIB = 2**20
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from laddpo.benchmarking.rates import OTHER
 from laddpo.benchmarking.twins import Trained
-from laddpo.evaluation.tables import markdown
 from laddpo.hardware.memory import GIB
+from laddpo.results.tables import markdown
 
 WHO = {
     "ours": "ours",

@@ -10,8 +10,8 @@ import numpy as np
 
 from laddpo.estimator_study.noise import BASELINE
 from laddpo.estimator_study.techniques import TECHNIQUES
-from laddpo.evaluation.figures import ACCENT, DARK, PALE, RULE, drawn, new_figure, save_png, tidy
-from laddpo.evaluation.tables import aligned, markdown
+from laddpo.results.figures import ACCENT, DARK, PALE, RULE, drawn, new_figure, save_png, tidy
+from laddpo.results.tables import aligned, markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from laddpo.evaluation.figures import DPI
-from laddpo.evaluation.plots import evaluation_plot, training_plot
-from laddpo.evaluation.stats import compare
+from laddpo.results.figures import DPI
+from laddpo.results.plots import evaluation_plot, training_plot
+from laddpo.results.stats import compare
 
 
 def size_inches(path) -> tuple[float, float]:
@@ -105,7 +105,7 @@ def test_an_entry_whose_interval_is_not_known_is_drawn(tmp_path):
 
 def test_drawing_touches_neither_pyplot_nor_the_backend(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from laddpo.evaluation.plots import training_plot\n"
+        "import sys; from pathlib import Path; from laddpo.results.plots import training_plot\n"
         "assert 'matplotlib' not in sys.modules\n"
         f"training_plot([{{'step': 0, 'loss': 1.0}}], Path({str(tmp_path / 'p.png')!r}))\n"
         "assert 'matplotlib.pyplot' not in sys.modules"

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from laddpo.evaluation.stats import (
+from laddpo.results.stats import (
     compare,
     mcnemar_exact,
     mean_with_error,
@@ -146,7 +146,7 @@ def test_bootstrap_of_equal_generators_is_equal_and_others_differ():
 def test_bootstrap_in_pieces_equals_bootstrap_at_once(monkeypatch):
     base, tuned = generator(1).random(50), generator(2).random(50)
     whole = paired_bootstrap(base, tuned, generator(3), resamples=500)
-    monkeypatch.setattr("laddpo.evaluation.stats.RESAMPLED_VALUES_AT_ONCE", 50 * 7)
+    monkeypatch.setattr("laddpo.results.stats.RESAMPLED_VALUES_AT_ONCE", 50 * 7)
     assert paired_bootstrap(base, tuned, generator(3), resamples=500) == whole
 
 

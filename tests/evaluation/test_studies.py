@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from laddpo.evaluation.studies import (
-    Arm,
-    Claim,
-    Outcome,
-    difference,
-    read_outcome,
-    study_json,
-    study_markdown,
-    study_plot,
-)
+from laddpo.results.studies import Arm, Claim, Outcome, difference, read_outcome, study_json, study_markdown, study_plot
 from laddpo.storage import json_lines, manifests
 
 

@@ -4,9 +4,9 @@ import struct
 
 import pytest
 
-from laddpo.evaluation.figures import DPI
-from laddpo.evaluation.sweeps import SweepJob, number_text, sweep_plot, sweep_table
-from laddpo.evaluation.tables import sweep_markdown
+from laddpo.results.figures import DPI
+from laddpo.results.sweeps import SweepJob, number_text, sweep_plot, sweep_table
+from laddpo.results.tables import sweep_markdown
 
 
 def size_inches(path) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Result tables, line by line."""
 
-from laddpo.evaluation.tables import before_after_table, examples_text
+from laddpo.results.tables import before_after_table, examples_text
 
 
 def test_the_table_before_and_after_is_aligned_and_says_when_nothing_is_shown():

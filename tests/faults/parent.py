@@ -57,12 +57,12 @@ class Parent:
         import torch
 
         torch.set_num_threads(1)
-        from laddpo.evaluation import figures
+        from laddpo.results import figures
 
         figures.save_png = _draw_nothing  # before the modules that draw take it from there
         from laddpo import app, train
-        from laddpo.evaluation import plots
         from laddpo.preference import preparation
+        from laddpo.results import plots
 
         preparation.report_figure = lambda content: FIGURE
         for name in ("training_plot", "evaluation_plot"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from laddpo.modelcard import CardFacts, card_text
 from laddpo.models import adapters, loading
+from laddpo.results.model_card import CardFacts, card_text
 from laddpo.settings.compose import compose
 
 
@@ -105,7 +105,7 @@ EVIL = "mit\ntags: [evil]\n---\n# Evil\n<script>"
     ],
 )
 def test_the_bases_licence_is_read_from_its_front_matter_alone(tmp_path, front, wanted):
-    from laddpo.exporting import base_licence
+    from laddpo.results.exporting import base_licence
 
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# Base\n\n---\nlicense: other\n---\n")
     assert base_licence(compose([f"model.model_name_or_path={tmp_path}"])) == wanted

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from laddpo.app import cli
-from laddpo.evaluation.page import heat_table
-from laddpo.evaluation.sweeps import SweepJob, sweep_table
+from laddpo.results.page import heat_table
+from laddpo.results.sweeps import SweepJob, sweep_table
 
 
 class Page(HTMLParser):
@@ -195,9 +195,9 @@ def page_row(out: Path) -> list[str]:
 
 def test_a_validation_number_is_never_ranked_among_final_results(tmp_path, monkeypatch):
     """A sweep in every state: two finished jobs, and others that had better numbers on their way, or none."""
-    from laddpo.evaluation.sweeps import SweepTable
-    from laddpo.sweep import Sweep, find_results, write_sweep_file
-    from laddpo.sweepresults import picture_sweep
+    from laddpo.results.of_jobs import find_results, picture_sweep
+    from laddpo.results.sweeps import SweepTable
+    from laddpo.sweep import Sweep, write_sweep_file
 
     sweep, betas = tmp_path / "sweep", [0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0]
     codes = {0: 0, 1: 0, 2: 1, 3: 75, 4: -9, 5: 0}
@@ -244,7 +244,7 @@ def test_a_validation_number_is_never_ranked_among_final_results(tmp_path, monke
 def test_a_sweeper_learns_from_the_measure_that_ranks_the_sweep(tmp_path):
     import math
 
-    from laddpo.sweep import job_objective
+    from laddpo.results.of_jobs import job_objective
 
     for job, (value, code) in enumerate([(0.6, 0), (None, 1), (None, 0), (0.7, 1), (0.9, 0)]):
         write_run(tmp_path / str(job), 1.0, 2, value)

@@ -9,9 +9,10 @@ import pytest
 
 from laddpo.app import cli
 from laddpo.errors import UserError
-from laddpo.reporting import find_runs
+from laddpo.results.of_jobs import find_results
+from laddpo.results.run_pages import find_runs
 from laddpo.settings.read_settings import stage_reads
-from laddpo.sweep import find_results, objective
+from laddpo.sweep import objective
 
 QUICK = [
     "data=onpolicy",

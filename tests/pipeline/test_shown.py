@@ -8,9 +8,9 @@ import re
 import pytest
 
 from laddpo.errors import visible
-from laddpo.evaluation import page
-from laddpo.evaluation.tables import aligned, examples_text, markdown
 from laddpo.evaluation.tasks import Answer
+from laddpo.results import page
+from laddpo.results.tables import aligned, examples_text, markdown
 
 EVIL = "\x1b[2J\x1b]0;title\x07 a\x08b\rc \x9b31m \x7f \u202e \u2066 <b>|`x`"
 ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

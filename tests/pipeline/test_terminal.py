@@ -98,7 +98,7 @@ class ClosedAt(io.StringIO):
 
 
 def test_what_is_printed_or_drawn_after_the_work_loses_no_run(stages, monkeypatch, capsys):
-    from laddpo.evaluation import plots
+    from laddpo.results import plots
 
     def no_font(*arguments):
         raise RuntimeError("no font")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from laddpo.evaluation.figures import ACCENT, DARK, PALE, drawn, new_figure, save_png, say_nothing, tidy
-from laddpo.evaluation.stats import mean_with_error
+from laddpo.results.figures import ACCENT, DARK, PALE, drawn, new_figure, save_png, say_nothing, tidy
+from laddpo.results.stats import mean_with_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from laddpo.evaluation.figures import (
+from laddpo.results.figures import (
     ACCENT,
     DARK,
     PALE,
@@ -22,8 +22,8 @@ from laddpo.evaluation.figures import (
     say_nothing,
     tidy,
 )
-from laddpo.evaluation.stats import wilson_interval
-from laddpo.evaluation.tables import is_share
+from laddpo.results.stats import wilson_interval
+from laddpo.results.tables import is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from laddpo.errors import visible
-from laddpo.evaluation.sweeps import SweepTable, number_text
-from laddpo.evaluation.tables import shortened
+from laddpo.results.sweeps import SweepTable, number_text
+from laddpo.results.tables import shortened
 
 
 def page(title: str, summary: str, blocks: Sequence[str]) -> str:

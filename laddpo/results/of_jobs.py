@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from laddpo.errors import EXIT_DONE, EXIT_STOPPED
-from laddpo.storage.atomic import write_text
+from laddpo.storage.atomic import read_json, write_text
+from laddpo.storage.json_lines import JsonLines
+from laddpo.storage.seals import sealed_file
 
 
 def objective(results: dict[str, Any], columns: Sequence[str] | None = None) -> float:
@@ -39,8 +41,8 @@ def job_state(exit_code: int | None, has_begun: bool) -> str:
 def picture_sweep(folder: Path, records: list[dict[str, Any]]) -> None:
     """sweep.md and plots/sweep.png over the results of finished jobs: the first of RESULT_COLUMNS that any has."""
     metric = ranking_metric(record["results"] for record in records if record["exit_code"] == EXIT_DONE)
-    from laddpo.evaluation.sweeps import SweepJob, sweep_plot, sweep_table
-    from laddpo.evaluation.tables import sweep_markdown
+    from laddpo.results.sweeps import SweepJob, sweep_plot, sweep_table
+    from laddpo.results.tables import sweep_markdown
 
     jobs = []
     for record in records:
@@ -96,3 +98,48 @@ VALIDATION = ("validation/exact_match", "validation/loss")
 ALWAYS_SHOWN = ("exact_match", "reward_accuracy")
 RESULT_COLUMNS = (*ALWAYS_SHOWN, "held_out_loss", *VALIDATION)
 LOWER_IS_BETTER = ("held_out_loss", "validation/loss")
+
+
+SWEEP_FILE = "sweep.json"
+SWEEP_KEYS = ("stage", "jobs")
+
+
+def find_results(folder: Path) -> dict[str, Any]:
+    """results.json of a job: its own when it evaluated, that of its evaluation when it trained; else, of a job without
+    a final evaluation, its best validation values (base: at step 0); {} if there are none.
+
+    Of several rounds these are exact match in the last one: its loss and its base are against another reference.
+    """
+    from laddpo.storage.run_outputs import round_folders
+
+    for name in ("results.json", "evaluation/results.json"):
+        if (path := sealed_file(folder, name)).exists():
+            return read_json(path)
+    found = {}
+    rounds = round_folders(folder)
+    log = JsonLines(sealed_file(rounds[-1] if rounds else folder, "metrics.jsonl")).read()
+    for name in VALIDATION[:1] if rounds else VALIDATION:
+        rows = [record for record in log if record.get(name) is not None]
+        if rows:
+            best = (min if name in LOWER_IS_BETTER else max)(record[name] for record in rows)
+            has_base = rows[0]["step"] == 0 and not rounds
+            found[name] = {"tuned": best, **({"base": rows[0][name]} if has_base else {})}
+    return found
+
+
+def job_objective(sweep: Path, folder: Path) -> float:
+    """The objective of a job by the measure that ranks its sweep, which is that of the first finished job."""
+    finished = {
+        int(path.parent.name): path.parent
+        for path in sweep.glob(f"*/{JOB_FILE}")
+        if path.parent.name.isdigit() and read_json(path).get("exit_code") == EXIT_DONE
+    }
+    if not any(place.samefile(folder) for place in finished.values()):
+        return math.nan
+    metrics = (ranking_metric([find_results(finished[number])]) for number in sorted(finished))
+    metric = next(filter(None, metrics), None)  # the first one's: it stays while jobs come in
+    return objective(find_results(folder), [metric] if metric else [])
+
+
+JOB_FILE = "job.json"
+JOB_KEYS = ("overrides", "exit_code")

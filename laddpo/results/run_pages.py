@@ -11,15 +11,14 @@ from typing import Any
 import yaml
 
 from laddpo.errors import UserError, nearest
-from laddpo.evaluation import page
-from laddpo.evaluation.plots import evaluation_plot, margins_plot, panel_plots
-from laddpo.evaluation.sweeps import SweepJob, SweepTable, number_text, sweep_plot, sweep_table
-from laddpo.evaluation.tables import before_after_rows, example_pairs, is_share, sweep_rows
+from laddpo.results import page
+from laddpo.results.of_jobs import SWEEP_FILE, SWEEP_KEYS, job_state
+from laddpo.results.plots import evaluation_plot, margins_plot, panel_plots
+from laddpo.results.sweeps import SweepJob, SweepTable, number_text, sweep_plot, sweep_table
+from laddpo.results.tables import before_after_rows, example_pairs, is_share, sweep_rows
 from laddpo.settings.schema import ReportSettings
 from laddpo.storage import atomic, json_lines, manifests
 from laddpo.storage.seals import CheckedLines, read_checked, read_checked_text, sealed_file
-from laddpo.sweep import SWEEP_FILE, SWEEP_KEYS
-from laddpo.sweepresults import job_state
 
 FIRST_METRICS = ("exact_match", "reward_accuracy", "held_out_loss")
 VALIDATION = ("validation/exact_match", "validation/loss")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laddpo.errors import visible
-from laddpo.evaluation.sweeps import SweepCell, SweepTable, number_text
+from laddpo.results.sweeps import SweepCell, SweepTable, number_text
 
 Record = Mapping[str, Any]
 

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from laddpo.evaluation.tables import before_after_rows, markdown
 from laddpo.preference.reading.splits import HUB_ID, has_file_name
+from laddpo.results.tables import before_after_rows, markdown
 from laddpo.settings.data_checks import sft_examples
 from laddpo.settings.redaction import redact
 from laddpo.settings.schema import RunConfig

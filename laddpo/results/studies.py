@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from laddpo.errors import UserError
-from laddpo.evaluation.figures import DARK, PALE, RULE, drawn, new_figure, save_png, tidy
-from laddpo.evaluation.stats import DRIFT, Difference, mean_with_error, paired_shares
-from laddpo.evaluation.sweeps import number_text
-from laddpo.evaluation.tables import markdown, points_text
+from laddpo.results.figures import DARK, PALE, RULE, drawn, new_figure, save_png, tidy
+from laddpo.results.stats import DRIFT, Difference, mean_with_error, paired_shares
+from laddpo.results.sweeps import number_text
+from laddpo.results.tables import markdown, points_text
 from laddpo.storage import atomic, json_lines, manifests
 from laddpo.storage.run_outputs import round_folders
 from laddpo.storage.seals import CheckedLines, sealed_file

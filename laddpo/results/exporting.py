@@ -16,10 +16,10 @@ from torch import Tensor
 from laddpo.errors import RunFault, UserError
 from laddpo.hardware.planning import stored_adapter
 from laddpo.inputs import check_adapter_fits, encoder_for
-from laddpo.modelcard import CardFacts, card_text, licences
 from laddpo.models import adapters, loading
 from laddpo.pins import check_adapter, model_path, require_inputs_of
 from laddpo.preference.reading.pairs import user_prompt
+from laddpo.results.model_card import CardFacts, card_text, licences
 from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import require_sealed, sealed_file
