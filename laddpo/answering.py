@@ -26,7 +26,8 @@ from laddpo.evaluation.tasks import (
     load_task,
     run_task,
 )
-from laddpo.inputs import Loaded, difficulty_of, encoder_for
+from laddpo.inputs.data import difficulty_of, encoder_for
+from laddpo.inputs.policy import Loaded
 from laddpo.preference.reading.bad_rows import LISTED, RowError
 from laddpo.preference.reading.pairs import Prompt, prompt_rows
 from laddpo.processes.signals import StopFlag

@@ -257,18 +257,19 @@ def _stored(config: RunConfig) -> str:
 
 
 def _is_local(config: RunConfig) -> bool:
-    from laddpo.inputs import model_path
+    from laddpo.inputs.policy import model_path
 
     return Path(model_path(config)).expanduser().is_dir()
 
 
 def _graded(config: RunConfig, machine) -> tuple:
-    from laddpo import inputs
     from laddpo.answering import open_task
     from laddpo.evaluation.sampling import generate
+    from laddpo.inputs import policy
+    from laddpo.inputs.data import encoder_for
 
-    loaded = inputs.load(config, machine)
-    encoder = inputs.encoder_for(config, loaded.tokenizer)
+    loaded = policy.load(config, machine)
+    encoder = encoder_for(config, loaded.tokenizer)
     task = open_task(config, "arithmetic", "test", config.benchmark.sampler_items, with_shots=False)
     prompts = [encoder.encode_prompt(item.prompt) for item in task.items]
     keys = [item.id for item in task.items]
@@ -286,12 +287,12 @@ def _graded(config: RunConfig, machine) -> tuple:
 
 
 def _ungraded(config: RunConfig, machine) -> tuple:
-    from laddpo import inputs
     from laddpo.benchmarking.workload import random_model
     from laddpo.evaluation.sampling import generate
+    from laddpo.inputs import policy
 
     shape = _shape(config)
-    stored = inputs.storage_of(config.quantization)
+    stored = policy.storage_of(config.quantization)
     model = random_model(keywords(shape), config.seed, machine.device, machine.dtype, stored)
     prompts = [pair.prompt_ids for n in range(config.benchmark.sampler_items) for pair in _pairs(config, n)[:1]]
 
@@ -311,13 +312,13 @@ class Bench:
 
 def _open(config: RunConfig, machine) -> Bench:
     """A fresh model with a fresh adapter: parts do not see one another's settings."""
-    from laddpo import inputs
     from laddpo.benchmarking.contenders import build_contenders
+    from laddpo.inputs import policy
 
     wanted, shape = config.benchmark, _shape(config)
     if wanted.weights == "model":
-        loaded = inputs.load(config, machine)
-        inputs.make_trainable(config, loaded)
+        loaded = policy.load(config, machine)
+        policy.make_trainable(config, loaded)
         model, mask, pad = loaded.model, loaded.denoiser.mask_token_id, loaded.tokenizer.pad_token_id
     else:
         model = random_policy(config, machine, config.quantization)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from laddpo.app import run_stage
 from laddpo.errors import UserError, visible
+from laddpo.inputs.tuned import base_model, tuned_weights, use_weights
 from laddpo.settings.schema import RunConfig
-from laddpo.tuned import base_model, tuned_weights, use_weights
 
 EXAMPLES = "examples"  # field of a manifest: "rows" where sft trained on the rows of the data
 TRAINING_SAMPLE = 64  # training pairs on which reward accuracy is measured, too
@@ -29,8 +29,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
             "Add run=outputs/train/<run>, or evaluation=arithmetic."
         )
 
-    from laddpo import inputs, pins
     from laddpo.hardware.machine import find_machine
+    from laddpo.inputs import pins, policy
     from laddpo.prepare import open_examples, open_prepared
     from laddpo.processes.ranks import here
     from laddpo.processes.signals import stop_on_signal
@@ -39,7 +39,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
     # before minutes of loading, which would be lost, and before anything is written
     tuned = tuned_weights(config, Path(config.run)) if config.run else None
-    inputs.check_before_loading(config)
+    policy.check_before_loading(config)
     if config.evaluation.harness != "none":
         from laddpo.harness import require_harness
 
@@ -57,9 +57,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
             if not tuned:
                 pins.hold(run_folder, pins.make(config), config)
             write_config(config, run_folder)
-        loaded = inputs.load(config, find_machine(config))
+        loaded = policy.load(config, find_machine(config))
         if tuned:
-            inputs.make_trainable(config, loaded)
+            policy.make_trainable(config, loaded)
             evaluate_run(config, tuned, run_folder, prepared, loaded, stop, tasks, shown.append)
         else:
             evaluate_base(config, run_folder, loaded, stop, tasks, shown.append)
@@ -240,8 +240,8 @@ def _compare_lengths(config: RunConfig, base: list[dict], tuned: list[dict], pre
 
 
 def _scores(config: RunConfig, loaded, items, block: int, stop):
-    from laddpo.evaluation.margins import score_preferences
-    from laddpo.inputs import objective_of
+    from laddpo.inputs.margins import score_preferences
+    from laddpo.inputs.reference_values import objective_of
 
     machine = loaded.machine
     scored = (items, objective_of(config), block, machine.token_budget, machine.ranks, stop)
@@ -267,7 +267,7 @@ def training_sample(config: RunConfig, prepared) -> list:
 def _measure_pairs(config: RunConfig, prepared, loaded, folder: Path, stop) -> Callable[[], tuple]:
     """The reference's values of held-out and training pairs, by the base model; gives the measure of the tuned one:
     entries of results.json, and the margins of the held-out pairs."""
-    from laddpo.inputs import measured_items
+    from laddpo.inputs.reference_values import measured_items
 
     held_out = list(prepared.validation)[: config.evaluation.num_pairs]
     seen = training_sample(config, prepared)
@@ -317,7 +317,7 @@ def _measure_rows(config: RunConfig, prepared, loaded, folder: Path, stop) -> Ca
 
 def _measure_held_out(config: RunConfig, loaded, items, block: int, pairs, folder: Path, stop):
     """Entries of results.json for the held-out pairs, and the margins of the tuned model."""
-    from laddpo.evaluation.margins import length_buckets
+    from laddpo.inputs.margins import length_buckets
     from laddpo.storage import atomic
 
     scores = _scores(config, loaded, items, block, stop)

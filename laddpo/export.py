@@ -32,7 +32,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
             f"export.license is {config.export.license!r}; expected a short name such as mit or apache-2.0. Correct it."
         )
 
-    from laddpo.pins import of_folder
+    from laddpo.inputs.pins import of_folder
     from laddpo.results import exporting
     from laddpo.storage.folders import owned
 

@@ -22,13 +22,13 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Answer every prompt with the base and, with `run`, with the tuned model."""
     texts = wanted_prompts(config)
 
-    from laddpo import inputs, pins
+    from laddpo.inputs import pins, policy
+    from laddpo.inputs.tuned import tuned_weights
     from laddpo.storage import atomic
     from laddpo.storage.folders import owned
-    from laddpo.tuned import tuned_weights
 
     tuned = tuned_weights(config, Path(config.run)) if config.run else None
-    inputs.check_before_loading(config)
+    policy.check_before_loading(config)
     if tuned:
         pins.require_inputs_of(tuned, config)
     with owned(run_folder, "generations", config.resume != "false"):
@@ -44,20 +44,20 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def answer_prompts(config: RunConfig, texts: list[str], tuned: Path | None) -> dict[str, list[str]]:
     """The answers of the base, and with `tuned` those of the tuned model, by name."""
-    from laddpo import inputs
     from laddpo.answering import answerer
     from laddpo.hardware.machine import find_machine
+    from laddpo.inputs import policy
+    from laddpo.inputs.tuned import base_model, use_weights
     from laddpo.preference.reading.pairs import user_prompt
-    from laddpo.tuned import base_model, use_weights
 
-    loaded = inputs.load(config, find_machine(config))
+    loaded = policy.load(config, find_machine(config))
     prompts = [user_prompt(text) for text in texts]
     names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     answer = answerer(config, loaded, prompts, names)
     if tuned is None:
         return {"base": _answer_all(config, answer, prompts)}
     answers: dict[str, list[str]] = {}
-    inputs.make_trainable(config, loaded)
+    policy.make_trainable(config, loaded)
     with base_model(config, loaded):
         answers["base"] = _answer_all(config, answer, prompts)
     use_weights(config, loaded, tuned)

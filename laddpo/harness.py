@@ -12,7 +12,8 @@ import numpy as np
 
 from laddpo.answering import sampler_settings
 from laddpo.errors import UserError
-from laddpo.inputs import Loaded, encoder_for
+from laddpo.inputs.data import encoder_for
+from laddpo.inputs.policy import Loaded
 from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic, manifests
 

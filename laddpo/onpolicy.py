@@ -23,8 +23,8 @@ def with_run(config: RunConfig) -> RunConfig:
     """`run=` names a finished run whose best adapter samples: the same as adapter.path=<run>/adapter."""
     if config.data.source != "onpolicy" or not config.run or config.adapter.path:
         return config
+    from laddpo.inputs.tuned import tuned_weights
     from laddpo.settings.compose import read_config
-    from laddpo.tuned import tuned_weights
 
     trained = read_config(Path(config.run))
     if trained.adapter.kind != "lora":
@@ -66,7 +66,7 @@ def sampled_file(config: RunConfig, questions: list) -> Path:
 
 def open_questions(config: RunConfig) -> list:
     """The questions asked: of the file or hub data set, else embedded training problems; never validation or test."""
-    from laddpo.inputs import difficulty_of, request_of
+    from laddpo.inputs.data import difficulty_of, request_of
     from laddpo.preference.embedded import arithmetic, word_problems
     from laddpo.preference.onpolicy import Question, read_questions
     from laddpo.preference.reading.files import ReadLog
@@ -116,7 +116,8 @@ def questions_of_a_round(config: RunConfig) -> int:
 def sample_fields(config: RunConfig, questions: list) -> dict:
     """Everything that the sampled texts depend on: the key of their folder."""
     from laddpo.answering import sampler_settings
-    from laddpo.inputs import encoder_for, model_path
+    from laddpo.inputs.data import encoder_for
+    from laddpo.inputs.policy import model_path
     from laddpo.models.adapters import adapter_identity
     from laddpo.models.loading import load_tokenizer, weights_fingerprint
 
@@ -165,14 +166,14 @@ def pair_grader(config: RunConfig, questions: list):
 
 def _sampler(config: RunConfig, questions: list):
     """A function from prompts to these questions and keys to texts, which holds the model."""
-    from laddpo import inputs
     from laddpo.answering import answer_ids, encoded_prompts
     from laddpo.hardware.machine import find_machine
+    from laddpo.inputs import policy
     from laddpo.preference.reading.pairs import user_prompt
 
-    inputs.check_before_loading(config)
+    policy.check_before_loading(config)
     config = sampling_config(config)
-    loaded = inputs.load(config, find_machine(config))
+    loaded = policy.load(config, find_machine(config))
     prompts = [user_prompt(question.text) for question in questions]
     names = [f"question {question.text!r}" for question in questions]
     encoded = dict(zip(prompts, encoded_prompts(config, loaded, prompts, names), strict=True))

@@ -22,23 +22,24 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Fill the store for the training pairs that the run visits and for its validation pairs."""
     import dataclasses
 
-    from laddpo import inputs
-    from laddpo.core.tasks import visited_windows
     from laddpo.evaluate import training_sample
     from laddpo.hardware.machine import find_machine
     from laddpo.hardware.planning import pairs_per_step
+    from laddpo.inputs import policy, reference_values
+    from laddpo.inputs.data import data_lengths
+    from laddpo.inputs.reference_values import visited_windows
     from laddpo.prepare import open_prepared
     from laddpo.processes.signals import stop_on_signal
     from laddpo.training import total_steps
 
     config = dataclasses.replace(config, auto=True)  # asked for by name: there is nothing to refuse
-    inputs.check_before_loading(config)
+    policy.check_before_loading(config)
     prepared = open_prepared(config)
-    machine = find_machine(config, inputs.data_lengths(config, prepared))
+    machine = find_machine(config, data_lengths(config, prepared))
     print(f"machine: {machine}")
-    loaded = inputs.load(config, machine)
-    estimator = inputs.reference_estimator(config)
-    store = inputs.reference_store(config, prepared, loaded, estimator)
+    loaded = policy.load(config, machine)
+    estimator = reference_values.reference_estimator(config)
+    store = reference_values.reference_store(config, prepared, loaded, estimator)
     if config.verify:
         verify(loaded, store, estimator, prepared)
     else:
@@ -50,12 +51,14 @@ def main(config: RunConfig, run_folder: Path) -> None:
             )
         ]
         with stop_on_signal() as stop:
-            inputs.complete_reference(config, loaded, store, estimator, windows, stop, "training pairs")
+            reference_values.complete_reference(config, loaded, store, estimator, windows, stop, "training pairs")
             held_out = list(prepared.validation)[: config.evaluation.num_pairs]
-            inputs.measured_items(config, prepared, loaded, held_out, stop, "validation pairs")
+            reference_values.measured_items(config, prepared, loaded, held_out, stop, "validation pairs")
             if config.evaluation.at_end:
                 seen = training_sample(config, prepared)
-                inputs.measured_items(config, prepared, loaded, seen, stop, "training pairs of the evaluation")
+                reference_values.measured_items(
+                    config, prepared, loaded, seen, stop, "training pairs of the evaluation"
+                )
     print(store.folder)
 
 

@@ -132,7 +132,8 @@ def check_enough(config: RunConfig, prepared) -> None:
 
 def _arguments(config: RunConfig) -> tuple:
     """What the settings mean to laddpo/preference: folder, name, parts, encoder, rules."""
-    from laddpo.inputs import encoder_for, model_path, request_of
+    from laddpo.inputs.data import encoder_for, request_of
+    from laddpo.inputs.policy import model_path
     from laddpo.models.loading import load_tokenizer
     from laddpo.preference.preparation import Part, Rules
 

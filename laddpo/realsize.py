@@ -235,14 +235,14 @@ def nano_part(config: RunConfig, machine) -> tuple[str, dict]:
 
 def random_policy(config: RunConfig, machine, quantization: QuantizationSettings, prepare=None):
     """Random weights in the benchmark's shape under a fresh adapter; `prepare` changes the base before it is put on."""
-    from laddpo import inputs
     from laddpo.benchmarking.workload import random_model
+    from laddpo.inputs import policy
 
-    shape, stored = keywords(config.benchmark.shape), inputs.storage_of(quantization)
+    shape, stored = keywords(config.benchmark.shape), policy.storage_of(quantization)
     model = random_model(shape, config.seed, machine.device, machine.dtype, stored)
     if prepare is not None:
         prepare(model)
-    inputs.attach_adapter(config, model)
+    policy.attach_adapter(config, model)
     return model
 
 

@@ -83,7 +83,7 @@ def find_run(config: RunConfig, new_folder: Path) -> RunPlace:
 
 def check_finished(config: RunConfig, folder: Path, kind: str) -> None:
     """Say that nothing is left to do, once the run is found whole and no more than it did is asked for."""
-    from laddpo.tuned import tuned_weights
+    from laddpo.inputs.tuned import tuned_weights
 
     manifests.read_manifest(folder, kind)
     refuse_longer_training(config, folder)
@@ -93,7 +93,7 @@ def check_finished(config: RunConfig, folder: Path, kind: str) -> None:
 
 def refuse_longer_training(config: RunConfig, folder: Path) -> None:
     """A finished run's learning rate has come down; more steps are a new run that starts from its weights."""
-    from laddpo.inputs import ADAPTER, MODEL
+    from laddpo.inputs.policy import ADAPTER, MODEL
 
     stored = read_config(folder).optim
     is_full = config.adapter.kind == "full"

@@ -25,9 +25,9 @@ TrainRun = Callable[[RunConfig, Path, bool, StopFlag], None]  # settings, folder
 
 def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFlag) -> None:
     """Run the rounds that are not finished yet, each by `train`, then compare them."""
-    from laddpo import pins
     from laddpo.core.budget import release_memory
-    from laddpo.inputs import ADAPTER
+    from laddpo.inputs import pins
+    from laddpo.inputs.policy import ADAPTER
     from laddpo.processes.ranks import here
     from laddpo.settings.compose import write_config
     from laddpo.settings.of_a_run import COMMAND, write_command
@@ -60,7 +60,7 @@ def train_rounds(config: RunConfig, folder: Path, train: TrainRun, stop: StopFla
 
 def _require_whole(config: RunConfig, place: Path) -> None:
     """A finished round is what it sealed: its results are compared, and the next round starts from its weights."""
-    from laddpo.tuned import tuned_weights
+    from laddpo.inputs.tuned import tuned_weights
 
     manifests.read_manifest(place, "train")
     tuned_weights(config, place)
@@ -68,7 +68,7 @@ def _require_whole(config: RunConfig, place: Path) -> None:
 
 def finish_rounds(folder: Path, count: int, seed: int) -> None:
     """The last round's adapter as the run's own, the table of rounds, and the manifest that links them."""
-    from laddpo.inputs import ADAPTER
+    from laddpo.inputs.policy import ADAPTER
     from laddpo.training import SEALED
 
     places = [folder / f"round_{number}" for number in range(1, count + 1)]
@@ -93,7 +93,7 @@ def finish_rounds(folder: Path, count: int, seed: int) -> None:
 
 def _pin_like_the_first(adapter: Path, first: Path) -> None:
     """The settings of the whole run name what its first round started from: so do the pins of its adapter."""
-    from laddpo import pins
+    from laddpo.inputs import pins
 
     manifest = manifests.unsealed(adapter / manifests.MANIFEST)
     if "pins" in manifest["fields"]:

@@ -55,7 +55,6 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     """Everything between the settings and the finished run folder."""
-    from laddpo import inputs, pins
     from laddpo.core.draws import ElboEstimator
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
@@ -63,6 +62,8 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.evaluate import EXAMPLES, evaluate_run, open_tasks
     from laddpo.evaluation.heldout import measured_rows
     from laddpo.hardware.machine import find_machine
+    from laddpo.inputs import pins, policy
+    from laddpo.inputs.tuned import tuned_weights
     from laddpo.models.loading import load_tokenizer
     from laddpo.preference.prepared import chosen_examples
     from laddpo.prepare import open_examples, open_prepared
@@ -83,14 +84,13 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         validation_tasks,
         warmup_note,
     )
-    from laddpo.tuned import tuned_weights
 
-    inputs.check_before_loading(config, hash_again=not config.sft.from_scratch)
+    policy.check_before_loading(config, hash_again=not config.sft.from_scratch)
     kind = sft_examples(config)
     # random weights are no base to compare with
     is_evaluated = kind != "corpus" and config.evaluation.at_end and not config.sft.from_scratch
     test_tasks = open_tasks(config) if is_evaluated else []
-    tokenizer = load_tokenizer(inputs.model_path(config), config.model.revision)
+    tokenizer = load_tokenizer(policy.model_path(config), config.model.revision)
     prepared, held_out = None, []
     if kind == "corpus":
         examples = corpus_examples(config, tokenizer)
@@ -110,14 +110,14 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         examples = padded(examples, config.sft.pad_to, config.data.max_length, tokenizer.eos_token_id, config.seed)
     machine = find_machine(config, example_lengths(config, examples))
     print(f"machine: {machine}")
-    loaded = inputs.new_model(config, machine) if config.sft.from_scratch else inputs.load(config, machine)
+    loaded = policy.new_model(config, machine) if config.sft.from_scratch else policy.load(config, machine)
     ranks = machine.ranks
     if ranks.is_main:
         write_config(config, folder)
         if not is_resumed:
             write_command(folder, given_overrides.get())
     stop_if_asked(folder, stop, ranks)
-    parameters = inputs.make_trainable(config, loaded)
+    parameters = policy.make_trainable(config, loaded)
     # every epoch sees new masks: nothing is stored that would tie them
     estimator = ElboEstimator("count", "low_discrepancy", draws_of(config), config.seed, mask_rounds=sys.maxsize)
     backward = machine.choice.setup.backward
@@ -205,7 +205,7 @@ def draws_of(config: RunConfig) -> int:
 
 def corpus_examples(config: RunConfig, tokenizer) -> list:
     """The encoded rows of the generated corpus."""
-    from laddpo.inputs import difficulty_of, encoder_for
+    from laddpo.inputs.data import difficulty_of, encoder_for
     from laddpo.preference.embedded.arithmetic import corpus
     from laddpo.preference.embedded.word_problems import word_corpus
 

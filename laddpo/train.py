@@ -77,14 +77,16 @@ def dry_run(config: RunConfig, folder: Path) -> None:
 
 def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     """Everything between the settings and the finished run folder."""
-    from laddpo import inputs, pins
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
-    from laddpo.core.tasks import DpoTask, visited_windows
+    from laddpo.core.tasks import DpoTask
     from laddpo.evaluate import open_tasks
     from laddpo.hardware.footprint import StepMemory, dry_run_text, retries_text
     from laddpo.hardware.machine import find_machine
     from laddpo.hardware.planning import pairs_per_step
+    from laddpo.inputs import pins, policy, reference_values
+    from laddpo.inputs.data import data_lengths
+    from laddpo.inputs.reference_values import visited_windows
     from laddpo.prepare import check_enough, open_prepared
     from laddpo.settings.compose import write_config
     from laddpo.settings.of_a_run import write_command
@@ -105,7 +107,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         warmup_note,
     )
 
-    inputs.check_before_loading(config, hash_again=True)
+    policy.check_before_loading(config, hash_again=True)
     test_tasks = open_tasks(config) if config.evaluation.at_end and not config.dry_run else []
     prepared = open_prepared(config)
     check_enough(config, prepared)
@@ -113,10 +115,10 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     pins.require_like_siblings(folder, pinned, config)
     if is_resumed:
         pins.require_resumable(folder, pinned, config)
-    lengths = inputs.data_lengths(config, prepared)
+    lengths = data_lengths(config, prepared)
     machine = find_machine(config, lengths)
     print(f"machine: {machine}")
-    loaded = inputs.load(config, machine)
+    loaded = policy.load(config, machine)
     ranks = machine.ranks
     if ranks.is_main:
         write_config(config, folder)
@@ -129,21 +131,24 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
         config, pairs = dry_run_settings(config), longest_pairs(pairs, pairs_per_step(config))
     settings = loop_settings(config, len(pairs), best_metric=None)
     warmup_note(config, settings)
-    estimator, reference_estimator = inputs.training_estimator(config), inputs.reference_estimator(config)
-    store = inputs.reference_store(config, prepared, loaded, reference_estimator)
+    estimator, reference_estimator = (
+        reference_values.training_estimator(config),
+        reference_values.reference_estimator(config),
+    )
+    store = reference_values.reference_store(config, prepared, loaded, reference_estimator)
     windows = [
         ([pairs[i] for i in indices], reference_estimator.draw_indices(epoch))
         for epoch, indices in visited_windows(
             config.seed, settings.total_steps, len(pairs), settings.items_per_step, config.dpo.mask_rounds
         )
     ]
-    inputs.complete_reference(config, loaded, store, reference_estimator, windows, stop, "training pairs")
+    reference_values.complete_reference(config, loaded, store, reference_estimator, windows, stop, "training pairs")
     validation = open_validation(config, prepared, loaded, stop)
 
-    parameters = inputs.make_trainable(config, loaded)
+    parameters = policy.make_trainable(config, loaded)
     optim = config.optim
     optimizer = build_optimizer(optim.optimizer, parameters, tuple(optim.betas), optim.eps, optim.weight_decay)
-    objective = inputs.objective_of(config)
+    objective = reference_values.objective_of(config)
     backward = machine.choice.setup.backward
     print(f"backward: {backward} ({machine.choice.reason})")
     task = DpoTask(
@@ -207,9 +212,9 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
 def finish(config, folder: Path, prepared, loaded, state, settings, stop, test_tasks, say) -> None:
     """Plot the run, evaluate base against tuned on the tasks of open_tasks; `say` takes how the run ended."""
     from laddpo.evaluate import evaluate_run
+    from laddpo.inputs.tuned import tuned_weights
     from laddpo.results.plots import training_plot
     from laddpo.storage.run_outputs import RunOutputs
-    from laddpo.tuned import tuned_weights
 
     outputs = RunOutputs(folder, save_best=lambda step: None, save_last=lambda step: None)
     if loaded.machine.ranks.is_main:

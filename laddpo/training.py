@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laddpo import inputs
 from laddpo.answering import VALIDATION_LIMIT, answer_ids, answer_task, open_task
 from laddpo.core.gradient import Item, lockstep
 from laddpo.core.loop import LoopSettings, step_items
@@ -25,11 +24,13 @@ from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError, visible
 from laddpo.evaluation.heldout import row_losses
-from laddpo.evaluation.margins import score_preferences
 from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
 from laddpo.hardware.machine import Machine
 from laddpo.hardware.planning import pairs_per_step
-from laddpo.inputs import Loaded
+from laddpo.inputs import policy, reference_values
+from laddpo.inputs.margins import score_preferences
+from laddpo.inputs.policy import Loaded
+from laddpo.inputs.tuned import what_is_left
 from laddpo.models import adapters, loading
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.processes.ranks import Ranks, here, whole
@@ -39,7 +40,6 @@ from laddpo.storage import atomic, manifests
 from laddpo.storage.checkpoint import save_tensors, step_folders, step_of
 from laddpo.storage.run_outputs import RunOutputs
 from laddpo.tracking import Trackers
-from laddpo.tuned import what_is_left
 
 SEALED = (  # of a finished run
     *("config.yaml", "metrics.jsonl"),
@@ -131,7 +131,7 @@ def run_outputs(
     """Where the loop writes: weights, metrics, sample answers, and the trackers, closed at the end. `more_fields` go
     into the manifest of the weights."""
     is_full = config.adapter.kind == "full"
-    best, last = (inputs.MODEL, inputs.MODEL_LAST) if is_full else (inputs.ADAPTER, inputs.ADAPTER_LAST)
+    best, last = (policy.MODEL, policy.MODEL_LAST) if is_full else (policy.ADAPTER, policy.ADAPTER_LAST)
 
     ranks = loaded.machine.ranks
 
@@ -146,7 +146,7 @@ def run_outputs(
         with atomic.replaced_folder(folder / name) as target:
             if is_full:
                 files = loading.save_model(loaded.model, target, state=state)
-                files += loading.copy_tokenizer(inputs.model_path(config), config.model.revision, target)
+                files += loading.copy_tokenizer(policy.model_path(config), config.model.revision, target)
             else:
                 files = adapters.save_adapter(loaded.model, target, state)
             fields = {"step": step, "base": loaded.weights, "pins": dict(pins or {}), **more_fields}
@@ -179,7 +179,7 @@ def run_outputs(
 def check_weights(config: RunConfig, folder: Path) -> None:
     """Before a run is sealed: the weights that it kept are whole. A run that was resumed kept some of them long ago."""
     names = (
-        (inputs.MODEL, inputs.MODEL_LAST) if config.adapter.kind == "full" else (inputs.ADAPTER, inputs.ADAPTER_LAST)
+        (policy.MODEL, policy.MODEL_LAST) if config.adapter.kind == "full" else (policy.ADAPTER, policy.ADAPTER_LAST)
     )
     for name in names:
         if manifests.read_manifest(folder / name, "weights") is None:
@@ -254,7 +254,7 @@ class Validation:
         """Validation metrics of the model as it is now."""
         metrics: dict[str, float] = {}
         if self.items:
-            objective = inputs.objective_of(self.config)
+            objective = reference_values.objective_of(self.config)
             budget = self.loaded.machine.token_budget
             ranks = self.loaded.machine.ranks
             scored = (self.items, objective, self.block, budget, ranks, self.stop)
@@ -298,7 +298,7 @@ def open_validation(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, 
     Test problems are never looked at during training.
     """
     pairs = list(prepared.validation)[: config.evaluation.num_pairs]
-    items, block = inputs.measured_items(config, prepared, loaded, pairs, stop, "validation pairs")
+    items, block = reference_values.measured_items(config, prepared, loaded, pairs, stop, "validation pairs")
     tasks = validation_tasks(config)
     prompts = list({pair.group: pair.prompt_ids for pair in pairs}.values())
     room = loaded.model.config.max_sequence_length - config.evaluation.gen_length

@@ -22,21 +22,22 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if config.run is None:
         raise UserError("run is not set; expected the folder of a finished run: run=outputs/train/<run>.")
 
-    from laddpo import inputs, pins
     from laddpo.hardware.machine import find_machine
+    from laddpo.inputs import pins, policy
+    from laddpo.inputs.data import data_lengths
     from laddpo.prepare import open_prepared
     from laddpo.processes.signals import at_once, stop_on_signal
     from laddpo.storage.folders import owned
 
     tuned = moved_weights(config)
-    inputs.check_before_loading(config)
+    policy.check_before_loading(config)
     nothing = f"{run_folder}: stopped; nothing was written."  # all is written at the end
     with owned(run_folder, "variance", config.resume != "false"), stop_on_signal() as stop:
         with at_once(stop, nothing, "The same command starts anew."):
             prepared = open_prepared(config)
             pins.require_inputs_of(tuned, config, prepared.content)
-            loaded = inputs.load(config, find_machine(config, inputs.data_lengths(config, prepared)))
-            parameters = list(inputs.make_trainable(config, loaded).values())
+            loaded = policy.load(config, find_machine(config, data_lengths(config, prepared)))
+            parameters = list(policy.make_trainable(config, loaded).values())
             result = measure_run(config, tuned, prepared, loaded, parameters)
         write_result(config, result, run_folder)
     print(run_folder)
@@ -44,8 +45,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def moved_weights(config: RunConfig) -> Path:
     """The folder of the run's best weights, which must not be those that it started from."""
+    from laddpo.inputs.tuned import tuned_weights
     from laddpo.storage import manifests
-    from laddpo.tuned import tuned_weights
 
     folder = tuned_weights(config, Path(config.run))
     if manifests.read_manifest(folder, "weights", verify=False)["fields"]["step"] == 0:
@@ -64,8 +65,8 @@ def measure_run(config: RunConfig, tuned: Path, prepared, loaded, parameters: li
 
     from laddpo.estimator_study import report, techniques
     from laddpo.estimator_study.noise import SETTINGS, drift, measure, reference_values, summarise
-    from laddpo.inputs import objective_of
-    from laddpo.tuned import base_model, use_weights
+    from laddpo.inputs.reference_values import objective_of
+    from laddpo.inputs.tuned import base_model, use_weights
 
     wanted, machine = config.variance, loaded.machine
     settings = {name: SETTINGS[name] for name in wanted.settings or SETTINGS}

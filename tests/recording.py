@@ -34,13 +34,13 @@ CHECKING = (
 # functions that fingerprint, compare or print, with all that they call: (module, name)
 NO_USE = {
     ("prepare", "_only_part"),
-    ("inputs", "request_of"),  # what of it a source reads is recorded on the Request
-    ("inputs", "reference_fields"),
-    ("inputs", "_check_shape"),
+    ("inputs.data", "request_of"),  # what of it a source reads is recorded on the Request
+    ("inputs.reference_values", "reference_fields"),
+    ("inputs.policy", "_check_shape"),
     ("onpolicy", "sample_fields"),
     ("onpolicy", "sample"),  # whose evaluation holds data.sampling
     ("harness", "answers_key"),
-    *(("pins", name) for name in ("make", "require_same", "require_like_siblings", "check_adapter", "_problem")),
+    *(("inputs.pins", name) for name in ("make", "require_same", "require_like_siblings", "check_adapter", "_problem")),
     ("settings.of_a_run", "settings_of_run"),
     ("settings.of_a_run", "refuse_decided"),
     ("settings.of_a_run", "other_decoding"),

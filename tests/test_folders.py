@@ -106,12 +106,13 @@ def content(folder: Path) -> dict[str, bytes | str | None]:
 
 @pytest.fixture
 def stages(config, monkeypatch, tmp_path) -> dict[str, Callable[[Path], None]]:
-    from laddpo import benchmark, evaluate, export, generate, inputs, report, sft, study, sweep, train, variance
+    from laddpo import benchmark, evaluate, export, generate, report, sft, study, sweep, train, variance
     from laddpo.hardware import machine
+    from laddpo.inputs import policy
     from laddpo.results import run_pages
 
     for owner, name, value in [
-        (inputs, "check_before_loading", lambda config: None),
+        (policy, "check_before_loading", lambda config: None),
         (evaluate, "open_tasks", lambda config: []),
         (variance, "moved_weights", lambda config: tmp_path),
         (machine, "find_machine", lambda *arguments: None),

@@ -70,6 +70,7 @@ FLOORS = {
     "results.model_card": 5,
     "results.exporting": 5,
     "results.of_jobs": 5,
+    "inputs.margins": 4,
     "": 5,
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}

@@ -10,7 +10,8 @@ from laddpo.answering import question_in
 from laddpo.app import cli
 from laddpo.errors import UserError
 from laddpo.evaluation.tasks import ARC_INSTRUCTION, GSM8K_INSTRUCTION, MATH500_INSTRUCTION
-from laddpo.inputs import _check_vocabulary, difficulty_of, model_path
+from laddpo.inputs.data import difficulty_of
+from laddpo.inputs.policy import _check_vocabulary, model_path
 from laddpo.models.loading import load_tokenizer
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.prepare import _arguments, check_enough

@@ -40,7 +40,7 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "models.foreign": "after require_sealed of its callers",
     "models.loading": "after require_sealed; remembered digests are no content",
     "models.tokenizers": "after require_sealed in load_tokenizer",
-    "pins": "an adapter of another program, which has no seal",
+    "inputs.pins": "an adapter of another program, which has no seal",
     "hardware.planning": "the kernel's estimate of free memory",
     "preference.reading.splits": "descriptions of a user's data set, which nothing of ours seals",
     "preference.prepared": "report.json after read_manifest of the folder",
@@ -255,16 +255,16 @@ def test_weights_of_the_hubs_cache_are_hashed_again_by_their_name(tiny_model, tm
 
 
 def test_verify_and_training_hash_the_base_again(monkeypatch, tiny_model):
-    from laddpo import inputs
+    from laddpo.inputs import policy
 
     asked = []
     monkeypatch.setattr(
         loading, "weights_fingerprint", lambda path, revision, hash_again=False: asked.append(hash_again)
     )
     for overrides, again in (([], []), (["verify=true"], [True])):
-        inputs.check_before_loading(compose(["model=llada_nano", "hardware.device=cpu", *overrides]))
+        policy.check_before_loading(compose(["model=llada_nano", "hardware.device=cpu", *overrides]))
         assert asked == again
-    inputs.check_before_loading(compose(["model=llada_nano", "hardware.device=cpu"]), hash_again=True)
+    policy.check_before_loading(compose(["model=llada_nano", "hardware.device=cpu"]), hash_again=True)
     assert asked == [True, True]
 
 

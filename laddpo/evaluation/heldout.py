@@ -12,7 +12,7 @@ from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item
 from laddpo.core.objectives import SftObjective
 from laddpo.core.tasks import example_item
-from laddpo.evaluation.margins import evaluation_estimator, score_windows
+from laddpo.inputs.margins import evaluation_estimator, score_windows
 from laddpo.processes.ranks import ALONE, Ranks
 from laddpo.processes.signals import StopFlag
 

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from laddpo.errors import RunFault, UserError
 from laddpo.hardware.planning import stored_adapter
-from laddpo.inputs import check_adapter_fits, encoder_for
+from laddpo.inputs.data import encoder_for
+from laddpo.inputs.pins import check_adapter, model_path, require_inputs_of
+from laddpo.inputs.policy import check_adapter_fits
+from laddpo.inputs.tuned import tuned_weights
 from laddpo.models import adapters, loading
-from laddpo.pins import check_adapter, model_path, require_inputs_of
 from laddpo.preference.reading.pairs import user_prompt
 from laddpo.results.model_card import CardFacts, card_text, licences
 from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import require_sealed, sealed_file
-from laddpo.tuned import tuned_weights
 
 PROBES = ("07+15-04=", "What is the capital of France?", "Write one sentence about rivers.", "2, 4, 8, 16,")
 PROBE_MASKS = 16  # masked positions after each probe, where logits are compared

@@ -10,7 +10,8 @@ from laddpo.core.gradient import score_items
 from laddpo.core.loop import LoopSettings, train_loop
 from laddpo.core.objectives import DpoObjective, pair_scores
 from laddpo.core.optim import build_optimizer
-from laddpo.core.tasks import DpoTask, fill_reference, visited_windows
+from laddpo.core.tasks import DpoTask
+from laddpo.inputs.reference_values import fill_reference, visited_windows
 from laddpo.processes.signals import StopFlag
 from laddpo.storage.atomic import write_json
 from laddpo.storage.reference_store import ReferenceStore

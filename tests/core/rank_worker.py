@@ -21,9 +21,10 @@ from laddpo.core.loop import LoopSettings, train_loop
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import build_optimizer, clip_gradients
 from laddpo.core.sharing import accumulate_shared, score_shared
-from laddpo.core.tasks import DpoTask, fill_reference, stored_pair, visited_windows
+from laddpo.core.tasks import DpoTask, stored_pair
 from laddpo.errors import EXIT_DONE, RunFault, Stopped
 from laddpo.evaluation.sampling import SamplerSettings, generate
+from laddpo.inputs.reference_values import fill_reference, visited_windows
 from laddpo.launch import leave
 from laddpo.models.adapters import attach_lora, trainable_parameters
 from laddpo.models.denoiser import TransformerDenoiser

@@ -13,9 +13,10 @@ from laddpo.core.budget import TokenBudget, is_out_of_memory
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient, score_items
 from laddpo.core.objectives import DpoObjective
-from laddpo.core.tasks import DpoTask, fill_reference
+from laddpo.core.tasks import DpoTask
 from laddpo.errors import RunFault
-from laddpo.evaluation.margins import score_preferences
+from laddpo.inputs.margins import score_preferences
+from laddpo.inputs.reference_values import fill_reference
 from laddpo.processes.signals import StopFlag
 from laddpo.storage.reference_store import ReferenceStore
 from tests.core.helpers import ANY_BUDGET, LinearDenoiser, random_pair, referenced_items

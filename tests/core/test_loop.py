@@ -12,8 +12,9 @@ import torch
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import score_items
 from laddpo.core.loop import step_items
-from laddpo.core.tasks import SftTask, visited_windows
+from laddpo.core.tasks import SftTask
 from laddpo.errors import Stopped, UserError
+from laddpo.inputs.reference_values import visited_windows
 from laddpo.preference.encoding.encode import EncodedExample
 from laddpo.processes.signals import stop_on_signal
 from laddpo.storage.atomic import write_json

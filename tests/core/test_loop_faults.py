@@ -10,8 +10,9 @@ import torch
 
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.loop import step_items
-from laddpo.core.tasks import DpoTask, fill_reference, pair_item
+from laddpo.core.tasks import DpoTask, pair_item
 from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError
+from laddpo.inputs.reference_values import fill_reference
 from laddpo.processes.signals import StopFlag
 from laddpo.storage.reference_store import ReferenceStore
 from tests.core.helpers import random_pair

@@ -13,8 +13,8 @@ from laddpo.benchmarking.workload import longest_sequence, pair_of_tokens, rando
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient
 from laddpo.core.objectives import DpoObjective
-from laddpo.core.tasks import fill_reference
 from laddpo.hardware.measuring import peak_bytes
+from laddpo.inputs.reference_values import fill_reference
 from laddpo.models.adapters import attach_lora, trainable_parameters
 from laddpo.models.blocks import checkpoint_blocks
 from laddpo.models.denoiser import TransformerDenoiser

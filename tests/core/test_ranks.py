@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from laddpo.core.draws import ElboEstimator
-from laddpo.core.tasks import fill_reference, own_pairs, stored_pair
+from laddpo.core.tasks import stored_pair
 from laddpo.errors import RunFault, UserError
+from laddpo.inputs.reference_values import fill_reference, own_pairs
 from laddpo.processes.ranks import ALONE, Ranks, launched, share_out
 from laddpo.processes.signals import StopFlag
 from laddpo.storage.reference_store import ReferenceStore, StoredPair

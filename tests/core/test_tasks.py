@@ -7,8 +7,9 @@ import torch
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import score_items
 from laddpo.core.objectives import DpoObjective, reference_draws
-from laddpo.core.tasks import DpoTask, fill_reference, pair_item, stored_pair
+from laddpo.core.tasks import DpoTask, pair_item, stored_pair
 from laddpo.errors import Stopped
+from laddpo.inputs.reference_values import fill_reference
 from laddpo.processes.signals import StopFlag
 from laddpo.storage.reference_store import ReferenceStore
 from tests.core.helpers import LinearDenoiser, random_pair
@@ -131,7 +132,7 @@ def test_a_stop_inside_a_window_is_answered_before_the_next_micro_step_and_keeps
 
 def test_a_stop_ends_the_scoring_of_held_out_pairs_before_the_next_micro_step(denoiser, pairs, monkeypatch):
     from laddpo.core import gradient
-    from laddpo.evaluation.margins import score_preferences
+    from laddpo.inputs.margins import score_preferences
 
     stop, scored = StopFlag(), []
     estimator, objective = ElboEstimator(diffusion_samples=2), DpoObjective("sigmoid", 0.1)

@@ -23,7 +23,7 @@ from laddpo.estimator_study.noise import (
     reference_values,
     summarise,
 )
-from laddpo.inputs import training_estimator
+from laddpo.inputs.reference_values import training_estimator
 from laddpo.settings.compose import compose
 from laddpo.storage.atomic import write_json
 from tests.core.helpers import ANY_BUDGET, parameters_of, random_pair, tiny_denoiser

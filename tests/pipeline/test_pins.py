@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from laddpo import pins
 from laddpo.app import cli
 from laddpo.errors import UserError
+from laddpo.inputs import pins
 from laddpo.settings.compose import compose
 from laddpo.storage.atomic import read_json, write_json
 from laddpo.storage.manifests import MANIFEST, unsealed, with_seal

@@ -346,10 +346,11 @@ def stop_at(monkeypatch):
 
 
 def moment(name: str):
-    from laddpo import evaluate, inputs, training
+    from laddpo import evaluate, training
+    from laddpo.inputs import policy
 
     return {
-        "loading": (inputs, "load"),
+        "loading": (policy, "load"),
         "first validation": (training.Validation, "measure"),
         "last evaluation": (evaluate, "use_weights"),
     }[name]

@@ -135,7 +135,7 @@ def test_a_run_of_rounds_goes_on_where_it_stopped(two_rounds, tmp_path, capsys):
 
 
 def test_a_run_of_rounds_is_pinned_to_what_its_settings_name(two_rounds):
-    from laddpo import pins
+    from laddpo.inputs import pins
     from laddpo.prepare import open_prepared
     from laddpo.settings.compose import read_config
 

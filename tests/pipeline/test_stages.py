@@ -8,7 +8,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from laddpo import inputs
+from laddpo.inputs import policy
 from laddpo.preference.encoding.encode import EncodedExample
 from laddpo.settings.compose import compose, write_config
 from laddpo.sft import padded
@@ -163,7 +163,7 @@ def test_generate_shows_base_beside_tuned(stages, capsys):
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded_or_written(stages, monkeypatch, capsys):
-    monkeypatch.setattr(inputs, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(policy, "load", lambda *_: pytest.fail("a model was loaded"))
     run, rows = stages.folder / "run", stages.folder / "rows.jsonl"
     write_config(compose(stages.overrides()), run)
     base = ["evaluation=file", f"evaluation.dataset_name={rows}", f"output_dir={stages.folder / 'out'}"]

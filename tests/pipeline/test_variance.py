@@ -5,8 +5,8 @@ import os
 import shutil
 import signal
 
-from laddpo import inputs
 from laddpo.errors import EXIT_STOPPED
+from laddpo.inputs import policy
 from laddpo.settings.compose import compose, read_config, write_config
 
 
@@ -39,13 +39,13 @@ def test_a_run_that_kept_its_start_is_refused_and_one_that_was_stopped_starts_an
     assert f"{run / 'adapter'}: holds the weights of step 0" in capsys.readouterr().err and not folder.exists()
     shutil.rmtree(run / "adapter")
     shutil.copytree(run / "adapter_last", run / "adapter")
-    plain = inputs.load
+    plain = policy.load
 
     def stopped(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return plain(*arguments)
 
-    monkeypatch.setattr(inputs, "load", stopped)
+    monkeypatch.setattr(policy, "load", stopped)
     assert stages.run(*command) == EXIT_STOPPED
     assert "nothing was written. The same command starts anew." in capsys.readouterr().err
     monkeypatch.undo()

@@ -6,21 +6,15 @@ Stages import from here; below this file nothing sees the whole configuration.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from laddpo.core.draws import ElboEstimator
-from laddpo.core.gradient import Item
-from laddpo.core.objectives import DpoObjective
-from laddpo.core.tasks import fill_reference, pair_item, stored_pair
 from laddpo.errors import UserError
-from laddpo.evaluation.margins import WINDOW, evaluation_estimator
 from laddpo.hardware.machine import Machine, check_machine
-from laddpo.hardware.planning import Lengths, model_shape, prepared_lengths
+from laddpo.hardware.planning import model_shape
+from laddpo.inputs.data import encoder_for
+from laddpo.inputs.pins import check_adapter, model_path
 from laddpo.models import adapters, loading
 from laddpo.models.blocks import checkpoint_blocks, compile_blocks
 from laddpo.models.denoiser import TransformerDenoiser
@@ -28,18 +22,9 @@ from laddpo.models.linears import linear_names
 from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.offload import keep_embeddings_on_host
 from laddpo.models.sharding import ShardedDenoiser, shard_model
-from laddpo.pins import check_adapter, model_path
-from laddpo.preference.embedded.arithmetic import Difficulty
-from laddpo.preference.encoding.encode import EncodedPair, TextEncoder
-from laddpo.preference.prepared import PreparedPairs
-from laddpo.preference.sources import Request
-from laddpo.processes.signals import StopFlag
-from laddpo.settings.read_settings import command_of
-from laddpo.settings.schema import MixturePart, QuantizationSettings, RunConfig, keywords
-from laddpo.storage.reference_store import ReferenceStore
+from laddpo.settings.schema import QuantizationSettings, RunConfig, keywords
 
 ADAPTER, ADAPTER_LAST, MODEL, MODEL_LAST = "adapter", "adapter_last", "model", "model_last"
-PAIRS_PER_SHARD = 512
 
 
 @dataclass
@@ -199,181 +184,6 @@ def make_trainable(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
     trained, total = (sum(p.numel() for p in group) for group in (parameters.values(), model.parameters()))
     print(f"{trained:,} of {total:,} stored parameters are trained")
     return parameters
-
-
-def data_lengths(config: RunConfig, prepared: PreparedPairs) -> Lengths:
-    """What the memory plan must know of these pairs."""
-    return prepared_lengths(prepared.train.lengths(), config.dpo.diffusion_samples, str(prepared.folder))
-
-
-def encoder_for(config: RunConfig, tokenizer) -> TextEncoder:
-    """How this run's texts become tokens."""
-    return TextEncoder(
-        tokenizer,
-        template=config.data.template,
-        max_length=config.data.max_length,
-        truncation=config.data.truncation,
-    )
-
-
-def difficulty_of(config: RunConfig) -> Difficulty:
-    """How hard the generated problems are: one answer for training pairs, the corpus and the test."""
-    return Difficulty(operand_max=config.data.operand_max, terms=config.data.terms, width=config.data.width)
-
-
-def request_of(config: RunConfig, part: MixturePart, grader=None) -> Request:
-    """What is asked of one source of rows; `grader` tells right from wrong where pairs are made of answers."""
-    data = config.data
-    return Request(
-        dataset_name=part.dataset_name,
-        dataset_split=part.dataset_split,
-        dataset_config=part.dataset_config,
-        revision=part.revision,
-        columns=keywords(part.columns),
-        format=part.format,
-        preference_dir=Path(config.paths.data_dir) / "preference_data",
-        max_line_bytes=data.max_line_bytes,
-        follow_symlinks=data.follow_symlinks,
-        allow_empty_prompt=data.allow_empty_prompt,
-        allow_nul=data.allow_nul,
-        num_pairs=data.num_pairs,
-        difficulty=difficulty_of(config),
-        habit=data.habit,
-        seed=config.seed,
-        validation_fraction=data.validation_fraction,
-        candidates_name=data.candidates_name,
-        pairs_per_question=data.pairs_per_question,
-        grader=grader,
-        balance_lengths=data.balance_lengths,
-        num_examples=config.sft.num_examples,
-        mistake_share=config.sft.mistake_share,
-    )
-
-
-def training_estimator(config: RunConfig) -> ElboEstimator:
-    """The policy's draws during training."""
-    dpo = config.dpo
-    return ElboEstimator(
-        dpo.estimator,
-        dpo.schedule,
-        dpo.diffusion_samples,
-        config.seed,
-        dpo.shared_counts,
-        dpo.mask_rounds,
-        shared_masks=dpo.shared_masks,
-        difference_focus=dpo.difference_focus,
-        count_tilt=dpo.count_tilt,
-    )
-
-
-def reference_estimator(config: RunConfig) -> ElboEstimator:
-    """The reference's draws: the policy's own, or an independent stream without common random numbers."""
-    policy = training_estimator(config)
-    return policy if config.dpo.common_random_numbers else dataclasses.replace(policy, stream="/reference")
-
-
-def objective_of(config: RunConfig) -> DpoObjective:
-    """The preference loss of this run."""
-    dpo = config.dpo
-    block = ElboEstimator(dpo.estimator).block
-    return DpoObjective(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.sft_weight, dpo.correction, block)
-
-
-def reference_fields(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, estimator: ElboEstimator) -> dict:
-    """Everything that the reference's values depend on: the key of the store.
-
-    Not among it: which rows, their order, the number of draws, batch, learning rate, beta, loss, LoRA, memory settings.
-    """
-    quantization = config.quantization
-    stored = "none"
-    if quantization.load_in_4bit:
-        stored = (
-            f"{quantization.bnb_4bit_quant_type}, double {quantization.bnb_4bit_use_double_quant}, "
-            f"compute {quantization.bnb_4bit_compute_dtype or 'default'}"
-        )
-    elif quantization.load_in_8bit:
-        stored = f"int8, threshold {quantization.llm_int8_threshold}"
-    precision = loaded.machine.precision
-    if loaded.denoiser.autocast is not None:  # full fine-tuning: the same arithmetic rounds other things
-        precision = f"{precision} autocast over fp32 weights"
-    return {
-        "encoding": prepared.manifest["fields"]["encoding"],
-        "weights": loaded.weights,
-        "quantization": stored,
-        "precision": precision,
-        "draws": estimator.store_fields(),
-    }
-
-
-def reference_store(
-    config: RunConfig, prepared: PreparedPairs, loaded: Loaded, estimator: ElboEstimator
-) -> ReferenceStore:
-    """The store that holds, or will hold, this run's reference values."""
-    stores = Path(config.paths.data_dir) / "reference"
-    return ReferenceStore.open(stores, reference_fields(config, prepared, loaded, estimator))
-
-
-def complete_reference(
-    config: RunConfig,
-    loaded: Loaded,
-    store: ReferenceStore,
-    estimator: ElboEstimator,
-    windows: Sequence[tuple[list[EncodedPair], range]],
-    stop: StopFlag,
-    label: str,
-) -> None:
-    """Compute what the store lacks for these windows of pairs, saying how much that is."""
-    ranks = loaded.machine.ranks
-    absent = [
-        stored_pair(pair) for pairs, draws in windows for pair in pairs if store.missing(stored_pair(pair), draws)
-    ]
-    lacking = max(ranks.gather(len(absent)))  # another run may be adding to the store while the ranks look
-    total = sum(len(pairs) for pairs, _ in windows)
-    if not lacking:
-        print(f"reference, {label}: all {total} pairs are in {store.folder}")
-        return
-    if not config.auto:
-        raise UserError(
-            f"{store.folder}: {lacking} of {total} pairs ({label}) have no reference values yet and auto is false. "
-            f"Run {command_of('precompute')}, or set auto=true."
-        )
-    print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}")
-    print(f"reference, {label}: {store.why_missing(absent)}")
-    with tqdm(total=total, unit="pairs", desc="reference", dynamic_ncols=True, disable=not ranks.is_main) as progress:
-        fill_reference(
-            loaded.denoiser,
-            store,
-            windows,
-            estimator,
-            loaded.machine.token_budget,
-            stop,
-            PAIRS_PER_SHARD,
-            progress.update,
-            ranks,
-        )
-    if ranks.world > 1:
-        ranks.barrier()
-        store.refresh()
-
-
-def measured_items(
-    config: RunConfig,
-    prepared: PreparedPairs,
-    loaded: Loaded,
-    pairs: Sequence[EncodedPair],
-    stop: StopFlag,
-    label: str,
-) -> tuple[list[Item], int]:
-    """Pairs with the reference's values under the evaluation's own draws; and the block size of these draws."""
-    estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
-    if not pairs:
-        return [], estimator.block
-    draws = estimator.draw_indices(0)
-    store = reference_store(config, prepared, loaded, estimator)
-    windows = [(list(pairs[start : start + WINDOW]), draws) for start in range(0, len(pairs), WINDOW)]
-    complete_reference(config, loaded, store, estimator, windows, stop, label)
-    items = [pair_item(pair, estimator, draws, store.values(stored_pair(pair), draws)) for pair in pairs]
-    return items, estimator.block
 
 
 def check_adapter_fits(config: RunConfig) -> None:

@@ -14,7 +14,7 @@ from laddpo.storage import manifests
 
 def tuned_weights(config: RunConfig, trained: Path) -> Path:
     """The folder of the best weights of the run, whole. `UserError` says what to do where they are not."""
-    from laddpo.inputs import ADAPTER, MODEL
+    from laddpo.inputs.policy import ADAPTER, MODEL
 
     folder = trained / (MODEL if config.adapter.kind == "full" else ADAPTER)
     try:
@@ -83,7 +83,7 @@ def base_model(config: RunConfig, loaded) -> Iterator[None]:
 
     Whatever weights the model had are not restored afterwards where they had to be overwritten: load what you need.
     """
-    from laddpo.inputs import model_path
+    from laddpo.inputs.policy import model_path
     from laddpo.models import adapters, loading
 
     if config.adapter.kind == "full":

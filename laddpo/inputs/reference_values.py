@@ -1,0 +1,263 @@
+"""Reference log-likelihoods: the store that a run reads, and the filling of what it lacks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from laddpo.core.budget import TokenBudget
+from laddpo.core.draws import ElboEstimator
+from laddpo.core.elbo import Denoiser
+from laddpo.core.gradient import Item, lockstep, score_items
+from laddpo.core.loop import step_items
+from laddpo.core.objectives import DpoObjective
+from laddpo.core.tasks import pair_item, stored_pair
+from laddpo.errors import RunFault, Stopped, UserError
+from laddpo.inputs.margins import WINDOW, evaluation_estimator
+from laddpo.inputs.policy import Loaded
+from laddpo.preference.encoding.encode import EncodedPair
+from laddpo.preference.prepared import PreparedPairs
+from laddpo.processes.ranks import ALONE, Ranks, share_out
+from laddpo.processes.signals import StopFlag
+from laddpo.settings.read_settings import command_of
+from laddpo.settings.schema import RunConfig
+from laddpo.storage.reference_store import ReferenceStore, StoredPair
+
+if TYPE_CHECKING:
+    from laddpo.preference.encoding.encode import EncodedPair
+
+
+def visited_windows(
+    seed: int, steps: int, item_count: int, items_per_step: int, mask_rounds: int
+) -> list[tuple[int, list[int]]]:
+    """(epoch, item indices) of every optimizer step, in order, each item once per round of masks.
+
+    The reference is computed in these windows, so that its packing, and therefore every bit of its values on a CPU,
+    equals the policy's in the first epoch.
+    """
+    windows = []
+    for step in range(steps):
+        epoch, indices = step_items(seed, step, item_count, items_per_step)
+        if epoch >= mask_rounds:
+            break
+        windows.append((epoch, indices))
+    return windows
+
+
+def fill_reference(
+    denoiser: Denoiser,
+    store: ReferenceStore,
+    windows: Iterable[tuple[Sequence[EncodedPair], range]],
+    estimator: ElboEstimator,
+    token_budget: int | TokenBudget,
+    stop: StopFlag,
+    pairs_per_shard: int,
+    advance,
+    ranks: Ranks = ALONE,
+) -> int:
+    """Compute what the store lacks of each window (pairs, draws); the number of forward sequences that took.
+
+    Appends a shard every `pairs_per_shard` pairs. `advance(pairs)` is told of every window done. Raises `Stopped` after
+    a signal, with everything computed so far in the store. Of several ranks each computes and stores its share of every
+    window, the one that it will have in training; what the others stored is seen after `store.refresh()`.
+    """
+    budget = TokenBudget.of(token_budget)
+    pending: list[tuple[StoredPair, int, np.ndarray]] = []
+    sequences = 0
+    for pairs, draws in windows:
+        by_draws: dict[tuple[int, ...], list[EncodedPair]] = {}
+        for pair in own_pairs(pairs, ranks):
+            for run in _consecutive(store.missing(stored_pair(pair), draws)):
+                by_draws.setdefault(run, []).append(pair)
+        with lockstep(denoiser), budget.stoppable(stop, ranks), kept_when_stopped(store, pending, stop):
+            for run, group in by_draws.items():
+                items = [pair_item(pair, estimator, run) for pair in group]
+                values = score_items(denoiser, items, budget).cpu().numpy()
+                sequences += values.size
+                pending += [(stored_pair(pair), run[0], row) for pair, row in zip(group, values, strict=True)]
+        try:  # asked once: a signal after this line lets the next window be computed
+            is_stopping = ranks.agree_to_stop(stop)
+        except RunFault:  # another rank died: what this one has is kept
+            _append(store, pending)
+            raise
+        if len(pending) >= pairs_per_shard or is_stopping:
+            _append(store, pending)
+            pending = []
+        advance(len(pairs))
+        if is_stopping:
+            raise _stored(store, stop)
+    _append(store, pending)
+    return sequences
+
+
+@contextlib.contextmanager
+def kept_when_stopped(store: ReferenceStore, pending: list[tuple[StoredPair, int, np.ndarray]], stop: StopFlag):
+    """A stop in the middle of a window keeps what was computed before, the whole groups of this window included."""
+    try:
+        yield
+    except Stopped:
+        _append(store, pending)
+        raise _stored(store, stop) from None
+
+
+def _stored(store: ReferenceStore, stop: StopFlag) -> Stopped:
+    kept = f"{store.folder}: stopped by {stop.name}; {len(store)} pairs are stored."
+    return Stopped(kept, "The same command goes on from there.")
+
+
+def own_pairs(pairs: Sequence[EncodedPair], ranks: Ranks) -> Sequence[EncodedPair]:
+    """This rank's share of a window, as `core/sharing.py` will share out its items."""
+    if ranks.world == 1:
+        return pairs
+    sizes = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
+    return [pairs[i] for i in share_out(sizes, ranks.world)[ranks.rank]]
+
+
+def _consecutive(draws: Sequence[int]) -> list[tuple[int, ...]]:
+    """Runs of neighbouring indices. Example: [0, 1, 4, 5] -> [(0, 1), (4, 5)]."""
+    runs = groupby(enumerate(draws), key=lambda place: place[1] - place[0])
+    return [tuple(draw for _, draw in run) for _, run in runs]
+
+
+def _append(store: ReferenceStore, pending: list[tuple[StoredPair, int, np.ndarray]]) -> None:
+    by_draws: dict[tuple[int, int], list[tuple[StoredPair, np.ndarray]]] = {}
+    for pair, first, row in pending:
+        by_draws.setdefault((first, row.shape[1]), []).append((pair, row))
+    for (first, _), rows in by_draws.items():
+        store.append([pair for pair, _ in rows], first, np.stack([row for _, row in rows]))
+
+
+PAIRS_PER_SHARD = 512
+
+
+def training_estimator(config: RunConfig) -> ElboEstimator:
+    """The policy's draws during training."""
+    dpo = config.dpo
+    return ElboEstimator(
+        dpo.estimator,
+        dpo.schedule,
+        dpo.diffusion_samples,
+        config.seed,
+        dpo.shared_counts,
+        dpo.mask_rounds,
+        shared_masks=dpo.shared_masks,
+        difference_focus=dpo.difference_focus,
+        count_tilt=dpo.count_tilt,
+    )
+
+
+def reference_estimator(config: RunConfig) -> ElboEstimator:
+    """The reference's draws: the policy's own, or an independent stream without common random numbers."""
+    policy = training_estimator(config)
+    return policy if config.dpo.common_random_numbers else dataclasses.replace(policy, stream="/reference")
+
+
+def objective_of(config: RunConfig) -> DpoObjective:
+    """The preference loss of this run."""
+    dpo = config.dpo
+    block = ElboEstimator(dpo.estimator).block
+    return DpoObjective(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.sft_weight, dpo.correction, block)
+
+
+def reference_fields(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, estimator: ElboEstimator) -> dict:
+    """Everything that the reference's values depend on: the key of the store.
+
+    Not among it: which rows, their order, the number of draws, batch, learning rate, beta, loss, LoRA, memory settings.
+    """
+    quantization = config.quantization
+    stored = "none"
+    if quantization.load_in_4bit:
+        stored = (
+            f"{quantization.bnb_4bit_quant_type}, double {quantization.bnb_4bit_use_double_quant}, "
+            f"compute {quantization.bnb_4bit_compute_dtype or 'default'}"
+        )
+    elif quantization.load_in_8bit:
+        stored = f"int8, threshold {quantization.llm_int8_threshold}"
+    precision = loaded.machine.precision
+    if loaded.denoiser.autocast is not None:  # full fine-tuning: the same arithmetic rounds other things
+        precision = f"{precision} autocast over fp32 weights"
+    return {
+        "encoding": prepared.manifest["fields"]["encoding"],
+        "weights": loaded.weights,
+        "quantization": stored,
+        "precision": precision,
+        "draws": estimator.store_fields(),
+    }
+
+
+def reference_store(
+    config: RunConfig, prepared: PreparedPairs, loaded: Loaded, estimator: ElboEstimator
+) -> ReferenceStore:
+    """The store that holds, or will hold, this run's reference values."""
+    stores = Path(config.paths.data_dir) / "reference"
+    return ReferenceStore.open(stores, reference_fields(config, prepared, loaded, estimator))
+
+
+def complete_reference(
+    config: RunConfig,
+    loaded: Loaded,
+    store: ReferenceStore,
+    estimator: ElboEstimator,
+    windows: Sequence[tuple[list[EncodedPair], range]],
+    stop: StopFlag,
+    label: str,
+) -> None:
+    """Compute what the store lacks for these windows of pairs, saying how much that is."""
+    ranks = loaded.machine.ranks
+    absent = [
+        stored_pair(pair) for pairs, draws in windows for pair in pairs if store.missing(stored_pair(pair), draws)
+    ]
+    lacking = max(ranks.gather(len(absent)))  # another run may be adding to the store while the ranks look
+    total = sum(len(pairs) for pairs, _ in windows)
+    if not lacking:
+        print(f"reference, {label}: all {total} pairs are in {store.folder}")
+        return
+    if not config.auto:
+        raise UserError(
+            f"{store.folder}: {lacking} of {total} pairs ({label}) have no reference values yet and auto is false. "
+            f"Run {command_of('precompute')}, or set auto=true."
+        )
+    print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}")
+    print(f"reference, {label}: {store.why_missing(absent)}")
+    with tqdm(total=total, unit="pairs", desc="reference", dynamic_ncols=True, disable=not ranks.is_main) as progress:
+        fill_reference(
+            loaded.denoiser,
+            store,
+            windows,
+            estimator,
+            loaded.machine.token_budget,
+            stop,
+            PAIRS_PER_SHARD,
+            progress.update,
+            ranks,
+        )
+    if ranks.world > 1:
+        ranks.barrier()
+        store.refresh()
+
+
+def measured_items(
+    config: RunConfig,
+    prepared: PreparedPairs,
+    loaded: Loaded,
+    pairs: Sequence[EncodedPair],
+    stop: StopFlag,
+    label: str,
+) -> tuple[list[Item], int]:
+    """Pairs with the reference's values under the evaluation's own draws; and the block size of these draws."""
+    estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
+    if not pairs:
+        return [], estimator.block
+    draws = estimator.draw_indices(0)
+    store = reference_store(config, prepared, loaded, estimator)
+    windows = [(list(pairs[start : start + WINDOW]), draws) for start in range(0, len(pairs), WINDOW)]
+    complete_reference(config, loaded, store, estimator, windows, stop, label)
+    items = [pair_item(pair, estimator, draws, store.values(stored_pair(pair), draws)) for pair in pairs]
+    return items, estimator.block
