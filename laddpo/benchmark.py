@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from laddpo import realsize
-from laddpo.app import run_stage
+from laddpo.cli.app import run_stage
 from laddpo.realsize import dialogue_pairs, random_policy
 from laddpo.settings.schema import RunConfig, keywords
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from laddpo.app import run_stage
+from laddpo.cli.app import run_stage
 from laddpo.errors import EXIT_FAULT
 from laddpo.models.foreign_logs import quiet_bitsandbytes
 from laddpo.settings.ranges import CONF_DIR

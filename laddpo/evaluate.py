@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from laddpo.app import run_stage
+from laddpo.cli.app import run_stage
 from laddpo.errors import UserError, visible
 from laddpo.inputs.tuned import base_model, tuned_weights, use_weights
 from laddpo.settings.schema import RunConfig

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from laddpo.app import run_stage
+from laddpo.cli.app import run_stage
 from laddpo.errors import UserError, visible
 from laddpo.settings.schema import RunConfig
 

@@ -14,7 +14,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from laddpo.app import run_stage
+from laddpo.cli.app import run_stage
 from laddpo.settings.schema import RunConfig
 
 

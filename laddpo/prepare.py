@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laddpo.app import run_stage
+from laddpo.cli.app import run_stage
 from laddpo.settings.ranges import EMBEDDED_TASKS
 from laddpo.settings.read_settings import command_of
 from laddpo.settings.schema import MixturePart, RunConfig

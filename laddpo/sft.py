@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laddpo.app import run_stage
+from laddpo.cli.app import run_stage
 from laddpo.errors import UserError
 from laddpo.settings.data_checks import sft_examples
 from laddpo.settings.read_settings import given_overrides

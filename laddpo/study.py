@@ -14,7 +14,7 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from laddpo.app import run_stage
+from laddpo.cli.app import run_stage
 from laddpo.errors import EXIT_DONE, EXIT_STOPPED, RunFault, Stopped, UserError, nearest
 from laddpo.settings.data_checks import reader_row
 from laddpo.settings.read_settings import given_overrides, stage_reads

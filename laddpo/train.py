@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from laddpo.app import run_stage
+from laddpo.cli.app import run_stage
 from laddpo.settings.read_settings import given_overrides
 from laddpo.settings.schema import RunConfig
 

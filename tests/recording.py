@@ -19,13 +19,13 @@ from laddpo.settings.schema import DataSettings, RunConfig
 COPYING = ("dataclasses", "copy", "omegaconf", "hydra", "tests")
 CHECKING = (
     *(
-        "app",
+        "cli.app",
         "settings.compose",
         "settings.checks",
         "settings.data_checks",
         "settings.decoding_checks",
         "settings.hardware_checks",
-        "launch",
+        "cli.launch",
         "settings.mistakes",
         "settings.path_checks",
     ),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from laddpo import __version__, sweep
-from laddpo.app import cli, run_folder
+from laddpo.cli.app import cli, run_folder
 from laddpo.errors import UserError
 from laddpo.settings.compose import compose, write_config
 from laddpo.storage.atomic import write_json
@@ -44,7 +44,7 @@ def child_environment() -> dict[str, str]:
 def exit_code_of_stopped_sweep(command: list[str], until: Path, seconds: float) -> int:
     """Start a sweep of `tiny_jobs` in a process, send SIGTERM when `until` is there, and wait that long for its end."""
     script = (
-        "import sys, laddpo.sweep as s; from laddpo.app import cli\n"
+        "import sys, laddpo.sweep as s; from laddpo.cli.app import cli\n"
         "original = s.child_command\n"
         "s.child_command = lambda *a: [original(*a)[0], 'child.py', *original(*a)[3:]]\n"
         f"sys.exit(cli('train', {command}))\n"
@@ -230,7 +230,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
 CHILD = """
 import os, re, sys, time
 from pathlib import Path
-from laddpo.app import run_stage
+from laddpo.cli.app import run_stage
 from laddpo.settings.compose import write_config
 from laddpo.storage.manifests import JsonLines, write_json
 

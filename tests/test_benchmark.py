@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from laddpo import benchmark
-from laddpo.app import cli
 from laddpo.benchmarking.measure import median_ratio, timed_rounds
 from laddpo.benchmarking.workload import length_parameters, pair_of_tokens, random_model, random_pairs
+from laddpo.cli.app import cli
 from laddpo.settings.compose import compose
 from laddpo.storage.manifests import read_manifest
 from tests.tiny import of_parts

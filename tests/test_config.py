@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.hardware.machine import check_machine
 from laddpo.settings import ranges

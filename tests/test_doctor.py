@@ -3,7 +3,7 @@
 import pytest
 
 from laddpo import doctor
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.doctor import FAIL, OK, WARN, Finding, examine, table
 from laddpo.settings.compose import compose
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from laddpo.app import run_folder
+from laddpo.cli.app import run_folder
 from laddpo.errors import UserError
 from laddpo.settings.compose import compose, write_config
 from laddpo.storage import atomic, json_lines, manifests

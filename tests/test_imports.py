@@ -79,7 +79,7 @@ ONLY_STAGES_KNOW = {
     "settings.stage_schema",
     "settings.checks",
     "settings.compose",
-    "app",
+    "cli.app",
     "settings.mistakes",
     "settings.ranges",
 }
@@ -166,12 +166,12 @@ def loaded_at_import(name: str, seen: set[str]) -> set[str]:
 
 
 STAGES = [
-    name_of(path) for path in MODULES if "run_stage(" in path.read_text(encoding="utf-8") and name_of(path) != "app"
+    name_of(path) for path in MODULES if "run_stage(" in path.read_text(encoding="utf-8") and name_of(path) != "cli.app"
 ]
 
 
 @pytest.mark.parametrize(
-    "name", sorted({name for name, floor in FLOORS.items() if floor == 0} | {"app", "sweep", *STAGES})
+    "name", sorted({name for name, floor in FLOORS.items() if floor == 0} | {"cli.app", "sweep", *STAGES})
 )
 def test_settings_and_stages_load_nothing_heavy_at_import(name):
     heavy = {module.split(".")[0] for module in loaded_at_import(name, set())} & HEAVY

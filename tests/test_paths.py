@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.settings.path_checks import NAMED, NO_HUB_IDS, path_problem
 from laddpo.storage import atomic, manifests
@@ -106,7 +106,7 @@ def test_a_fault_of_ours_keeps_its_traceback(capsys):
 
 CHILD = """
 import os, sys
-from laddpo.app import run_stage
+from laddpo.cli.app import run_stage
 stage = sys.argv.pop(1)
 if stage == "gone":
     os.rmdir(os.getcwd())

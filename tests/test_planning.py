@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from laddpo import plan
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.core.losses import LOSSES
 from laddpo.hardware import planning
 from laddpo.hardware.memory import GIB, predict_memory

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.estimator_study import report
 from laddpo.hardware.planning import memory_setup
 from laddpo.preference import preparation

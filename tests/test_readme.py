@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

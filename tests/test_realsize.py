@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from laddpo import realsize
-from laddpo.app import cli
 from laddpo.benchmarking.measure import timed_rounds
 from laddpo.benchmarking.rates import kernel_kind, micro_steps, work_of
 from laddpo.benchmarking.steps import Measured, fixed_budget, measure
 from laddpo.benchmarking.workload import random_model, random_pairs
+from laddpo.cli.app import cli
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.tasks import pair_item
 from laddpo.errors import UserError

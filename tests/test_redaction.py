@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from laddpo import doctor
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.errors import RunFault, Stopped, UserError
 from laddpo.results.model_card import CardFacts, card_text
 from laddpo.settings.compose import compose, read_config, write_config

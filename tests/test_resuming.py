@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from laddpo import resuming
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.settings import compose as composing
 from laddpo.settings import of_a_run

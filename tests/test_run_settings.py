@@ -2,7 +2,7 @@
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.settings.compose import compose, write_config
 
 

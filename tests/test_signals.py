@@ -83,7 +83,7 @@ def test_outside_the_main_thread_the_flag_stays_false():
 @posix
 def test_outside_of_any_step_sigterm_ends_a_stage_as_ctrl_c_does():
     code = (
-        "import os, signal, sys, time\nfrom laddpo.app import run_stage\nsys.argv = ['prepare']\n"
+        "import os, signal, sys, time\nfrom laddpo.cli.app import run_stage\nsys.argv = ['prepare']\n"
         "run_stage('prepare', lambda config, folder: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(30)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60, capture_output=True, text=True)
@@ -91,7 +91,7 @@ def test_outside_of_any_step_sigterm_ends_a_stage_as_ctrl_c_does():
 
 
 def test_an_error_that_an_interrupt_became_inside_a_library_is_an_interrupt(capsys):
-    from laddpo.app import cli
+    from laddpo.cli.app import cli
 
     def library(config, folder):
         try:

@@ -2,7 +2,7 @@
 
 Hydra composes and knows the grammar; laddpo/settings/mistakes.py decides what a mistake looks like to the user: all of
 them at once, as "found; expected; what to do". `compose(overrides)` is the way in from Python; stages use
-laddpo/app.py.
+laddpo/cli/app.py.
 """
 
 from __future__ import annotations

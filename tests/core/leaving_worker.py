@@ -12,8 +12,8 @@ import os
 
 import torch
 
+from laddpo.cli.launch import leave
 from laddpo.errors import EXIT_DONE
-from laddpo.launch import leave
 from laddpo.processes.ranks import connect
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from laddpo.cli.launch import leave
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.loop import LoopSettings, train_loop
 from laddpo.core.objectives import DpoObjective
@@ -25,7 +26,6 @@ from laddpo.core.tasks import DpoTask, stored_pair
 from laddpo.errors import EXIT_DONE, RunFault, Stopped
 from laddpo.evaluation.sampling import SamplerSettings, generate
 from laddpo.inputs.reference_values import fill_reference, visited_windows
-from laddpo.launch import leave
 from laddpo.models.adapters import attach_lora, trainable_parameters
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.sharding import ShardedDenoiser, shard_model

@@ -60,7 +60,8 @@ class Parent:
         from laddpo.results import figures
 
         figures.save_png = _draw_nothing  # before the modules that draw take it from there
-        from laddpo import app, train
+        from laddpo import train
+        from laddpo.cli import app
         from laddpo.preference import preparation
         from laddpo.results import plots
 
@@ -88,7 +89,7 @@ class Parent:
         return self.trees[key]
 
     def prepare_settings(self, stage: str, more: list[str]) -> None:
-        from laddpo import app
+        from laddpo.cli import app
 
         with app.open_hydra(f"laddpo.{stage}", None) as hydra, contextlib.suppress(UserError):
             args = app._parse(stage, self.arguments(stage, more))
@@ -159,7 +160,7 @@ class Parent:
             os.chdir(request["folder"])
             import importlib
 
-            from laddpo import app
+            from laddpo.cli import app
             from tests.faults import crash_points, numbers, sealed
 
             main = importlib.import_module(f"laddpo.{stage}").main

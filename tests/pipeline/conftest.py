@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.settings.of_a_run import MAY_CHANGE
 from tests.tiny import write_tiny_model
 

@@ -153,7 +153,7 @@ def test_what_the_harness_asks_beyond_the_models_positions_is_refused_before_any
 
 def test_the_models_own_greedy_answers_are_chosen_through_the_harness(tmp_path, offline):
     """With the chat template whose line breaks end the prompt, on llada_nano as it is shipped."""
-    from laddpo.app import cli
+    from laddpo.cli.app import cli
 
     def answered(name, *more):
         quick = ["logger=none", "hardware.device=cpu", f"paths.data_dir={tmp_path}", f"output_dir={tmp_path / name}"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 
 OLD = Path(__file__).resolve().parents[1] / "old_folders" / "cf5343a.tar.xz"
 FINISHED, UNFINISHED = "outputs/train/finished", "outputs/train/unfinished"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.settings.compose import compose
 from laddpo.settings.read_settings import stage_reads

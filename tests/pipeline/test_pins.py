@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.inputs import pins
 from laddpo.settings.compose import compose

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.results.page import heat_table
 from laddpo.results.sweeps import SweepJob, sweep_table
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.results.of_jobs import find_results
 from laddpo.results.run_pages import find_runs

@@ -81,7 +81,7 @@ def test_prepare_shows_what_it_quotes_of_rows_harmlessly(stages, capsys, row, co
 
 
 def test_a_traceback_shows_what_it_quotes_harmlessly(capsys):
-    from laddpo.app import cli
+    from laddpo.cli.app import cli
 
     def broken(config, folder):
         raise RuntimeError(EVIL)

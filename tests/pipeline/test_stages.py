@@ -298,7 +298,7 @@ def test_dpo_from_an_sft_adapter_has_that_adapter_in_its_reference(stages, capsy
 
 
 def test_evaluate_takes_from_the_run_what_the_command_line_leaves_open(stages):
-    from laddpo.app import cli
+    from laddpo.cli.app import cli
 
     run, again = stages.folder / "run", stages.folder / "again"
     assert stages.run("train", f"output_dir={run}") == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from laddpo import sweep
-from laddpo.app import cli, given_overrides
+from laddpo.cli.app import cli, given_overrides
 from laddpo.errors import UserError
 from laddpo.settings.compose import compose
 from laddpo.settings.ranges import CONF_DIR

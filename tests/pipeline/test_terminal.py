@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.settings.read_settings import stage_reads
 from tests.tiny import REPOSITORY
 
@@ -20,7 +20,7 @@ QUICK += ["evaluation.samples=1", "data.num_pairs=12", "data.validation_fraction
 
 CHILD = """
 import json, sys
-from laddpo.app import cli, start_again_with_utf8
+from laddpo.cli.app import cli, start_again_with_utf8
 
 start_again_with_utf8()
 from laddpo import answering

@@ -489,7 +489,7 @@ COMMAND_LINE = [(case, "row") for case in BAD_ROWS] + [(case, "file") for case i
 
 @pytest.mark.parametrize(("case", "kind"), COMMAND_LINE)
 def test_the_command_line_ends_with_exit_code_2_and_leaves_nothing(case, kind, tmp_path, capsys):
-    from laddpo.app import cli
+    from laddpo.cli.app import cli
 
     if kind == "row":
         bad, code, words = BAD_ROWS[case]

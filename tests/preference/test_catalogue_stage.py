@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.storage.atomic import read_json
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.preference.reading import files
 
 NANO = Path(__file__).resolve().parents[2] / "data" / "llada_nano"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.reading.splits import splits_by_name

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from laddpo.app import cli
+from laddpo.cli.app import cli
 from laddpo.evaluation.grading import same_final_number
 from laddpo.evaluation.tasks import GSM8K_INSTRUCTION, TaskOptions, load_task
 from laddpo.preference.embedded.arithmetic import split_of

@@ -34,8 +34,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import laddpo
+from laddpo.cli.launch import joined, leave, refuse_sweep, speaks
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest, visible
-from laddpo.launch import joined, leave, refuse_sweep, speaks
 from laddpo.settings.advice import unlikely_settings
 from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import (
