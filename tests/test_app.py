@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from laddpo import __version__, sweep
+from laddpo import __version__
 from laddpo.cli.app import cli, run_folder
 from laddpo.errors import UserError
+from laddpo.jobs import children, sweep
 from laddpo.settings.compose import compose, write_config
 from laddpo.storage.atomic import write_json
 from laddpo.storage.json_lines import JsonLines
@@ -44,7 +45,7 @@ def child_environment() -> dict[str, str]:
 def exit_code_of_stopped_sweep(command: list[str], until: Path, seconds: float) -> int:
     """Start a sweep of `tiny_jobs` in a process, send SIGTERM when `until` is there, and wait that long for its end."""
     script = (
-        "import sys, laddpo.sweep as s; from laddpo.cli.app import cli\n"
+        "import sys, laddpo.jobs.sweep as s; from laddpo.cli.app import cli\n"
         "original = s.child_command\n"
         "s.child_command = lambda *a: [original(*a)[0], 'child.py', *original(*a)[3:]]\n"
         f"sys.exit(cli('train', {command}))\n"
@@ -255,13 +256,13 @@ def tiny_jobs(tmp_path, monkeypatch):
     """Jobs are real child processes with the door of a stage, but of a stage that only writes its results."""
     child = tmp_path / "child.py"
     child.write_text(CHILD, encoding="utf-8")
-    original = sweep.child_command
+    original = children.child_command
 
     def command(sweep, overrides, folder):
         python, _, _, *rest = original(sweep, overrides, folder)
         return [python, str(child), *rest]
 
-    monkeypatch.setattr(sweep, "child_command", command)
+    monkeypatch.setattr(children, "child_command", command)
     return tmp_path
 
 
@@ -357,8 +358,8 @@ def test_a_sweep_of_three_by_three_that_was_interrupted_ends_with_nine_results_a
 
 
 def test_jobs_without_a_final_evaluation_are_compared_by_their_validation(tmp_path):
+    from laddpo.jobs.sweep import jobs_table, objective, picture_sweep
     from laddpo.results.of_jobs import find_results
-    from laddpo.sweep import jobs_table, objective, picture_sweep
 
     records = []
     for job, losses in enumerate(([0.7, 0.4, 0.5], [0.7, 0.3], [])):

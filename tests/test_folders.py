@@ -106,9 +106,10 @@ def content(folder: Path) -> dict[str, bytes | str | None]:
 
 @pytest.fixture
 def stages(config, monkeypatch, tmp_path) -> dict[str, Callable[[Path], None]]:
-    from laddpo import benchmark, evaluate, export, generate, report, sft, study, sweep, train, variance
+    from laddpo import benchmark, evaluate, export, generate, report, sft, study, train, variance
     from laddpo.hardware import machine
     from laddpo.inputs import policy
+    from laddpo.jobs import sweep
     from laddpo.results import run_pages
 
     for owner, name, value in [
@@ -350,7 +351,7 @@ def test_a_lock_file_of_another_program_keeps_its_content(tmp_path):
 
 
 def test_logs_and_settings_are_not_written_through_links(tmp_path, config):
-    from laddpo.sweep import run_child
+    from laddpo.jobs.children import run_child
 
     target = tmp_path / "target"
     target.write_text("precious")

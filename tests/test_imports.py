@@ -171,7 +171,7 @@ STAGES = [
 
 
 @pytest.mark.parametrize(
-    "name", sorted({name for name, floor in FLOORS.items() if floor == 0} | {"cli.app", "sweep", *STAGES})
+    "name", sorted({name for name, floor in FLOORS.items() if floor == 0} | {"cli.app", "jobs.sweep", *STAGES})
 )
 def test_settings_and_stages_load_nothing_heavy_at_import(name):
     heavy = {module.split(".")[0] for module in loaded_at_import(name, set())} & HEAVY

@@ -49,7 +49,7 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "storage.manifests": "the reading functions themselves",
     "rounds": "results.json after sealed_file",
     "storage.seals": "the comparisons themselves",
-    "sweep": "process.json says which process runs a job, for as long as it runs",
+    "jobs.sweep": "process.json says which process runs a job, for as long as it runs",
     "storage.temporaries": "the system's boot and namespace ids",
     "tracking": "wandb_id.txt is a name at a tracker; no value depends on it",
 }

@@ -2,7 +2,7 @@
 
 Composes the settings, explains every mistake together (exit code 2, no traceback, no torch import), fixes the run's
 folder, and calls `main(config, run_folder)`. With several values and -m, each job becomes a process of its own
-(laddpo/sweep.py). `cli(stage, argv, main)` is the same door as a function that returns the exit code.
+(laddpo/jobs/sweep.py). `cli(stage, argv, main)` is the same door as a function that returns the exit code.
 
     python -m laddpo.train model=llada_nano hardware=cpu
     python -m laddpo.train model=llada_8b hardware=rtx4080 --cfg job --resolve
@@ -169,7 +169,7 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
                 raise UserError(*problems)
             return EXIT_DONE
         if sweeping:
-            from laddpo.sweep import run_sweep
+            from laddpo.jobs.sweep import run_sweep
 
             refuse_sweep()
             return run_sweep(hydra, stage, args.config_name, args.config_dir, args.overrides, tree)

@@ -224,9 +224,9 @@ def install(names: Sequence[str]) -> None:
         onpolicy.pair_grader = lambda config, questions: half
         onpolicy._sampler = lambda config: _answers
     if "jobs" in names:
-        from laddpo import sweep
+        from laddpo.jobs import children
 
-        sweep.run_child = _copy_a_run
+        children.run_child = _copy_a_run
 
 
 def _answers(prompts: Sequence, keys: Sequence[str]) -> list[str]:

@@ -195,9 +195,10 @@ def page_row(out: Path) -> list[str]:
 
 def test_a_validation_number_is_never_ranked_among_final_results(tmp_path, monkeypatch):
     """A sweep in every state: two finished jobs, and others that had better numbers on their way, or none."""
+    from laddpo.jobs.children import Sweep
+    from laddpo.jobs.sweep import write_sweep_file
     from laddpo.results.of_jobs import find_results, picture_sweep
     from laddpo.results.sweeps import SweepTable
-    from laddpo.sweep import Sweep, write_sweep_file
 
     sweep, betas = tmp_path / "sweep", [0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0]
     codes = {0: 0, 1: 0, 2: 1, 3: 75, 4: -9, 5: 0}

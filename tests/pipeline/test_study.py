@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from laddpo import sweep
 from laddpo.cli.app import cli, given_overrides
 from laddpo.errors import UserError
+from laddpo.jobs import children
+from laddpo.jobs.arms import arm_overrides, asked_of, shared_overrides, wanted_arms
 from laddpo.settings.compose import compose
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.storage import manifests
-from laddpo.study import arm_overrides, asked_of, shared_overrides, wanted_arms
 
 STUDIES = [path.stem for path in sorted((CONF_DIR / "study").glob("*.yaml")) if path.stem != "none"]
 
@@ -164,7 +164,7 @@ def no_runs(monkeypatch):
         manifests.write_manifest(folder, "train", {}, [])
         return 0
 
-    monkeypatch.setattr(sweep, "run_child", run_child)
+    monkeypatch.setattr(children, "run_child", run_child)
     return commands
 
 

@@ -1,0 +1,255 @@
+"""The arms of a study: their settings, their jobs and the page that compares them."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+from laddpo.errors import EXIT_DONE, EXIT_STOPPED, Stopped, UserError, nearest
+from laddpo.settings.data_checks import reader_row
+from laddpo.settings.read_settings import given_overrides, stage_reads
+from laddpo.settings.schema import RunConfig
+from laddpo.settings.stage_schema import StudyArm, StudySettings
+
+OWN = ("study", "output_dir", "resume")
+
+
+def settings_of_study(config: RunConfig, folder: Path) -> RunConfig:
+    """Those of a study that goes on: what it was begun with, where this command line says nothing else. Arms that are
+    finished are held against it."""
+    from laddpo.settings.compose import read_config
+    from laddpo.settings.of_a_run import override_key, read_command
+
+    if not (folder / "config.yaml").exists():
+        return config
+    given = given_overrides.get()
+    named = {override_key(text) for text in given}
+    kept = read_command(folder).get("overrides", ())
+    begun = {override_key(text): text for text in kept if override_key(text) not in (*named, "study.only")}
+    given_overrides.set((*begun.values(), *given))
+    stored = read_config(folder).study
+    study, names = (config.study, begun) if "study" in named else (stored, named)
+    source = stored if "study" in named else config.study
+    for name in [key.partition(".")[2] for key in names if key.startswith("study.")]:
+        setattr(study, name, getattr(source, name))
+    study.only = config.study.only
+    return dataclasses.replace(config, study=study)
+
+
+def wanted_arms(config: RunConfig) -> list[StudyArm]:
+    """The arms of the study, or those that study.only names. `UserError` with all that is wrong with the study."""
+    study = config.study
+    if not study.arms:
+        raise UserError("study has no arms; name a study of conf/study/, as study=nano.")
+    if problems := [*_seeds_elsewhere(study), *_name_problems(study)]:
+        raise UserError(*problems)
+    return [arm for arm in study.arms if not study.only or arm.name in study.only]
+
+
+def check_arms(config: RunConfig, asked: list[StudyArm]) -> None:
+    """Refuse the study before its first run when settings of an arm that is asked for are wrong, or one is read by no
+    arm of the study."""
+    from laddpo.jobs.begun import problems_by_job
+    from laddpo.settings.compose import compose_tree, open_hydra, settings_problems
+
+    name, folder = root_config()
+    found = {}
+    with open_hydra("laddpo.study", folder) as hydra:
+        for arm in asked:
+            try:
+                tree = compose_tree(hydra, name, arm_overrides(config, arm, config.study.seeds[0]))
+                found[arm.name] = settings_problems(tree, arm.stage)[1]
+            except UserError as error:
+                found[arm.name] = list(error.problems)
+    problems = problems_by_job(found, f"of {len(asked)} arms")
+    problems += [
+        f"{text}: no arm of this study reads it; leave it out."
+        for text in shared_overrides(config)
+        if not any(stage_reads(arm.stage, text) for arm in config.study.arms)
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def _seeds_elsewhere(study: StudySettings) -> list[str]:
+    """A seed outside of study.seeds would be dropped: every arm runs with each of those."""
+    places = {
+        "the command line": given_overrides.get(),
+        "study.settings": study.settings,
+        **{f"study.arms, {arm.name}": arm.overrides for arm in study.arms},
+    }
+    return [
+        f"{text} ({place}): the seeds of a study are study.seeds={study.seeds}; set study.seeds=[…] instead."
+        for place, texts in places.items()
+        for text in texts
+        if text.lstrip("+~").split("=")[0] == "seed"
+    ]
+
+
+def _name_problems(study: StudySettings) -> list[str]:
+    """Arms that cannot be told apart or run, and names of arms that are none."""
+    from laddpo.results.studies import BASE
+
+    names = [arm.name for arm in study.arms]
+    problems = [
+        f"study.arms: {names.count(n)} are named {n!r}; name each once."
+        for n in sorted(set(names))
+        if names.count(n) > 1
+    ]
+    if BASE in names:
+        problems.append(f"study.arms: one is named {BASE!r}, the model before training; give it another name.")
+    problems += [
+        f"study.arms, {arm.name}: stage is {arm.stage!r}; expected train or sft."
+        for arm in study.arms
+        if arm.stage not in ("train", "sft")
+    ]
+    referred = [("study.only", name, names) for name in study.only]
+    referred += [(f"study.arms, {arm.name}: against", arm.against, [*names, BASE]) for arm in study.arms]
+    for claim in study.claims:
+        referred += [("study.claims: arm", claim.arm, names), ("study.claims: against", claim.against, [*names, BASE])]
+    for where, name, known in referred:
+        if name not in known:
+            guess = nearest(name, known)
+            hint = f"; did you mean {guess}?" if guess else "."
+            problems.append(f"{where} is {name!r}; the arms are: {', '.join(known)}{hint}")
+    return list(dict.fromkeys(problems))
+
+
+def refuse_other_arms(config: RunConfig, folder: Path) -> None:
+    """Refuse to go on where finished arms, asked for or not, have other settings than the page would say."""
+    from laddpo.jobs.begun import begun_otherwise, problems_by_job
+    from laddpo.storage import manifests
+    from laddpo.storage.seals import damages
+
+    found = {
+        place.name: [
+            *(problem for part in (place, *sorted(place.glob("round_*"))) for problem in damages(part)),
+            *begun_otherwise(place, arm_overrides(config, arm, seed)),
+            *_job_is_gone(place),
+        ]
+        for arm in config.study.arms
+        for seed in config.study.seeds
+        if ((place := folder / f"{arm.name}-{seed}") / manifests.MANIFEST).exists()
+    }
+    if problems := problems_by_job(found, f"of {len(found)} finished"):
+        raise UserError(*problems)
+
+
+def _job_is_gone(place: Path) -> list[str]:
+    """An arm's job.json is written before its run starts."""
+    from laddpo.jobs.sweep import JOB_FILE
+
+    if (place / JOB_FILE).exists():
+        return []
+    return [f"{place / JOB_FILE}: is gone, so the arm's settings are not known. Restore it, or remove {place}."]
+
+
+def arm_overrides(config: RunConfig, arm: StudyArm, seed: int) -> list[str]:
+    """All that the command line of an arm's run sets."""
+    return [*shared_overrides(config, arm), *arm.overrides, f"seed={seed}"]
+
+
+def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) -> list[str]:
+    """Run each job that is not finished; the names of those that failed. Raises `Stopped` after a signal."""
+    from laddpo.jobs.children import Sweep, child_command, forward_signals, run_child
+    from laddpo.results.of_jobs import JOB_FILE
+    from laddpo.storage import atomic, manifests
+    from laddpo.storage.seals import write_checked
+
+    failed = []
+    config_name, config_dir = root_config()
+    with forward_signals(folder) as is_stopping:
+        for number, (arm, seed) in enumerate(jobs, 1):
+            place = folder / f"{arm.name}-{seed}"
+            if (place / manifests.MANIFEST).exists():
+                continue
+            print(f"{number} of {len(jobs)}: {place.name}", flush=True)
+            sweep = Sweep(arm.stage, config_name, config_dir, [], folder, is_resumed=True)
+            overrides = arm_overrides(config, arm, seed)
+            write_checked(place / JOB_FILE, {"overrides": overrides})
+            code = run_child(child_command(sweep, overrides, place), place, log=place / "log.txt")
+            atomic.write_json(place / JOB_FILE, {"overrides": overrides, "exit_code": code})
+            if code == EXIT_STOPPED or is_stopping():
+                raise Stopped(f"{folder}: stopped.", f"Run the same command with resume=true output_dir={folder}.")
+            if code != EXIT_DONE:
+                print(f"  failed with exit code {code}: {place / 'log.txt'}", flush=True)
+                failed.append(place.name)
+            write_page(config, folder)
+    return failed
+
+
+def shared_overrides(config: RunConfig, arm: StudyArm | None = None) -> list[str]:
+    """What every run gets: the study's settings, then what this command line says beside the study.
+
+    An arm goes without what its stage does not read, and one that names data of its own without what only the study's
+    source would read.
+    """
+    given = [text for text in given_overrides.get() if text.lstrip("+~").split("=")[0].split(".")[0] not in OWN]
+    shared = [*config.study.settings, *given]
+    has_own_data = arm is not None and any(text.startswith("data=") for text in arm.overrides)
+    return [
+        text
+        for text in shared
+        if not (has_own_data and reader_row(text.partition("=")[0])) and (arm is None or stage_reads(arm.stage, text))
+    ]
+
+
+def root_config() -> tuple[str, str | None]:
+    """--config-name and --config-dir of this command line, as Hydra knows them."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    added = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    return hydra.job.config_name, added[0] if added else None
+
+
+def asked_of(config: RunConfig) -> list[str]:
+    """The arguments that make this study again, wherever its folder is and whatever was already there."""
+    name, folder = root_config()
+    flags = [] if name == "config" else ["--config-name", name]
+    if folder is not None:
+        place, here = Path(folder), Path.cwd()
+        flags += ["--config-dir", str(place.relative_to(here) if place.is_relative_to(here) else place)]
+    other = ("study.only", "output_dir", "resume")
+    given = [text for text in given_overrides.get() if text.split("=")[0] not in other]
+    return [*flags, *given]
+
+
+def run_state(place: Path) -> str:
+    """How a run that is in no number of the page ended."""
+    from laddpo.results.of_jobs import JOB_FILE, JOB_KEYS, job_state
+    from laddpo.storage import manifests
+    from laddpo.storage.seals import read_checked
+
+    if (place / manifests.MANIFEST).exists():
+        return "finished, without answers of both models to the same problems"
+    job = place / JOB_FILE
+    code = read_checked(job, JOB_KEYS)["exit_code"] if job.exists() else None
+    return job_state(code, has_begun=job.exists())
+
+
+def write_page(config: RunConfig, folder: Path) -> dict:
+    """study.json, study.md and study.png of what is finished, asked for this time or before."""
+    from laddpo.results import studies
+    from laddpo.storage import atomic
+
+    study = config.study
+    read, unfinished = [], []
+    for arm in study.arms:
+        found = [studies.read_outcome(folder / f"{arm.name}-{seed}", seed) for seed in study.seeds]
+        outcomes = [outcome for outcome in found if outcome is not None]
+        for seed, outcome in zip(study.seeds, found, strict=True):
+            if outcome is None:
+                name = f"{arm.name}-{seed}"
+                unfinished.append({"run": name, "state": run_state(folder / name)})
+        read.append(studies.Arm(arm.name, arm.factor, arm.stage, arm.overrides, arm.against, outcomes))
+    content = studies.study_json(read, [studies.Claim(c.arm, c.against, c.margin) for c in study.claims])
+    content["unfinished"] = unfinished
+    content["settings"] = shared_overrides(config)
+    title, command = f"Study {study.name}", shlex.join(["python", "-m", "laddpo.study", *asked_of(config)])
+    atomic.write_json(folder / "study.json", content)
+    atomic.write_text(folder / "study.md", studies.study_markdown(content, title, command))
+    if content["arms"]:
+        studies.study_plot(content, folder / "study.png", title)
+    return content
