@@ -237,9 +237,9 @@ def sampler_part(config: RunConfig, machine) -> tuple[str, dict]:
     """
     import numpy as np
 
-    from laddpo.answering import sampler_settings
     from laddpo.benchmarking import decoding
     from laddpo.benchmarking.report import sampler_section
+    from laddpo.evaluation.answering import sampler_settings
 
     wanted = config.benchmark
     answer, stops, grade, about = _graded(config, machine) if _is_local(config) else _ungraded(config, machine)
@@ -263,7 +263,7 @@ def _is_local(config: RunConfig) -> bool:
 
 
 def _graded(config: RunConfig, machine) -> tuple:
-    from laddpo.answering import open_task
+    from laddpo.evaluation.answering import open_task
     from laddpo.evaluation.sampling import generate
     from laddpo.inputs import policy
     from laddpo.inputs.data import encoder_for

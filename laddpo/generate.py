@@ -44,7 +44,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def answer_prompts(config: RunConfig, texts: list[str], tuned: Path | None) -> dict[str, list[str]]:
     """The answers of the base, and with `tuned` those of the tuned model, by name."""
-    from laddpo.answering import answerer
+    from laddpo.evaluation.answering import answerer
     from laddpo.hardware.machine import find_machine
     from laddpo.inputs import policy
     from laddpo.inputs.tuned import base_model, use_weights

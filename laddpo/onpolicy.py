@@ -115,7 +115,7 @@ def questions_of_a_round(config: RunConfig) -> int:
 
 def sample_fields(config: RunConfig, questions: list) -> dict:
     """Everything that the sampled texts depend on: the key of their folder."""
-    from laddpo.answering import sampler_settings
+    from laddpo.evaluation.answering import sampler_settings
     from laddpo.inputs.data import encoder_for
     from laddpo.inputs.policy import model_path
     from laddpo.models.adapters import adapter_identity
@@ -166,7 +166,7 @@ def pair_grader(config: RunConfig, questions: list):
 
 def _sampler(config: RunConfig, questions: list):
     """A function from prompts to these questions and keys to texts, which holds the model."""
-    from laddpo.answering import answer_ids, encoded_prompts
+    from laddpo.evaluation.answering import answer_ids, encoded_prompts
     from laddpo.hardware.machine import find_machine
     from laddpo.inputs import policy
     from laddpo.preference.reading.pairs import user_prompt

@@ -22,7 +22,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Fill the store for the training pairs that the run visits and for its validation pairs."""
     import dataclasses
 
-    from laddpo.evaluate import training_sample
+    from laddpo.evaluation.base_and_tuned import training_sample
     from laddpo.hardware.machine import find_machine
     from laddpo.hardware.planning import pairs_per_step
     from laddpo.inputs import policy, reference_values

@@ -195,7 +195,7 @@ def evaluation_prompts(config: RunConfig) -> dict[str, Callable[[], set[str]]]:
 
     def keys_of(task: str) -> Callable[[], set[str]]:
         def keys() -> set[str]:
-            from laddpo.answering import tested_questions
+            from laddpo.evaluation.answering import tested_questions
             from laddpo.preference.reading.pairs import prompt_group, user_prompt
 
             return {prompt_group(user_prompt(text)) for text in tested_questions(config, task)}

@@ -59,7 +59,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
     from laddpo.core.tasks import SftTask
-    from laddpo.evaluate import EXAMPLES, evaluate_run, open_tasks
+    from laddpo.evaluation.base_and_tuned import EXAMPLES, evaluate_run, open_tasks
     from laddpo.evaluation.heldout import measured_rows
     from laddpo.hardware.machine import find_machine
     from laddpo.inputs import pins, policy

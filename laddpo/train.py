@@ -80,7 +80,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.core.loop import train_loop
     from laddpo.core.optim import build_optimizer
     from laddpo.core.tasks import DpoTask
-    from laddpo.evaluate import open_tasks
+    from laddpo.evaluation.base_and_tuned import open_tasks
     from laddpo.hardware.footprint import StepMemory, dry_run_text, retries_text
     from laddpo.hardware.machine import find_machine
     from laddpo.hardware.planning import pairs_per_step
@@ -211,7 +211,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
 
 def finish(config, folder: Path, prepared, loaded, state, settings, stop, test_tasks, say) -> None:
     """Plot the run, evaluate base against tuned on the tasks of open_tasks; `say` takes how the run ended."""
-    from laddpo.evaluate import evaluate_run
+    from laddpo.evaluation.base_and_tuned import evaluate_run
     from laddpo.inputs.tuned import tuned_weights
     from laddpo.results.plots import training_plot
     from laddpo.storage.run_outputs import RunOutputs

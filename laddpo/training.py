@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laddpo.answering import VALIDATION_LIMIT, answer_ids, answer_task, open_task
 from laddpo.core.gradient import Item, lockstep
 from laddpo.core.loop import LoopSettings, step_items
 from laddpo.core.objectives import reference_draws
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError, visible
+from laddpo.evaluation.answering import VALIDATION_LIMIT, answer_ids, answer_task, open_task
 from laddpo.evaluation.heldout import row_losses
 from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
 from laddpo.hardware.machine import Machine

@@ -39,14 +39,14 @@ NO_USE = {
     ("inputs.policy", "_check_shape"),
     ("onpolicy", "sample_fields"),
     ("onpolicy", "sample"),  # whose evaluation holds data.sampling
-    ("harness", "answers_key"),
+    ("evaluation.harness", "answers_key"),
     *(("inputs.pins", name) for name in ("make", "require_same", "require_like_siblings", "check_adapter", "_problem")),
     ("settings.of_a_run", "settings_of_run"),
     ("settings.of_a_run", "refuse_decided"),
     ("settings.of_a_run", "other_decoding"),
     ("results.model_card", "card_text"),
     ("benchmark", "about"),
-    ("answering", "encoded_prompts"),  # whether a prompt has room
+    ("evaluation.answering", "encoded_prompts"),  # whether a prompt has room
     ("plan", "_run_line"),
     ("sft", "source_of"),
 }

@@ -594,7 +594,7 @@ def test_problems_are_found_without_hydra_too():
     [("true", "confidence"), ("false", "no"), ("no", "no"), ("confidence", "confidence"), ("logits", "logits")],
 )
 def test_every_way_of_suppressing_stop_tokens_can_be_asked_for(given, meant):
-    from laddpo.answering import sampler_settings
+    from laddpo.evaluation.answering import sampler_settings
     from laddpo.onpolicy import sampling_config
 
     config = compose(["data=onpolicy", f"evaluation.suppress_eos={given}"])

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from laddpo.answering import question_in
 from laddpo.cli.app import cli
 from laddpo.errors import UserError
+from laddpo.evaluation.answering import question_in
 from laddpo.evaluation.tasks import ARC_INSTRUCTION, GSM8K_INSTRUCTION, MATH500_INSTRUCTION
 from laddpo.inputs.data import difficulty_of
 from laddpo.inputs.policy import _check_vocabulary, model_path

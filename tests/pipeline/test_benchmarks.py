@@ -25,7 +25,7 @@ def settings(stages, questions, name):
 def test_an_interrupted_gsm8k_evaluation_continues_to_the_same_results(stages, questions, monkeypatch, capsys):
     assert stages.run("evaluate", *settings(stages, questions, "whole")) == 0
 
-    from laddpo import answering
+    from laddpo.evaluation import answering
 
     plain, calls = answering.generate, []
 

@@ -39,7 +39,7 @@ GENERATED = ["evaluation.gen_length=8", "evaluation.block_length=8", "evaluation
 
 @pytest.mark.parametrize("stage", ["generate", "evaluate", "prepare"])
 def test_a_prompt_beyond_the_positions_is_refused_before_any_answer(stages, commands, stage, capsys, monkeypatch):
-    from laddpo import answering
+    from laddpo.evaluation import answering
 
     monkeypatch.setattr(answering, "generate", lambda *_, **__: pytest.fail("answered"))
     assert stages.run(stage, *commands[stage], f"output_dir={stages.folder / 'out'}") == 2
@@ -48,7 +48,7 @@ def test_a_prompt_beyond_the_positions_is_refused_before_any_answer(stages, comm
 
 
 def test_the_stage_hands_the_end_of_text_to_the_sampler(stages, monkeypatch):
-    from laddpo import answering
+    from laddpo.evaluation import answering
 
     seen = []
 

@@ -219,7 +219,7 @@ def test_a_model_from_random_weights_obeys_the_hardware_settings_and_is_first_ev
 
 def test_validation_writes_nothing_that_a_kill_could_leave(stages, monkeypatch):
     """Looked at whenever answers are made, in the run's folder and in the system's for temporary files."""
-    from laddpo import answering
+    from laddpo.evaluation import answering
 
     run, system, found = stages.folder / "run", stages.folder / "system", []
     system.mkdir()

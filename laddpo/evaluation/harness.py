@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from laddpo.answering import sampler_settings
 from laddpo.errors import UserError
+from laddpo.evaluation.answering import sampler_settings
 from laddpo.inputs.data import encoder_for
 from laddpo.inputs.policy import Loaded
 from laddpo.settings.schema import RunConfig
