@@ -28,7 +28,7 @@ from laddpo.models.foreign_logs import quiet_bitsandbytes
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.redaction import redact
 from laddpo.settings.schema import RunConfig
-from laddpo.tracking import has_wandb_key
+from laddpo.training.tracking import has_wandb_key
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 

@@ -27,11 +27,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
     from laddpo.hardware.machine import find_machine
     from laddpo.inputs import pins, policy
-    from laddpo.prepare import open_examples, open_prepared
     from laddpo.processes.ranks import here
     from laddpo.processes.signals import stop_on_signal
-    from laddpo.resuming import held, told_to_resume
     from laddpo.settings.compose import write_config
+    from laddpo.training.pairs import open_examples, open_prepared
+    from laddpo.training.resuming import held, told_to_resume
 
     # before minutes of loading, which would be lost, and before anything is written
     tuned = tuned_weights(config, Path(config.run)) if config.run else None

@@ -75,7 +75,7 @@ def _prepared(config: RunConfig):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from laddpo.preference.preparation import find_prepared
     from laddpo.preference.prepared import PreparedPairs
-    from laddpo.prepare import _arguments
+    from laddpo.training.pairs import _arguments
 
     try:
         # auto: nothing is sampled to find out

@@ -28,9 +28,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.inputs import policy, reference_values
     from laddpo.inputs.data import data_lengths
     from laddpo.inputs.reference_values import visited_windows
-    from laddpo.prepare import open_prepared
     from laddpo.processes.signals import stop_on_signal
-    from laddpo.training import total_steps
+    from laddpo.training.pairs import open_prepared
+    from laddpo.training.run import total_steps
 
     config = dataclasses.replace(config, auto=True)  # asked for by name: there is nothing to refuse
     policy.check_before_loading(config)
@@ -68,7 +68,7 @@ def verify(loaded, store, estimator, prepared) -> None:
 
     from laddpo.core.sharing import score_shared
     from laddpo.core.tasks import pair_item, stored_pair
-    from laddpo.training import STEP_ZERO_TOLERANCE
+    from laddpo.training.faults import STEP_ZERO_TOLERANCE
 
     draws = estimator.draw_indices(0)
     known = [pair for pair in prepared.train if not store.missing(stored_pair(pair), draws)]

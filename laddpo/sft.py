@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one SFT run in `run_folder`, or in the run that `resume` names."""
     from laddpo.processes.signals import stop_on_signal
-    from laddpo.resuming import check_finished, find_run, held, step_processes, told_to_resume
+    from laddpo.training.resuming import check_finished, find_run, held, step_processes, told_to_resume
 
     if config.dry_run:  # of a yaml file; of the command line laddpo/settings/read_settings.py refuses it
         raise UserError("dry_run is true, which only python -m laddpo.train knows; expected false. Leave it out.")
@@ -66,24 +66,23 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.inputs.tuned import tuned_weights
     from laddpo.models.loading import load_tokenizer
     from laddpo.preference.prepared import chosen_examples
-    from laddpo.prepare import open_examples, open_prepared
     from laddpo.results.plots import training_plot
     from laddpo.settings.compose import write_config
     from laddpo.settings.of_a_run import write_command
     from laddpo.storage import manifests
-    from laddpo.training import (
+    from laddpo.training.faults import fault_reports
+    from laddpo.training.pairs import open_examples, open_prepared
+    from laddpo.training.run import (
         SEALED,
-        Validation,
         check_weights,
-        fault_reports,
         gradient_scaler,
         loop_settings,
         resume_step,
         run_outputs,
         stop_if_asked,
-        validation_tasks,
         warmup_note,
     )
+    from laddpo.training.validation import Validation, validation_tasks
 
     policy.check_before_loading(config, hash_again=not config.sft.from_scratch)
     kind = sft_examples(config)

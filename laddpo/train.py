@@ -20,7 +20,7 @@ from laddpo.settings.schema import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Train one run in `run_folder`, or in the run that `resume` names."""
-    from laddpo.resuming import check_finished, find_run, held, step_processes, told_to_resume
+    from laddpo.training.resuming import check_finished, find_run, held, step_processes, told_to_resume
 
     place = find_run(config, run_folder)
     if place.is_finished:
@@ -35,7 +35,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     with held(place.folder, "train", place.is_resumed), told_to_resume(place.folder), stop_on_signal() as stop:
         config = step_processes(config, place)
         if config.data.rounds > 1:
-            from laddpo.rounds import train_rounds
+            from laddpo.training.rounds import train_rounds
 
             train_rounds(config, place.folder, train, stop)
         else:
@@ -54,8 +54,8 @@ def dry_run(config: RunConfig, folder: Path) -> None:
     from laddpo.errors import Stopped
     from laddpo.processes.ranks import here
     from laddpo.processes.signals import stop_on_signal
-    from laddpo.resuming import held
-    from laddpo.rounds import config_of_round
+    from laddpo.training.resuming import held
+    from laddpo.training.rounds import config_of_round
 
     place = folder / "dry_run"
     try:
@@ -87,25 +87,24 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     from laddpo.inputs import pins, policy, reference_values
     from laddpo.inputs.data import data_lengths
     from laddpo.inputs.reference_values import visited_windows
-    from laddpo.prepare import check_enough, open_prepared
     from laddpo.settings.compose import write_config
     from laddpo.settings.of_a_run import write_command
     from laddpo.storage import manifests
-    from laddpo.training import (
+    from laddpo.training.faults import fault_reports, step_zero_check
+    from laddpo.training.pairs import check_enough, open_prepared
+    from laddpo.training.run import (
         SEALED,
         check_weights,
         dry_run_settings,
-        fault_reports,
         gradient_scaler,
         longest_pairs,
         loop_settings,
-        open_validation,
         resume_step,
         run_outputs,
-        step_zero_check,
         stop_if_asked,
         warmup_note,
     )
+    from laddpo.training.validation import open_validation
 
     policy.check_before_loading(config, hash_again=True)
     test_tasks = open_tasks(config) if config.evaluation.at_end and not config.dry_run else []

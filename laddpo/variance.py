@@ -25,9 +25,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.hardware.machine import find_machine
     from laddpo.inputs import pins, policy
     from laddpo.inputs.data import data_lengths
-    from laddpo.prepare import open_prepared
     from laddpo.processes.signals import at_once, stop_on_signal
     from laddpo.storage.folders import owned
+    from laddpo.training.pairs import open_prepared
 
     tuned = moved_weights(config)
     policy.check_before_loading(config)

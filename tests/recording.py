@@ -29,16 +29,16 @@ CHECKING = (
         "settings.mistakes",
         "settings.path_checks",
     ),
-    *("settings.ranges", "settings.read_settings", "resuming"),
+    *("settings.ranges", "settings.read_settings", "training.resuming"),
 )
 # functions that fingerprint, compare or print, with all that they call: (module, name)
 NO_USE = {
-    ("prepare", "_only_part"),
+    ("training.pairs", "_only_part"),
     ("inputs.data", "request_of"),  # what of it a source reads is recorded on the Request
     ("inputs.reference_values", "reference_fields"),
     ("inputs.policy", "_check_shape"),
-    ("onpolicy", "sample_fields"),
-    ("onpolicy", "sample"),  # whose evaluation holds data.sampling
+    ("training.on_policy", "sample_fields"),
+    ("training.on_policy", "sample"),  # whose evaluation holds data.sampling
     ("evaluation.harness", "answers_key"),
     *(("inputs.pins", name) for name in ("make", "require_same", "require_like_siblings", "check_adapter", "_problem")),
     ("settings.of_a_run", "settings_of_run"),

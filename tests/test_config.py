@@ -595,7 +595,7 @@ def test_problems_are_found_without_hydra_too():
 )
 def test_every_way_of_suppressing_stop_tokens_can_be_asked_for(given, meant):
     from laddpo.evaluation.answering import sampler_settings
-    from laddpo.onpolicy import sampling_config
+    from laddpo.training.on_policy import sampling_config
 
     config = compose(["data=onpolicy", f"evaluation.suppress_eos={given}"])
     assert sampler_settings(config).suppression == sampler_settings(sampling_config(config)).suppression == meant

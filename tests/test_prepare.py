@@ -14,10 +14,10 @@ from laddpo.inputs.data import difficulty_of
 from laddpo.inputs.policy import _check_vocabulary, model_path
 from laddpo.models.loading import load_tokenizer
 from laddpo.preference.prepared import PreparedPairs
-from laddpo.prepare import _arguments, check_enough
 from laddpo.settings.compose import compose
 from laddpo.settings.read_settings import stage_reads
 from laddpo.storage.atomic import read_json
+from laddpo.training.pairs import _arguments, check_enough
 
 
 def write_rows(path, rows):

@@ -13,7 +13,7 @@ from laddpo.results.model_card import CardFacts, card_text
 from laddpo.settings.compose import compose, read_config, write_config
 from laddpo.settings.redaction import find_secrets, foreign_variables, redact
 from laddpo.settings.schema import RunConfig
-from laddpo.tracking import TRACKERS, Trackers
+from laddpo.training.tracking import TRACKERS, Trackers
 
 CANARY = "cAn4ry/K7MDENG+bPxRfi"
 SECRETS = (

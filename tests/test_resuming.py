@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from laddpo import resuming
 from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.settings import compose as composing
 from laddpo.settings import of_a_run
 from laddpo.settings.compose import compose, read_config, write_config
 from laddpo.storage.manifests import write_manifest
+from laddpo.training import resuming
 
 
 @pytest.fixture(autouse=True)

@@ -44,14 +44,14 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "hardware.planning": "the kernel's estimate of free memory",
     "preference.reading.splits": "descriptions of a user's data set, which nothing of ours seals",
     "preference.prepared": "report.json after read_manifest of the folder",
-    "resuming": "command.json: which settings were named, for a message",
+    "training.resuming": "command.json: which settings were named, for a message",
     "results.run_pages": "timing.jsonl is not sealed; state.json names what a log must be",
     "storage.manifests": "the reading functions themselves",
-    "rounds": "results.json after sealed_file",
+    "training.rounds": "results.json after sealed_file",
     "storage.seals": "the comparisons themselves",
     "jobs.sweep": "process.json says which process runs a job, for as long as it runs",
     "storage.temporaries": "the system's boot and namespace ids",
-    "tracking": "wandb_id.txt is a name at a tracker; no value depends on it",
+    "training.tracking": "wandb_id.txt is a name at a tracker; no value depends on it",
 }
 
 

@@ -9,8 +9,8 @@ import time
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from laddpo import tracking
-from laddpo.tracking import Trackers, wandb_id
+from laddpo.training import tracking
+from laddpo.training.tracking import Trackers, wandb_id
 
 BOTH = {"tensorboard": True, "wandb": True, "wandb_project": "laddpo-test", "wandb_mode": "offline"}
 

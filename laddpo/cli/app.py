@@ -205,7 +205,7 @@ def settings_for(
     begun = begun_evaluation(typed.config) if stage == "evaluate" else None
     resumed = None
     if stage in WITH_STEPS and typed.config.resume != "false" and not typed.problems:
-        from laddpo.resuming import Asked, resumed_settings
+        from laddpo.training.resuming import Asked, resumed_settings
 
         def compose_without(others: Sequence[str]) -> RunConfig:
             return typed_settings(compose_tree(hydra, config_name, list(others))).config
@@ -263,8 +263,8 @@ def _print_into_nothing() -> None:
 def run_folder(stage: str, config: RunConfig) -> Path:
     """The folder this run owns: `output_dir` when given, else outputs/<stage>/<date-time-name>. Not created here.
 
-    A stage goes on in the folder that `resume` names; for one with steps laddpo/resuming.py has found it by now. Rank 0
-    of a launch asks for all of them.
+    A stage goes on in the folder that `resume` names; for one with steps laddpo/training/resuming.py has found it by
+    now. Rank 0 of a launch asks for all of them.
     """
     if stage in WITH_STEPS and config.resume not in ("true", "false"):
         folder = Path(config.resume)

@@ -217,12 +217,12 @@ def install(names: Sequence[str]) -> None:
     """What a child replaces before its stage runs. any_grader: answers are numbers, of which half are right,
     though the model is random. jobs: a job of a sweep or study is a copy of a finished run instead of a process."""
     if "any_grader" in names:
-        from laddpo import onpolicy
         from laddpo.evaluation.grading import FunctionGrader
+        from laddpo.training import on_policy
 
         half = FunctionGrader("half of all", lambda text, answer: zlib.crc32(text.encode()) % 2 == 0)
-        onpolicy.pair_grader = lambda config, questions: half
-        onpolicy._sampler = lambda config: _answers
+        on_policy.pair_grader = lambda config, questions: half
+        on_policy._sampler = lambda config: _answers
     if "jobs" in names:
         from laddpo.jobs import children
 

@@ -346,12 +346,13 @@ def stop_at(monkeypatch):
 
 
 def moment(name: str):
-    from laddpo import evaluate, training
+    from laddpo import evaluate
     from laddpo.inputs import policy
+    from laddpo.training import validation
 
     return {
         "loading": (policy, "load"),
-        "first validation": (training.Validation, "measure"),
+        "first validation": (validation.Validation, "measure"),
         "last evaluation": (evaluate, "use_weights"),
     }[name]
 

@@ -136,8 +136,8 @@ def test_a_run_of_rounds_goes_on_where_it_stopped(two_rounds, tmp_path, capsys):
 
 def test_a_run_of_rounds_is_pinned_to_what_its_settings_name(two_rounds):
     from laddpo.inputs import pins
-    from laddpo.prepare import open_prepared
     from laddpo.settings.compose import read_config
+    from laddpo.training.pairs import open_prepared
 
     run, _ = two_rounds
     config = read_config(run)

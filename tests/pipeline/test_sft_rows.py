@@ -91,8 +91,8 @@ def test_generated_data_are_trained_on_as_before(stages):
 
 
 def test_a_mixture_gives_examples_of_every_part(stages, tmp_path):
-    from laddpo.prepare import open_examples
     from laddpo.settings.compose import compose
+    from laddpo.training.pairs import open_examples
 
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     pairs = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": "r"} for i in range(16)]

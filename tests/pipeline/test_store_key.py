@@ -124,7 +124,7 @@ def test_the_margin_at_step_0_is_zero_after_a_precompute_stopped_and_continued_i
     import contextlib
 
     from laddpo.processes import signals
-    from laddpo.training import STEP_ZERO_TOLERANCE
+    from laddpo.training.faults import STEP_ZERO_TOLERANCE
 
     class Late(signals.StopFlag):
         """Set while the second window or a later one is computed."""

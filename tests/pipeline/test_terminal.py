@@ -130,7 +130,7 @@ def test_what_is_printed_or_drawn_after_the_work_loses_no_run(stages, monkeypatc
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
 def test_a_signal_during_validation_is_answered_before_the_next_micro_step(stages, monkeypatch, capsys):
     from laddpo.core import gradient
-    from laddpo.training import Validation
+    from laddpo.training.validation import Validation
 
     measure, draw_values, scored = Validation.measure, gradient._draw_values, []
 

@@ -69,7 +69,7 @@ def _require_whole(config: RunConfig, place: Path) -> None:
 def finish_rounds(folder: Path, count: int, seed: int) -> None:
     """The last round's adapter as the run's own, the table of rounds, and the manifest that links them."""
     from laddpo.inputs.policy import ADAPTER
-    from laddpo.training import SEALED
+    from laddpo.training.run import SEALED
 
     places = [folder / f"round_{number}" for number in range(1, count + 1)]
     records = [_round_record(folder, place) for place in places]
@@ -103,7 +103,7 @@ def _pin_like_the_first(adapter: Path, first: Path) -> None:
 
 def questions_pin(config: RunConfig) -> str | None:
     """What stands for the questions of all rounds, where they are asked of a file."""
-    from laddpo.onpolicy import open_questions
+    from laddpo.training.on_policy import open_questions
 
     if config.data.source != "onpolicy" or config.data.dataset_name is None:
         return None
@@ -114,7 +114,7 @@ def questions_pin(config: RunConfig) -> str | None:
 
 def config_of_round(config: RunConfig, number: int, start: str | None, folder: Path) -> RunConfig:
     """A single round as a run of its own: the next questions, from the adapter of the round before, at a lower rate."""
-    from laddpo.onpolicy import questions_of_a_round
+    from laddpo.training.on_policy import questions_of_a_round
 
     sampling = config.data.sampling
     first = sampling.first_question + (number - 1) * questions_of_a_round(config)

@@ -1,0 +1,189 @@
+"""The pairs or rows that a run learns from: opened where they are prepared, made where they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from laddpo.settings.ranges import EMBEDDED_TASKS
+from laddpo.settings.read_settings import command_of
+from laddpo.settings.schema import MixturePart, RunConfig
+
+if TYPE_CHECKING:
+    from laddpo.preference.candidates import Grader
+
+
+def open_prepared(config: RunConfig):
+    """The prepared pairs of this configuration: found, or made now with auto=true."""
+    from laddpo.preference.preparation import find_prepared
+
+    if not config.auto and find_prepared(*_arguments(config)) is None:
+        raise _not_prepared(config, f"Run {command_of('prepare')}, or set auto=true.")
+    return prepare(config)
+
+
+def open_examples(config: RunConfig):
+    """The prepared SFT examples of this configuration: found, or made now with auto=true."""
+    from laddpo.preference.preparation import find_prepared, prepare_examples
+    from laddpo.preference.sources import open_corpus
+
+    folder, source, *rest = arguments = _arguments(config)
+    examples = (folder, f"{source}-examples", *rest)  # pairs of the same rows have a folder of their own
+    if not config.auto and find_prepared(*examples, open_corpus) is None:
+        _close_graders(arguments)
+        raise _not_prepared(config, "Run this once with auto=true.")
+    return _prepared(config, prepare_examples, examples)
+
+
+def prepare(config: RunConfig):
+    """The finished folder as `PreparedPairs`."""
+    from laddpo.preference.preparation import prepare_pairs
+
+    return _prepared(config, prepare_pairs, _arguments(config))
+
+
+def _prepared(config: RunConfig, make: Callable, arguments: tuple):
+    """What `make` prepares: on rank 0 first, whose folder the other processes find."""
+    from laddpo.errors import UserError
+    from laddpo.processes.ranks import here
+
+    try:
+        with here().main_first():
+            prepared = make(*arguments, evaluation_prompts(config))
+    finally:
+        _close_graders(arguments)
+    if not len(prepared.train):
+        raise UserError(f"{prepared.folder}: holds no row for training; its report.json says what became of the rows.")
+    return prepared
+
+
+def _close_graders(arguments: tuple) -> None:
+    for part in arguments[2]:
+        if part.request.grader is not None:
+            part.request.grader.close()
+
+
+def _not_prepared(config: RunConfig, cure: str):
+    from laddpo.errors import UserError
+
+    return UserError(
+        f"{Path(config.paths.data_dir) / 'prepared'}: these data are not prepared yet and auto is false. {cure}"
+    )
+
+
+def check_enough(config: RunConfig, prepared) -> None:
+    """Before training: refuse a run whose measure needs held-out pairs that are not there; say when data are short.
+
+    Validation needs no pairs where tasks with problems of their own choose the best step.
+    """
+    import sys
+
+    from laddpo.errors import UserError
+    from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT
+    from laddpo.hardware.planning import pairs_per_step
+    from laddpo.processes.ranks import here
+
+    has_problems = any(task in HAS_VALIDATION_SPLIT for task in config.evaluation.tasks)
+    needs_pairs = config.best_metric not in ("auto", "none", "exact_match") or (
+        config.evaluation.every_steps is not None and not has_problems
+    )
+    if needs_pairs and not config.dry_run and not len(prepared.validation):
+        why = (
+            f"best_metric is {config.best_metric!r}"
+            if config.best_metric != "auto"
+            else f"evaluation.every_steps is {config.evaluation.every_steps}"
+        )
+        raise UserError(
+            f"{prepared.folder}: holds no validation pair and {why}, which is measured on them (DATA-88). Raise "
+            f"data.validation_fraction (it is {config.data.validation_fraction:g}; the split is by prompt), or set "
+            "evaluation.every_steps=null and best_metric=auto."
+        )
+    count, batch = len(prepared.train), pairs_per_step(config)
+    is_accumulated = config.optim.gradient_accumulation_steps > 1
+    larger = "gradient_accumulation_steps" if is_accumulated else "per_device_train_batch_size"
+    if count < batch and here().is_main:
+        print(
+            f"note: {count:,} training pairs are fewer than the {batch:,} of a step: each step is a whole epoch. Lower "
+            f"optim.{larger}, or give more pairs.",
+            file=sys.stderr,
+        )
+
+
+def _arguments(config: RunConfig) -> tuple:
+    """What the settings mean to laddpo/preference: folder, name, parts, encoder, rules."""
+    from laddpo.inputs.data import encoder_for, request_of
+    from laddpo.inputs.policy import model_path
+    from laddpo.models.loading import load_tokenizer
+    from laddpo.preference.preparation import Part, Rules
+
+    data = config.data
+    rules = Rules(
+        seed=config.seed,
+        random_sample_size=data.random_sample_size,
+        validation_fraction=data.validation_fraction,
+        on_bad_row=data.on_bad_row,
+        max_bad_fraction=data.max_bad_fraction,
+        duplicates=data.duplicates,
+        fail_on_leak=data.fail_on_leak,
+    )
+    parts = [
+        Part(part.source, request_of(config, part, grader), part.weight) for part, grader in _graded_mixture(config)
+    ]
+    encoder = encoder_for(config, load_tokenizer(model_path(config), config.model.revision))
+    return Path(config.paths.data_dir) / "prepared", data.source, parts, encoder, rules
+
+
+def _graded_mixture(config: RunConfig) -> list[tuple[MixturePart, Grader | None]]:
+    """The parts of data.mixture, or the one source as a mixture of one; each with what grades its answers, if it has
+    any."""
+    from laddpo.training.on_policy import open_questions, pair_grader, sampled_file
+
+    data, mixture = config.data, config.data.mixture
+    if data.source == "onpolicy":
+        questions = open_questions(config)
+        return [(MixturePart(data.source, str(sampled_file(config, questions))), pair_grader(config, questions))]
+    return [(part, _grader(config, part.source)) for part in mixture or [_only_part(config)]]
+
+
+def _only_part(config: RunConfig) -> MixturePart:
+    data = config.data
+    return MixturePart(
+        data.source,
+        data.dataset_name,
+        data.dataset_split,
+        data.revision,
+        data.columns,
+        data.format,
+        dataset_config=data.dataset_config,
+    )
+
+
+def _grader(config: RunConfig, source: str) -> Grader | None:
+    """What tells right from wrong where pairs are made of answers; None elsewhere."""
+    if source == "onpolicy":  # samples that a mixture names
+        from laddpo.training.on_policy import open_questions, pair_grader
+
+        return pair_grader(config, open_questions(config))
+    from laddpo.evaluation.grading import math_grader
+
+    return math_grader() if source == "graded_candidates" else None
+
+
+def evaluation_prompts(config: RunConfig) -> dict[str, Callable[[], set[str]]]:
+    """By the name of each configured task, what gives the keys of its test problems; loaded only when asked."""
+
+    def keys_of(task: str) -> Callable[[], set[str]]:
+        def keys() -> set[str]:
+            from laddpo.evaluation.answering import tested_questions
+            from laddpo.preference.reading.pairs import prompt_group, user_prompt
+
+            return {prompt_group(user_prompt(text)) for text in tested_questions(config, task)}
+
+        return keys
+
+    files = {task: config.evaluation.dataset_name for task in config.evaluation.tasks if task not in EMBEDDED_TASKS}
+    return {
+        f"the test problems of {task}" + (f" ({files[task]})" if files.get(task) else ""): keys_of(task)
+        for task in config.evaluation.tasks
+    }
