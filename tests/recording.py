@@ -45,7 +45,7 @@ NO_USE = {
     ("settings.of_a_run", "refuse_decided"),
     ("settings.of_a_run", "other_decoding"),
     ("results.model_card", "card_text"),
-    ("benchmark", "about"),
+    ("benchmarking.parts", "about"),
     ("evaluation.answering", "encoded_prompts"),  # whether a prompt has room
     ("plan", "_run_line"),
     ("sft", "source_of"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo import benchmark
+from laddpo.benchmarking import parts
 from laddpo.benchmarking.measure import median_ratio, timed_rounds
 from laddpo.benchmarking.workload import length_parameters, pair_of_tokens, random_model, random_pairs
 from laddpo.cli.app import cli
@@ -94,7 +94,7 @@ def test_the_fast_paths_are_compared_with_the_plain_sampler_on_graded_answers(wr
 
 def test_a_shipped_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert benchmark._is_local(compose()) and not benchmark._is_local(compose(["model=llada_8b"]))
+    assert parts._is_local(compose()) and not parts._is_local(compose(["model=llada_8b"]))
 
 
 def test_random_weights_answer_for_time_alone(tmp_path):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo import realsize
+from laddpo.benchmarking import real_shapes
 from laddpo.benchmarking.measure import timed_rounds
 from laddpo.benchmarking.rates import kernel_kind, micro_steps, work_of
+from laddpo.benchmarking.real_shapes import setup_of
+from laddpo.benchmarking.real_size import predicted_peak
 from laddpo.benchmarking.steps import Measured, fixed_budget, measure
 from laddpo.benchmarking.workload import random_model, random_pairs
 from laddpo.cli.app import cli
@@ -21,7 +23,6 @@ from laddpo.errors import UserError
 from laddpo.hardware.memory import GIB, Load, predict_memory
 from laddpo.hardware.speed import Device, forward_flops, predicted_tokens_per_s
 from laddpo.models.adapters import attach_lora
-from laddpo.realsize import predicted_peak, setup_of
 from laddpo.settings.compose import compose
 from tests.tiny import of_parts
 
@@ -49,7 +50,7 @@ def models():
 def written(tmp_path_factory, models):
     """(benchmark.md, benchmark.json) of the parts of a real size"""
     folder = tmp_path_factory.mktemp("realsize") / "run"
-    plain, made = realsize.random_policy, []
+    plain, made = real_shapes.random_policy, []
 
     def watched(*arguments, **named):
         gc.collect()
@@ -58,7 +59,7 @@ def written(tmp_path_factory, models):
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(realsize, "random_policy", watched)
+        patch.setattr(real_shapes, "random_policy", watched)
         assert cli("benchmark", [*SMALL, f"output_dir={folder}"]) == 0
     return (folder / "benchmark.md").read_text(encoding="utf-8"), json.loads((folder / "benchmark.json").read_text())
 
@@ -130,12 +131,12 @@ def test_a_compiler_that_fails_costs_its_own_row_alone(monkeypatch, tmp_path):
 
 
 def test_what_was_measured_is_written_before_the_next_part(monkeypatch, tmp_path):
-    from laddpo import benchmark
+    from laddpo.benchmarking import parts
 
     def fails(config, machine):
         raise UserError("nano failed")
 
-    monkeypatch.setitem(benchmark.PARTS, "nano", fails)
+    monkeypatch.setitem(parts.PARTS, "nano", fails)
     folder = tmp_path / "run"
     assert (
         cli(

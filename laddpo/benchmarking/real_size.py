@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laddpo.settings.schema import QuantizationSettings, RunConfig, StepSetting, keywords
+from laddpo.settings.schema import RunConfig, StepSetting
 
 if TYPE_CHECKING:
     from laddpo.benchmarking.steps import Measured
+from laddpo.benchmarking.real_shapes import dialogue_pairs, quantization_of, random_policy, setup_of
 
-STORAGE = {"none": {}, "nf4": {"load_in_4bit": True}, "int8": {"load_in_8bit": True}}
 TIMES = 3  # that a step is timed, after one to warm up
 MICRO_STEPS = 3  # that a step of the part `rates` fills
 TITLES = {
@@ -233,39 +233,6 @@ def nano_part(config: RunConfig, machine) -> tuple[str, dict]:
     return f"{steps} steps of llada_nano on the embedded pairs, float32, same seed.\n\n{text}", record
 
 
-def random_policy(config: RunConfig, machine, quantization: QuantizationSettings, prepare=None):
-    """Random weights in the benchmark's shape under a fresh adapter; `prepare` changes the base before it is put on."""
-    from laddpo.benchmarking.workload import random_model
-    from laddpo.inputs import policy
-
-    shape, stored = keywords(config.benchmark.shape), policy.storage_of(quantization)
-    model = random_model(shape, config.seed, machine.device, machine.dtype, stored)
-    if prepare is not None:
-        prepare(model)
-    policy.attach_adapter(config, model)
-    return model
-
-
-def quantization_of(name: str) -> QuantizationSettings:
-    """The config group of that name."""
-    return QuantizationSettings(**STORAGE[name])
-
-
-def setup_of(config: RunConfig, machine, setting: StepSetting):
-    """The memory plan's view of a setting."""
-    from laddpo.hardware.planning import memory_setup
-
-    taken = ("gradient_checkpointing", "offload_activations", "embeddings_on_cpu")
-    changed = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, shape=config.benchmark.shape),
-        quantization=quantization_of(setting.quantization),
-        hardware=dataclasses.replace(config.hardware, **{name: getattr(setting, name) for name in taken}),
-        optim=dataclasses.replace(config.optim, optimizer=setting.optimizer),
-    )
-    return memory_setup(changed, machine.device.type, machine.precision)
-
-
 def predicted_peak(config: RunConfig, machine, setting: StepSetting, pair) -> int | None:
     """What the plan says of our step; it knows no others."""
     from laddpo.hardware.memory import Load, predict_memory
@@ -277,15 +244,6 @@ def predicted_peak(config: RunConfig, machine, setting: StepSetting, pair) -> in
     packed = max(longest, min(setting.token_budget // longest * longest, everything))
     load = Load(packed, mixed=False, exceeds=everything > setting.token_budget, alone=True)
     return predict_memory(setup_of(config, machine, setting), load).peak
-
-
-def dialogue_pairs(config: RunConfig, count: int, seed: int, vocab_size: int) -> list:
-    """Pairs of random tokens, mask and padding not among them, as long as the benchmark's settings say."""
-    from laddpo.benchmarking.workload import random_pairs
-
-    wanted = config.benchmark
-    lengths = (wanted.mean, wanted.p99, wanted.prompt_mean, wanted.max_length)
-    return random_pairs(count, vocab_size - 2, *lengths, config.seed + seed)
 
 
 def _pairs_of_tokens(config: RunConfig, tokens: int, draws: int) -> list:
