@@ -1,4 +1,4 @@
-"""Imports point down: core never learns of models or settings, and reading a configuration never loads torch."""
+"""Imports point down: from the doors to errors, folder by folder, and inside core/ file by file."""
 
 import ast
 from collections.abc import Iterator
@@ -12,79 +12,35 @@ import laddpo
 PACKAGE = Path(laddpo.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# The lower the floor, the less a module may know. A folder's floor holds for its modules unless one is named.
-FLOORS = {
-    "errors": 0,
-    "models.foreign_logs": 0,
-    "storage.manifests": 0,
-    "storage.seals": 0,
-    "settings.redaction": 0,
-    "processes.signals": 0,
-    "models.linears": 0,
-    "storage.temporaries": 0,
-    "storage.locks": 0,
-    "storage.folders": 0,
-    "settings.path_checks": 0,
-    "visible": 0,
-    "settings.schema": 0,
-    "settings.stage_schema": 0,
-    "settings.ranges": 0,
-    "settings.mistakes": 0,
-    "settings.checks": 0,
-    "settings.hardware_checks": 0,
-    "settings.data_checks": 0,
-    "settings.decoding_checks": 0,
-    "settings.read_settings": 0,
-    "settings.compose": 0,
-    "preference.reading.pairs": 0,
-    "preference.reading.splits": 0,
-    "core.noise": 1,
-    "core.losses": 1,
-    "core.metrics": 1,
-    "hardware.memory": 1,
-    "core.optim": 1,
-    "processes.ranks": 1,
-    "storage.run_outputs": 1,
-    "core.elbo": 2,
-    "storage.checkpoint": 2,
-    "core": 3,
-    "core.loop": 4,
-    "core.tasks": 4,
-    "preference": 3,
-    "models": 3,
-    "evaluation": 4,
-    "storage.atomic": 0,
-    "storage.json_lines": 0,
-    "storage.reference_store": 3,
-    "settings.advice": 0,
-    "settings.of_a_run": 0,
-    "preference.encoding": 3,
-    "preference.reading": 3,
-    "preference.embedded": 3,
-    "hardware.speed": 3,
-    "hardware.measuring": 3,
-    "core.draws": 2,
-    "estimator_study": 4,
-    "results": 4,
-    "results.run_pages": 5,
-    "results.model_card": 5,
-    "results.exporting": 5,
-    "results.of_jobs": 5,
-    "inputs.margins": 4,
-    "": 5,
-}
+# A module imports modules of its own folder, and of folders that stand on an earlier line than its own.
+FOLDERS = [
+    {"errors"},
+    {"processes"},
+    {"storage"},
+    {"preference"},
+    {"core"},
+    {"models"},
+    {"settings"},
+    {"hardware"},
+    {"inputs"},
+    {"results"},
+    {"evaluation", "estimator_study", "jobs"},
+    {"training", "benchmarking"},
+    {"cli"},
+    {"the doors"},
+]
+# Inside core/ a module imports those that stand before it.
+CORE = [
+    *("noise", "losses", "corrections", "budget", "draws", "elbo", "gradient", "objectives", "metrics", "sharing"),
+    *("optim", "tasks", "loop"),
+]
+# Functions of these folders take plain values and never see the settings.
+PLAIN = {"errors", "processes", "storage", "preference", "core", "models", "estimator_study"}
+# Whoever composes a run or asks for help waits for these: they load nothing heavy.
+LIGHT = {"errors", "settings", "jobs", "cli", "the doors"}
+LIGHT_MODULES = {"processes.signals", "preference.reading.pairs", "preference.reading.splits", "models.linears"}
+LOADS_LATER = {"storage.reference_store", "storage.checkpoint", "storage.run_outputs"}  # of light folders
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}
-ONLY_STAGES_KNOW = {
-    "settings.schema",
-    "settings.stage_schema",
-    "settings.checks",
-    "settings.compose",
-    "cli.app",
-    "settings.mistakes",
-    "settings.ranges",
-}
-
-PLAIN = ("processes.", "storage.", "preference.", "core.", "models.", "estimator_study.")
 
 
 def name_of(path: Path) -> str:
@@ -92,10 +48,20 @@ def name_of(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
+NAMES = [name_of(path) for path in MODULES if path.name != "__init__.py"]
+
+
+def room_of(name: str) -> str:
+    first, _, rest = name.partition(".")
+    return first if rest or first == "errors" else "the doors"
+
+
 def floor_of(name: str) -> int:
-    if name in FLOORS:
-        return FLOORS[name]
-    return FLOORS.get(name.rpartition(".")[0], FLOORS[""])
+    return next(floor for floor, rooms in enumerate(FOLDERS) if room_of(name) in rooms)
+
+
+def path_of(name: str) -> Path:
+    return PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
 
 
 def imports(path: Path, top_only: bool = False) -> Iterator[str]:
@@ -121,57 +87,54 @@ def imports(path: Path, top_only: bool = False) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def own_modules(path: Path) -> set[str]:
-    known = {name_of(module) for module in MODULES} - {""}
-    names = {name.removeprefix("laddpo.") for name in imports(path) if name.startswith("laddpo.")}
-    return names & known
+def own_modules(name: str) -> set[str]:
+    found = {text.removeprefix("laddpo.") for text in imports(path_of(name)) if text.startswith("laddpo.")}
+    return found & set(NAMES)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_point_down(path):
-    name = name_of(path)
-    folder = name.rpartition(".")[0]
-    for imported in own_modules(path):
-        same_folder = folder and imported.startswith(folder)
-        assert same_folder or floor_of(imported) <= floor_of(name), f"{name} imports {imported}, which is above it"
+def test_every_folder_has_its_line_and_none_is_empty():
+    lines = [room for rooms in FOLDERS for room in rooms]
+    assert sorted(lines) == sorted({room_of(name) for name in NAMES})
+    assert sorted(CORE) == sorted(name.removeprefix("core.") for name in NAMES if name.startswith("core."))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_point_down(name):
+    for imported in own_modules(name):
+        is_near = room_of(imported) == room_of(name) != "the doors"
+        assert is_near or floor_of(imported) < floor_of(name), f"{name} imports {imported}, which is not below it"
+        if name.startswith("core.") and imported.startswith("core."):
+            above, below = (CORE.index(module.removeprefix("core.")) for module in (name, imported))
+            assert below < above, f"{name} imports {imported}, which stands after it in CORE"
 
 
 def test_no_modules_import_one_another_not_even_inside_functions():
-    graph = {name_of(path): own_modules(path) for path in MODULES}
     try:
-        TopologicalSorter(graph).prepare()
+        TopologicalSorter({name: own_modules(name) for name in NAMES}).prepare()
     except CycleError as error:
         pytest.fail(f"imports in a circle: {' <- '.join(error.args[1])}; pass a function down, or move it lower")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_below_the_stages_functions_take_plain_values(path):
-    name = name_of(path)
-    if name.startswith(PLAIN):
-        assert not own_modules(path) & ONLY_STAGES_KNOW
-    if name.startswith("core."):
-        assert not [module for module in own_modules(path) if module.startswith(("models", "preference.sources"))]
+@pytest.mark.parametrize("name", [name for name in NAMES if room_of(name) in PLAIN])
+def test_below_the_settings_functions_take_plain_values(name):
+    assert "RunConfig" not in path_of(name).read_text(encoding="utf-8")
 
 
 def loaded_at_import(name: str, seen: set[str]) -> set[str]:
     """Everything that importing a module of ours loads, through other modules of ours."""
-    path = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
-    if name in seen or not path.exists():
+    if name in seen or name not in NAMES:
         return set()
     seen.add(name)
-    found = set(imports(path, top_only=True))
+    found = set(imports(path_of(name), top_only=True))
     for inner in [other.removeprefix("laddpo.") for other in found if other.startswith("laddpo.")]:
         found |= loaded_at_import(inner, seen)
     return found
 
 
-STAGES = [
-    name_of(path) for path in MODULES if "run_stage(" in path.read_text(encoding="utf-8") and name_of(path) != "cli.app"
-]
-
-
 @pytest.mark.parametrize(
-    "name", sorted({name for name, floor in FLOORS.items() if floor == 0} | {"cli.app", "jobs.sweep", *STAGES})
+    "name",
+    [name for name in NAMES if room_of(name) in LIGHT or name in LIGHT_MODULES]
+    + [name for name in NAMES if room_of(name) == "storage" and name not in LOADS_LATER],
 )
 def test_settings_and_stages_load_nothing_heavy_at_import(name):
     heavy = {module.split(".")[0] for module in loaded_at_import(name, set())} & HEAVY
