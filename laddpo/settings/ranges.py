@@ -344,7 +344,7 @@ RANGES: dict[str, Range] = {
 
 def _find_conf_dir() -> Path:
     """conf/ of the repository (an editable install or a checkout), else the copy inside the installed package."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if (inside / "config.yaml").is_file() else package.parent / "conf"
 

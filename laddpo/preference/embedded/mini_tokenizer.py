@@ -75,6 +75,6 @@ def _merge(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    target = Path(__file__).resolve().parents[2] / "data" / "llada_mini"
+    target = Path(__file__).resolve().parents[3] / "data" / "llada_mini"
     write_mini_tokenizer(target)
     print(target)

@@ -114,6 +114,6 @@ def byte_letters() -> list[str]:
 
 
 if __name__ == "__main__":
-    target = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
+    target = Path(__file__).resolve().parents[3] / "data" / "llada_nano"
     write_nano_tokenizer(target)
     print(target)
