@@ -18,7 +18,7 @@ from laddpo.jobs import children, sweep
 from laddpo.settings.compose import compose, write_config
 from laddpo.storage.atomic import write_json
 from laddpo.storage.json_lines import JsonLines
-from laddpo.storage.manifests import locked
+from laddpo.storage.locks import locked
 
 STAGES = ["prepare", "precompute", "train", "evaluate", "sft", "generate", "plan", "doctor"]
 
@@ -358,8 +358,7 @@ def test_a_sweep_of_three_by_three_that_was_interrupted_ends_with_nine_results_a
 
 
 def test_jobs_without_a_final_evaluation_are_compared_by_their_validation(tmp_path):
-    from laddpo.jobs.sweep import jobs_table, objective, picture_sweep
-    from laddpo.results.of_jobs import find_results
+    from laddpo.results.of_jobs import find_results, jobs_table, objective, picture_sweep
 
     records = []
     for job, losses in enumerate(([0.7, 0.4, 0.5], [0.7, 0.3], [])):

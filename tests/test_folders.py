@@ -16,7 +16,7 @@ import pytest
 from laddpo.cli.app import run_folder
 from laddpo.errors import UserError
 from laddpo.settings.compose import compose, write_config
-from laddpo.storage import atomic, json_lines, manifests
+from laddpo.storage import atomic, json_lines, locks, manifests
 from laddpo.storage.folders import MARK, WORDS, owned, what_is
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -176,7 +176,7 @@ STAGES = [
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_refuses_every_kind_that_is_not_its_own_whenever_it_appears(stage, stages, tmp_path, monkeypatch):
     """Before the stage looks, and between its look and its lock."""
-    locked = manifests.locked
+    locked = locks.locked
     name = "dry_run" if "dry_run" in stage else "place"
     for kind, make in KINDS.items():
         if (stage, kind) in OWN:
@@ -194,7 +194,7 @@ def test_every_stage_refuses_every_kind_that_is_not_its_own_whenever_it_appears(
             return locked(folder, *args, **kwargs)
 
         with monkeypatch.context() as patched, pytest.raises(UserError) as refused:
-            patched.setattr(manifests, "locked", lock_late)
+            patched.setattr(locks, "locked", lock_late)
             stages[stage](late)
         make(expected := tmp_path / kind / "expected" / name)
         assert str(late) in str(refused.value), (stage, kind)
@@ -301,13 +301,14 @@ def test_every_kind_of_manifest_is_known():
 def test_a_run_that_another_process_finished_meanwhile_is_not_replaced(tmp_path):
     """Two real processes: both found the folder free; the slower one takes the lock when the other has finished."""
     slow = (
-        "import sys\nfrom pathlib import Path\nfrom laddpo import runs\nfrom laddpo.storage.folders import owned\n"
-        "locked = runs.locked\n"
+        "import sys\nfrom pathlib import Path\nfrom laddpo.errors import UserError\n"
+        "from laddpo.storage import atomic, locks\nfrom laddpo.storage.folders import owned\n"
+        "locked = locks.locked\n"
         "def late(*args, **kwargs):\n    print('looked', flush=True); sys.stdin.readline()\n"
         "    return locked(*args, **kwargs)\n"
-        "runs.locked = late\n"
-        "try:\n    with owned(Path(sys.argv[1]), 'train'): runs.write_text(Path(sys.argv[1]) / 'a', 'replaced')\n"
-        "except runs.UserError as error: print(error); sys.exit(error.exit_code)\n"
+        "locks.locked = late\n"
+        "try:\n    with owned(Path(sys.argv[1]), 'train'): atomic.write_text(Path(sys.argv[1]) / 'a', 'replaced')\n"
+        "except UserError as error: print(error); sys.exit(error.exit_code)\n"
     )
     folder = tmp_path / "run"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
@@ -331,7 +332,7 @@ def test_a_lock_that_is_a_link_or_no_file_is_refused_and_what_it_points_to_stays
         folder = tmp_path / "a"
         folder.mkdir()
         make(folder / ".lock")
-        with pytest.raises(UserError, match=r"\.lock: is not a regular file"), manifests.locked(folder, wait=False):
+        with pytest.raises(UserError, match=r"\.lock: is not a regular file"), locks.locked(folder, wait=False):
             pass
         (folder / ".lock").unlink()
         folder.rmdir()
@@ -341,12 +342,12 @@ def test_a_lock_that_is_a_link_or_no_file_is_refused_and_what_it_points_to_stays
 def test_a_lock_file_of_another_program_keeps_its_content(tmp_path):
     (tmp_path / ".lock").write_text("42\n")
     os.link(tmp_path / ".lock", tmp_path / "second name")
-    with manifests.locked(tmp_path):
+    with locks.locked(tmp_path):
         assert (tmp_path / ".lock").read_text() == "42\n"
     (tmp_path / ".lock").unlink()
     (tmp_path / "target").write_text("")
     os.link(tmp_path / "target", tmp_path / ".lock")
-    with manifests.locked(tmp_path):
+    with locks.locked(tmp_path):
         assert (tmp_path / "target").read_text() == ""
 
 
@@ -372,7 +373,7 @@ def test_a_lock_waits_for_a_file_that_its_holder_removes(tmp_path):
         "with runs.locked(Path(sys.argv[1])): print(Path(sys.argv[1], '.lock').exists())\n"
     )
     folder = tmp_path / "a"
-    with manifests.locked(folder):
+    with locks.locked(folder):
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from laddpo.errors import UserError
-from laddpo.storage import atomic, json_lines, manifests
+from laddpo.storage import atomic, json_lines, locks, manifests
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -160,11 +160,11 @@ def test_a_folder_in_use_is_refused_naming_the_process(tmp_path):
     assert process.stdout.readline() == "held\n"
     with (
         pytest.raises(UserError, match=rf"is in use by process {process.pid} on"),
-        manifests.locked(tmp_path, wait=False),
+        locks.locked(tmp_path, wait=False),
     ):
         pass
     process.communicate("go\n", timeout=30)
-    with manifests.locked(tmp_path, wait=False):
+    with locks.locked(tmp_path, wait=False):
         pass
 
 

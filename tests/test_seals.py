@@ -23,7 +23,7 @@ RECORDS = [{"id": str(n), "text": "é"} for n in range(4)]
 RAW_READS = {"read_json", "read_bytes", "read_text", "load_file", "safe_open", "JsonLines", "CheckedLines"}
 READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_file, and why that is right
     "cli.app": "a stage's own source text, for --help",
-    "settings.compose": "plain data, by which runs of other settings are passed over; read_config compares the right one",
+    "settings.compose": "plain data, to pass over runs of other settings; read_config compares the one that counts",
     "storage.checkpoint": "after read_manifest of the checkpoint",
     "storage.run_outputs": "the logs of the run itself: metrics.jsonl is compared by `cut`, timing.jsonl is not sealed",
     "storage.reference_store": "each shard's bytes are hashed before they are used",

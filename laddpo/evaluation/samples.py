@@ -21,7 +21,7 @@ from laddpo.errors import Stopped
 from laddpo.preference.onpolicy import Question
 from laddpo.preference.reading.pairs import Prompt, user_prompt
 from laddpo.processes.signals import StopFlag
-from laddpo.storage import atomic, json_lines, manifests
+from laddpo.storage import atomic, json_lines, locks, manifests
 from laddpo.storage.folders import refuse_others
 from laddpo.storage.seals import CheckedLines
 
@@ -62,7 +62,7 @@ def collect_samples(
     mine = folder / PARTS / f"{rank}-of-{world}"
     own = partial(refuse_others, folder, (KIND,), True, "the folder of samples")
     own()
-    with manifests.locked(mine, check=own):
+    with locks.locked(mine, check=own):
         if is_finished(folder):  # by another process, while this one waited
             return folder / SAMPLES
         log = CheckedLines(mine / "answers.jsonl", say)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from laddpo.errors import UserError
-from laddpo.storage import atomic, manifests
+from laddpo.storage import atomic, locks, manifests
 from laddpo.storage.locks import LOCK
 from laddpo.storage.temporaries import NAME
 
@@ -96,9 +96,7 @@ def owned(folder: Path, kind: str, resume: bool = False, setting: str = "output_
     """
     refuse_others(folder, (kind,), resume, setting)
     found: list[Found] = []
-    with manifests.locked(
-        folder, wait=False, check=lambda: found.append(refuse_others(folder, (kind,), resume, setting))
-    ):
+    with locks.locked(folder, wait=False, check=lambda: found.append(refuse_others(folder, (kind,), resume, setting))):
         if found[0].is_free:
             atomic.write_text(folder / MARK, kind + "\n")
         try:

@@ -22,7 +22,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from laddpo.errors import UserError
-from laddpo.storage import atomic, manifests
+from laddpo.storage import atomic, locks, manifests
 from laddpo.storage.folders import refuse_others
 
 SIDES = ("chosen", "rejected")
@@ -141,7 +141,7 @@ class ReferenceStore:
         )
         digest = hashlib.sha256(content).hexdigest()
         name = _shard_name(digest)
-        with manifests.locked(self.folder, check=self._refuse_others):
+        with locks.locked(self.folder, check=self._refuse_others):
             self._read_manifest()
             atomic.write_bytes(self.folder / name, content)
             self._shards[name] = {"sha256": digest, "pairs": len(pairs), "first_draw": first_draw}
@@ -228,7 +228,7 @@ class ReferenceStore:
 
     def _list_taken_in(self) -> None:
         """Name in the manifest what was taken in, so that it is sealed. A read-only folder stays as it is."""
-        with contextlib.suppress(UserError, OSError), manifests.locked(self.folder, check=self._refuse_others):
+        with contextlib.suppress(UserError, OSError), locks.locked(self.folder, check=self._refuse_others):
             self._read_manifest()
             self._write_manifest()
 

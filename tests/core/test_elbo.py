@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from laddpo.core.draws import BERNOULLI_FLOOR, ESTIMATORS, ElboEstimator, MaskedDraw, MaskedSequence
-from laddpo.core.elbo import COUNT_SCHEDULES, FULL, draw_logps, pack_sequences, random_order
+from laddpo.core.elbo import draw_logps, pack_sequences
+from laddpo.core.noise import COUNT_SCHEDULES, FULL, random_order
 from tests.core import oracle
 from tests.core.helpers import MASK_ID, parameters_of, random_ids, tiny_denoiser
 

@@ -201,7 +201,7 @@ def test_a_run_of_the_other_stage_is_not_gone_on_with(stages, interrupted, capsy
 
 
 def test_a_run_folder_in_use_is_refused(stages, capsys):
-    from laddpo.storage.manifests import locked
+    from laddpo.storage.locks import locked
 
     run = stages.folder / "run"
     with locked(run):
