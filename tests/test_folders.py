@@ -369,8 +369,8 @@ def test_logs_and_settings_are_not_written_through_links(tmp_path, config):
 def test_a_lock_waits_for_a_file_that_its_holder_removes(tmp_path):
     """The waiting process must not end up with the lock of a file that is gone."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom laddpo import runs\nprint('waiting', flush=True)\n"
-        "with runs.locked(Path(sys.argv[1])): print(Path(sys.argv[1], '.lock').exists())\n"
+        "import sys\nfrom pathlib import Path\nfrom laddpo.storage import locks\nprint('waiting', flush=True)\n"
+        "with locks.locked(Path(sys.argv[1])): print(Path(sys.argv[1], '.lock').exists())\n"
     )
     folder = tmp_path / "a"
     with locks.locked(folder):

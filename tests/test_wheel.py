@@ -71,7 +71,7 @@ def test_the_installed_package_composes_from_another_folder(installed, tmp_path)
 
 
 def test_the_installed_package_is_the_one_that_ran(installed, tmp_path):
-    code = "import laddpo.settings.checks as c; print(c.CONF_DIR)"
+    code = "import laddpo.settings.ranges as r; print(r.CONF_DIR)"
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
