@@ -29,8 +29,8 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.inputs.data import data_lengths
     from laddpo.inputs.reference_values import visited_windows
     from laddpo.processes.signals import stop_on_signal
+    from laddpo.training.lengths import total_steps
     from laddpo.training.pairs import open_prepared
-    from laddpo.training.run import total_steps
 
     config = dataclasses.replace(config, auto=True)  # asked for by name: there is nothing to refuse
     policy.check_before_loading(config)

@@ -48,7 +48,7 @@ NO_USE = {
     ("benchmarking.parts", "about"),
     ("evaluation.answering", "encoded_prompts"),  # whether a prompt has room
     ("plan", "_run_line"),
-    ("sft", "source_of"),
+    ("training.rows", "source_of"),
 }
 USES = {("settings.data_checks", "sft_examples")}  # functions of CHECKING that decide what a stage does
 PLANNING = {

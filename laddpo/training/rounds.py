@@ -69,7 +69,7 @@ def _require_whole(config: RunConfig, place: Path) -> None:
 def finish_rounds(folder: Path, count: int, seed: int) -> None:
     """The last round's adapter as the run's own, the table of rounds, and the manifest that links them."""
     from laddpo.inputs.policy import ADAPTER
-    from laddpo.training.run import SEALED
+    from laddpo.training.outputs import SEALED
 
     places = [folder / f"round_{number}" for number in range(1, count + 1)]
     records = [_round_record(folder, place) for place in places]

@@ -1,185 +1,272 @@
-"""What DPO and SFT runs share around the loop: its settings, its outputs, validation, and the check at step 0."""
+"""One training run in named steps, from the settings to the sealed folder; train and sft share them.
+
+    open_pairs -> open_model -> fill_reference -> build_task -> check_step_zero -> run_loop -> finish
+
+What differs between pairs and rows is in the first steps: laddpo/training/rows.py has those of sft.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import math
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from laddpo.core.loop import LoopSettings
-from laddpo.errors import Stopped, UserError
-from laddpo.hardware.machine import Machine
-from laddpo.hardware.planning import pairs_per_step
-from laddpo.inputs import policy
+from laddpo.core.loop import LoopSettings, LoopState, train_loop
+from laddpo.core.optim import build_optimizer
+from laddpo.core.tasks import DpoTask, SftTask, visited_windows
+from laddpo.errors import Stopped
+from laddpo.evaluation.base_and_tuned import evaluate_run, open_tasks
+from laddpo.hardware.footprint import StepMemory
+from laddpo.hardware.machine import Machine, find_machine
+from laddpo.hardware.planning import Lengths
+from laddpo.inputs import pins, policy, reference_values
+from laddpo.inputs.data import data_lengths
 from laddpo.inputs.policy import Loaded
-from laddpo.inputs.tuned import what_is_left
-from laddpo.models import adapters, loading
-from laddpo.processes.ranks import Ranks, here, whole
+from laddpo.inputs.tuned import tuned_weights
+from laddpo.preference.prepared import PreparedPairs
+from laddpo.processes.ranks import Ranks
 from laddpo.processes.signals import StopFlag
-from laddpo.settings.schema import RunConfig, keywords
-from laddpo.storage import atomic, manifests
-from laddpo.storage.checkpoint import step_folders, step_of
+from laddpo.results.plots import training_plot
+from laddpo.settings.compose import write_config
+from laddpo.settings.of_a_run import write_command
+from laddpo.settings.read_settings import given_overrides
+from laddpo.settings.schema import RunConfig
+from laddpo.storage import manifests
+from laddpo.storage.reference_store import ReferenceStore
 from laddpo.storage.run_outputs import RunOutputs
-from laddpo.training.tracking import Trackers
-from laddpo.training.validation import LOSS, Validation
+from laddpo.training.faults import fault_reports, step_zero_check
+from laddpo.training.lengths import loop_settings, warmup_note
+from laddpo.training.outputs import SEALED, check_weights, resume_step, run_outputs
+from laddpo.training.pairs import check_enough, open_prepared
+from laddpo.training.validation import Validation, open_validation
 
-SEALED = (  # of a finished run
-    *("config.yaml", "metrics.jsonl"),
-    *("evaluation/results.json", "evaluation/items.jsonl", "evaluation/pairs.jsonl"),
-)
+Watch = Callable[[bool], AbstractContextManager[dict[str, float]]]
 
 
-def total_steps(config: RunConfig, item_count: int) -> int:
-    """Optimizer steps of a run over `item_count` rows."""
+@dataclass(frozen=True)
+class RunData:
+    """What a run learns from. `items`: encoded pairs or rows. `content` stands for them in fingerprints. `prepared`:
+    their folder, None of a generated corpus. `tasks`: the test tasks that base and tuned model answer at the end.
+    `held_out`: rows whose loss chooses the checkpoint. `from_scratch`: the model begins as random weights."""
+
+    items: Sequence[Any]
+    content: str
+    lengths: Lengths
+    prepared: PreparedPairs | None
+    tasks: Sequence[Any] = ()
+    held_out: Sequence[Any] = ()
+    from_scratch: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with its data and its model. `pins`: the fingerprints of all that it was begun with."""
+
+    config: RunConfig
+    folder: Path
+    is_resumed: bool
+    stop: StopFlag
+    data: RunData
+    pins: Mapping[str, Any]
+    loaded: Loaded
+
+    @property
+    def machine(self) -> Machine:
+        return self.loaded.machine
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.machine.ranks
+
+
+@dataclass(frozen=True)
+class Training:
+    """A task with all that the loop takes beside it. `unit` names what a step counts; `watch` measures memory."""
+
+    task: DpoTask | SftTask
+    parameters: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    settings: LoopSettings
+    validation: Validation
+    unit: str = "pairs"
+    watch: Watch | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the loop ended, and the logs that it wrote."""
+
+    state: LoopState
+    outputs: RunOutputs
+
+
+def open_pairs(config: RunConfig) -> RunData:
+    """The prepared pairs, and the test tasks; refuses what cannot work before minutes go by."""
+    policy.check_before_loading(config, hash_again=True)
+    tasks = open_tasks(config) if config.evaluation.at_end and not config.dry_run else []
+
+    prepared = open_prepared(config)
+    check_enough(config, prepared)
+    return RunData(prepared.train, prepared.content, data_lengths(config, prepared), prepared, tasks)
+
+
+def open_model(config: RunConfig, folder: Path, is_resumed: bool, stop: StopFlag, data: RunData) -> Run:
+    """The run with its model on its device, once its inputs are those that it was begun with; begins its folder."""
+    pinned = pins.make(config, data.content, data.from_scratch)
+    pins.require_like_siblings(folder, pinned, config)
+    if is_resumed:
+        pins.require_resumable(folder, pinned, config)
+
+    machine = find_machine(config, data.lengths)
+    print(f"machine: {machine}")
+    loaded = policy.new_model(config, machine) if data.from_scratch else policy.load(config, machine)
+
+    if machine.ranks.is_main:
+        write_config(config, folder)
+        if not is_resumed:
+            write_command(folder, given_overrides.get())
+    stop_if_asked(folder, stop, machine.ranks)
+    return Run(config, folder, is_resumed, stop, data, pinned, loaded)
+
+
+def fill_reference(run: Run) -> ReferenceStore:
+    """The store with the reference's values of all draws that the run will make.
+
+    The windows are the optimizer steps: packed as training packs them, so that a value has the same bits.
+    """
+    config, pairs = run.config, run.data.items
+    settings = loop_settings(config, len(pairs), best_metric=None)
+    warmup_note(config, settings)
+
+    estimator = reference_values.reference_estimator(config)
+    store = reference_values.reference_store(config, run.data.prepared, run.loaded, estimator)
+    windows = [
+        ([pairs[i] for i in indices], estimator.draw_indices(epoch))
+        for epoch, indices in visited_windows(
+            config.seed, settings.total_steps, len(pairs), settings.items_per_step, config.dpo.mask_rounds
+        )
+    ]
+    reference_values.complete_reference(config, run.loaded, store, estimator, windows, run.stop, "training pairs")
+    return store
+
+
+def build_task(run: Run, store: ReferenceStore) -> Training:
+    """DPO on the run's pairs against the stored reference, with what its loop takes."""
+    config, machine, pairs = run.config, run.machine, run.data.items
+    validation = open_validation(config, run.data.prepared, run.loaded, run.stop)
+    parameters = policy.make_trainable(config, run.loaded)
+    optimizer = optimizer_of(config, parameters)
+
+    backward = machine.choice.setup.backward
+    print(f"backward: {backward} ({machine.choice.reason})")
+    task = DpoTask(
+        run.loaded.denoiser,
+        parameters,
+        pairs,
+        store,
+        reference_values.training_estimator(config),
+        reference_values.objective_of(config),
+        machine.token_budget,
+        backward,
+        run.ranks,
+    )
+
+    settings = loop_settings(config, len(pairs), validation.best_metric)
+    steps = f"{settings.total_steps} steps of {min(settings.items_per_step, len(pairs))} pairs from {len(pairs)}"
+    print(f"DPO: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}")
+    step_tokens = settings.items_per_step * run.data.lengths.longest_pair
+    memory = StepMemory(machine, run.loaded.model, optimizer, step_tokens)
+    return Training(task, parameters, optimizer, settings, validation, watch=memory.watch)
+
+
+def optimizer_of(config: RunConfig, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+    """The optimizer of the run over these weights."""
     optim = config.optim
-    if optim.max_train_steps is not None:
-        return optim.max_train_steps
-    return math.ceil(optim.num_train_epochs * math.ceil(item_count / pairs_per_step(config)))
+    return build_optimizer(optim.optimizer, parameters, tuple(optim.betas), optim.eps, optim.weight_decay)
 
 
-def loop_settings(
-    config: RunConfig,
-    item_count: int,
-    best_metric: str | None,
-    *,
-    has_pairs: bool = True,
-    from_scratch: bool = False,
-) -> LoopSettings:
-    """The loop's settings for a run over `item_count` rows: pairs, which have a chosen side to watch, or SFT rows."""
-    optim, stopping = config.optim, config.stopping
-    is_watched = config.evaluation.every_steps is not None and config.best_metric != "none"
-    return LoopSettings(
-        seed=config.seed,
-        total_steps=min(total_steps(config, item_count), 2 if config.dry_run else sys.maxsize),
-        items_per_step=pairs_per_step(config),
-        learning_rate=optim.learning_rate,
-        lr_scheduler_type=optim.lr_scheduler_type,
-        num_warmup_steps=optim.num_warmup_steps,
-        max_grad_norm=optim.max_grad_norm or 0.0,
-        save_steps=config.save_steps or 0,
-        save_minutes=config.save_minutes or 0.0,
-        save_total_limit=config.save_total_limit or 0,
-        logging_steps=config.logging_steps,
-        eval_steps=config.evaluation.every_steps or 0,
-        eval_at_start=not from_scratch,  # random weights answer nothing, and at full length
-        best_metric=best_metric,
-        higher_is_better=best_metric != LOSS,
-        patience=(stopping.patience or 0) if is_watched else 0,
-        max_chosen_fall=(stopping.max_chosen_fall or 0.0) if has_pairs else 0.0,
-        skip_nonfinite=optim.skip_nonfinite,
-    )
+def check_step_zero(run: Run, training: Training) -> None:
+    """A new run stops here where policy and reference differ before the first step."""
+    stop_if_asked(run.folder, run.stop, run.ranks)
+    if not run.is_resumed:
+        step_zero_check(run.config, training.task, training.settings, run.machine.precision)
 
 
-def warmup_note(config: RunConfig, settings: LoopSettings) -> None:
-    """Say that the run ends within its warm-up. How many steps its epochs are is known only once the rows are counted;
-    laddpo/settings/checks.py says it of a given number of steps."""
-    from_epochs = config.optim.max_train_steps is None and not config.dry_run
-    if from_epochs and settings.total_steps < settings.num_warmup_steps and here().is_main:
-        print(
-            f"note: optim.num_train_epochs={config.optim.num_train_epochs:g} are {settings.total_steps} steps on these "
-            f"rows, which end within the warm-up of optim.num_warmup_steps={settings.num_warmup_steps}: the learning "
-            "rate never reaches its value. Lower optim.num_warmup_steps, or train longer.",
-            file=sys.stderr,
+def run_loop(run: Run, training: Training, of_weights: Mapping[str, object] | None = None) -> Ended:
+    """All steps of the run. `of_weights` goes into the manifests of its weights."""
+    validation = training.validation
+    at_step = resume_step(run.folder) if run.is_resumed else None
+    with (
+        run_outputs(run.config, run.folder, run.loaded, at_step, validation, run.pins, of_weights or {}) as outputs,
+        fault_reports(run.folder, training.parameters, run.config.seed, run.ranks),
+    ):
+        state = train_loop(
+            training.task,
+            training.parameters,
+            training.optimizer,
+            training.settings,
+            outputs,
+            validation.measure if validation.is_wanted else None,
+            run.stop,
+            resume=run.is_resumed,
+            scaler=gradient_scaler(run.machine),
+            unit=training.unit,
+            watch=training.watch,
+            ranks=run.ranks,
+        )
+    return Ended(state, outputs)
+
+
+def plot_run(run: Run, training: Training, ended: Ended, title: str) -> None:
+    """plots/training.png from the logs."""
+    if run.ranks.is_main:
+        training_plot(
+            ended.outputs.metrics.read(),
+            run.folder / "plots" / "training.png",
+            timing=ended.outputs.timing.read(),
+            title=title,
+            best_step=ended.state.best_step if training.settings.best_metric else None,
         )
 
 
-def dry_run_settings(config: RunConfig) -> RunConfig:
-    """The same run without validation, evaluation and trackers: what remains is two steps."""
-    evaluation = dataclasses.replace(config.evaluation, at_end=False, num_pairs=0, tasks=[], every_steps=None)
-    logger = dataclasses.replace(config.logger, tensorboard=False, wandb=False)
-    return dataclasses.replace(config, evaluation=evaluation, logger=logger, best_metric="none")
+def finish(run: Run, training: Training, ended: Ended) -> list[str]:
+    """Plot the run and evaluate base against tuned; how the run ended, in lines for people."""
+    config, state, settings = run.config, ended.state, training.settings
+    title = f"{config.model.name}, {config.data.source}: beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}"
+    plot_run(run, training, ended, title)
+
+    said: list[str] = []
+    if state.stopped_early:
+        said.append(f"stopped early at step {state.step}: {state.stopped_early}")
+    if settings.best_metric and state.best_value is not None and math.isfinite(state.best_value):
+        said.append(f"kept step {state.best_step}: {settings.best_metric} = {state.best_value:.4g}")
+        if state.best_step == 0:
+            said.append("no evaluation beat the base model: what is kept is untrained; the last weights lie beside it")
+    if config.evaluation.at_end:
+        evaluate_at_end(run, said.append)
+    return [*said, f"adapter, metrics, checkpoints and plots: {run.folder}"]
 
 
-def longest_pairs(pairs, count: int) -> list:
-    """The `count` pairs with the most tokens: the batch that needs the most memory."""
-    lengths = pairs.lengths()
-    tokens = 2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]
-    return [pairs[int(i)] for i in np.argsort(-tokens, kind="stable")[:count]]
+def evaluate_at_end(run: Run, say: Callable[[str], None]) -> None:
+    """evaluation/ of the run: base against tuned on its test tasks and held-out rows."""
+    tuned, place = tuned_weights(run.config, run.folder), run.folder / "evaluation"
+    evaluate_run(run.config, tuned, place, run.data.prepared, run.loaded, run.stop, run.data.tasks, say)
 
 
-@contextlib.contextmanager
-def run_outputs(
-    config: RunConfig,
-    folder: Path,
-    loaded: Loaded,
-    resume_step: int | None,
-    validation: Validation | None = None,
-    pins: Mapping[str, Any] | None = None,
-    more_fields: Mapping[str, object] = MappingProxyType({}),
-) -> Iterator[RunOutputs]:
-    """Where the loop writes: weights, metrics, sample answers, and the trackers, closed at the end. `more_fields` go
-    into the manifest of the weights."""
-    is_full = config.adapter.kind == "full"
-    best, last = (policy.MODEL, policy.MODEL_LAST) if is_full else (policy.ADAPTER, policy.ADAPTER_LAST)
-
-    ranks = loaded.machine.ranks
-
-    def save(name: str, step: int) -> None:
-        if config.dry_run:
-            return
-        state = None
-        if loaded.machine.is_sharded:  # every rank gives its part
-            state = whole(loaded.model.state_dict() if is_full else adapters.adapter_state(loaded.model), ranks.is_main)
-        if not ranks.is_main:
-            return
-        with atomic.replaced_folder(folder / name) as target:
-            if is_full:
-                files = loading.save_model(loaded.model, target, state=state)
-                files += loading.copy_tokenizer(policy.model_path(config), config.model.revision, target)
-            else:
-                files = adapters.save_adapter(loaded.model, target, state)
-            fields = {"step": step, "base": loaded.weights, "pins": dict(pins or {}), **more_fields}
-            manifests.write_manifest(target, "weights", fields, files, **manifests.provenance())
-
-    logger = config.logger
-    settings = keywords(logger) if logger.wandb else {"tensorboard": logger.tensorboard}
-    if not ranks.is_main:
-        settings = {}
-    with Trackers(folder, settings, dataclasses.asdict(config), resume_step=resume_step) as trackers:
-
-        def show(step: int, text: str) -> None:
-            if not ranks.is_main:
-                return
-            atomic.write_text(folder / "samples" / f"step_{step:07d}.txt", text + "\n")
-            trackers.text(step, "samples", text)
-
-        if validation is not None:
-            validation.show = show
-        yield RunOutputs(
-            folder,
-            save_best=lambda step: save(best, step),
-            save_last=lambda step: save(last, step),
-            track=lambda metrics, step: trackers.scalars(step, metrics),
-            writes=ranks.is_main,
-            pins=pins or {},
-        )
-
-
-def check_weights(config: RunConfig, folder: Path) -> None:
-    """Before a run is sealed: the weights that it kept are whole. A run that was resumed kept some of them long ago."""
-    names = (
-        (policy.MODEL, policy.MODEL_LAST) if config.adapter.kind == "full" else (policy.ADAPTER, policy.ADAPTER_LAST)
-    )
-    for name in names:
-        if manifests.read_manifest(folder / name, "weights") is None:
-            raise UserError(
-                f"{folder / name}: is gone; expected the weights that the run kept. "
-                f"{what_is_left(folder, folder / names[0])}"
-            )
-
-
-def resume_step(folder: Path) -> int:
-    """The step that a resumed run goes on from, for the trackers: the newest checkpoint's by its name."""
-    newest = step_folders(folder / "checkpoints")[:1]
-    return step_of(newest[0]) if newest else 0
+def seal(run: Run, kind: str, fields: Mapping[str, Any]) -> None:
+    """The run's manifest: from here on it is finished. Rank 0 writes it, once the weights are found whole."""
+    if not run.ranks.is_main:
+        return
+    check_weights(run.config, run.folder)
+    data = run.data.prepared.manifest["fingerprint"] if run.data.prepared else "corpus"
+    content = {**fields, "data": data, "start": run.loaded.weights, "pins": run.pins}
+    manifests.write_manifest(run.folder, kind, content, manifests.present(run.folder, SEALED), **manifests.provenance())
 
 
 def stop_if_asked(folder: Path, stop: StopFlag, ranks: Ranks) -> None:

@@ -11,7 +11,7 @@ import pytest
 from laddpo.inputs import policy
 from laddpo.preference.encoding.encode import EncodedExample
 from laddpo.settings.compose import compose, write_config
-from laddpo.sft import padded
+from laddpo.training.rows import padded
 
 
 def test_train_alone_goes_from_rows_to_an_evaluated_adapter(stages, capsys):

@@ -1,0 +1,72 @@
+"""A run of two steps on the longest pairs, of which only what it says is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from laddpo.errors import Stopped
+from laddpo.hardware.footprint import dry_run_text
+from laddpo.hardware.planning import pairs_per_step
+from laddpo.processes.ranks import here
+from laddpo.processes.signals import stop_on_signal
+from laddpo.settings.schema import RunConfig
+from laddpo.training.resuming import held
+from laddpo.training.rounds import config_of_round
+from laddpo.training.run import Ended, Run
+
+
+def dry_run(config: RunConfig, folder: Path, train: Callable) -> None:
+    """`train` for two steps on the longest batch, in a folder below `folder` that is no run and goes when it is done.
+
+    Of several rounds it is the first. What a step that is not finite left for a report stays.
+    """
+    place = folder / "dry_run"
+    try:
+        with held(place, "dry_run"), stop_on_signal() as stop:
+            try:
+                train(config_of_round(config, 1, config.adapter.path, place), place, False, stop)
+            finally:
+                if here().is_main and not (place / "fault").exists():
+                    shutil.rmtree(place, ignore_errors=True)
+    except Stopped:
+        raise Stopped(
+            "the dry run was stopped by a signal; nothing of it is kept.", "Give the command again."
+        ) from None
+    finally:
+        if here().is_main:
+            with contextlib.suppress(OSError):  # the user's own folder, with something in it
+                folder.rmdir()
+
+
+def two_steps(run: Run) -> Run:
+    """The run with its longest pairs alone, without validation, evaluation and trackers."""
+    config = dry_run_settings(run.config)
+    pairs = longest_pairs(run.data.items, pairs_per_step(config))
+    return dataclasses.replace(run, config=config, data=dataclasses.replace(run.data, items=pairs))
+
+
+def say_forecast(run: Run, ended: Ended) -> None:
+    """Memory and hours of the whole run, from its two steps."""
+    if run.ranks.is_main:
+        speed = ended.outputs.timing.read()[-1]["speed/tokens_per_s"]
+        print(dry_run_text(run.config, run.data.lengths, len(run.data.prepared.train), speed))
+
+
+def dry_run_settings(config: RunConfig) -> RunConfig:
+    """The same run without validation, evaluation and trackers: what remains is two steps."""
+    evaluation = dataclasses.replace(config.evaluation, at_end=False, num_pairs=0, tasks=[], every_steps=None)
+    logger = dataclasses.replace(config.logger, tensorboard=False, wandb=False)
+    return dataclasses.replace(config, evaluation=evaluation, logger=logger, best_metric="none")
+
+
+def longest_pairs(pairs, count: int) -> list:
+    """The `count` pairs with the most tokens: the batch that needs the most memory."""
+    lengths = pairs.lengths()
+    tokens = 2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]
+    return [pairs[int(i)] for i in np.argsort(-tokens, kind="stable")[:count]]

@@ -1,0 +1,105 @@
+"""What a run writes while its loop goes on, and the check of its weights before it is sealed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from laddpo.errors import UserError
+from laddpo.inputs import policy
+from laddpo.inputs.policy import Loaded
+from laddpo.inputs.tuned import what_is_left
+from laddpo.models import adapters, loading
+from laddpo.processes.ranks import whole
+from laddpo.settings.schema import RunConfig, keywords
+from laddpo.storage import atomic, manifests
+from laddpo.storage.checkpoint import step_folders, step_of
+from laddpo.storage.run_outputs import RunOutputs
+from laddpo.training.tracking import Trackers
+from laddpo.training.validation import Validation
+
+SEALED = (  # of a finished run
+    *("config.yaml", "metrics.jsonl"),
+    *("evaluation/results.json", "evaluation/items.jsonl", "evaluation/pairs.jsonl"),
+)
+
+
+@contextlib.contextmanager
+def run_outputs(
+    config: RunConfig,
+    folder: Path,
+    loaded: Loaded,
+    resume_step: int | None,
+    validation: Validation | None = None,
+    pins: Mapping[str, Any] | None = None,
+    more_fields: Mapping[str, object] = MappingProxyType({}),
+) -> Iterator[RunOutputs]:
+    """Where the loop writes: weights, metrics, sample answers, and the trackers, closed at the end. `more_fields` go
+    into the manifest of the weights."""
+    is_full = config.adapter.kind == "full"
+    best, last = (policy.MODEL, policy.MODEL_LAST) if is_full else (policy.ADAPTER, policy.ADAPTER_LAST)
+
+    ranks = loaded.machine.ranks
+
+    def save(name: str, step: int) -> None:
+        if config.dry_run:
+            return
+        state = None
+        if loaded.machine.is_sharded:  # every rank gives its part
+            state = whole(loaded.model.state_dict() if is_full else adapters.adapter_state(loaded.model), ranks.is_main)
+        if not ranks.is_main:
+            return
+        with atomic.replaced_folder(folder / name) as target:
+            if is_full:
+                files = loading.save_model(loaded.model, target, state=state)
+                files += loading.copy_tokenizer(policy.model_path(config), config.model.revision, target)
+            else:
+                files = adapters.save_adapter(loaded.model, target, state)
+            fields = {"step": step, "base": loaded.weights, "pins": dict(pins or {}), **more_fields}
+            manifests.write_manifest(target, "weights", fields, files, **manifests.provenance())
+
+    logger = config.logger
+    settings = keywords(logger) if logger.wandb else {"tensorboard": logger.tensorboard}
+    if not ranks.is_main:
+        settings = {}
+    with Trackers(folder, settings, dataclasses.asdict(config), resume_step=resume_step) as trackers:
+
+        def show(step: int, text: str) -> None:
+            if not ranks.is_main:
+                return
+            atomic.write_text(folder / "samples" / f"step_{step:07d}.txt", text + "\n")
+            trackers.text(step, "samples", text)
+
+        if validation is not None:
+            validation.show = show
+        yield RunOutputs(
+            folder,
+            save_best=lambda step: save(best, step),
+            save_last=lambda step: save(last, step),
+            track=lambda metrics, step: trackers.scalars(step, metrics),
+            writes=ranks.is_main,
+            pins=pins or {},
+        )
+
+
+def check_weights(config: RunConfig, folder: Path) -> None:
+    """Before a run is sealed: the weights that it kept are whole. A run that was resumed kept some of them long ago."""
+    names = (
+        (policy.MODEL, policy.MODEL_LAST) if config.adapter.kind == "full" else (policy.ADAPTER, policy.ADAPTER_LAST)
+    )
+    for name in names:
+        if manifests.read_manifest(folder / name, "weights") is None:
+            raise UserError(
+                f"{folder / name}: is gone; expected the weights that the run kept. "
+                f"{what_is_left(folder, folder / names[0])}"
+            )
+
+
+def resume_step(folder: Path) -> int:
+    """The step that a resumed run goes on from, for the trackers: the newest checkpoint's by its name."""
+    newest = step_folders(folder / "checkpoints")[:1]
+    return step_of(newest[0]) if newest else 0
