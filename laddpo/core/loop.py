@@ -85,6 +85,14 @@ class LoopState:
     loss_scaler: dict[str, Any] = field(default_factory=dict)
 
 
+def not_watched(is_last: bool) -> AbstractContextManager[dict[str, float]]:
+    """Around a step whose memory nobody measures."""
+    return nullcontext({})
+
+
+Watch = Callable[[bool], AbstractContextManager[dict[str, float]]]
+
+
 def train_loop(
     task: TrainingTask,
     parameters: Mapping[str, Tensor],
@@ -96,7 +104,7 @@ def train_loop(
     resume: bool = False,
     scaler: torch.amp.GradScaler | None = None,
     unit: str = "pairs",
-    watch: Callable[[bool], AbstractContextManager[dict[str, float]]] = lambda is_last: nullcontext({}),
+    watch: Watch = not_watched,
     ranks: Ranks = ALONE,
 ) -> LoopState:
     """Train to `total_steps`, or to an early stop. `parameters` are the trainable tensors by name; `watch(is last

@@ -14,7 +14,6 @@ from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import NonFiniteStep, RunFault
 from laddpo.processes.ranks import Ranks, whole
-from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic, manifests
 from laddpo.storage.checkpoint import save_tensors
 
@@ -51,13 +50,13 @@ def _write_fault(folder: Path, facts: Mapping[str, object], weights: Mapping[str
         manifests.write_manifest(target, "fault", {}, files, **manifests.provenance())
 
 
-def step_zero_check(config: RunConfig, task: DpoTask, settings: LoopSettings, precision: str) -> None:
+def step_zero_check(task: DpoTask, settings: LoopSettings, precision: str, is_paired: bool) -> None:
     """Before the first step the policy is the reference: every draw agrees, every margin is 0, or the run stops here.
 
     Catches what would silently train on a wrong margin: a stale store, other masks, dropout, an adapter that is not
-    neutral. Without common random numbers policy and reference saw other masks, and there is nothing to compare.
+    neutral. `is_paired`: policy and reference saw the same masks (dpo.common_random_numbers); else nothing compares.
     """
-    if not config.dpo.common_random_numbers:
+    if not is_paired:
         print("step 0: not checked, since dpo.common_random_numbers=false gives policy and reference other masks")
         return
     _, indices = step_items(settings.seed, 0, task.item_count, settings.items_per_step)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laddpo.core.loop import LoopSettings, LoopState, train_loop
+from laddpo.core.loop import LoopSettings, LoopState, Watch, not_watched, train_loop
 from laddpo.core.optim import build_optimizer
-from laddpo.core.tasks import DpoTask, SftTask, visited_windows
+from laddpo.core.tasks import DpoTask, SftTask
 from laddpo.errors import Stopped
 from laddpo.evaluation.base_and_tuned import evaluate_run, open_tasks
 from laddpo.hardware.footprint import StepMemory
@@ -45,8 +44,6 @@ from laddpo.training.lengths import loop_settings, warmup_note
 from laddpo.training.outputs import SEALED, check_weights, resume_step, run_outputs
 from laddpo.training.pairs import check_enough, open_prepared
 from laddpo.training.validation import Validation, open_validation
-
-Watch = Callable[[bool], AbstractContextManager[dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class Training:
     settings: LoopSettings
     validation: Validation
     unit: str = "pairs"
-    watch: Watch | None = None
+    watch: Watch = not_watched
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def fill_reference(run: Run) -> ReferenceStore:
     store = reference_values.reference_store(config, run.data.prepared, run.loaded, estimator)
     windows = [
         ([pairs[i] for i in indices], estimator.draw_indices(epoch))
-        for epoch, indices in visited_windows(
+        for epoch, indices in reference_values.visited_windows(
             config.seed, settings.total_steps, len(pairs), settings.items_per_step, config.dpo.mask_rounds
         )
     ]
@@ -195,7 +192,8 @@ def check_step_zero(run: Run, training: Training) -> None:
     """A new run stops here where policy and reference differ before the first step."""
     stop_if_asked(run.folder, run.stop, run.ranks)
     if not run.is_resumed:
-        step_zero_check(run.config, training.task, training.settings, run.machine.precision)
+        is_paired = run.config.dpo.common_random_numbers
+        step_zero_check(training.task, training.settings, run.machine.precision, is_paired)
 
 
 def run_loop(run: Run, training: Training, of_weights: Mapping[str, object] | None = None) -> Ended:
