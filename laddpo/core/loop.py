@@ -85,14 +85,6 @@ class LoopState:
     loss_scaler: dict[str, Any] = field(default_factory=dict)
 
 
-def not_watched(is_last: bool) -> AbstractContextManager[dict[str, float]]:
-    """Around a step whose memory nobody measures."""
-    return nullcontext({})
-
-
-Watch = Callable[[bool], AbstractContextManager[dict[str, float]]]
-
-
 def train_loop(
     task: TrainingTask,
     parameters: Mapping[str, Tensor],
@@ -104,7 +96,7 @@ def train_loop(
     resume: bool = False,
     scaler: torch.amp.GradScaler | None = None,
     unit: str = "pairs",
-    watch: Watch = not_watched,
+    watch: Callable[[bool], AbstractContextManager[dict[str, float]]] | None = None,
     ranks: Ranks = ALONE,
 ) -> LoopState:
     """Train to `total_steps`, or to an early stop. `parameters` are the trainable tensors by name; `watch(is last
@@ -146,7 +138,7 @@ def train_loop(
         while state.step < settings.total_steps and not state.stopped_early:
             started = time.perf_counter()
             is_last = state.step + 1 == settings.total_steps
-            with watch(is_last) as memory:
+            with watch(is_last) if watch else nullcontext({}) as memory:
                 metrics = _step(task, parameters, optimizer, settings, state, scaler, ranks)
             state.step += 1
             seconds = time.perf_counter() - started

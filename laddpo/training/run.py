@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laddpo.core.loop import LoopSettings, LoopState, Watch, not_watched, train_loop
+from laddpo.core.loop import LoopSettings, LoopState, train_loop
 from laddpo.core.optim import build_optimizer
 from laddpo.core.tasks import DpoTask, SftTask
 from laddpo.errors import Stopped
@@ -92,7 +92,7 @@ class Training:
     settings: LoopSettings
     validation: Validation
     unit: str = "pairs"
-    watch: Watch = not_watched
+    watch: Callable[[bool], AbstractContextManager[dict[str, float]]] | None = None
 
 
 @dataclass(frozen=True)
