@@ -61,7 +61,7 @@ def test_every_setting_of_the_data_reaches_the_source_or_the_rules():
     ):
         same = {field for field in vars(made) if getattr(made, field) == getattr(plain, field)}
         assert same <= ours
-    difficulty = difficulty_of(config)
+    difficulty = difficulty_of(config.data)
     assert (difficulty.terms, difficulty.width, difficulty.operand_max) == (4, 3, 100)
     assert parts[0].request.difficulty == difficulty
 

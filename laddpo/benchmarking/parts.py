@@ -211,7 +211,7 @@ def _graded(config: RunConfig, machine) -> tuple:
     from laddpo.inputs.data import encoder_for
 
     loaded = policy.load(config, machine)
-    encoder = encoder_for(config, loaded.tokenizer)
+    encoder = encoder_for(config.data, loaded.tokenizer)
     task = open_task(config, "arithmetic", "test", config.benchmark.sampler_items, with_shots=False)
     prompts = [encoder.encode_prompt(item.prompt) for item in task.items]
     keys = [item.id for item in task.items]

@@ -176,7 +176,7 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
         with _reader_may_go():
             config = settings_for(hydra, stage, tree, args.overrides, args.config_name)
         given_overrides.set(tuple(args.overrides))
-    with joined(stage, config) as ranks:
+    with joined(stage, config.hardware) as ranks:
         if ranks is None:
             return EXIT_DONE
         if ranks.world > 1 and stage in WITH_STEPS and config.resume != "false":  # rank 0 says what goes on, and how
@@ -237,8 +237,9 @@ def _call(main: Main, config: RunConfig, folder: Path) -> int:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
             raise
         from laddpo.hardware.footprint import out_of_memory_fault
+        from laddpo.hardware.machine import find_machine
 
-        raise out_of_memory_fault(config, error) from error
+        raise out_of_memory_fault(find_machine(config).choice, error) from error
     return EXIT_DONE
 
 

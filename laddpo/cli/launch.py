@@ -13,13 +13,13 @@ from collections.abc import Iterator
 
 from laddpo.errors import EXIT_DONE, UserError
 from laddpo.processes.ranks import Ranks, connect, disconnect, here, is_lost_peer, launched, lost_peer
-from laddpo.settings.schema import RunConfig
+from laddpo.settings.schema import HardwareSettings
 
 SHARED = ("prepare", "train", "sft", "precompute", "evaluate")
 
 
 @contextlib.contextmanager
-def joined(stage: str, config: RunConfig) -> Iterator[Ranks | None]:
+def joined(stage: str, hardware: HardwareSettings) -> Iterator[Ranks | None]:
     """Inside the block the processes of this launch are one run; None where this one has nothing to do.
 
     Ranks above 0 print nothing to stdout and show no bars; warnings and errors go to stderr from wherever they are.
@@ -35,7 +35,7 @@ def joined(stage: str, config: RunConfig) -> Iterator[Ranks | None]:
         os.environ["TQDM_DISABLE"] = "1"  # before anything that draws bars is imported
     from laddpo.hardware.machine import find_device
 
-    ranks = connect(find_device(config.hardware).type)
+    ranks = connect(find_device(hardware).type)
     with contextlib.ExitStack() as quiet:
         if not ranks.is_main:
             nowhere = quiet.enter_context(open(os.devnull, "a", encoding="utf-8"))

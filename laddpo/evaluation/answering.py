@@ -57,7 +57,7 @@ def _of_task(config: RunConfig, name: str, with_shots: bool) -> dict[str, Any]:
     """What only some tasks ask for: the difficulty of generated problems, or the rows of others and their grader."""
     evaluation = config.evaluation
     if name in EMBEDDED_TASKS:
-        return {"difficulty": difficulty_of(config)} if name == "arithmetic" else {}
+        return {"difficulty": difficulty_of(config.data)} if name == "arithmetic" else {}
     of_rows = {"dataset_name": evaluation.dataset_name}
     if with_shots and evaluation.shots:
         of_rows["shots_from"] = evaluation.shots_from
@@ -89,7 +89,7 @@ def sampler_settings(config: RunConfig) -> SamplerSettings:
 
 def encoded_prompts(config: RunConfig, loaded: Loaded, prompts: Sequence[Prompt], names: Sequence[str]) -> list:
     """Token ids of all prompts that will be answered. `UserError` names those that cannot be, before any answer."""
-    encoder = encoder_for(config, loaded.tokenizer)
+    encoder = encoder_for(config.data, loaded.tokenizer)
     encoded, problems = [], []
     for prompt, name in zip(prompts, names, strict=True):
         try:
@@ -123,7 +123,7 @@ def answer_ids(config: RunConfig, loaded: Loaded, prompts: list[np.ndarray], key
 
 def described_answers(config: RunConfig, loaded: Loaded, prompts: list[np.ndarray], keys: list[str]) -> list[Answer]:
     """Answers to encoded prompts, each with its length and whether it was ended."""
-    encoder = encoder_for(config, loaded.tokenizer)
+    encoder = encoder_for(config.data, loaded.tokenizer)
     responses = generate(
         loaded.model,
         prompts,

@@ -49,7 +49,7 @@ def run_harness(
     from laddpo.evaluation.harness_model import HarnessModel
     from laddpo.evaluation.kept_answers import KeptAnswers
 
-    encoder = encoder_for(config, loaded.tokenizer)
+    encoder = encoder_for(config.data, loaded.tokenizer)
     evaluation = config.evaluation
     model = HarnessModel(
         loaded.model,
@@ -98,7 +98,7 @@ def answers_key(config: RunConfig, loaded: Loaded, weights: Mapping[str, Any]) -
             "precision": loaded.machine.precision,
             "sampler": dataclasses.asdict(sampler_settings(config)),
             "elbo_draws": config.evaluation.elbo_draws,
-            "encoding": encoder_for(config, loaded.tokenizer).fields(),
+            "encoding": encoder_for(config.data, loaded.tokenizer).fields(),
         }
     )
 

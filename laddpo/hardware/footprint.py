@@ -13,12 +13,11 @@ import torch
 from tqdm.auto import tqdm
 
 from laddpo.errors import RunFault
-from laddpo.hardware.machine import Machine, find_machine
+from laddpo.hardware.machine import Machine
 from laddpo.hardware.measuring import bytes_before, peak_bytes
 from laddpo.hardware.memory import GIB, explain, gib
-from laddpo.hardware.planning import Lengths, usable, work_of
-from laddpo.hardware.speed import duration
-from laddpo.settings.schema import RunConfig
+from laddpo.hardware.planning import Choice, usable
+from laddpo.hardware.speed import Work, duration
 
 WATCHED_STEP = 1  # counted from 0 in this process: the first one that finds the optimizer's state allocated
 MOST_BLOCK_PASSES = 5000  # of a step watched on the CPU: each leaves some hundred records
@@ -77,9 +76,8 @@ def retries_text(machine: Machine) -> str:
     )
 
 
-def dry_run_text(config: RunConfig, lengths: Lengths, pairs: int, tokens_per_s: float) -> str:
-    """What two steps on the longest batch say of the whole run over `pairs` pairs."""
-    work = work_of(config, lengths, pairs)
+def dry_run_text(work: Work, tokens_per_s: float) -> str:
+    """What two steps on the longest batch say of the whole run."""
     return (
         f"dry run: the longest batch fits. At its {tokens_per_s:,.0f} tokens/s the whole training "
         f"({work.tokens:,.0f} tokens under all draws) takes about {duration(work.tokens / tokens_per_s)}, without the "
@@ -87,9 +85,8 @@ def dry_run_text(config: RunConfig, lengths: Lengths, pairs: int, tokens_per_s: 
     )
 
 
-def out_of_memory_fault(config: RunConfig, error: BaseException) -> RunFault:
+def out_of_memory_fault(choice: Choice, error: BaseException) -> RunFault:
     """For memory that ran out where smaller micro-steps are no help: loading, the optimizer, generating answers."""
-    choice = find_machine(config).choice
     reason = str(error).partition("\n")[0]
     where = "memory ran out outside of a micro-step: while loading, in the optimizer, or while answers are generated"
     if choice.fits:

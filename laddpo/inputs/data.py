@@ -9,32 +9,28 @@ from laddpo.preference.embedded.arithmetic import Difficulty
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.preference.sources import Request
-from laddpo.settings.schema import MixturePart, RunConfig, keywords
+from laddpo.settings.schema import DataSettings, MixturePart, SftSettings, keywords
 
 
-def data_lengths(config: RunConfig, prepared: PreparedPairs) -> Lengths:
+def data_lengths(prepared: PreparedPairs, diffusion_samples: int) -> Lengths:
     """What the memory plan must know of these pairs."""
-    return prepared_lengths(prepared.train.lengths(), config.dpo.diffusion_samples, str(prepared.folder))
+    return prepared_lengths(prepared.train.lengths(), diffusion_samples, str(prepared.folder))
 
 
-def encoder_for(config: RunConfig, tokenizer) -> TextEncoder:
+def encoder_for(data: DataSettings, tokenizer) -> TextEncoder:
     """How this run's texts become tokens."""
-    return TextEncoder(
-        tokenizer,
-        template=config.data.template,
-        max_length=config.data.max_length,
-        truncation=config.data.truncation,
-    )
+    return TextEncoder(tokenizer, template=data.template, max_length=data.max_length, truncation=data.truncation)
 
 
-def difficulty_of(config: RunConfig) -> Difficulty:
+def difficulty_of(data: DataSettings) -> Difficulty:
     """How hard the generated problems are: one answer for training pairs, the corpus and the test."""
-    return Difficulty(operand_max=config.data.operand_max, terms=config.data.terms, width=config.data.width)
+    return Difficulty(operand_max=data.operand_max, terms=data.terms, width=data.width)
 
 
-def request_of(config: RunConfig, part: MixturePart, grader=None) -> Request:
+def request_of(
+    data: DataSettings, part: MixturePart, sft: SftSettings, data_dir: str, seed: int, grader=None
+) -> Request:
     """What is asked of one source of rows; `grader` tells right from wrong where pairs are made of answers."""
-    data = config.data
     return Request(
         dataset_name=part.dataset_name,
         dataset_split=part.dataset_split,
@@ -42,20 +38,20 @@ def request_of(config: RunConfig, part: MixturePart, grader=None) -> Request:
         revision=part.revision,
         columns=keywords(part.columns),
         format=part.format,
-        preference_dir=Path(config.paths.data_dir) / "preference_data",
+        preference_dir=Path(data_dir) / "preference_data",
         max_line_bytes=data.max_line_bytes,
         follow_symlinks=data.follow_symlinks,
         allow_empty_prompt=data.allow_empty_prompt,
         allow_nul=data.allow_nul,
         num_pairs=data.num_pairs,
-        difficulty=difficulty_of(config),
+        difficulty=difficulty_of(data),
         habit=data.habit,
-        seed=config.seed,
+        seed=seed,
         validation_fraction=data.validation_fraction,
         candidates_name=data.candidates_name,
         pairs_per_question=data.pairs_per_question,
         grader=grader,
         balance_lengths=data.balance_lengths,
-        num_examples=config.sft.num_examples,
-        mistake_share=config.sft.mistake_share,
+        num_examples=sft.num_examples,
+        mistake_share=sft.mistake_share,
     )

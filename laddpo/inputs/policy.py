@@ -45,7 +45,7 @@ def check_before_loading(config: RunConfig, hash_again: bool | None = None) -> N
     problems: list[str] = []
     for check in (
         check_machine,
-        lambda config: encoder_for(config, loading.load_tokenizer(model_path(config), config.model.revision)),
+        lambda config: encoder_for(config.data, loading.load_tokenizer(model_path(config), config.model.revision)),
         *([_hash_weights] if (config.verify if hash_again is None else hash_again) else []),
         check_adapter_fits,
         check_adapter,

@@ -87,7 +87,7 @@ def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list
     print(f"loading {config.model.model_name_or_path} in {dtype} on {device}")
     tokenizer = loading.load_tokenizer(path, revision)
     probes = [
-        encoder_for(config, tokenizer).encode_prompt(user_prompt(text)) for text in PROBES
+        encoder_for(config.data, tokenizer).encode_prompt(user_prompt(text)) for text in PROBES
     ]  # without the run's own texts: they may be private
     check = None
     if source.is_full:

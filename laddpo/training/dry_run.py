@@ -12,7 +12,7 @@ import numpy as np
 
 from laddpo.errors import Stopped
 from laddpo.hardware.footprint import dry_run_text
-from laddpo.hardware.planning import pairs_per_step
+from laddpo.hardware.planning import pairs_per_step, work_of
 from laddpo.processes.ranks import here
 from laddpo.processes.signals import stop_on_signal
 from laddpo.settings.schema import RunConfig
@@ -55,7 +55,7 @@ def say_forecast(run: Run, ended: Ended) -> None:
     """Memory and hours of the whole run, from its two steps."""
     if run.ranks.is_main:
         speed = ended.outputs.timing.read()[-1]["speed/tokens_per_s"]
-        print(dry_run_text(run.config, run.data.lengths, len(run.data.prepared.train), speed))
+        print(dry_run_text(work_of(run.config, run.data.lengths, len(run.data.prepared.train)), speed))
 
 
 def dry_run_settings(config: RunConfig) -> RunConfig:

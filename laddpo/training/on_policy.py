@@ -82,7 +82,7 @@ def open_questions(config: RunConfig) -> list:
         if data.problems == "word_problems":
             words = word_problems.word_problems("train", last, config.seed)
             return [Question(one.question + word_problems.INSTRUCTION, one.answer) for one in words[first:]]
-        problems = arithmetic.problems("train", last, config.seed, difficulty_of(config))
+        problems = arithmetic.problems("train", last, config.seed, difficulty_of(config.data))
         return [Question(problem.text, problem.answer) for problem in problems[first:]]
     log = ReadLog()
     asked = MixturePart(
@@ -93,7 +93,7 @@ def open_questions(config: RunConfig) -> list:
         data.columns,
         dataset_config=data.dataset_config,
     )
-    request = request_of(config, asked)
+    request = request_of(config.data, asked, config.sft, config.paths.data_dir, config.seed)
     rows = raw_rows(request, log)
     found = read_questions(rows, RowRules(request.columns), sampling.instruction, log)
     if here().is_main:
@@ -132,7 +132,7 @@ def sample_fields(config: RunConfig, questions: list) -> dict:
         ).hexdigest(),
         "samples": config.data.sampling.samples,
         "sampler": settings,
-        "encoding": encoder_for(config, load_tokenizer(path, revision)).fields(),
+        "encoding": encoder_for(config.data, load_tokenizer(path, revision)).fields(),
         "weights": {
             "base": weights_fingerprint(path, revision, hash_again=config.verify),
             **(adapter_identity(Path(adapter)) if adapter else {"adapter": "none"}),

@@ -128,9 +128,14 @@ def _arguments(config: RunConfig) -> tuple:
         fail_on_leak=data.fail_on_leak,
     )
     parts = [
-        Part(part.source, request_of(config, part, grader), part.weight) for part, grader in _graded_mixture(config)
+        Part(
+            part.source,
+            request_of(config.data, part, config.sft, config.paths.data_dir, config.seed, grader),
+            part.weight,
+        )
+        for part, grader in _graded_mixture(config)
     ]
-    encoder = encoder_for(config, load_tokenizer(model_path(config), config.model.revision))
+    encoder = encoder_for(config.data, load_tokenizer(model_path(config), config.model.revision))
     return Path(config.paths.data_dir) / "prepared", data.source, parts, encoder, rules
 
 

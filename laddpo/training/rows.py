@@ -127,11 +127,11 @@ def draws_of(config: RunConfig) -> int:
 
 def corpus_examples(config: RunConfig, tokenizer) -> list:
     """The encoded rows of the generated corpus."""
-    encoder, count, share = encoder_for(config, tokenizer), config.sft.num_examples, config.sft.mistake_share
+    encoder, count, share = encoder_for(config.data, tokenizer), config.sft.num_examples, config.sft.mistake_share
     if config.data.problems == "word_problems":
         rows = word_corpus(count, share, config.seed, config.data.habit, config.sft.drill_share)
     else:
-        rows = corpus(count, share, config.seed, difficulty_of(config), config.data.habit)
+        rows = corpus(count, share, config.seed, difficulty_of(config.data), config.data.habit)
     return [encoder.encode_example(row) for row in rows]
 
 

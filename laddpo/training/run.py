@@ -111,7 +111,8 @@ def open_pairs(config: RunConfig) -> RunData:
 
     prepared = open_prepared(config)
     check_enough(config, prepared)
-    return RunData(prepared.train, prepared.content, data_lengths(config, prepared), prepared, tasks)
+    lengths = data_lengths(prepared, config.dpo.diffusion_samples)
+    return RunData(prepared.train, prepared.content, lengths, prepared, tasks)
 
 
 def open_model(config: RunConfig, folder: Path, is_resumed: bool, stop: StopFlag, data: RunData) -> Run:
