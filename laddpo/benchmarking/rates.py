@@ -1,6 +1,6 @@
 """How much of the device's matrix speed is reached, in floating-point operations that had to be done.
 
-Operations are counted on the tokens given (core/speed.py): recomputed activations, padding and unpacked weights are
+Operations are counted on the tokens given (hardware/speed.py): recomputed activations, padding and unpacked weights are
 overhead. The speed of matrix products is measured in the same run, on the model's own shapes.
 """
 

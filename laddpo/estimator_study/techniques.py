@@ -1,6 +1,6 @@
 """What was tried beyond the masks, each measured on one setting's draws: a row of TECHNIQUES with its source.
 
-Takes what evaluation/variance.py measured (per-draw values of policy and reference) and, where gradients are concerned,
+Takes what noise.py measured (per-draw values of policy and reference) and, where gradients are concerned,
 the model; gives plain numbers for the table, None for a ratio to nothing. A technique that does not help here stays out
 of the defaults.
 """

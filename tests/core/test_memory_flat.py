@@ -1,6 +1,6 @@
 """What a step allocates does not grow with the number of draws, and is a small share of what others allocate.
 
-Bytes, not seconds: counted on allocations (core/measuring.py), on a model small enough to be quick.
+Bytes, not seconds: counted on allocations (hardware/measuring.py), on a model small enough to be quick.
 """
 
 import numpy as np
