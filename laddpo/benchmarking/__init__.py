@@ -1,0 +1,1 @@
+"""Memory and speed against rivals, side by side in one run."""

@@ -1,0 +1,1 @@
+"""The way in: command lines, help, exit codes, several processes."""

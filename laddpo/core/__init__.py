@@ -1,0 +1,1 @@
+"""The mathematics: draws, ELBO, objectives, gradient, and the loop that takes steps."""

@@ -1,0 +1,1 @@
+"""The noise of the estimators, measured, and the techniques tried against it."""

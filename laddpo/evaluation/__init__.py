@@ -1,0 +1,1 @@
+"""Answers of a model: sampled, graded, compared, also by lm-evaluation-harness."""

@@ -1,0 +1,1 @@
+"""What a run takes of a machine: memory and time, predicted and measured."""

@@ -1,0 +1,1 @@
+"""Settings in, objects out: the model, its encoder, the reference's values."""

@@ -1,0 +1,1 @@
+"""Networks of diffusion models: loading, adapters, quantisation, attention, the output head."""

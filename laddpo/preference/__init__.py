@@ -1,0 +1,1 @@
+"""From rows of any source to pairs of tokens, prepared once."""

@@ -1,0 +1,1 @@
+"""The processes of one run, and the signals that stop them."""

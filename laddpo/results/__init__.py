@@ -1,0 +1,1 @@
+"""What is shown of a run: statistics, tables, plots, pages, model cards, exports."""

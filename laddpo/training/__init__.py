@@ -1,0 +1,1 @@
+"""A training run between its settings and its sealed folder."""

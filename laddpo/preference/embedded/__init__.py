@@ -1,0 +1,1 @@
+"""Tasks and tokenizers that ship with the package."""
