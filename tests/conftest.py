@@ -4,10 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # with -n: a core for each worker, before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+settings.register_profile("no deadline", deadline=None)  # a busy machine makes any example slow
+settings.load_profile("no deadline")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from laddpo.core.noise import epoch_order
+from laddpo.core.noise import step_items
 from laddpo.core.optim import clip_gradients, learning_rate
 from laddpo.errors import NonFiniteStep, Stopped, UserError
 from laddpo.processes.ranks import ALONE, Ranks
@@ -106,84 +107,76 @@ def train_loop(
     Raises `RunFault` before the optimizer step when the loss or gradient is not finite, and `Stopped` after a signal,
     with a checkpoint saved.
     """
-    state = _resume(outputs, parameters, optimizer, scaler, ranks, unit) if resume else _start(outputs)
+    state = _resume(outputs, parameters, optimizer, settings, scaler, ranks, unit) if resume else _start(outputs)
     state.unit = unit
     outputs.timing.rewind(lambda record: record["step"] <= state.step if state.step else False)
-    if state.step > settings.total_steps:
-        raise UserError(
-            f"{outputs.folder}: its checkpoint is at step {state.step}, and this run would end at "
-            f"{settings.total_steps}. Set optim.max_train_steps to {state.step} or more, or start a new run."
-        )
 
-    def evaluate_if_due() -> None:
-        if state.step == 0:
-            is_due = settings.eval_at_start
-        else:
-            is_last = state.step == settings.total_steps
-            is_due = is_last or (settings.eval_steps and state.step % settings.eval_steps == 0)
-        if validate and is_due and state.evaluated_step != state.step:
-            _evaluate(validate, settings, outputs, state, ranks)
-
+    save = partial(_save, outputs, parameters, optimizer, settings, state, scaler)
     last_save, saved = time.monotonic(), (state.step, state.evaluated_step)
-    evaluate_if_due()
-    progress = tqdm(
-        total=settings.total_steps,
-        initial=state.step,
-        unit="step",
-        desc="train",
-        dynamic_ncols=True,
-        disable=not ranks.is_main,
-    )
-    with progress:
+    _evaluate_if_due(validate, settings, outputs, state, ranks)
+
+    bar = {"unit": "step", "desc": "train", "dynamic_ncols": True, "disable": not ranks.is_main}
+    with tqdm(total=settings.total_steps, initial=state.step, **bar) as progress:
         while state.step < settings.total_steps and not state.stopped_early:
             started = time.perf_counter()
             is_last = state.step + 1 == settings.total_steps
             with watch(is_last) if watch else nullcontext({}) as memory:
                 metrics = _step(task, parameters, optimizer, settings, state, scaler, ranks)
             state.step += 1
-            seconds = time.perf_counter() - started
-            _log_step(outputs, settings, state, metrics, memory, seconds, unit, progress)
+            _log_step(outputs, settings, state, metrics, memory, time.perf_counter() - started, unit, progress)
+
             try:
-                evaluate_if_due()
+                _evaluate_if_due(validate, settings, outputs, state, ranks)
             except Stopped:  # evaluated again when the run goes on
-                _save(outputs, parameters, optimizer, settings, state, scaler)
+                save()
                 raise _stopped(outputs, settings, state, stop) from None
+
             is_due = settings.save_steps and state.step % settings.save_steps == 0
             is_overdue = ranks.broadcast(
                 settings.save_minutes > 0 and time.monotonic() - last_save > 60 * settings.save_minutes
             )
             is_stopping = ranks.agree_to_stop(stop)
             if is_due or is_overdue or is_stopping:
-                _save(outputs, parameters, optimizer, settings, state, scaler)
+                save()
                 last_save, saved = time.monotonic(), (state.step, state.evaluated_step)
             if is_stopping and state.step < settings.total_steps:
                 raise _stopped(outputs, settings, state, stop)
+
     if saved != (state.step, state.evaluated_step):  # a stop during the last evaluation saved the step without it
-        _save(outputs, parameters, optimizer, settings, state, scaler)
+        save()
+    _keep_ends(outputs, settings, state)
+    return state
+
+
+def _evaluate_if_due(
+    validate: Callable[[int], dict[str, float]] | None,
+    settings: LoopSettings,
+    outputs: RunOutputs,
+    state: LoopState,
+    ranks: Ranks,
+) -> None:
+    if state.step == 0:
+        is_due = settings.eval_at_start
+    else:
+        is_last = state.step == settings.total_steps
+        is_due = is_last or (settings.eval_steps and state.step % settings.eval_steps == 0)
+    if validate and is_due and state.evaluated_step != state.step:
+        _evaluate(validate, settings, outputs, state, ranks)
+
+
+def _keep_ends(outputs: RunOutputs, settings: LoopSettings, state: LoopState) -> None:
+    """The last weights, and the best ones where no evaluation chose any."""
     if outputs.writes:  # a crash may have come between the last save and this
         checkpoints.remove_older(outputs.checkpoints, settings.save_total_limit)
     outputs.save_last(state.step)
     if state.best_value is None:  # nothing was validated, or never with a finite value
         state.best_step = state.step
         outputs.save_best(state.step)
-    return state
 
 
 def _stopped(outputs: RunOutputs, settings: LoopSettings, state: LoopState, stop: StopFlag) -> Stopped:
     where = f"after step {state.step} of {settings.total_steps}, checkpoint saved."
     return Stopped(f"{outputs.folder}: stopped by {stop.name} {where}", f"Continue with resume={outputs.folder}.")
-
-
-def step_items(seed: int, step: int, item_count: int, items_per_step: int) -> tuple[int, list[int]]:
-    """The epoch of step `step` (from 0) and the items it visits.
-
-    Every epoch visits every item once in an order of its own; its last step may be short. A function of its
-    arguments: resuming needs no data position.
-    """
-    steps_per_epoch = math.ceil(item_count / items_per_step)
-    epoch, within = divmod(step, steps_per_epoch)
-    order = epoch_order(seed, epoch, item_count)
-    return epoch, [int(i) for i in order[within * items_per_step : (within + 1) * items_per_step]]
 
 
 def _step(
@@ -368,6 +361,7 @@ def _resume(
     outputs: RunOutputs,
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
+    settings: LoopSettings,
     scaler: torch.amp.GradScaler | None,
     ranks: Ranks,
     unit: str,
@@ -388,6 +382,11 @@ def _resume(
         raise UserError(
             f"{newest.folder}: is of a run on {saved}, expected one on {unit}. Continue it by the stage "
             "that began it (train: pairs; sft: rows), or choose another folder."
+        )
+    if (step := newest.state["loop"]["step"]) > settings.total_steps:
+        raise UserError(
+            f"{outputs.folder}: its checkpoint is at step {step}, and this run would end at {settings.total_steps}. "
+            f"Set optim.max_train_steps to {step} or more, or start a new run."
         )
     checkpoints.restore(newest, parameters, optimizer)
     state = LoopState(**newest.state["loop"])

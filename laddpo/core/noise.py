@@ -11,6 +11,7 @@ drops the upper 32 bits of its seed. Masked counts are computed in 64-bit intege
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -122,3 +123,15 @@ COUNT_SCHEDULES: dict[str, CountSchedule] = {
     "systematic": CountSchedule(systematic_fraction, prefix_consistent=False),
     "single": CountSchedule(single_fraction, prefix_consistent=True),
 }
+
+
+def step_items(seed: int, step: int, item_count: int, items_per_step: int) -> tuple[int, list[int]]:
+    """The epoch of step `step` (from 0) and the items it visits.
+
+    Every epoch visits every item once in an order of its own; its last step may be short. A function of its
+    arguments: resuming needs no data position.
+    """
+    steps_per_epoch = math.ceil(item_count / items_per_step)
+    epoch, within = divmod(step, steps_per_epoch)
+    order = epoch_order(seed, epoch, item_count)
+    return epoch, [int(i) for i in order[within * items_per_step : (within + 1) * items_per_step]]

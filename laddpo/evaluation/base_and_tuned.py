@@ -203,7 +203,7 @@ def _compare_accuracy(config: RunConfig, scores, pairs) -> dict:
 
 def training_sample(config: RunConfig, prepared) -> list:
     """The first pairs that training visited: what it learned, beside what it carried over to held-out pairs."""
-    from laddpo.core.loop import step_items
+    from laddpo.core.noise import step_items
 
     count = len(prepared.train)
     _, indices = step_items(config.seed, 0, count, min(count, TRAINING_SAMPLE))

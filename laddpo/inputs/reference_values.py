@@ -16,7 +16,7 @@ from laddpo.core.budget import TokenBudget
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item, lockstep, score_items
-from laddpo.core.loop import step_items
+from laddpo.core.noise import step_items
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import pair_item, stored_pair
 from laddpo.errors import RunFault, Stopped, UserError

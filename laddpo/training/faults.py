@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from laddpo.core.loop import LoopSettings, step_items
+from laddpo.core.loop import LoopSettings
+from laddpo.core.noise import step_items
 from laddpo.core.objectives import reference_draws
 from laddpo.core.sharing import score_shared
 from laddpo.core.tasks import DpoTask

@@ -11,7 +11,7 @@ import torch
 
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import score_items
-from laddpo.core.loop import step_items
+from laddpo.core.noise import step_items
 from laddpo.core.tasks import SftTask
 from laddpo.errors import Stopped, UserError
 from laddpo.inputs.reference_values import visited_windows

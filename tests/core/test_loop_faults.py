@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from laddpo.core.draws import ElboEstimator
-from laddpo.core.loop import step_items
+from laddpo.core.noise import step_items
 from laddpo.core.tasks import DpoTask, pair_item
 from laddpo.errors import NonFiniteStep, RunFault, Stopped, UserError
 from laddpo.inputs.reference_values import fill_reference
