@@ -361,7 +361,6 @@ def test_unlikely_settings_are_named_and_run(capsys):
         (["data=gsm8k_preferences", "evaluation=gsm8k"], "test questions"),
         (["optim.num_warmup_steps=50", "optim.max_train_steps=10"], "ends within the warm-up"),
         (["adapter.use_dora=true"], "twice the memory that the plan counts"),
-        (["dpo.correction=cross_fit", "dpo.estimator=balanced"], "takes parts of the draws for independent"),
     ],
 )
 def test_each_unlikely_setting_has_its_note(overrides, needle):
@@ -465,7 +464,6 @@ def test_every_number_that_can_be_wrong_has_a_range():
 
 
 def test_names_in_the_settings_are_those_of_the_tables():
-    from laddpo.core.corrections import CORRECTIONS
     from laddpo.core.draws import ESTIMATORS
     from laddpo.core.gradient import BACKWARD_MODES
     from laddpo.core.losses import LOSSES
@@ -483,7 +481,6 @@ def test_names_in_the_settings_are_those_of_the_tables():
         "dpo.loss": LOSSES,
         "dpo.estimator": ESTIMATORS,
         "dpo.schedule": COUNT_SCHEDULES,
-        "dpo.correction": CORRECTIONS,
         "optim.optimizer": OPTIMIZERS,
         "optim.lr_scheduler_type": SCHEDULES,
         "data.source": [*SOURCES, "mixture"],
@@ -532,13 +529,6 @@ def test_the_table_of_what_each_source_reads_names_settings_and_sources():
     for name, (sources, _) in READ_BY.items():
         assert any(f"{key}.".startswith(f"data.{name}.") for key in keys), name
         assert set(sources) <= set(CHOICES["data.source"]), name
-
-
-def test_losses_that_take_label_smoothing_are_known():
-    from laddpo.core.losses import LOSSES
-    from laddpo.settings.checks import TAKES_LABEL_SMOOTHING
-
-    assert set(TAKES_LABEL_SMOOTHING) == {name for name, loss in LOSSES.items() if loss.takes_label_smoothing}
 
 
 class Gpu:

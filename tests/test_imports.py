@@ -31,7 +31,7 @@ FOLDERS = [
 ]
 # Inside core/ a module imports those that stand before it.
 CORE = [
-    *("noise", "losses", "corrections", "budget", "draws", "elbo", "gradient", "objectives", "metrics", "sharing"),
+    *("noise", "losses", "budget", "draws", "elbo", "gradient", "objectives", "metrics", "sharing"),
     *("optim", "tasks", "loop"),
 ]
 # Functions of these folders take plain values and never see the settings.

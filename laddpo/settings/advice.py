@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from laddpo.core.losses import LOSSES
 from laddpo.settings.schema import RunConfig
 
 
@@ -49,12 +50,6 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
             "and twice the time (llada_nano, bf16).",
         ),
         (
-            dpo.correction != "none"
-            and (dpo.estimator == "balanced" or dpo.schedule != "iid" or dpo.difference_focus > 0),
-            f"dpo.correction={dpo.correction} takes parts of the draws for independent, which draws that are spread "
-            "out are not; it is exact with dpo.estimator=complement dpo.schedule=iid dpo.difference_focus=0.",
-        ),
-        (
             dpo.schedule == "single",
             "dpo.schedule=single gives all draws of a pair one masked count, the worst use of them; it exists for "
             "comparison.",
@@ -74,7 +69,7 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
             "see the same masks again and may fit their noise; raise dpo.mask_rounds (each costs one reference pass).",
         ),
         (
-            dpo.loss in PER_TOKEN_LOSSES and dpo.beta == recommended.beta,
+            LOSSES[dpo.loss].is_per_token and dpo.beta == recommended.beta,
             f"dpo.loss={dpo.loss} scores per token, where beta is usually larger by the response length; "
             f"dpo.beta={dpo.beta:g} was chosen for sums.",
         ),
@@ -89,6 +84,3 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
         ),
     ]
     return [note for applies, note in notes if applies]
-
-
-PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm")

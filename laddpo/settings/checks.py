@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterator
 
+from laddpo.core.losses import LOSSES
 from laddpo.errors import UserError
 from laddpo.models.linears import linear_names, match_linears, unknown_target
 from laddpo.settings.data_checks import file_problems, onpolicy_problems, unread_settings
@@ -119,27 +120,23 @@ def _lengths(config: RunConfig) -> Iterator[str]:
 
 def _objective(config: RunConfig) -> Iterator[str]:
     dpo = config.dpo
-    if dpo.label_smoothing > 0 and dpo.loss not in TAKES_LABEL_SMOOTHING:
+    loss, smoothing = LOSSES.get(dpo.loss), dpo.label_smoothing
+    if loss and smoothing > 0 and not loss.takes_label_smoothing:
+        takers = [name for name, row in LOSSES.items() if row.takes_label_smoothing]
         yield (
-            f"dpo.label_smoothing is {dpo.label_smoothing:g} and dpo.loss is {dpo.loss!r}, which has no such term; "
-            f"set dpo.label_smoothing=0, or dpo.loss to one of {', '.join(TAKES_LABEL_SMOOTHING)}."
+            f"dpo.label_smoothing is {smoothing:g} and dpo.loss is {dpo.loss!r}, which has no such term; "
+            f"set dpo.label_smoothing=0, or dpo.loss to one of {', '.join(takers)}."
         )
-    if dpo.loss == "robust" and dpo.label_smoothing >= 0.5:
+    if loss and loss.smoothing_below is not None and smoothing >= loss.smoothing_below:
         yield (
-            f"dpo.label_smoothing is {dpo.label_smoothing:g} with dpo.loss=robust, which divides by 1 - 2 x it; "
-            "expected less than 0.5; 0.1 is usual."
+            f"dpo.label_smoothing is {smoothing:g} with dpo.loss={dpo.loss}; expected less than "
+            f"{loss.smoothing_below:g}; 0.1 is usual."
         )
     n = dpo.diffusion_samples
     if dpo.estimator == "complement" and n > 1 and n % 2:
         yield (
             f"dpo.diffusion_samples is {n} with dpo.estimator=complement, whose draws come in pairs (a mask and its "
             f"inverse); expected 1 or an even number; set dpo.diffusion_samples={n - 1} or {n + 1}."
-        )
-    block = 2 if dpo.estimator in ("complement", "balanced") else 1
-    if dpo.correction != "none" and n < 2 * block:
-        yield (
-            f"dpo.diffusion_samples is {n} with dpo.correction={dpo.correction}, which compares parts of {block} draws "
-            f"with each other; expected at least {2 * block}; raise it, or set dpo.correction=none."
         )
     if dpo.estimator == "bernoulli" and (dpo.difference_focus or dpo.count_tilt):
         yield (
@@ -234,7 +231,6 @@ def _decoding(config: RunConfig) -> Iterator[str]:
 
 
 SHORTEST_PAIR = 24  # tokens: the template of one turn, a short prompt, a token of response and its terminator
-TAKES_LABEL_SMOOTHING = ("sigmoid", "robust", "sigmoid_norm")
 EPOCHS = frozenset({"optim.num_train_epochs", "model.recommended.num_train_epochs"})
 STEPS = frozenset({"optim.max_train_steps", "model.recommended.max_train_steps"})
 NEEDS_A_DATASET = ("jsonl", "laddpo_public", "graded_candidates")

@@ -34,6 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from laddpo.errors import UserError
 from laddpo.settings.checks import EPOCHS, STEPS, find_problems
 from laddpo.settings.mistakes import (
+    REMOVED,
     Composed,
     diagnose,
     forbidden,
@@ -273,8 +274,3 @@ def drop_removed(tree: Any, path: Path) -> list[str]:
                 f"did nothing. {instead}"
             )
     return problems
-
-
-# Settings that earlier versions had, by key: the value at which they did nothing, and what to do where it is another
-# one. config.yaml of an older run may hold them.
-REMOVED: dict[str, tuple[Any, str]] = {}

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from laddpo.core.losses import LOSSES
 from laddpo.errors import nearest
 
 
@@ -91,7 +92,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{item.name}", value
 
 
-def unknown_name(key: str, name: str, known: tuple[str, ...]) -> str:
+def unknown_name(key: str, name: str, known: Collection[str]) -> str:
     guess = nearest(name, known)
     return (
         f"{key} is {name!r}; known: {', '.join(known)}; {f'did you mean {guess}?' if guess else 'choose one of them.'}"
@@ -143,7 +144,8 @@ LISTS = {
     "variance.draws": "[1,4,8]",
 }
 YES_OR_NAME = ("evaluation.suppress_eos", "data.sampling.suppress_eos")  # true and false, too
-CHOICES: dict[str, tuple[str, ...]] = {
+# Names by setting: a table of options itself, where it can be read without torch, else its names.
+CHOICES: dict[str, Collection[str]] = {
     # validation numbers of which more is better, and the loss
     "best_metric": (
         "auto",
@@ -177,10 +179,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.on_bad_row": ("error", "skip"),
     "data.grader": ("auto", "exact", "number", "math", "contains"),
     "data.duplicates": ("keep", "drop"),
-    "dpo.loss": ("sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down", "sigmoid_norm"),
+    "dpo.loss": LOSSES,
     "dpo.estimator": ("count", "complement", "balanced", "bernoulli"),
     "dpo.schedule": ("iid", "low_discrepancy", "stratified", "systematic", "single"),
-    "dpo.correction": ("none", "second_order", "cross_fit"),
     "optim.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit", "muon"),
     "optim.lr_scheduler_type": ("cosine", "linear", "constant"),
     "hardware.device": ("auto", "cpu", "cuda"),

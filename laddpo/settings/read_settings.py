@@ -58,7 +58,7 @@ ROWS = (*LOADED, "data.", "-data.rounds", "-data.length_quantiles.", "-data.colu
 PREPARED = (*ROWS, *TASKS, "evaluation.batch_size")
 HELD_OUT = ("evaluation.num_pairs", "evaluation.diffusion_samples")
 MEASURED = (
-    *("dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.sft_weight", "dpo.correction", "dpo.estimator"),
+    *("dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.sft_weight", "dpo.estimator"),
     *HELD_OUT,
     "evaluation.at_end",
 )
@@ -68,7 +68,7 @@ DRAWS = (
 )
 
 PLANNED = (
-    *("dpo.diffusion_samples", "dpo.estimator", "dpo.loss", "dpo.correction", "dpo.sft_weight"),
+    *("dpo.diffusion_samples", "dpo.estimator", "dpo.loss", "dpo.sft_weight"),
     "optim.optimizer",
 )
 
