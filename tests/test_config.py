@@ -94,7 +94,7 @@ MISTAKES = {
     # C5
     "an odd number of complement draws": (
         ["dpo.estimator=complement", "dpo.diffusion_samples=5"],
-        ["expected 1 or an even number; set dpo.diffusion_samples=4 or 6"],
+        ["expected 1 or a multiple of 2; set dpo.diffusion_samples=4 or 6"],
     ),
     # C6
     "an unknown hardware profile": (
@@ -114,7 +114,10 @@ MISTAKES = {
         ["hardware=cpu", "hardware.precision=fp16"],
         ["hardware.precision is 'fp16'", "use hardware.precision=fp32"],
     ),
-    "paging on the CPU": (["hardware=cpu", "optim=paged_adamw_8bit"], ["paging needs a CUDA device"]),
+    "paging on the CPU": (
+        ["hardware=cpu", "optim=paged_adamw_8bit"],
+        ["which needs a CUDA device; use optim.optimizer=adamw, adamw_8bit"],
+    ),
     # C9, C11
     "4 and 8 bits at once": (["quantization=nf4", "quantization.load_in_8bit=true"], ["are both true", "choose one"]),
     "4 bits trained in full": (["quantization=nf4", "adapter=full"], ["quantized weights cannot be trained"]),

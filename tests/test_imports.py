@@ -32,13 +32,16 @@ FOLDERS = [
 # Inside core/ a module imports those that stand before it.
 CORE = [
     *("noise", "losses", "budget", "draws", "elbo", "gradient", "objectives", "metrics", "sharing"),
-    *("optim", "tasks", "loop"),
+    *("muon", "optim", "tasks", "loop"),
 ]
 # Functions of these folders take plain values and never see the settings.
 PLAIN = {"errors", "processes", "storage", "preference", "core", "models", "estimator_study"}
 # Whoever composes a run or asks for help waits for these: they load nothing heavy.
 LIGHT = {"errors", "settings", "jobs", "cli", "the doors"}
-LIGHT_MODULES = {"processes.signals", "preference.reading.pairs", "preference.reading.splits", "models.linears"}
+LIGHT_MODULES = {
+    *("processes.signals", "preference.reading.pairs", "preference.reading.splits", "models.linears"),
+    *("core.losses", "core.noise", "core.draws", "core.optim"),  # tables of options, which settings read
+}
 LOADS_LATER = {"storage.reference_store", "storage.checkpoint", "storage.run_outputs"}  # of light folders
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterator
 
+from laddpo.core.draws import ESTIMATORS
 from laddpo.core.losses import LOSSES
 from laddpo.errors import UserError
 from laddpo.models.linears import linear_names, match_linears, unknown_target
@@ -132,16 +133,18 @@ def _objective(config: RunConfig) -> Iterator[str]:
             f"dpo.label_smoothing is {smoothing:g} with dpo.loss={dpo.loss}; expected less than "
             f"{loss.smoothing_below:g}; 0.1 is usual."
         )
-    n = dpo.diffusion_samples
-    if dpo.estimator == "complement" and n > 1 and n % 2:
+    n, law = dpo.diffusion_samples, ESTIMATORS.get(dpo.estimator)
+    if law and law.refuses_parts and n > 1 and (rest := n % law.together):
+        fitting = " or ".join(str(m) for m in (n - rest, n - rest + law.together) if m)
         yield (
-            f"dpo.diffusion_samples is {n} with dpo.estimator=complement, whose draws come in pairs (a mask and its "
-            f"inverse); expected 1 or an even number; set dpo.diffusion_samples={n - 1} or {n + 1}."
+            f"dpo.diffusion_samples is {n} with dpo.estimator={dpo.estimator}, which makes {law.together} draws "
+            f"together; expected 1 or a multiple of {law.together}; set dpo.diffusion_samples={fitting}."
         )
-    if dpo.estimator == "bernoulli" and (dpo.difference_focus or dpo.count_tilt):
+    if law and not law.picks and (dpo.difference_focus or dpo.count_tilt):
         yield (
             f"dpo.difference_focus is {dpo.difference_focus:g} and dpo.count_tilt is {dpo.count_tilt:g} with "
-            "dpo.estimator=bernoulli, which picks neither tokens nor counts; set both to 0, or another dpo.estimator."
+            f"dpo.estimator={dpo.estimator}, which picks neither tokens nor counts; set both to 0, or another "
+            "dpo.estimator."
         )
 
 

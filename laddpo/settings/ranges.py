@@ -14,7 +14,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from laddpo.core.draws import ESTIMATORS
 from laddpo.core.losses import LOSSES
+from laddpo.core.noise import COUNT_SCHEDULES
+from laddpo.core.optim import OPTIMIZERS, SCHEDULES
 from laddpo.errors import nearest
 
 
@@ -180,10 +183,10 @@ CHOICES: dict[str, Collection[str]] = {
     "data.grader": ("auto", "exact", "number", "math", "contains"),
     "data.duplicates": ("keep", "drop"),
     "dpo.loss": LOSSES,
-    "dpo.estimator": ("count", "complement", "balanced", "bernoulli"),
-    "dpo.schedule": ("iid", "low_discrepancy", "stratified", "systematic", "single"),
-    "optim.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit", "muon"),
-    "optim.lr_scheduler_type": ("cosine", "linear", "constant"),
+    "dpo.estimator": ESTIMATORS,
+    "dpo.schedule": COUNT_SCHEDULES,
+    "optim.optimizer": OPTIMIZERS,
+    "optim.lr_scheduler_type": SCHEDULES,
     "hardware.device": ("auto", "cpu", "cuda"),
     "hardware.precision": ("auto", "fp32", "bf16", "fp16"),
     "hardware.attention": ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"),
