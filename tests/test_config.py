@@ -8,11 +8,12 @@ import pytest
 from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.hardware.machine import check_machine
+from laddpo.preference.sources import SOURCES
 from laddpo.settings import ranges
 from laddpo.settings.advice import unlikely_settings
 from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import compose, read_config, write_config
-from laddpo.settings.data_checks import READ_BY
+from laddpo.settings.data_checks import WANTED
 from laddpo.settings.ranges import CHOICES, LISTS, RANGES, leaves
 from laddpo.settings.redaction import find_secrets
 from laddpo.settings.schema import RunConfig
@@ -529,9 +530,9 @@ def test_the_highest_rank_is_the_models_width():
 
 def test_the_table_of_what_each_source_reads_names_settings_and_sources():
     keys = {key for key, _ in leaves(compose())}
-    for name, (sources, _) in READ_BY.items():
+    for name in WANTED:
         assert any(f"{key}.".startswith(f"data.{name}.") for key in keys), name
-        assert set(sources) <= set(CHOICES["data.source"]), name
+    assert {name for source in SOURCES.values() for name in source.reads} == WANTED.keys()
 
 
 class Gpu:

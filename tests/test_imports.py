@@ -40,7 +40,8 @@ PLAIN = {"errors", "processes", "storage", "preference", "core", "models", "esti
 LIGHT = {"errors", "settings", "jobs", "cli", "the doors"}
 LIGHT_MODULES = {
     *("processes.signals", "preference.reading.pairs", "preference.reading.splits", "models.linears"),
-    *("core.losses", "core.noise", "core.draws", "core.optim"),  # tables of options, which settings read
+    # tables of options, which settings read
+    *("core.losses", "core.noise", "core.draws", "core.optim", "preference.sources", "preference.reading.rows"),
 }
 LOADS_LATER = {"storage.reference_store", "storage.checkpoint", "storage.run_outputs"}  # of light folders
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}

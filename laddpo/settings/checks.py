@@ -15,6 +15,7 @@ from laddpo.core.draws import ESTIMATORS
 from laddpo.core.losses import LOSSES
 from laddpo.errors import UserError
 from laddpo.models.linears import linear_names, match_linears, unknown_target
+from laddpo.preference.sources import SOURCES
 from laddpo.settings.data_checks import file_problems, onpolicy_problems, unread_settings
 from laddpo.settings.decoding_checks import decoding_problems, room_problems
 from laddpo.settings.hardware_checks import device_problems, step_problems
@@ -150,7 +151,7 @@ def _objective(config: RunConfig) -> Iterator[str]:
 
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
-    if data.source in NEEDS_A_DATASET and not data.dataset_name:
+    if data.source in SOURCES and SOURCES[data.source].needs_dataset and not data.dataset_name:
         yield (
             f"data.dataset_name is not set and data.source is {data.source!r}; expected a local file or a hub id; "
             "add data.dataset_name=path/to/pairs.jsonl."
@@ -176,12 +177,11 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 def _mixture_parts(config: RunConfig) -> Iterator[str]:
     """What each part of a mixture may be: as the settings of `data` with the same names."""
-    known = tuple(name for name in CHOICES["data.source"] if name != "mixture")
     for index, part in enumerate(config.data.mixture):
         key = f"data.mixture[{index}]"
-        if part.source not in known:
-            yield unknown_name(f"{key}.source", part.source, known)
-        elif part.source in NEEDS_A_DATASET and not part.dataset_name:
+        if part.source not in SOURCES:
+            yield unknown_name(f"{key}.source", part.source, SOURCES)
+        elif SOURCES[part.source].needs_dataset and not part.dataset_name:
             yield (
                 f"{key}.dataset_name is not set and its source is {part.source!r}; expected a local file or a hub id; "
                 "add dataset_name to that part."
@@ -236,4 +236,3 @@ def _decoding(config: RunConfig) -> Iterator[str]:
 SHORTEST_PAIR = 24  # tokens: the template of one turn, a short prompt, a token of response and its terminator
 EPOCHS = frozenset({"optim.num_train_epochs", "model.recommended.num_train_epochs"})
 STEPS = frozenset({"optim.max_train_steps", "model.recommended.max_train_steps"})
-NEEDS_A_DATASET = ("jsonl", "laddpo_public", "graded_candidates")

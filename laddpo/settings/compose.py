@@ -261,7 +261,7 @@ def plain_settings(path: Path) -> Any:
 def drop_removed(tree: Any, path: Path) -> list[str]:
     """Take the settings of REMOVED out of stored ones where they did nothing; a sentence for each that did."""
     problems = []
-    for key, (neutral, instead) in REMOVED.items():
+    for key, (neutral, instead) in REMOVED.items() if isinstance(tree, DictConfig) else ():
         group, _, name = key.rpartition(".")
         node = OmegaConf.select(tree, group) if group else tree
         if not isinstance(node, DictConfig) or name not in node:

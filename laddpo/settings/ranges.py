@@ -19,6 +19,9 @@ from laddpo.core.losses import LOSSES
 from laddpo.core.noise import COUNT_SCHEDULES
 from laddpo.core.optim import OPTIMIZERS, SCHEDULES
 from laddpo.errors import nearest
+from laddpo.preference.embedded.arithmetic import HABITS
+from laddpo.preference.reading.rows import SHAPES
+from laddpo.preference.sources import SOURCES
 
 
 def single_problems(config: Any) -> Iterator[str]:
@@ -163,20 +166,10 @@ CHOICES: dict[str, Collection[str]] = {
     "adapter.kind": ("lora", "full"),
     "quantization.bnb_4bit_quant_type": ("nf4", "fp4"),
     "quantization.bnb_4bit_compute_dtype": ("bf16", "fp16", "fp32"),
-    "data.source": (
-        "arithmetic",
-        "jsonl",
-        "hh_rlhf",
-        "ultrafeedback",
-        "orca_dpo_pairs",
-        "laddpo_public",
-        "graded_candidates",
-        "onpolicy",
-        "mixture",
-    ),
-    "data.format": ("auto", "explicit", "conversation", "implicit", "hh_rlhf", "json"),
+    "data.source": (*SOURCES, "mixture"),
+    "data.format": (*SHAPES, "json"),
     "data.problems": ("arithmetic", "word_problems"),
-    "data.habit": ("drop_carry", "smaller_from_larger"),
+    "data.habit": HABITS,
     "data.template": ("auto", "chat", "plain"),
     "data.truncation": ("error", "drop", "keep_start", "keep_end"),
     "data.on_bad_row": ("error", "skip"),

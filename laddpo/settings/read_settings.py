@@ -58,7 +58,7 @@ ROWS = (*LOADED, "data.", "-data.rounds", "-data.length_quantiles.", "-data.colu
 PREPARED = (*ROWS, *TASKS, "evaluation.batch_size")
 HELD_OUT = ("evaluation.num_pairs", "evaluation.diffusion_samples")
 MEASURED = (
-    *("dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.sft_weight", "dpo.estimator"),
+    *("dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.sft_weight"),
     *HELD_OUT,
     "evaluation.at_end",
 )
@@ -67,10 +67,7 @@ DRAWS = (
     *("dpo.mask_rounds", "dpo.common_random_numbers", "dpo.shared_counts", "dpo.shared_masks"),
 )
 
-PLANNED = (
-    *("dpo.diffusion_samples", "dpo.estimator", "dpo.loss", "dpo.sft_weight"),
-    "optim.optimizer",
-)
+PLANNED = ("dpo.diffusion_samples", "dpo.loss", "dpo.sft_weight", "optim.optimizer")
 
 # By stage, what it reads in any of its variants.
 READS: dict[str, tuple[str, ...]] = {

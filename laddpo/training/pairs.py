@@ -166,8 +166,9 @@ def _grader(config: RunConfig, source: str) -> Grader | None:
 
         return pair_grader(config, open_questions(config))
     from laddpo.evaluation.grading import math_grader
+    from laddpo.preference.sources import open_source
 
-    return math_grader() if source == "graded_candidates" else None
+    return math_grader() if open_source(source).needs_grader else None
 
 
 def evaluation_prompts(config: RunConfig) -> dict[str, Callable[[], set[str]]]:
