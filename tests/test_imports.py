@@ -18,6 +18,7 @@ FOLDERS = [
     {"processes"},
     {"storage"},
     {"preference"},
+    {"problems"},
     {"core"},
     {"models"},
     {"settings"},
@@ -35,9 +36,9 @@ CORE = [
     *("muon", "optim", "tasks", "loop"),
 ]
 # Functions of these folders take plain values and never see the settings.
-PLAIN = {"errors", "processes", "storage", "preference", "core", "models", "estimator_study"}
+PLAIN = {"errors", "processes", "storage", "preference", "problems", "core", "models", "estimator_study"}
 # Whoever composes a run or asks for help waits for these: they load nothing heavy.
-LIGHT = {"errors", "settings", "jobs", "cli", "the doors"}
+LIGHT = {"errors", "problems", "settings", "jobs", "cli", "the doors"}
 LIGHT_MODULES = {
     *("processes.signals", "preference.reading.pairs", "preference.reading.splits", "models.linears"),
     # tables of options, which settings read

@@ -16,10 +16,11 @@ from laddpo.core.losses import LOSSES
 from laddpo.errors import UserError
 from laddpo.models.linears import linear_names, match_linears, unknown_target
 from laddpo.preference.sources import SOURCES
+from laddpo.problems.tasks import TASKS, embedded
 from laddpo.settings.data_checks import file_problems, onpolicy_problems, unread_settings
 from laddpo.settings.decoding_checks import decoding_problems, room_problems
 from laddpo.settings.hardware_checks import device_problems, step_problems
-from laddpo.settings.ranges import CHOICES, EMBEDDED_TASKS, TASKS, single_problems, unknown_name
+from laddpo.settings.ranges import CHOICES, single_problems, unknown_name
 from laddpo.settings.schema import RunConfig
 
 
@@ -217,18 +218,20 @@ def _length(config: RunConfig, given: Collection[str]) -> Iterator[str]:
 
 def _decoding(config: RunConfig) -> Iterator[str]:
     evaluation = config.evaluation
-    if evaluation.harness == "none":
-        yield from (unknown_name("evaluation.tasks", name, TASKS) for name in evaluation.tasks if name not in TASKS)
-    of_rows = [name for name in evaluation.tasks if name not in EMBEDDED_TASKS]
+    made_here = embedded(evaluation.tasks)
+    of_rows = [name for name in evaluation.tasks if name not in made_here]
+    for name in evaluation.tasks if evaluation.harness == "none" else ():
+        if name not in TASKS:
+            yield unknown_name("evaluation.tasks", name, TASKS)
+        elif TASKS[name].needs_file and evaluation.dataset_name is None:
+            yield (
+                f"evaluation.tasks has {name} and evaluation.dataset_name is not set; expected "
+                f"{TASKS[name].needs_file}; add evaluation.dataset_name=path/to/questions.jsonl."
+            )
     if evaluation.dataset_name is not None and len(of_rows) > 1:
         yield (
             f"evaluation.dataset_name is {evaluation.dataset_name!r} with the tasks {', '.join(of_rows)}; one file "
             "holds the rows of one task; set evaluation.dataset_name=null, or name one task."
-        )
-    if "file" in evaluation.tasks and evaluation.harness == "none" and evaluation.dataset_name is None:
-        yield (
-            "evaluation.tasks has file and evaluation.dataset_name is not set; expected a .jsonl with prompt and "
-            "answer on each line; add evaluation.dataset_name=path/to/questions.jsonl."
         )
     yield from decoding_problems(evaluation, "evaluation")
 

@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterator
 
 from laddpo.preference.reading.splits import contradicted_split, has_file_name
 from laddpo.preference.sources import SOURCES
+from laddpo.problems.tasks import embedded
 from laddpo.settings.decoding_checks import decoding_problems, room_problems
-from laddpo.settings.ranges import EMBEDDED_TASKS, leaves
+from laddpo.settings.ranges import leaves
 from laddpo.settings.schema import DataSettings, RunConfig
 
 
@@ -92,7 +93,7 @@ def onpolicy_problems(config: RunConfig) -> Iterator[str]:
         )
     yield from decoding_problems(sampling, "data.sampling")
     yield from room_problems(sampling, "data.sampling", config.model.shape.max_sequence_length, config.model.name)
-    if data.dataset_name is not None and set(EMBEDDED_TASKS) & set(config.evaluation.tasks):
+    if data.dataset_name is not None and embedded(config.evaluation.tasks):
         yield (
             f"data.questions (data.dataset_name) is {data.dataset_name!r} and evaluation.tasks has embedded problems; "
             "name the task of these questions, as evaluation=gsm8k, or data.tasks=[]."

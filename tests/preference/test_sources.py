@@ -8,7 +8,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from laddpo.errors import UserError
-from laddpo.evaluation.grading import FunctionGrader
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.preparation import Part, Rules, prepare_pairs
 from laddpo.preference.reading.bad_rows import BadRow
@@ -16,6 +15,7 @@ from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.reading.pairs import Message
 from laddpo.preference.reading.rows import read_dialogue
 from laddpo.preference.sources import SOURCES, Request, open_corpus, open_source
+from laddpo.problems.grading import FunctionGrader
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
 
