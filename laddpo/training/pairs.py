@@ -183,9 +183,10 @@ def evaluation_prompts(config: RunConfig) -> dict[str, Callable[[], set[str]]]:
 
     from laddpo.problems.tasks import embedded
 
-    file, tasks = config.evaluation.dataset_name, config.evaluation.tasks
+    tasks = config.evaluation.tasks
     made_here = embedded(tasks)
+    files = {task: config.evaluation.dataset_name for task in tasks if task not in made_here}
     return {
-        f"the test problems of {task}" + (f" ({file})" if file and task not in made_here else ""): keys_of(task)
+        f"the test problems of {task}" + (f" ({files[task]})" if files.get(task) else ""): keys_of(task)
         for task in tasks
     }
