@@ -9,7 +9,6 @@ policy: with common masks an untrained policy has no noise in its score at all.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from laddpo.cli.app import run_stage
@@ -74,7 +73,7 @@ def measure_run(config: RunConfig, tuned: Path, prepared, loaded, parameters: li
     few = pairs[: wanted.gradient_pairs]
     jobs = [(name, draws) for name in settings for draws in wanted.draws]
     studied = [(name, draws) for name, draws in jobs if name == "default" and draws > 1]
-    objective = dataclasses.replace(objective_of(config), correction="none")
+    objective = objective_of(config)
     common = (config.seed, wanted.evaluations, machine.token_budget)
     references, mixtures = {}, {}
     with base_model(config, loaded):

@@ -1,6 +1,7 @@
 """Mistakes in settings, through the command line: exit code 2, all together, no traceback, nothing run."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +9,13 @@ import pytest
 from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.hardware.machine import check_machine
+from laddpo.preference.sources import SOURCES
 from laddpo.settings import ranges
 from laddpo.settings.advice import unlikely_settings
 from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import compose, read_config, write_config
-from laddpo.settings.data_checks import READ_BY
+from laddpo.settings.data_checks import WANTED
+from laddpo.settings.mistakes import schema_types
 from laddpo.settings.ranges import CHOICES, LISTS, RANGES, leaves
 from laddpo.settings.redaction import find_secrets
 from laddpo.settings.schema import RunConfig
@@ -94,7 +97,7 @@ MISTAKES = {
     # C5
     "an odd number of complement draws": (
         ["dpo.estimator=complement", "dpo.diffusion_samples=5"],
-        ["expected 1 or an even number; set dpo.diffusion_samples=4 or 6"],
+        ["expected 1 or a multiple of 2; set dpo.diffusion_samples=4 or 6"],
     ),
     # C6
     "an unknown hardware profile": (
@@ -114,7 +117,10 @@ MISTAKES = {
         ["hardware=cpu", "hardware.precision=fp16"],
         ["hardware.precision is 'fp16'", "use hardware.precision=fp32"],
     ),
-    "paging on the CPU": (["hardware=cpu", "optim=paged_adamw_8bit"], ["paging needs a CUDA device"]),
+    "paging on the CPU": (
+        ["hardware=cpu", "optim=paged_adamw_8bit"],
+        ["which needs a CUDA device; use optim.optimizer=adamw, adamw_8bit"],
+    ),
     # C9, C11
     "4 and 8 bits at once": (["quantization=nf4", "quantization.load_in_8bit=true"], ["are both true", "choose one"]),
     "4 bits trained in full": (["quantization=nf4", "adapter=full"], ["quantized weights cannot be trained"]),
@@ -361,7 +367,6 @@ def test_unlikely_settings_are_named_and_run(capsys):
         (["data=gsm8k_preferences", "evaluation=gsm8k"], "test questions"),
         (["optim.num_warmup_steps=50", "optim.max_train_steps=10"], "ends within the warm-up"),
         (["adapter.use_dora=true"], "twice the memory that the plan counts"),
-        (["dpo.correction=cross_fit", "dpo.estimator=balanced"], "takes parts of the draws for independent"),
     ],
 )
 def test_each_unlikely_setting_has_its_note(overrides, needle):
@@ -455,40 +460,21 @@ def test_lengths_that_a_log_normal_has_are_taken_and_a_wrong_percentile_is_blame
 
 
 def test_every_number_that_can_be_wrong_has_a_range():
-    free = {"model.recommended", "data.length_quantiles"}  # their effect is checked where it lands
-    numbers = {
-        key
-        for key, value in leaves(compose())
-        if isinstance(value, int | float) and not isinstance(value, bool) and not key.startswith(tuple(free))
-    }
-    assert numbers <= RANGES.keys()
+    """By its type in the schema, so also where the default is null or a list."""
+    free = ("model.recommended.", "optim.betas")  # what is recommended is checked where it lands, betas by themselves
+    numbers = {key for key, kind in schema_types().items() if re.search(r"\b(int|float)\b", kind)}
+    nullable = {key for key, kind in schema_types().items() if re.match(r"(int|float) \| None", kind)}
+    assert nullable < numbers and len(nullable) > 20
+    assert {key for key in numbers if not key.startswith(free)} == RANGES.keys()
 
 
-def test_names_in_the_settings_are_those_of_the_tables():
-    from laddpo.core.corrections import CORRECTIONS
-    from laddpo.core.draws import ESTIMATORS
+def test_names_in_the_settings_are_those_of_the_tables_that_need_torch():
     from laddpo.core.gradient import BACKWARD_MODES
-    from laddpo.core.losses import LOSSES
-    from laddpo.core.noise import COUNT_SCHEDULES
-    from laddpo.core.optim import OPTIMIZERS, SCHEDULES
     from laddpo.estimator_study.noise import SETTINGS
     from laddpo.evaluation.sampling import REMASKING, SUPPRESSION
-    from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, TASKS
     from laddpo.models.block_cache import KINDS
-    from laddpo.preference.embedded.arithmetic import HABITS
-    from laddpo.preference.reading.rows import SHAPES
-    from laddpo.preference.sources import SOURCES
 
     tables = {
-        "dpo.loss": LOSSES,
-        "dpo.estimator": ESTIMATORS,
-        "dpo.schedule": COUNT_SCHEDULES,
-        "dpo.correction": CORRECTIONS,
-        "optim.optimizer": OPTIMIZERS,
-        "optim.lr_scheduler_type": SCHEDULES,
-        "data.source": [*SOURCES, "mixture"],
-        "data.habit": HABITS,
-        "data.format": ["json", *SHAPES],
         "hardware.backward": ["auto", *BACKWARD_MODES],
         "variance.settings": SETTINGS,
         "evaluation.remasking": REMASKING,
@@ -500,8 +486,6 @@ def test_names_in_the_settings_are_those_of_the_tables():
     }
     for key, table in tables.items():
         assert set(CHOICES[key]) == set(table), key
-    assert set(ranges.TASKS) == set(TASKS)
-    assert set(ranges.EMBEDDED_TASKS) == HAS_VALIDATION_SPLIT
 
 
 def test_what_a_yaml_sets_beside_its_source_is_no_mistake_of_the_user(tmp_path):
@@ -529,16 +513,9 @@ def test_the_highest_rank_is_the_models_width():
 
 def test_the_table_of_what_each_source_reads_names_settings_and_sources():
     keys = {key for key, _ in leaves(compose())}
-    for name, (sources, _) in READ_BY.items():
+    for name in WANTED:
         assert any(f"{key}.".startswith(f"data.{name}.") for key in keys), name
-        assert set(sources) <= set(CHOICES["data.source"]), name
-
-
-def test_losses_that_take_label_smoothing_are_known():
-    from laddpo.core.losses import LOSSES
-    from laddpo.settings.checks import TAKES_LABEL_SMOOTHING
-
-    assert set(TAKES_LABEL_SMOOTHING) == {name for name, loss in LOSSES.items() if loss.takes_label_smoothing}
+    assert {name for source in SOURCES.values() for name in source.reads} == WANTED.keys()
 
 
 class Gpu:

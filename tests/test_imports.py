@@ -18,6 +18,7 @@ FOLDERS = [
     {"processes"},
     {"storage"},
     {"preference"},
+    {"problems"},
     {"core"},
     {"models"},
     {"settings"},
@@ -31,14 +32,18 @@ FOLDERS = [
 ]
 # Inside core/ a module imports those that stand before it.
 CORE = [
-    *("noise", "losses", "corrections", "budget", "draws", "elbo", "gradient", "objectives", "metrics", "sharing"),
-    *("optim", "tasks", "loop"),
+    *("noise", "losses", "budget", "draws", "elbo", "gradient", "objectives", "metrics", "sharing"),
+    *("muon", "optim", "tasks", "loop"),
 ]
 # Functions of these folders take plain values and never see the settings.
-PLAIN = {"errors", "processes", "storage", "preference", "core", "models", "estimator_study"}
+PLAIN = {"errors", "processes", "storage", "preference", "problems", "core", "models", "estimator_study"}
 # Whoever composes a run or asks for help waits for these: they load nothing heavy.
-LIGHT = {"errors", "settings", "jobs", "cli", "the doors"}
-LIGHT_MODULES = {"processes.signals", "preference.reading.pairs", "preference.reading.splits", "models.linears"}
+LIGHT = {"errors", "problems", "settings", "jobs", "cli", "the doors"}
+LIGHT_MODULES = {
+    *("processes.signals", "preference.reading.pairs", "preference.reading.splits", "models.linears"),
+    # tables of options, which settings read
+    *("core.losses", "core.noise", "core.draws", "core.optim", "preference.sources", "preference.reading.rows"),
+}
 LOADS_LATER = {"storage.reference_store", "storage.checkpoint", "storage.run_outputs"}  # of light folders
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}
 

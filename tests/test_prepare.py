@@ -9,11 +9,11 @@ import pytest
 from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.evaluation.answering import question_in
-from laddpo.evaluation.tasks import ARC_INSTRUCTION, GSM8K_INSTRUCTION, MATH500_INSTRUCTION
 from laddpo.inputs.data import difficulty_of
 from laddpo.inputs.policy import _check_vocabulary, model_path
 from laddpo.models.loading import load_tokenizer
 from laddpo.preference.prepared import PreparedPairs
+from laddpo.problems.tasks import ARC_INSTRUCTION, GSM8K_INSTRUCTION, MATH500_INSTRUCTION
 from laddpo.settings.compose import compose
 from laddpo.settings.read_settings import stage_reads
 from laddpo.storage.atomic import read_json

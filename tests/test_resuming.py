@@ -206,3 +206,16 @@ def test_a_removed_setting_is_dropped_where_it_did_nothing_and_refused_by_name_e
     warp, haste = refused.value.problems
     assert "dpo.warp is 0.5" in warp and "expected 0.0" in warp and warp.endswith("Train with the version that has it.")
     assert "haste is True" in haste
+
+
+def test_corrections_of_the_loss_are_gone_and_a_run_that_had_none_is_read(settings, capsys):
+    folder = run_folder(settings)
+    path = folder / "config.yaml"
+    text = path.read_text().partition("\n")[2]  # without the check of this version
+    path.write_text(text.replace("\ndpo:\n", "\ndpo:\n  correction: none\n"))
+    assert read_config(folder) == settings
+    path.write_text(text.replace("\ndpo:\n", "\ndpo:\n  correction: cross_fit\n"))
+    with pytest.raises(UserError, match=r"dpo.correction is 'cross_fit'.*dpo.diffusion_samples"):
+        read_config(folder)
+    assert asked("train", "dpo.correction=none") == []
+    assert "dpo.correction: no such setting" in capsys.readouterr().err

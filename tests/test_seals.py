@@ -33,7 +33,7 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "evaluation.samples": "every line has a check; samples.jsonl is compared by read_manifest",
     "results.of_jobs": "after sealed_file; exit codes of jobs",
     "results.studies": "timing.jsonl is not sealed",
-    "evaluation.tasks": "every line has a check",
+    "evaluation.run_task": "every line has a check",
     "results.exporting": "after require_sealed; the base's README.md for its licence",
     "storage.folders": "what kind of folder it is: marks and manifests, which decide no value",
     "models.adapter_settings": "after require_sealed",

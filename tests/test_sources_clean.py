@@ -48,7 +48,9 @@ def test_files_are_written_through_the_atomic_helpers_alone(path):
     for node, function in calls(path):
         where = f"{name_of(path)}:{node.lineno}: {ast.unparse(node)[:80]}"
         method = function.rpartition(".")[2]
-        assert method not in ("write_text", "write_bytes") or "." not in function or function.startswith("atomic."), where
+        assert method not in ("write_text", "write_bytes") or "." not in function or function.startswith("atomic."), (
+            where
+        )
         is_nothing = bool(node.args) and ast.unparse(node.args[0]) == "os.devnull"
         if method == "open" and function not in ("os.open", "zipfile.open", "gzip.open") and not is_nothing:
             arguments = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]

@@ -1,4 +1,7 @@
-"""Masked draws of a response: which tokens are masked, and what a draw weighs in the ELBO's estimate."""
+"""Masked draws of a response: which tokens are masked, and what a draw weighs in the ELBO's estimate.
+
+A new estimator is one function and one row of ESTIMATORS. Settings, checks and notes read the row.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ class ElboEstimator:
         Blocks of draws that are spread out (by a schedule, a focus or `balanced`) differ more than by chance: variances
         told by their spread are too large, 1 to 2.6 times on normal tokens, never too small.
         """
-        return 2 if self.estimator in ("complement", "balanced") else 1
+        return ESTIMATORS[self.estimator].block
 
     def draw_indices(self, epoch: int) -> range:
         """The indices of the n draws that this epoch uses."""
@@ -91,7 +94,7 @@ class ElboEstimator:
         self, pair_id: str, side: str, length: int, index: int, differing: np.ndarray = NO_POSITIONS
     ) -> MaskedDraw:
         """One draw for a response of `length` tokens, which differs from the other one at `differing`."""
-        return ESTIMATORS[self.estimator](self, Response(pair_id, side, length, differing), index)
+        return ESTIMATORS[self.estimator].draw(self, Response(pair_id, side, length, differing), index)
 
     def sequences(
         self,
@@ -304,9 +307,28 @@ def _folded_fraction(e: ElboEstimator, response: Response, pair_index: int) -> t
     return folded, bool(coin)
 
 
-ESTIMATORS: dict[str, Callable[[ElboEstimator, Response, int], MaskedDraw]] = {
-    "count": count_draw,
-    "complement": complement_draw,
-    "balanced": balanced_draw,
-    "bernoulli": bernoulli_draw,
+@dataclass(frozen=True)
+class MaskLaw:
+    """A row of ESTIMATORS.
+
+    `block`: neighbouring draws that are not independent. `together`: draws that are made together; a number of draws
+    that is no multiple of it has more noise, and is refused if `refuses_parts`. `picks`: dpo.difference_focus and
+    dpo.count_tilt mean something to it. `note`: what a user who chooses it should know.
+    """
+
+    draw: Callable[[ElboEstimator, Response, int], MaskedDraw]
+    block: int = 1
+    together: int = 1
+    refuses_parts: bool = False
+    picks: bool = True
+    note: str | None = None
+
+
+ESTIMATORS: dict[str, MaskLaw] = {
+    "count": MaskLaw(count_draw),
+    "complement": MaskLaw(complement_draw, block=2, together=2, refuses_parts=True),
+    "balanced": MaskLaw(balanced_draw, block=2, together=4),
+    "bernoulli": MaskLaw(
+        bernoulli_draw, picks=False, note="is biased and of large variance; it exists to compare with older code."
+    ),
 }

@@ -4,15 +4,19 @@ Every function takes float64 tensors of one shape, elementwise over pairs: B_w, 
 rejected response, in nats, summed over tokens), the reference's R_w, R_l, the response lengths L_w, L_l in tokens, and
 beta. It returns the loss per pair. Values equal TRL's for the same numbers (TRL's formulas, with its log-probabilities
 replaced by ELBOs).
+
+A new loss is one function and one row. Settings, checks and the memory plan read the row, so nothing here imports torch
+when it is loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid, relu
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def robust(scores: PairScores, beta: float, label_smoothing: float) -> Tensor:
 
 def hinge(scores: PairScores, beta: float, label_smoothing: float) -> Tensor:
     """max(0, 1 - beta * margin): SLiC-HF (2305.10425) on the DPO margin."""
-    return relu(1 - beta * scores.margin)
+    return (1 - beta * scores.margin).relu()
 
 
 def ipo(scores: PairScores, beta: float, label_smoothing: float) -> Tensor:
@@ -100,25 +104,43 @@ def preference_loss(name: str, scores: PairScores, beta: float, label_smoothing:
     return loss
 
 
+def gradient_buffers(name: str, sft_weight: float) -> int:
+    """Gradient buffers that a pair larger than a micro-step needs: one serves both sides of a loss of the margin."""
+    return 1 if LOSSES[name].depends_on_margin and not sft_weight else 2
+
+
+def logsigmoid(values: Tensor) -> Tensor:
+    """log sigma, without overflow."""
+    from torch.nn import functional
+
+    return functional.logsigmoid(values)
+
+
 @dataclass(frozen=True)
 class PreferenceLoss:
     """A row of LOSSES.
 
     `depends_on_margin`: the loss sees B_w and B_l only through B_w - B_l, so its derivatives by them are opposite and
     one gradient buffer serves both. `takes_label_smoothing`: dpo.label_smoothing means something to it.
+    `smoothing_below`: a bound that dpo.label_smoothing must not reach. `is_per_token`: it scores per token, where beta
+    is usually larger by the response length.
     """
 
     function: Callable[[PairScores, float, float], Tensor]
     depends_on_margin: bool
     takes_label_smoothing: bool = False
+    smoothing_below: float | None = None
+    is_per_token: bool = False
 
 
 LOSSES: dict[str, PreferenceLoss] = {
     "sigmoid": PreferenceLoss(sigmoid, depends_on_margin=True, takes_label_smoothing=True),
-    "robust": PreferenceLoss(robust, depends_on_margin=True, takes_label_smoothing=True),
+    "robust": PreferenceLoss(robust, depends_on_margin=True, takes_label_smoothing=True, smoothing_below=0.5),
     "hinge": PreferenceLoss(hinge, depends_on_margin=True),
-    "ipo": PreferenceLoss(ipo, depends_on_margin=False),
+    "ipo": PreferenceLoss(ipo, depends_on_margin=False, is_per_token=True),
     "apo_zero": PreferenceLoss(apo_zero, depends_on_margin=False),
     "apo_down": PreferenceLoss(apo_down, depends_on_margin=False),
-    "sigmoid_norm": PreferenceLoss(sigmoid_norm, depends_on_margin=False, takes_label_smoothing=True),
+    "sigmoid_norm": PreferenceLoss(
+        sigmoid_norm, depends_on_margin=False, takes_label_smoothing=True, is_per_token=True
+    ),
 }

@@ -110,10 +110,12 @@ def reversed_bits(index: int) -> int:
 
 @dataclass(frozen=True)
 class CountSchedule:
-    """A row of COUNT_SCHEDULES. `prefix_consistent`: draw k is the same for every number of draws."""
+    """A row of COUNT_SCHEDULES. `prefix_consistent`: draw k is the same for every number of draws. `note`: what a user
+    who chooses it should know."""
 
     fraction: Callable[[NoiseKey, int, int], int]
     prefix_consistent: bool
+    note: str | None = None
 
 
 COUNT_SCHEDULES: dict[str, CountSchedule] = {
@@ -121,7 +123,11 @@ COUNT_SCHEDULES: dict[str, CountSchedule] = {
     "low_discrepancy": CountSchedule(low_discrepancy_fraction, prefix_consistent=True),
     "stratified": CountSchedule(stratified_fraction, prefix_consistent=False),
     "systematic": CountSchedule(systematic_fraction, prefix_consistent=False),
-    "single": CountSchedule(single_fraction, prefix_consistent=True),
+    "single": CountSchedule(
+        single_fraction,
+        prefix_consistent=True,
+        note="gives all draws of a pair one masked count, the worst use of them; it exists for comparison.",
+    ),
 }
 
 

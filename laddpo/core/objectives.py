@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laddpo.core.corrections import CORRECTIONS
 from laddpo.core.gradient import Item
-from laddpo.core.losses import LOSSES, PairScores, preference_loss
+from laddpo.core.losses import PairScores, gradient_buffers, preference_loss
 
 CHOSEN, REJECTED = 0, 1
 
@@ -23,34 +22,25 @@ CHOSEN, REJECTED = 0, 1
 class DpoObjective:
     """s = beta * [(B_theta(y_w) - B_ref(y_w)) - (B_theta(y_l) - B_ref(y_l))], loss f(s) (VRPO 2505.19223 eq. 7-8).
 
-    B is the mean over draws; with common random numbers policy and reference used the same masks. `correction`: a row
-    of CORRECTIONS, for draws of which `block` neighbours belong together.
+    B is the mean over draws; with common random numbers policy and reference used the same masks.
     """
 
     loss: str
     beta: float
     label_smoothing: float = 0.0
     sft_weight: float = 0.0
-    correction: str = "none"
-    block: int = 1
 
     def losses(self, items: Sequence[Item], draws: Tensor) -> Tensor:
         """Loss per pair. # float64 [items]"""
-
-        def loss(values: Tensor, which: Sequence[int]) -> Tensor:
-            scores = pair_scores(items, values, which)
-            return preference_loss(self.loss, scores, self.beta, self.label_smoothing, self.sft_weight)
-
-        return CORRECTIONS[self.correction].losses(loss, draws, self.block)
+        scores = pair_scores(items, draws)
+        return preference_loss(self.loss, scores, self.beta, self.label_smoothing, self.sft_weight)
 
     def coefficient_groups(self, sides: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
-        """The draws of a side share dL/dB where no correction tells them apart; for losses of the margin the two sides'
-        are opposite: one buffer."""
-        group = np.repeat(CORRECTIONS[self.correction].groups(draws, self.block)[None, :], sides, axis=0)
+        """The draws of a side share dL/dB. For losses of the margin those of the two sides are opposite: one buffer."""
         side = np.repeat(np.arange(sides)[:, None], draws, axis=1)
-        if LOSSES[self.loss].depends_on_margin and not self.sft_weight:
-            return group, 1 - 2 * side
-        return group * sides + side, np.ones_like(side)
+        if gradient_buffers(self.loss, self.sft_weight) == 1:
+            return np.zeros_like(side), 1 - 2 * side
+        return side, np.ones_like(side)
 
 
 @dataclass(frozen=True)
@@ -72,13 +62,9 @@ def reference_draws(items: Sequence[Item], device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack([item.reference for item in items])).to(device)
 
 
-def pair_scores(items: Sequence[Item], draws: Tensor, which: Sequence[int] | None = None) -> PairScores:
-    """ELBOs of policy and reference per pair: means over all draws or those in `which`. # fields float64 [items]"""
-    reference = reference_draws(items, draws.device)
-    if which is not None and len(which) < draws.shape[-1]:
-        which = torch.as_tensor(np.asarray(which), device=draws.device)
-        draws, reference = draws[..., which], reference[..., which]
-    policy, reference = draws.mean(dim=-1), reference.mean(dim=-1)
+def pair_scores(items: Sequence[Item], draws: Tensor) -> PairScores:
+    """ELBOs of policy and reference per pair: means over draws. # fields float64 [items]"""
+    policy, reference = draws.mean(dim=-1), reference_draws(items, draws.device).mean(dim=-1)
     tokens = torch.tensor([item.response_tokens for item in items], dtype=torch.float64, device=draws.device)
     return PairScores(
         policy_chosen=policy[:, CHOSEN],

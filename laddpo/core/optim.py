@@ -1,20 +1,21 @@
 """Optimizers by name and the learning rate as a pure function of the step.
 
-A schedule that is a function has no state to save, restore or advance twice.
+A schedule that is a function has no state to save, restore or advance twice. Settings, checks and the memory plan read
+the tables, so nothing here imports torch when it is loaded.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from laddpo.processes.ranks import is_sharded
 
-MUON_MOMENTUM = 0.95  # Jordan et al. 2024; Adam's betas suit Adam
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def build_optimizer(
@@ -28,7 +29,7 @@ def build_optimizer(
 
     Weight decay applies to matrices, not to vectors (norm weights, biases), as is usual for transformers.
     """
-    return OPTIMIZERS[name](named_parameters, betas=betas, eps=eps, weight_decay=weight_decay)
+    return OPTIMIZERS[name].build(named_parameters, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 def clip_gradients(parameters: Sequence[Tensor], longest: float) -> float:
@@ -36,11 +37,15 @@ def clip_gradients(parameters: Sequence[Tensor], longest: float) -> float:
 
     Of sharded parameters every rank must call this: the norm is that of the whole gradient.
     """
+    import torch
+
     norm = torch.nn.utils.clip_grad_norm_(parameters, longest)
     return float(norm.full_tensor() if is_sharded(norm) else norm)
 
 
 def _adamw(named: Mapping[str, Tensor], weight_decay: float, **settings) -> torch.optim.Optimizer:
+    import torch
+
     return torch.optim.AdamW(_groups(named, weight_decay), lr=0.0, **settings)
 
 
@@ -65,31 +70,12 @@ def _groups(named: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, 
     return [group for group in groups if group["params"]]
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon for the matrices of numbered blocks, AdamW for everything else: embedding, head and vectors.
+def _muon(named: Mapping[str, Tensor], weight_decay: float, **settings) -> torch.optim.Optimizer:
+    from laddpo.core.muon import Muon
 
-    Muon makes the momentum of a matrix orthogonal before it is added (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon). Its update is scaled to the size that AdamW's usually has (Liu et al. 2025,
-    arXiv 2502.16982), so that one learning rate serves both. It keeps one moment of a matrix, AdamW two.
-    """
-
-    def __init__(self, named: Mapping[str, Tensor], weight_decay: float, **settings):
-        hidden = {name: p for name, p in named.items() if p.ndim == 2 and is_in_a_block(name)}
-        others = {name: p for name, p in named.items() if name not in hidden}
-        self.parts: list[torch.optim.Optimizer] = []
-        if hidden:
-            scaled = {"lr": 0.0, "momentum": MUON_MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
-            self.parts.append(torch.optim.Muon(list(hidden.values()), weight_decay=weight_decay, **scaled))
-        if others:
-            self.parts.append(_adamw(others, weight_decay, **settings))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        for part in self.parts:  # one state and one list of groups for this optimizer and its parts
-            part.state = self.state
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
+    matrices = {name: p for name, p in named.items() if p.ndim == 2 and is_in_a_block(name)}
+    others = {name: p for name, p in named.items() if name not in matrices}
+    return Muon(list(matrices.values()), weight_decay, [_adamw(others, weight_decay, **settings)] if others else [])
 
 
 def is_in_a_block(name: str) -> bool:
@@ -97,11 +83,28 @@ def is_in_a_block(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "adamw_8bit": _adamw_8bit,
-    "paged_adamw_8bit": _paged_adamw_8bit,
-    "muon": Muon,
+@dataclass(frozen=True)
+class OptimizerKind:
+    """A row of OPTIMIZERS.
+
+    The memory plan reads the state: `matrix_moments` of a matrix in a block (other tensors have two), `is_8bit`, and
+    `has_workspace` for one that updates through temporaries of the parameters' size. `shards`: it can update weights
+    that are divided among processes. `needs_cuda`: it runs on a CUDA device only.
+    """
+
+    build: Callable[..., torch.optim.Optimizer]
+    matrix_moments: int = 2
+    is_8bit: bool = False
+    has_workspace: bool = False
+    shards: bool = False
+    needs_cuda: bool = False
+
+
+OPTIMIZERS: dict[str, OptimizerKind] = {
+    "adamw": OptimizerKind(_adamw, has_workspace=True, shards=True),
+    "adamw_8bit": OptimizerKind(_adamw_8bit, is_8bit=True),
+    "paged_adamw_8bit": OptimizerKind(_paged_adamw_8bit, is_8bit=True, needs_cuda=True),
+    "muon": OptimizerKind(_muon, matrix_moments=1),
 }
 
 
@@ -117,7 +120,7 @@ def learning_rate(schedule: str, step: int, peak: float, warmup_steps: int, tota
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: max(0.0, 1.0 - progress),
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))),
+    "linear": lambda progress: max(0.0, 1.0 - progress),
+    "constant": lambda progress: 1.0,
 }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from laddpo.preference.encoding.encode import EncodedPair
 
 BASELINE = "vrpo_paper"
-WINDOW = 32  # pairs scored together
+PAIRS_AT_ONCE = 32  # pairs scored together
 SEED_STEP = 1 << 32  # between the noise seeds of two re-evaluations: far from any seed that trains
 
 
@@ -253,8 +253,8 @@ def _score(denoiser: Denoiser, items: Sequence[Item], token_budget: int | TokenB
     if not items:
         return np.zeros((0, 2, 0))
     parts = [
-        score_items(denoiser, items[start : start + WINDOW], token_budget).cpu().numpy()
-        for start in range(0, len(items), WINDOW)
+        score_items(denoiser, items[start : start + PAIRS_AT_ONCE], token_budget).cpu().numpy()
+        for start in range(0, len(items), PAIRS_AT_ONCE)
     ]
     return np.concatenate(parts)
 

@@ -8,7 +8,7 @@ of the defaults.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +18,9 @@ from torch import Tensor
 from laddpo.core.budget import TokenBudget
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.elbo import Denoiser, pack_sequences
-from laddpo.core.gradient import Item
+from laddpo.core.gradient import Item, Objective
 from laddpo.core.objectives import DpoObjective, score_variance
+from laddpo.estimator_study.corrections import CORRECTIONS, CorrectedObjective
 from laddpo.estimator_study.noise import GradientSpread, Measured, noise_items, ratio_of
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ def study(
         "upper_bound": upper_bound_mixture(measured, reference_mixed, objective, denoiser, parameters, pairs),
     }
     if measured.draws >= 2 * measured.estimator.block:
-        for correction in ("second_order", "cross_fit"):
-            goal = replace(objective, correction=correction, block=measured.estimator.block)
+        for correction in CORRECTIONS:
+            goal = CorrectedObjective(objective, correction, measured.estimator.block)
             trace = gradient_of(measured, goal, denoiser, parameters, pairs, token_budget)
             result["gradient"][correction] = ratio_of(trace, measured.gradient[: len(pairs)])
     return result
@@ -108,14 +109,17 @@ def adaptive_draws(measured: Measured, beta: float) -> dict[str, Any]:
 
 
 def corrected_losses(measured: Measured, objective: DpoObjective) -> dict[str, dict[str, float]]:
-    """Bias and variance of the loss with each correction. The truth is the loss at the mean over all evaluations."""
+    """Bias and variance of the loss as it is and with the correction that changes its value.
+
+    The truth is the loss at the mean over all evaluations.
+    """
     pooled = _items(measured, _pooled(measured.reference))
     truth = objective.losses(pooled, torch.from_numpy(_pooled(measured.policy))).numpy()
     if measured.draws < 2 * measured.estimator.block:
         return {}
+    corrected = CorrectedObjective(objective, "second_order", measured.estimator.block)
     result = {}
-    for name in ("none", "second_order"):
-        goal = replace(objective, correction=name, block=measured.estimator.block)
+    for name, goal in (("none", objective), ("second_order", corrected)):
         losses = np.stack(
             [
                 goal.losses(_items(measured, reference), torch.from_numpy(policy)).numpy()
@@ -133,7 +137,7 @@ def corrected_losses(measured: Measured, objective: DpoObjective) -> dict[str, d
 
 def gradient_of(
     measured: Measured,
-    objective: DpoObjective,
+    objective: Objective,
     denoiser: Denoiser,
     parameters: Sequence[Tensor],
     pairs: Sequence[EncodedPair],

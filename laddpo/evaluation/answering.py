@@ -14,24 +14,14 @@ import numpy as np
 
 from laddpo.core.gradient import lockstep
 from laddpo.errors import Stopped, UserError
+from laddpo.evaluation.run_task import Answer, Generate, run_task
 from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, until_stop
-from laddpo.evaluation.tasks import (
-    ARC_INSTRUCTION,
-    GSM8K_INSTRUCTION,
-    MATH500_INSTRUCTION,
-    Answer,
-    Generate,
-    Task,
-    TaskOptions,
-    load_task,
-    run_task,
-)
 from laddpo.inputs.data import difficulty_of, encoder_for
 from laddpo.inputs.policy import Loaded
 from laddpo.preference.reading.bad_rows import LISTED, RowError
 from laddpo.preference.reading.pairs import Prompt, prompt_rows
+from laddpo.problems.tasks import TASKS, Task, TaskOptions, load_task, question_in
 from laddpo.processes.signals import StopFlag
-from laddpo.settings.ranges import EMBEDDED_TASKS
 from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic
 
@@ -55,13 +45,13 @@ def open_task(config: RunConfig, name: str, split: str, limit: int | None, *, wi
 
 def _of_task(config: RunConfig, name: str, with_shots: bool) -> dict[str, Any]:
     """What only some tasks ask for: the difficulty of generated problems, or the rows of others and their grader."""
-    evaluation = config.evaluation
-    if name in EMBEDDED_TASKS:
-        return {"difficulty": difficulty_of(config.data)} if name == "arithmetic" else {}
+    evaluation, kind = config.evaluation, TASKS[name]
+    if kind.is_embedded:
+        return {"difficulty": difficulty_of(config.data)} if kind.has_difficulty else {}
     of_rows = {"dataset_name": evaluation.dataset_name}
     if with_shots and evaluation.shots:
         of_rows["shots_from"] = evaluation.shots_from
-    return {**of_rows, "grader": evaluation.grader} if name == "file" else of_rows
+    return {**of_rows, "grader": evaluation.grader} if kind.takes_grader else of_rows
 
 
 def tested_questions(config: RunConfig, name: str) -> set[str]:
@@ -70,15 +60,6 @@ def tested_questions(config: RunConfig, name: str) -> set[str]:
     asked = {item.prompt[-1].content for item in task.items}
     task.grader.close()
     return asked | {question_in(text) for text in asked}
-
-
-def question_in(text: str) -> str:
-    """What is left of a task's prompt without the instruction at its end, and without the choices of a choice task."""
-    for instruction in (GSM8K_INSTRUCTION, MATH500_INSTRUCTION):
-        text = text.removesuffix(instruction)
-    if text.endswith(ARC_INSTRUCTION):
-        return text.removesuffix(ARC_INSTRUCTION).rpartition("\n\n")[0]
-    return text
 
 
 def sampler_settings(config: RunConfig) -> SamplerSettings:

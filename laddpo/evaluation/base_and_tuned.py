@@ -11,7 +11,7 @@ from laddpo.settings.schema import RunConfig
 
 EXAMPLES = "examples"  # field of a manifest: "rows" where sft trained on the rows of the data
 TRAINING_SAMPLE = 64  # training pairs on which reward accuracy is measured, too
-SEALED = ("config.yaml", "results.json", "items.jsonl", "pairs.jsonl")
+FILES = ("config.yaml", "results.json", "items.jsonl", "pairs.jsonl")
 
 
 def learned_rows(weights: Path) -> bool:
@@ -36,7 +36,7 @@ def seal(folder: Path, run: str | None, weights: dict) -> None:
     from laddpo.storage import manifests
 
     fields = {"run": run, "start": weights}
-    manifests.write_manifest(folder, "evaluation", fields, manifests.present(folder, SEALED), **manifests.provenance())
+    manifests.write_manifest(folder, "evaluation", fields, manifests.present(folder, FILES), **manifests.provenance())
 
 
 def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded, stop, tasks=None, say=print) -> dict:

@@ -23,11 +23,10 @@ from laddpo.hardware.planning import (
     usable,
 )
 from laddpo.models.foreign_logs import quiet_bitsandbytes
+from laddpo.models.quantization import DTYPES
 from laddpo.processes import ranks as processes
-from laddpo.settings.hardware_checks import unshardable
+from laddpo.settings.hardware_checks import needs_cuda, unshardable
 from laddpo.settings.schema import HardwareSettings, RunConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -174,8 +173,8 @@ def check_machine(config: RunConfig) -> None:
             "hardware.precision is 'fp16' and no CUDA device was found; float16 arithmetic is missing or slow on the "
             "CPU; use hardware.precision=auto."
         )
-    if not is_cuda and hardware.device == "auto" and config.optim.optimizer == "paged_adamw_8bit":
-        problems.append("optim.optimizer is 'paged_adamw_8bit' and no CUDA device was found; use adamw_8bit or adamw.")
+    if not is_cuda and hardware.device == "auto":
+        problems += [f"no CUDA device was found, and {problem}" for problem in needs_cuda(config)]
     if quantization.load_in_4bit or quantization.load_in_8bit:
         quiet_bitsandbytes()
         try:

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from laddpo.core.optim import OPTIMIZERS
 from laddpo.models.linears import BLOCK_LINEARS
 
 GIB = 2**30
@@ -211,12 +212,11 @@ def _gathered(setup: Setup) -> int:
 
 
 def _optimizer(setup: Setup) -> int:
-    """Two moments, of Muon's matrices one. 8-bit ones keep small tensors, and one scale for 256 values, in float32."""
-    if setup.optimizer == "adamw":
-        return 8 * setup.trained
-    if setup.optimizer == "muon":
+    """The moments, two as a rule. 8-bit ones keep small tensors, and one scale for 256 values, in float32."""
+    kind = OPTIMIZERS[setup.optimizer]
+    if not kind.is_8bit:
         in_blocks = setup.shape.n_layers * setup.shape.block_parameters if setup.is_full else setup.trained
-        return 8 * setup.trained - 4 * in_blocks
+        return 8 * setup.trained - 4 * (2 - kind.matrix_moments) * in_blocks
     small = 0
     if not setup.is_full:
         sizes = [setup.rank * n for name in setup.targets for n in setup.shape.linear(name)]
@@ -316,7 +316,7 @@ def _in_head(setup: Setup, load: Load) -> dict[str, int]:
 
 def _update_workspace(setup: Setup) -> int:
     """The optimizer's own temporaries: on CUDA all tensors at once, on the CPU one after the other."""
-    if setup.optimizer != "adamw":
+    if not OPTIMIZERS[setup.optimizer].has_workspace:
         return 0
     if setup.device == "cuda":
         return 4 * setup.trained // setup.shards

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from laddpo.core.losses import gradient_buffers
 from laddpo.hardware.memory import (
     BUDGET_STEP,
     GIB,
@@ -116,12 +117,7 @@ def model_shape(config: RunConfig) -> Shape:
 def gradient_groups(config: RunConfig, sides: int = 2) -> int:
     """Buffers of a pair larger than a micro-step: one for each set of draws with a derivative of its own. An SFT row's
     draws share theirs."""
-    if sides == 1:
-        return 1
-    dpo = config.dpo
-    block = 2 if dpo.estimator in ("complement", "balanced") else 1
-    parts = {"none": 1, "cross_fit": 2, "second_order": max(1, dpo.diffusion_samples // block)}[dpo.correction]
-    return parts * (1 if dpo.loss in MARGIN_LOSSES and not dpo.sft_weight else 2)
+    return 1 if sides == 1 else gradient_buffers(config.dpo.loss, config.dpo.sft_weight)
 
 
 def held_adapter(config: RunConfig) -> AdapterSettings:
@@ -293,6 +289,3 @@ def free_ram_bytes() -> int:
                 return int(line.split()[1]) * 1024
     known = getattr(os, "sysconf_names", {})  # absent on Windows
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in known else 8 * GIB
-
-
-MARGIN_LOSSES = ("sigmoid", "robust", "hinge")  # one buffer serves both sides: depends_on_margin in core/losses.py

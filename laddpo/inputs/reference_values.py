@@ -162,8 +162,7 @@ def reference_estimator(config: RunConfig) -> ElboEstimator:
 def objective_of(config: RunConfig) -> DpoObjective:
     """The preference loss of this run."""
     dpo = config.dpo
-    block = ElboEstimator(dpo.estimator).block
-    return DpoObjective(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.sft_weight, dpo.correction, block)
+    return DpoObjective(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.sft_weight)
 
 
 def reference_fields(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, estimator: ElboEstimator) -> dict:

@@ -1,7 +1,8 @@
 """Where preference pairs come from: SOURCES lists the readers, each a generator of pairs and bad rows.
 
 A reader is given what was asked for (a Request), yields PreferencePair or BadRow for every row it meets, and says in
-`identity` what its rows depend on, for the fingerprint. Rows are streamed; nothing is held but the row at hand.
+`identity` what its rows depend on, for the fingerprint. Rows are streamed; nothing is held but the row at hand. A new
+source is its functions and one row; settings read the row.
 """
 
 from __future__ import annotations
@@ -63,13 +64,19 @@ class Request:
 class Source:
     """`read` streams the rows, `identity` lists what they depend on, `split_of` places a prompt where the source itself
     keeps its splits apart (None: the split is by prompt), `is_graded` says whether pairs carry a gold answer.
-    `read_examples` streams SFT examples where rows may hold more than pairs."""
+    `read_examples` streams SFT examples where rows may hold more than pairs; `corpus` is a source of such examples.
+    `reads` names the settings of data, or groups of them, that not every source reads. `needs_dataset`: there is no
+    default for data.dataset_name. `needs_grader`: its pairs are answers told right from wrong."""
 
     read: Callable[[Request, ReadLog], Iterator[PreferencePair | Example | BadRow]]
     identity: Callable[[Request], dict]
     split_of: Callable[[Prompt], str] | None = None
     is_graded: bool = False
     read_examples: Callable[[Request, ReadLog], Iterator[Example | BadRow]] | None = None
+    corpus: Source | None = None
+    reads: tuple[str, ...] = ()
+    needs_dataset: bool = False
+    needs_grader: bool = False
 
 
 def open_source(name: str) -> Source:
@@ -78,8 +85,9 @@ def open_source(name: str) -> Source:
 
 
 def open_corpus(name: str) -> Source:
-    """The source of SFT examples of that name."""
-    return choose(CORPORA, name, "data.source", "laddpo/preference/sources.py")
+    """The source of SFT examples of that name: its corpus, else what its rows hold."""
+    source = open_source(name)
+    return source.corpus or examples_of(source)
 
 
 def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iterator[PreferencePair | BadRow]:
@@ -286,6 +294,8 @@ def rows_in_shape(shape: str | None = None, **defaults) -> Source:
         read=lambda request, log: read_pairs(completed(request), log, shape),
         identity=lambda request: {"shape": shape, **rows_identity(completed(request))},
         read_examples=lambda request, log: read_examples(completed(request), log, shape),
+        reads=PAIRS_READ if "format" in defaults else (*PAIRS_READ, "format"),
+        needs_dataset="dataset_name" not in defaults,
     )
 
 
@@ -306,8 +316,20 @@ def arithmetic_split(prompt: Prompt) -> str:
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 TEXT_COLUMNS = (*PAIR_COLUMNS, "response", MESSAGES)
+ROWS_READ = (
+    *("dataset_name", "dataset_split", "dataset_config", "revision", "columns", "max_line_bytes", "follow_symlinks"),
+    *("allow_empty_prompt", "allow_nul"),
+)
+PAIRS_READ = (*ROWS_READ, *(f"columns.{name}" for name in ("chosen", "rejected", "system", "input")))
 SOURCES: dict[str, Source] = {
-    "arithmetic": Source(arithmetic_pairs, arithmetic_identity, split_of=arithmetic_split, is_graded=True),
+    "arithmetic": Source(
+        arithmetic_pairs,
+        arithmetic_identity,
+        split_of=arithmetic_split,
+        is_graded=True,
+        corpus=Source(arithmetic_corpus, corpus_identity),
+        reads=("num_pairs",),
+    ),
     "jsonl": rows_in_shape(),
     "hh_rlhf": rows_in_shape("hh_rlhf", dataset_name="Anthropic/hh-rlhf"),
     "ultrafeedback": rows_in_shape(
@@ -317,10 +339,26 @@ SOURCES: dict[str, Source] = {
         dataset_name="Intel/orca_dpo_pairs", columns={"prompt": "question", "system": "system"}
     ),
     "laddpo_public": rows_in_shape(format="json"),
-    "graded_candidates": Source(graded_pairs, graded_identity, is_graded=True),
-    "onpolicy": Source(onpolicy_pairs, onpolicy_identity, is_graded=True),
-}
-CORPORA: dict[str, Source] = {
-    **{name: examples_of(source) for name, source in SOURCES.items()},
-    "arithmetic": Source(arithmetic_corpus, corpus_identity),
+    "graded_candidates": Source(
+        graded_pairs,
+        graded_identity,
+        is_graded=True,
+        reads=(
+            *ROWS_READ,
+            "columns.candidates",
+            "columns.candidate",
+            "format",
+            "candidates_name",
+            "pairs_per_question",
+        ),
+        needs_dataset=True,
+        needs_grader=True,
+    ),
+    "onpolicy": Source(
+        onpolicy_pairs,
+        onpolicy_identity,
+        is_graded=True,
+        reads=(*ROWS_READ, "pairs_per_question", "questions", "sampling", "grader", "balance_lengths"),
+        needs_grader=True,
+    ),
 }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from laddpo.settings.schema import RunConfig
+from laddpo.core.draws import ESTIMATORS
+from laddpo.core.losses import LOSSES
+from laddpo.core.noise import COUNT_SCHEDULES
+from laddpo.settings.schema import DpoSettings, RunConfig
 
 
 def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
@@ -13,6 +16,7 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
     is_from_scratch = stage == "sft" and config.sft.from_scratch  # what is recommended is for trained weights
     is_large = config.model.shape.n_layers >= 16
     is_arithmetic, kind = config.data.source == "arithmetic", "LoRA" if is_lora else "full fine-tuning"
+    law, schedule = ESTIMATORS[dpo.estimator], COUNT_SCHEDULES[dpo.schedule]
     repeats_masks = optim.num_train_epochs > dpo.mask_rounds and optim.max_train_steps is None
     notes = [
         (
@@ -39,30 +43,17 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
             f"optim.max_train_steps={optim.max_train_steps} ends within the warm-up of optim.num_warmup_steps="
             f"{optim.num_warmup_steps}: the learning rate never reaches its value.",
         ),
-        (
-            dpo.estimator == "bernoulli",
-            "dpo.estimator=bernoulli is biased and of large variance; it exists to compare with older code.",
-        ),
+        (bool(law.note), f"dpo.estimator={dpo.estimator} {law.note}"),
         (
             is_lora and config.adapter.use_dora,
             "adapter.use_dora=true keeps PEFT's arithmetic: a step takes about twice the memory that the plan counts, "
             "and twice the time (llada_nano, bf16).",
         ),
+        (bool(schedule.note), f"dpo.schedule={dpo.schedule} {schedule.note}"),
         (
-            dpo.correction != "none"
-            and (dpo.estimator == "balanced" or dpo.schedule != "iid" or dpo.difference_focus > 0),
-            f"dpo.correction={dpo.correction} takes parts of the draws for independent, which draws that are spread "
-            "out are not; it is exact with dpo.estimator=complement dpo.schedule=iid dpo.difference_focus=0.",
-        ),
-        (
-            dpo.schedule == "single",
-            "dpo.schedule=single gives all draws of a pair one masked count, the worst use of them; it exists for "
-            "comparison.",
-        ),
-        (
-            dpo.estimator == "balanced" and dpo.diffusion_samples % 4,
-            f"dpo.diffusion_samples={dpo.diffusion_samples} cuts through the fours that dpo.estimator=balanced draws; "
-            "a multiple of 4 has less noise per draw; with 2, dpo.estimator=complement.",
+            bool(dpo.diffusion_samples % law.together) and not law.refuses_parts,
+            f"dpo.diffusion_samples={dpo.diffusion_samples} is no multiple of the {law.together} draws that "
+            f"dpo.estimator={dpo.estimator} makes together; a multiple has less noise per draw{_fitting_laws(dpo)}.",
         ),
         (
             not dpo.common_random_numbers,
@@ -74,7 +65,7 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
             "see the same masks again and may fit their noise; raise dpo.mask_rounds (each costs one reference pass).",
         ),
         (
-            dpo.loss in PER_TOKEN_LOSSES and dpo.beta == recommended.beta,
+            LOSSES[dpo.loss].is_per_token and dpo.beta == recommended.beta,
             f"dpo.loss={dpo.loss} scores per token, where beta is usually larger by the response length; "
             f"dpo.beta={dpo.beta:g} was chosen for sums.",
         ),
@@ -91,4 +82,9 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
     return [note for applies, note in notes if applies]
 
 
-PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm")
+def _fitting_laws(dpo: DpoSettings) -> str:
+    """The estimators whose draws come in groups that fit the number of draws, as the end of a sentence."""
+    fitting = [
+        name for name, law in ESTIMATORS.items() if law.together > 1 and dpo.diffusion_samples % law.together == 0
+    ]
+    return f"; {dpo.diffusion_samples} draws suit dpo.estimator={' or '.join(fitting)}" if fitting else ""

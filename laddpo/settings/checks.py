@@ -11,12 +11,16 @@ import math
 import re
 from collections.abc import Collection, Iterator
 
+from laddpo.core.draws import ESTIMATORS
+from laddpo.core.losses import LOSSES
 from laddpo.errors import UserError
 from laddpo.models.linears import linear_names, match_linears, unknown_target
+from laddpo.preference.sources import SOURCES
+from laddpo.problems.tasks import TASKS, embedded
 from laddpo.settings.data_checks import file_problems, onpolicy_problems, unread_settings
 from laddpo.settings.decoding_checks import decoding_problems, room_problems
 from laddpo.settings.hardware_checks import device_problems, step_problems
-from laddpo.settings.ranges import CHOICES, EMBEDDED_TASKS, TASKS, single_problems, unknown_name
+from laddpo.settings.ranges import CHOICES, single_problems, unknown_name
 from laddpo.settings.schema import RunConfig
 
 
@@ -119,38 +123,36 @@ def _lengths(config: RunConfig) -> Iterator[str]:
 
 def _objective(config: RunConfig) -> Iterator[str]:
     dpo = config.dpo
-    if dpo.label_smoothing > 0 and dpo.loss not in TAKES_LABEL_SMOOTHING:
+    loss, smoothing = LOSSES.get(dpo.loss), dpo.label_smoothing
+    if loss and smoothing > 0 and not loss.takes_label_smoothing:
+        takers = [name for name, row in LOSSES.items() if row.takes_label_smoothing]
         yield (
-            f"dpo.label_smoothing is {dpo.label_smoothing:g} and dpo.loss is {dpo.loss!r}, which has no such term; "
-            f"set dpo.label_smoothing=0, or dpo.loss to one of {', '.join(TAKES_LABEL_SMOOTHING)}."
+            f"dpo.label_smoothing is {smoothing:g} and dpo.loss is {dpo.loss!r}, which has no such term; "
+            f"set dpo.label_smoothing=0, or dpo.loss to one of {', '.join(takers)}."
         )
-    if dpo.loss == "robust" and dpo.label_smoothing >= 0.5:
+    if loss and loss.smoothing_below is not None and smoothing >= loss.smoothing_below:
         yield (
-            f"dpo.label_smoothing is {dpo.label_smoothing:g} with dpo.loss=robust, which divides by 1 - 2 x it; "
-            "expected less than 0.5; 0.1 is usual."
+            f"dpo.label_smoothing is {smoothing:g} with dpo.loss={dpo.loss}; expected less than "
+            f"{loss.smoothing_below:g}; 0.1 is usual."
         )
-    n = dpo.diffusion_samples
-    if dpo.estimator == "complement" and n > 1 and n % 2:
+    n, law = dpo.diffusion_samples, ESTIMATORS.get(dpo.estimator)
+    if law and law.refuses_parts and n > 1 and (rest := n % law.together):
+        fitting = " or ".join(str(m) for m in (n - rest, n - rest + law.together) if m)
         yield (
-            f"dpo.diffusion_samples is {n} with dpo.estimator=complement, whose draws come in pairs (a mask and its "
-            f"inverse); expected 1 or an even number; set dpo.diffusion_samples={n - 1} or {n + 1}."
+            f"dpo.diffusion_samples is {n} with dpo.estimator={dpo.estimator}, which makes {law.together} draws "
+            f"together; expected 1 or a multiple of {law.together}; set dpo.diffusion_samples={fitting}."
         )
-    block = 2 if dpo.estimator in ("complement", "balanced") else 1
-    if dpo.correction != "none" and n < 2 * block:
-        yield (
-            f"dpo.diffusion_samples is {n} with dpo.correction={dpo.correction}, which compares parts of {block} draws "
-            f"with each other; expected at least {2 * block}; raise it, or set dpo.correction=none."
-        )
-    if dpo.estimator == "bernoulli" and (dpo.difference_focus or dpo.count_tilt):
+    if law and not law.picks and (dpo.difference_focus or dpo.count_tilt):
         yield (
             f"dpo.difference_focus is {dpo.difference_focus:g} and dpo.count_tilt is {dpo.count_tilt:g} with "
-            "dpo.estimator=bernoulli, which picks neither tokens nor counts; set both to 0, or another dpo.estimator."
+            f"dpo.estimator={dpo.estimator}, which picks neither tokens nor counts; set both to 0, or another "
+            "dpo.estimator."
         )
 
 
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
-    if data.source in NEEDS_A_DATASET and not data.dataset_name:
+    if data.source in SOURCES and SOURCES[data.source].needs_dataset and not data.dataset_name:
         yield (
             f"data.dataset_name is not set and data.source is {data.source!r}; expected a local file or a hub id; "
             "add data.dataset_name=path/to/pairs.jsonl."
@@ -176,12 +178,11 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 def _mixture_parts(config: RunConfig) -> Iterator[str]:
     """What each part of a mixture may be: as the settings of `data` with the same names."""
-    known = tuple(name for name in CHOICES["data.source"] if name != "mixture")
     for index, part in enumerate(config.data.mixture):
         key = f"data.mixture[{index}]"
-        if part.source not in known:
-            yield unknown_name(f"{key}.source", part.source, known)
-        elif part.source in NEEDS_A_DATASET and not part.dataset_name:
+        if part.source not in SOURCES:
+            yield unknown_name(f"{key}.source", part.source, SOURCES)
+        elif SOURCES[part.source].needs_dataset and not part.dataset_name:
             yield (
                 f"{key}.dataset_name is not set and its source is {part.source!r}; expected a local file or a hub id; "
                 "add dataset_name to that part."
@@ -217,24 +218,24 @@ def _length(config: RunConfig, given: Collection[str]) -> Iterator[str]:
 
 def _decoding(config: RunConfig) -> Iterator[str]:
     evaluation = config.evaluation
-    if evaluation.harness == "none":
-        yield from (unknown_name("evaluation.tasks", name, TASKS) for name in evaluation.tasks if name not in TASKS)
-    of_rows = [name for name in evaluation.tasks if name not in EMBEDDED_TASKS]
+    made_here = embedded(evaluation.tasks)
+    of_rows = [name for name in evaluation.tasks if name not in made_here]
+    for name in evaluation.tasks if evaluation.harness == "none" else ():
+        if name not in TASKS:
+            yield unknown_name("evaluation.tasks", name, TASKS)
+        elif TASKS[name].needs_file and evaluation.dataset_name is None:
+            yield (
+                f"evaluation.tasks has {name} and evaluation.dataset_name is not set; expected "
+                f"{TASKS[name].needs_file}; add evaluation.dataset_name=path/to/questions.jsonl."
+            )
     if evaluation.dataset_name is not None and len(of_rows) > 1:
         yield (
             f"evaluation.dataset_name is {evaluation.dataset_name!r} with the tasks {', '.join(of_rows)}; one file "
             "holds the rows of one task; set evaluation.dataset_name=null, or name one task."
         )
-    if "file" in evaluation.tasks and evaluation.harness == "none" and evaluation.dataset_name is None:
-        yield (
-            "evaluation.tasks has file and evaluation.dataset_name is not set; expected a .jsonl with prompt and "
-            "answer on each line; add evaluation.dataset_name=path/to/questions.jsonl."
-        )
     yield from decoding_problems(evaluation, "evaluation")
 
 
 SHORTEST_PAIR = 24  # tokens: the template of one turn, a short prompt, a token of response and its terminator
-TAKES_LABEL_SMOOTHING = ("sigmoid", "robust", "sigmoid_norm")
 EPOCHS = frozenset({"optim.num_train_epochs", "model.recommended.num_train_epochs"})
 STEPS = frozenset({"optim.max_train_steps", "model.recommended.max_train_steps"})
-NEEDS_A_DATASET = ("jsonl", "laddpo_public", "graded_candidates")

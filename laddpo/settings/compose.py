@@ -34,6 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from laddpo.errors import UserError
 from laddpo.settings.checks import EPOCHS, STEPS, find_problems
 from laddpo.settings.mistakes import (
+    REMOVED,
     Composed,
     diagnose,
     forbidden,
@@ -260,7 +261,7 @@ def plain_settings(path: Path) -> Any:
 def drop_removed(tree: Any, path: Path) -> list[str]:
     """Take the settings of REMOVED out of stored ones where they did nothing; a sentence for each that did."""
     problems = []
-    for key, (neutral, instead) in REMOVED.items():
+    for key, (neutral, instead) in REMOVED.items() if isinstance(tree, DictConfig) else ():
         group, _, name = key.rpartition(".")
         node = OmegaConf.select(tree, group) if group else tree
         if not isinstance(node, DictConfig) or name not in node:
@@ -273,8 +274,3 @@ def drop_removed(tree: Any, path: Path) -> list[str]:
                 f"did nothing. {instead}"
             )
     return problems
-
-
-# Settings that earlier versions had, by key: the value at which they did nothing, and what to do where it is another
-# one. config.yaml of an older run may hold them.
-REMOVED: dict[str, tuple[Any, str]] = {}

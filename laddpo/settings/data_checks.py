@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from laddpo.preference.reading.splits import contradicted_split, has_file_name
+from laddpo.preference.sources import SOURCES
+from laddpo.problems.tasks import embedded
 from laddpo.settings.decoding_checks import decoding_problems, room_problems
-from laddpo.settings.ranges import EMBEDDED_TASKS, leaves
+from laddpo.settings.ranges import leaves
 from laddpo.settings.schema import DataSettings, RunConfig
 
 
@@ -27,7 +29,7 @@ def unread_settings(config: RunConfig, given: Collection[str]) -> Iterator[str]:
             continue
         if not is_read(key, config):
             of_parts = data.source == "mixture" and name.partition(".")[0] in OF_EACH_PART
-            advice = "give it to the parts in data.mixture" if of_parts else READ_BY[name][1]
+            advice = "give it to the parts in data.mixture" if of_parts else WANTED[name]
             yield (
                 f"{key} is {value!r} and data.source is {data.source!r}, which does not read it; {advice}, or leave "
                 f"{key} out."
@@ -59,19 +61,19 @@ def sft_problems(config: RunConfig) -> Iterator[str]:
 
 
 def is_read(key: str, config: RunConfig) -> bool:
-    """Whether the data's source reads a setting, as far as READ_BY says anything of it."""
+    """Whether the data's source reads a setting that only some sources read."""
     if (name := reader_row(key)) is None:
         return True
     data = config.data
     sources = {part.source for part in data.mixture} if data.source == "mixture" else {data.source}
     if data.source == "mixture" and name.partition(".")[0] in OF_EACH_PART:
         sources &= {"onpolicy"}  # whose questions `data` names
-    return bool(sources & set(READ_BY[name][0]))
+    return any(name in SOURCES[source].reads for source in sources & SOURCES.keys())
 
 
 def reader_row(key: str) -> str | None:
-    """The row of READ_BY that a setting belongs to, if only some sources read it."""
-    return next((name for name in READ_BY if f"{key}.".startswith(f"data.{name}.")), None)
+    """The row of WANTED that a setting belongs to, if only some sources read it."""
+    return next((name for name in WANTED if f"{key}.".startswith(f"data.{name}.")), None)
 
 
 def onpolicy_problems(config: RunConfig) -> Iterator[str]:
@@ -91,7 +93,7 @@ def onpolicy_problems(config: RunConfig) -> Iterator[str]:
         )
     yield from decoding_problems(sampling, "data.sampling")
     yield from room_problems(sampling, "data.sampling", config.model.shape.max_sequence_length, config.model.name)
-    if data.dataset_name is not None and set(EMBEDDED_TASKS) & set(config.evaluation.tasks):
+    if data.dataset_name is not None and embedded(config.evaluation.tasks):
         yield (
             f"data.questions (data.dataset_name) is {data.dataset_name!r} and evaluation.tasks has embedded problems; "
             "name the task of these questions, as evaluation=gsm8k, or data.tasks=[]."
@@ -122,34 +124,19 @@ def file_problems(config: RunConfig, given: Collection[str]) -> Iterator[str]:
             )
 
 
-# Those of files or of the hub.
-ROWS = ("jsonl", "hh_rlhf", "ultrafeedback", "orca_dpo_pairs", "laddpo_public", "graded_candidates", "onpolicy")
 OF_EACH_PART = ("dataset_name", "dataset_split", "dataset_config", "revision", "columns", "format")
-OF_PAIRS = tuple(name for name in ROWS if name not in ("graded_candidates", "onpolicy"))  # read chosen and rejected
 OWN_ROWS = "write data=jsonl to read rows of your own"
 OWN_ANSWERS = "write data=onpolicy to make pairs of the model's own answers"
 CANDIDATES = "write data=gsm8k_candidates to make pairs of candidates"
-# By setting or group of settings, the most special first: the sources that read it, and what was probably wanted. What
-# is not here concerns every source, or is read elsewhere too: evaluation and sft pose problems of operand_max.
-READ_BY: dict[str, tuple[tuple[str, ...], str]] = {
-    "dataset_name": (ROWS, OWN_ROWS),
-    "dataset_split": (ROWS, OWN_ROWS),
-    "dataset_config": (ROWS, OWN_ROWS),
-    "revision": (ROWS, OWN_ROWS),
-    "columns.candidates": (("graded_candidates",), CANDIDATES),
-    "columns.candidate": (("graded_candidates",), CANDIDATES),
-    **{f"columns.{name}": (OF_PAIRS, OWN_ROWS) for name in ("chosen", "rejected", "system", "input")},
-    "columns": (ROWS, OWN_ROWS),
-    "format": (tuple(name for name in ROWS if name not in ("laddpo_public", "onpolicy")), OWN_ROWS),
-    "max_line_bytes": (ROWS, OWN_ROWS),
-    "follow_symlinks": (ROWS, OWN_ROWS),
-    "allow_empty_prompt": (ROWS, OWN_ROWS),
-    "allow_nul": (ROWS, OWN_ROWS),
-    "candidates_name": (("graded_candidates",), CANDIDATES),
-    "pairs_per_question": (("graded_candidates", "onpolicy"), OWN_ANSWERS),
-    "questions": (("onpolicy",), OWN_ANSWERS),
-    "sampling": (("onpolicy",), OWN_ANSWERS),
-    "grader": (("onpolicy",), OWN_ANSWERS),
-    "balance_lengths": (("onpolicy",), OWN_ANSWERS),
-    "num_pairs": (("arithmetic",), "write data.random_sample_size to take so many rows"),
+# By setting or group of settings that only some rows of SOURCES read, the most special first: what was probably wanted.
+# What is not here concerns every source, or is read elsewhere too: evaluation and sft pose problems of operand_max.
+WANTED = {
+    **dict.fromkeys(("dataset_name", "dataset_split", "dataset_config", "revision"), OWN_ROWS),
+    **dict.fromkeys(("columns.candidates", "columns.candidate"), CANDIDATES),
+    **dict.fromkeys([f"columns.{name}" for name in ("chosen", "rejected", "system", "input")], OWN_ROWS),
+    **dict.fromkeys(("columns", "format", "max_line_bytes", "follow_symlinks"), OWN_ROWS),
+    **dict.fromkeys(("allow_empty_prompt", "allow_nul"), OWN_ROWS),
+    "candidates_name": CANDIDATES,
+    **dict.fromkeys(("pairs_per_question", "questions", "sampling", "grader", "balance_lengths"), OWN_ANSWERS),
+    "num_pairs": "write data.random_sample_size to take so many rows",
 }

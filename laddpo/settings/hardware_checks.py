@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from laddpo.settings.ranges import CHOICES, unknown_name
+from laddpo.core.optim import OPTIMIZERS
+from laddpo.settings.ranges import unknown_name
 from laddpo.settings.schema import RunConfig
 
 
 def device_problems(config: RunConfig) -> Iterator[str]:
     hardware = config.hardware
-    if hardware.device == "cpu" and config.optim.optimizer == "paged_adamw_8bit":
-        yield (
-            "optim.optimizer is 'paged_adamw_8bit' and hardware.device is 'cpu'; paging needs a CUDA device; "
-            "use optim.optimizer=adamw_8bit or adamw."
-        )
+    if hardware.device == "cpu":
+        yield from (f"hardware.device is 'cpu' and {problem}" for problem in needs_cuda(config))
     if hardware.device == "cpu" and hardware.precision == "fp16":
         yield (
             "hardware.precision is 'fp16' and hardware.device is 'cpu', where float16 arithmetic is missing or slow; "
@@ -29,13 +27,23 @@ def device_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
+def needs_cuda(config: RunConfig) -> Iterator[str]:
+    """The rest of a sentence if the optimizer cannot run on a CPU."""
+    name = config.optim.optimizer
+    if name in OPTIMIZERS and OPTIMIZERS[name].needs_cuda:
+        others = ", ".join(other for other, kind in OPTIMIZERS.items() if not kind.needs_cuda)
+        yield f"optim.optimizer is {name!r}, which needs a CUDA device; use optim.optimizer={others}."
+
+
 def unshardable(config: RunConfig) -> Iterator[str]:
     """What cannot be done with weights that are divided among processes."""
     hardware, quantization = config.hardware, config.quantization
     if quantization.load_in_4bit or quantization.load_in_8bit:
         yield "weights are quantized, which FSDP2 cannot divide; use quantization=none, or hardware.sharding=none."
-    if config.optim.optimizer != "adamw":
-        yield f"optim.optimizer is {config.optim.optimizer!r}, which holds no sharded state; use optim.optimizer=adamw."
+    optimizer = config.optim.optimizer
+    if optimizer in OPTIMIZERS and not OPTIMIZERS[optimizer].shards:
+        able = " or ".join(name for name, kind in OPTIMIZERS.items() if kind.shards)
+        yield f"optim.optimizer is {optimizer!r}, which holds no sharded state; use optim.optimizer={able}."
     if hardware.precision == "fp16":
         yield "hardware.precision is 'fp16', whose loss scale ranks would not agree on; use bf16."
     if hardware.backward not in ("auto", "two_pass"):
@@ -51,7 +59,7 @@ def unshardable(config: RunConfig) -> Iterator[str]:
 
 def step_problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the single steps that the benchmark is to measure."""
-    known = {**STEP_CHOICES, "optimizer": CHOICES["optim.optimizer"]}
+    known = {**STEP_CHOICES, "optimizer": OPTIMIZERS}
     for part in ("cards", "rates"):
         for number, setting in enumerate(getattr(config.benchmark, part)):
             key = f"benchmark.{part}[{number}]"

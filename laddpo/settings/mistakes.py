@@ -235,6 +235,8 @@ def unknown_key(key: str, groups: set[str]) -> str:
     """The sentence about a setting that does not exist, with what was probably meant."""
     if key in NEVER:
         return f"{key}: no such setting; {NEVER[key]}"
+    if key in REMOVED:
+        return f"{key}: no such setting. {REMOVED[key][1]}"
     names = list(schema_types())
     last_parts = {name.rpartition(".")[2]: name for name in reversed(names)}
     guess = nearest(key, [*names, *groups])
@@ -329,6 +331,15 @@ NEVER = {
     "data.streaming": "rows are sampled, split and ordered by their content, which a stream never holds as a whole, "
     "and a stream that breaks off looks like a shorter one; a hub dataset is downloaded once, and rows are read in "
     "bounded memory; leave it out.",
+}
+# Settings that earlier versions had, by key: the value at which they did nothing, and what to do where it is another
+# one. config.yaml of an older run may hold them, and a command line of then may name them.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "dpo.correction": (
+        "none",
+        "Corrections of the loss did not help when they were measured (data/measurements/README.md). Leave it out, and "
+        "raise dpo.diffusion_samples for a less noisy score.",
+    ),
 }
 STAND_INS = {
     "int": 1,

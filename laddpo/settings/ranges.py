@@ -10,11 +10,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from laddpo.core.draws import ESTIMATORS
+from laddpo.core.losses import LOSSES
+from laddpo.core.noise import COUNT_SCHEDULES
+from laddpo.core.optim import OPTIMIZERS, SCHEDULES
 from laddpo.errors import nearest
+from laddpo.preference.embedded.arithmetic import HABITS
+from laddpo.preference.reading.rows import SHAPES
+from laddpo.preference.sources import SOURCES
+from laddpo.problems.grading import GRADERS
+from laddpo.problems.tasks import TASKS, embedded
 
 
 def single_problems(config: Any) -> Iterator[str]:
@@ -54,11 +63,11 @@ def _depending(key: str, value: Any, config: Any) -> Iterator[str]:
     evaluation, benchmark = config.evaluation, config.benchmark
     if key == "best_metric" and value == "exact_match":
         graded = evaluation.tasks if evaluation.harness == "none" else []
-        if not set(graded) & set(EMBEDDED_TASKS):
+        if not embedded(graded):
             yield (
                 f"best_metric is 'exact_match' and evaluation.tasks is {evaluation.tasks} (harness "
                 f"{evaluation.harness}), which has no problems to choose a checkpoint by; those of "
-                f"{', '.join(EMBEDDED_TASKS)} have; add one, or use best_metric=auto."
+                f"{', '.join(embedded(TASKS))} have; add one, or use best_metric=auto."
             )
     elif key == "benchmark.parts":
         for part in ("cards", "rates"):
@@ -91,7 +100,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{item.name}", value
 
 
-def unknown_name(key: str, name: str, known: tuple[str, ...]) -> str:
+def unknown_name(key: str, name: str, known: Collection[str]) -> str:
     guess = nearest(name, known)
     return (
         f"{key} is {name!r}; known: {', '.join(known)}; {f'did you mean {guess}?' if guess else 'choose one of them.'}"
@@ -128,10 +137,6 @@ def _plain(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
-# not among CHOICES: the harness knows thousands more, so laddpo/settings/checks.py looks at evaluation.harness first
-EMBEDDED_TASKS = ("arithmetic", "word_problems")  # with problems of their own, made here
-TASKS = ("arithmetic", "word_problems", "gsm8k", "math500", "arc_c", "file")
-
 P99_OVER_MEAN = 14.9  # exp(z^2 / 2) with z of the 99th percentile is 14.97: no log-normal has more
 PATHS = ("output_dir", "resume", "paths.data_dir", "paths.outputs_dir", "adapter.path", "model.model_name_or_path")
 # what is measured for each of several: at least one, and none of them twice; with an example
@@ -143,7 +148,9 @@ LISTS = {
     "variance.draws": "[1,4,8]",
 }
 YES_OR_NAME = ("evaluation.suppress_eos", "data.sampling.suppress_eos")  # true and false, too
-CHOICES: dict[str, tuple[str, ...]] = {
+# Names by setting: a table of options itself, where it can be read without torch, else its names. evaluation.tasks is
+# not here: the harness knows thousands more, so laddpo/settings/checks.py looks at evaluation.harness first.
+CHOICES: dict[str, Collection[str]] = {
     # validation numbers of which more is better, and the loss
     "best_metric": (
         "auto",
@@ -158,31 +165,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "adapter.kind": ("lora", "full"),
     "quantization.bnb_4bit_quant_type": ("nf4", "fp4"),
     "quantization.bnb_4bit_compute_dtype": ("bf16", "fp16", "fp32"),
-    "data.source": (
-        "arithmetic",
-        "jsonl",
-        "hh_rlhf",
-        "ultrafeedback",
-        "orca_dpo_pairs",
-        "laddpo_public",
-        "graded_candidates",
-        "onpolicy",
-        "mixture",
-    ),
-    "data.format": ("auto", "explicit", "conversation", "implicit", "hh_rlhf", "json"),
+    "data.source": (*SOURCES, "mixture"),
+    "data.format": (*SHAPES, "json"),
     "data.problems": ("arithmetic", "word_problems"),
-    "data.habit": ("drop_carry", "smaller_from_larger"),
+    "data.habit": HABITS,
     "data.template": ("auto", "chat", "plain"),
     "data.truncation": ("error", "drop", "keep_start", "keep_end"),
     "data.on_bad_row": ("error", "skip"),
-    "data.grader": ("auto", "exact", "number", "math", "contains"),
+    "data.grader": GRADERS,
     "data.duplicates": ("keep", "drop"),
-    "dpo.loss": ("sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down", "sigmoid_norm"),
-    "dpo.estimator": ("count", "complement", "balanced", "bernoulli"),
-    "dpo.schedule": ("iid", "low_discrepancy", "stratified", "systematic", "single"),
-    "dpo.correction": ("none", "second_order", "cross_fit"),
-    "optim.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit", "muon"),
-    "optim.lr_scheduler_type": ("cosine", "linear", "constant"),
+    "dpo.loss": LOSSES,
+    "dpo.estimator": ESTIMATORS,
+    "dpo.schedule": COUNT_SCHEDULES,
+    "optim.optimizer": OPTIMIZERS,
+    "optim.lr_scheduler_type": SCHEDULES,
     "hardware.device": ("auto", "cpu", "cuda"),
     "hardware.precision": ("auto", "fp32", "bf16", "fp16"),
     "hardware.attention": ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"),
@@ -195,7 +191,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.sampling.block_cache": ("none", "prefix", "dual"),
     "evaluation.block_cache": ("none", "prefix", "dual"),
     "evaluation.harness": ("none", "lm_eval"),
-    "evaluation.grader": ("auto", "exact", "number", "math", "contains"),
+    "evaluation.grader": GRADERS,
     "export.dtype": ("fp32", "bf16", "fp16"),
     "logger.wandb_mode": ("online", "offline", "disabled"),
     "sft.examples": ("auto", "corpus", "chosen"),
@@ -272,6 +268,11 @@ RANGES: dict[str, Range] = {
     "data.operand_max": at_least(1, "20 is what llada_nano was trained on"),
     "data.terms": at_least(2, "3 is what llada_nano was trained on", 16),
     "data.width": at_least(1, "2 is what llada_nano was trained on", 9),
+    **{
+        f"data.length_quantiles.{name}": more_than(0, "null where nobody counted, and plan assumes data.max_length")
+        for name in ("mean", "p50", "p90", "p99")
+    },
+    "data.length_quantiles.prompt_mean": at_least(0, "null takes half of data.length_quantiles.mean"),
     # above 1000 a margin of a hundredth of a nat saturates the loss: its gradient is all or nothing
     "dpo.beta": more_than(0, "0.05 to 0.5 is usual for long answers, near 1 for short ones", 1000),
     "dpo.diffusion_samples": at_least(1, "4 is the default, 8 the paper's value"),
@@ -334,6 +335,7 @@ RANGES: dict[str, Range] = {
     "variance.pairs": at_least(2, "128 is VRPO's"),
     "variance.gradient_pairs": at_least(2, "64 is usual"),
     "variance.evaluations": at_least(3, "8 is VRPO's"),
+    "study.seeds": at_least(0, "[42,43,44] is usual", 2**63 - 1),
     "sft.num_examples": at_least(1, "20000 is usual"),
     "sft.mistake_share": at_least(0, "0 makes every solution correct", 1),
     "sft.drill_share": at_least(0, "0 leaves drills out, 0.5 is what made llada_mini", 1),

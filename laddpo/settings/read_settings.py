@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laddpo.problems.tasks import TASKS, embedded
 from laddpo.settings.data_checks import is_read, sft_examples
-from laddpo.settings.ranges import CONF_DIR, EMBEDDED_TASKS, as_written, leaves
+from laddpo.settings.ranges import CONF_DIR, as_written, leaves
 from laddpo.settings.schema import RunConfig
 
 # what this command line set, for stages that take the rest from an earlier run or name another command
@@ -45,7 +46,7 @@ ANSWERS = (
     *("evaluation.cfg_scale", "evaluation.remasking", "evaluation.suppress_eos", "evaluation.confidence_threshold"),
     *("evaluation.stop_early", "evaluation.block_cache", "evaluation.batch_size"),
 )
-TASKS = ("evaluation.tasks", "evaluation.dataset_name", "evaluation.grader")
+GRADED = ("evaluation.tasks", "evaluation.dataset_name", "evaluation.grader")
 ENCODING = ("data.template", "data.max_length", "data.truncation")
 DIFFICULTY = ("data.operand_max", "data.terms", "data.width")
 MODEL = ("model.model_name_or_path", "model.revision")
@@ -55,10 +56,10 @@ NEW_ADAPTER = (
     *("adapter.use_rslora", "adapter.use_dora"),
 )
 ROWS = (*LOADED, "data.", "-data.rounds", "-data.length_quantiles.", "-data.columns.response")
-PREPARED = (*ROWS, *TASKS, "evaluation.batch_size")
+PREPARED = (*ROWS, *GRADED, "evaluation.batch_size")
 HELD_OUT = ("evaluation.num_pairs", "evaluation.diffusion_samples")
 MEASURED = (
-    *("dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.sft_weight", "dpo.correction", "dpo.estimator"),
+    *("dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.sft_weight"),
     *HELD_OUT,
     "evaluation.at_end",
 )
@@ -67,10 +68,7 @@ DRAWS = (
     *("dpo.mask_rounds", "dpo.common_random_numbers", "dpo.shared_counts", "dpo.shared_masks"),
 )
 
-PLANNED = (
-    *("dpo.diffusion_samples", "dpo.estimator", "dpo.loss", "dpo.correction", "dpo.sft_weight"),
-    "optim.optimizer",
-)
+PLANNED = ("dpo.diffusion_samples", "dpo.loss", "dpo.sft_weight", "optim.optimizer")
 
 # By stage, what it reads in any of its variants.
 READS: dict[str, tuple[str, ...]] = {
@@ -195,12 +193,15 @@ def _learns_rows(stage: str, config: RunConfig) -> bool:
     return stage == "sft" and sft_examples(config) == "rows"
 
 
-def _asks(stage: str, config: RunConfig, task: str | None = None) -> bool:
-    """Whether a stage opens tasks that this program answers itself: `task`, or any that has rows in a file."""
-    evaluation = config.evaluation
-    if evaluation.harness != "none" and stage != "prepare":
+def _asks(stage: str, config: RunConfig, fact: str | None = None) -> bool:
+    """Whether a stage opens tasks that this program answers itself: one whose row in TASKS has `fact`, or any that has
+    rows in a file."""
+    tasks = config.evaluation.tasks
+    if config.evaluation.harness != "none" and stage != "prepare":
         return False
-    return task in evaluation.tasks if task else bool(set(evaluation.tasks) - set(EMBEDDED_TASKS))
+    if fact is None:
+        return len(embedded(tasks)) < len(tasks)
+    return any(getattr(TASKS[name], fact) for name in tasks if name in TASKS)
 
 
 def _generates(stage: str, config: RunConfig) -> bool:
@@ -208,9 +209,9 @@ def _generates(stage: str, config: RunConfig) -> bool:
     data = config.data
     own_questions = "onpolicy" in _sources(config) and data.dataset_name is None and data.problems == "arithmetic"
     if _is_corpus(stage, config):
-        return data.problems == "arithmetic" or _asks(stage, config, "arithmetic")
+        return data.problems == "arithmetic" or _asks(stage, config, "has_difficulty")
     has_pairs = stage not in ("evaluate", "generate", "export")
-    return (has_pairs and ("arithmetic" in _sources(config) or own_questions)) or _asks(stage, config, "arithmetic")
+    return (has_pairs and ("arithmetic" in _sources(config) or own_questions)) or _asks(stage, config, "has_difficulty")
 
 
 OFF = (None, False, [])
@@ -378,7 +379,7 @@ NEEDS = (
     ),
     Need(
         ("evaluation.grader",),
-        lambda stage, config: _asks(stage, config, "file"),
+        lambda stage, config: _asks(stage, config, "takes_grader"),
         "it is read only by the task file (evaluation=file)",
     ),
     Need(

@@ -208,7 +208,6 @@ class DpoSettings:
     common_random_numbers: bool = True
     shared_counts: bool = True
     shared_masks: bool = False
-    correction: str = "none"
     sft_weight: float = 0.0
     label_smoothing: float = 0.0
 

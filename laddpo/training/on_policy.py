@@ -153,8 +153,8 @@ def sampling_config(config: RunConfig) -> RunConfig:
 def pair_grader(config: RunConfig, questions: list):
     """Tells right answers to `questions` from wrong ones: exact for the embedded problems, else the one that
     data.grader names."""
-    from laddpo.evaluation.grading import FunctionGrader, same_final_number, text_grader
     from laddpo.preference.embedded import arithmetic
+    from laddpo.problems.grading import FunctionGrader, same_final_number, text_grader
 
     is_embedded = config.data.dataset_name is None and config.data.grader == "auto"
     if is_embedded and config.data.problems == "word_problems":

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laddpo.settings.ranges import EMBEDDED_TASKS
 from laddpo.settings.read_settings import command_of
 from laddpo.settings.schema import MixturePart, RunConfig
 
@@ -80,13 +79,12 @@ def check_enough(config: RunConfig, prepared) -> None:
     import sys
 
     from laddpo.errors import UserError
-    from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT
     from laddpo.hardware.planning import pairs_per_step
+    from laddpo.problems.tasks import embedded
     from laddpo.processes.ranks import here
 
-    has_problems = any(task in HAS_VALIDATION_SPLIT for task in config.evaluation.tasks)
     needs_pairs = config.best_metric not in ("auto", "none", "exact_match") or (
-        config.evaluation.every_steps is not None and not has_problems
+        config.evaluation.every_steps is not None and not embedded(config.evaluation.tasks)
     )
     if needs_pairs and not config.dry_run and not len(prepared.validation):
         why = (
@@ -170,9 +168,10 @@ def _grader(config: RunConfig, source: str) -> Grader | None:
         from laddpo.training.on_policy import open_questions, pair_grader
 
         return pair_grader(config, open_questions(config))
-    from laddpo.evaluation.grading import math_grader
+    from laddpo.preference.sources import open_source
+    from laddpo.problems.grading import math_grader
 
-    return math_grader() if source == "graded_candidates" else None
+    return math_grader() if open_source(source).needs_grader else None
 
 
 def evaluation_prompts(config: RunConfig) -> dict[str, Callable[[], set[str]]]:
@@ -187,8 +186,12 @@ def evaluation_prompts(config: RunConfig) -> dict[str, Callable[[], set[str]]]:
 
         return keys
 
-    files = {task: config.evaluation.dataset_name for task in config.evaluation.tasks if task not in EMBEDDED_TASKS}
+    from laddpo.problems.tasks import embedded
+
+    tasks = config.evaluation.tasks
+    made_here = embedded(tasks)
+    files = {task: config.evaluation.dataset_name for task in tasks if task not in made_here}
     return {
         f"the test problems of {task}" + (f" ({files[task]})" if files.get(task) else ""): keys_of(task)
-        for task in config.evaluation.tasks
+        for task in tasks
     }

@@ -32,7 +32,7 @@ from laddpo.storage.folders import owned
 # What a resumed run may change: where it runs, how it reports, how often it saves, and how long it trains. What is
 # recommended for a model is where other settings take their values from: those are compared. Of a step's pairs the
 # number is compared and not its factors, which change no value. Where the base lies may change: its weights are pinned.
-MAY_CHANGE = (
+MAY_DIFFER = (
     "output_dir", "resume", "auto", "verify", "run", "runs", "dry_run", "logging_steps", "save_", "logger.", "paths.",
     "model.recommended.", "model.model_name_or_path", "model.revision", "hardware.", "evaluation.at_end",
     "optim.max_train_steps", "optim.num_train_epochs", "optim.per_device_train_batch_size",
@@ -40,7 +40,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 OWN = ("output_dir", "resume", "hydra")  # keys that say where, and nothing of the run
 WHERE = ("model.model_name_or_path", "model.revision")  # by which a search tells runs of one model from another's
-MAY_CHANGE_GROUPS = ("hardware", "logger", "paths")
+GROUPS_THAT_MAY_DIFFER = ("hardware", "logger", "paths")
 PLACES = ("adapter.path", "model.model_name_or_path", "data.dataset_name", "run")
 _ABSENT = object()
 
@@ -303,7 +303,7 @@ def _named(asked: Asked, folder: Path, has: dict[str, Any], wanted: dict[str, An
     others = []
     for override in asked.overrides:
         key, names = override_key(override), asked.names(override)
-        is_kept = key not in names and key not in MAY_CHANGE_GROUPS and redact(override) in begun
+        is_kept = key not in names and key not in GROUPS_THAT_MAY_DIFFER and redact(override) in begun
         if key.split(".")[0] in OWN or is_kept:
             continue
         named.update(names)
@@ -317,7 +317,7 @@ def _named(asked: Asked, folder: Path, has: dict[str, Any], wanted: dict[str, An
 
 def may_change(name: str, fixed: tuple[str, ...] = ()) -> bool:
     """Whether a resumed run may have another value of this setting."""
-    return name.startswith(MAY_CHANGE) and not name.startswith(("hardware.precision", *fixed))
+    return name.startswith(MAY_DIFFER) and not name.startswith(("hardware.precision", *fixed))
 
 
 def _is_same(name: str, stored: Any, wanted: Any) -> bool:

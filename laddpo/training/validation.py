@@ -11,11 +11,11 @@ from laddpo.core.gradient import Item, lockstep
 from laddpo.errors import visible
 from laddpo.evaluation.answering import VALIDATION_LIMIT, answer_ids, answer_task, open_task
 from laddpo.evaluation.heldout import row_losses
-from laddpo.evaluation.tasks import HAS_VALIDATION_SPLIT, Task
 from laddpo.inputs import reference_values
 from laddpo.inputs.margins import score_preferences
 from laddpo.inputs.policy import Loaded
 from laddpo.preference.prepared import PreparedPairs
+from laddpo.problems.tasks import Task, embedded
 from laddpo.processes.signals import StopFlag
 from laddpo.settings.schema import RunConfig
 
@@ -112,6 +112,5 @@ def open_validation(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, 
 def validation_tasks(config: RunConfig) -> list[Task]:
     """The tasks that have validation problems, with as many of them as an evaluation during training answers."""
     own = config.evaluation.tasks if config.evaluation.harness == "none" else []
-    names = [name for name in own if name in HAS_VALIDATION_SPLIT]
     limit = min(VALIDATION_LIMIT, config.evaluation.limit or VALIDATION_LIMIT)
-    return [open_task(config, name, "validation", limit) for name in names]
+    return [open_task(config, name, "validation", limit) for name in embedded(own)]

@@ -13,6 +13,7 @@ from laddpo.core.draws import (
     ESTIMATORS,
     ElboEstimator,
     MaskedDraw,
+    MaskLaw,
     Response,
     count_law,
     differing_positions,
@@ -126,10 +127,10 @@ def test_the_check_fails_for_picks_without_their_weight(monkeypatch):
     denoiser, response = tiny_denoiser(), random_ids(np.random.default_rng(3), 3)
 
     def unweighted(e, of, index):
-        draw = ESTIMATORS["count"](e, of, index)
+        draw = ESTIMATORS["count"].draw(e, of, index)
         return MaskedDraw(index, draw.masked, of.length / len(draw.masked))
 
-    monkeypatch.setitem(ESTIMATORS, "wrong", unweighted)
+    monkeypatch.setitem(ESTIMATORS, "wrong", MaskLaw(unweighted))
     e = ElboEstimator("wrong", "low_discrepancy", 8, difference_focus=0.5)
     law = outcomes(Words(monkeypatch), e, 3, np.array([1]))[0]
     with torch.no_grad():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.core.draws import BERNOULLI_FLOOR, ESTIMATORS, ElboEstimator, MaskedDraw, MaskedSequence
+from laddpo.core.draws import BERNOULLI_FLOOR, ESTIMATORS, ElboEstimator, MaskedDraw, MaskedSequence, MaskLaw
 from laddpo.core.elbo import draw_logps, pack_sequences
 from laddpo.core.noise import COUNT_SCHEDULES, FULL, random_order
 from tests.core import oracle
@@ -172,24 +172,24 @@ def count_off_by_one(e, response, index) -> MaskedDraw:
 
 
 def count_without_weight(e, response, index) -> MaskedDraw:
-    draw = ESTIMATORS["count"](e, response, index)
+    draw = ESTIMATORS["count"].draw(e, response, index)
     return MaskedDraw(index, draw.masked, 1.0)
 
 
 def mean_over_masked(e, response, index) -> MaskedDraw:
-    draw = ESTIMATORS["count"](e, response, index)
+    draw = ESTIMATORS["count"].draw(e, response, index)
     return MaskedDraw(index, draw.masked, 1 / len(draw.masked))
 
 
 def mean_over_padding(e, response, index) -> MaskedDraw:
     """The token mean over a length padded to 8, brought back to a sum by the true length: what padding spoils."""
-    draw = ESTIMATORS["count"](e, response, index)
+    draw = ESTIMATORS["count"].draw(e, response, index)
     return MaskedDraw(index, draw.masked, draw.weight / 8 * response.length)
 
 
 def first_tokens(e, response, index) -> MaskedDraw:
     """The right count and weight, but not a random mask."""
-    draw = ESTIMATORS["count"](e, response, index)
+    draw = ESTIMATORS["count"].draw(e, response, index)
     return MaskedDraw(index, np.arange(len(draw.masked)), draw.weight)
 
 
@@ -205,7 +205,7 @@ WRONG = [
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
 def test_a_wrong_estimator_fails_the_exact_check(wrong, denoiser, responses, bounds, script, monkeypatch):
-    monkeypatch.setitem(ESTIMATORS, "wrong", wrong)
+    monkeypatch.setitem(ESTIMATORS, "wrong", MaskLaw(wrong))
     e = ElboEstimator("wrong", "iid", diffusion_samples=2)
     biases = [
         relative_bias(denoiser, responses[5], bounds[5], oracle.count_outcomes(script, e, 5, index)) for index in (0, 1)
@@ -230,13 +230,13 @@ def test_bernoulli_divided_by_the_unclamped_probability_fails_the_exact_check(
     """p_mask = (1 - floor) t + floor, but divided by t: infinite mean, of which the nodes see a part."""
 
     def divided_by_t(e, response, index):
-        draw = ESTIMATORS["bernoulli"](e, response, index)
+        draw = ESTIMATORS["bernoulli"].draw(e, response, index)
         t = (1 / draw.weight - BERNOULLI_FLOOR) / (1 - BERNOULLI_FLOOR)
         return MaskedDraw(index, draw.masked, 1 / t)
 
     with torch.no_grad():
         own = oracle.exact_bernoulli_mean(denoiser, PROMPT, responses[5])
-    monkeypatch.setitem(ESTIMATORS, "wrong", divided_by_t)
+    monkeypatch.setitem(ESTIMATORS, "wrong", MaskLaw(divided_by_t))
     outcomes = oracle.bernoulli_outcomes(script, ElboEstimator("wrong", "iid"), 5)
     assert abs(relative_bias(denoiser, responses[5], own, outcomes)) > 1e-3
     assert abs(relative_bias(denoiser, responses[5], bounds[5], outcomes)) > 1e-3

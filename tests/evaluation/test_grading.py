@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 
 from laddpo.errors import UserError
-from laddpo.evaluation.grading import (
+from laddpo.problems.grading import (
     READY,
     WorkerGrader,
     answer_part,

@@ -6,9 +6,8 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 from laddpo.errors import UserError
-from laddpo.evaluation.grading import contains_text, same_choice, same_text, text_grader
-from laddpo.evaluation.tasks import TASKS, TaskOptions, load_task
-from laddpo.settings.ranges import TASKS as NAMED
+from laddpo.problems.grading import contains_text, same_choice, same_text, text_grader
+from laddpo.problems.tasks import TaskOptions, load_task
 
 MATH = {"problem": "What is $1+1$?", "answer": "2"}
 ARC = {"question": "Which flies?", "choices": {"text": ["a bird", "a stone"], "label": ["A", "B"]}, "answerKey": "A"}
@@ -18,10 +17,6 @@ def load(tmp_path, name, rows, **options):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return load_task(name, TaskOptions(dataset_name=str(path), **options))
-
-
-def test_the_settings_know_the_same_tasks():
-    assert tuple(TASKS) == NAMED
 
 
 def test_math_problems_ask_for_a_boxed_answer(tmp_path):

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from laddpo.errors import UserError
-from laddpo.evaluation.grading import FunctionGrader
-from laddpo.evaluation.tasks import Item, Task, TaskOptions, load_task, run_task
+from laddpo.evaluation.run_task import run_task
 from laddpo.preference.reading.pairs import user_prompt
+from laddpo.problems.grading import FunctionGrader
+from laddpo.problems.tasks import Item, Task, TaskOptions, load_task
 from laddpo.storage.seals import CheckedLines
 
 

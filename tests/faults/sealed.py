@@ -217,7 +217,7 @@ def install(names: Sequence[str]) -> None:
     """What a child replaces before its stage runs. any_grader: answers are numbers, of which half are right,
     though the model is random. jobs: a job of a sweep or study is a copy of a finished run instead of a process."""
     if "any_grader" in names:
-        from laddpo.evaluation.grading import FunctionGrader
+        from laddpo.problems.grading import FunctionGrader
         from laddpo.training import on_policy
 
         half = FunctionGrader("half of all", lambda text, answer: zlib.crc32(text.encode()) % 2 == 0)

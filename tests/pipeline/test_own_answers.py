@@ -123,6 +123,6 @@ def test_contradictions_are_refused_before_anything_is_loaded(overrides, said):
 
 
 def test_the_instruction_of_gsm8k_questions_is_the_evaluations():
-    from laddpo.evaluation.tasks import GSM8K_INSTRUCTION
+    from laddpo.problems.tasks import GSM8K_INSTRUCTION
 
     assert compose(["data=onpolicy_gsm8k", "evaluation=gsm8k"]).data.sampling.instruction == GSM8K_INSTRUCTION

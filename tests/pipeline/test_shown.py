@@ -8,7 +8,7 @@ import re
 import pytest
 
 from laddpo.errors import visible
-from laddpo.evaluation.tasks import Answer
+from laddpo.evaluation.run_task import Answer
 from laddpo.results import page
 from laddpo.results.tables import aligned, examples_text, markdown
 

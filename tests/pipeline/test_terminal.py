@@ -24,7 +24,7 @@ from laddpo.cli.app import cli, start_again_with_utf8
 
 start_again_with_utf8()
 from laddpo import answering
-from laddpo.evaluation.tasks import Answer
+from laddpo.evaluation.run_task import Answer
 
 answer = Answer("é 日本 \\U0001f600", 2, True)
 answering.described_answers = lambda config, loaded, prompts, keys: [answer for _ in prompts]

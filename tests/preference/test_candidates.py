@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 
 from laddpo.errors import UserError
-from laddpo.evaluation.grading import FunctionGrader, math_grader, same_final_number
 from laddpo.preference.reading.bad_rows import BadRow
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.sources import Request, open_source
+from laddpo.problems.grading import FunctionGrader, math_grader, same_final_number
 
 GRADER = FunctionGrader("final number", same_final_number)
 QUESTIONS = [

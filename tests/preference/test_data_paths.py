@@ -9,14 +9,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from laddpo.errors import UserError
-from laddpo.evaluation.grading import FunctionGrader
-from laddpo.evaluation.rows import task_rows
-from laddpo.evaluation.tasks import TaskOptions, load_task
 from laddpo.generate import wanted_prompts
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.preparation import Part, Rules, prepare_pairs
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.sources import Request, open_source, raw_rows
+from laddpo.problems.grading import FunctionGrader
+from laddpo.problems.rows import task_rows
+from laddpo.problems.tasks import TaskOptions, load_task
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r", "question": "q", "answer": "#### 1"}

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 
 from laddpo.errors import UserError
-from laddpo.evaluation.grading import FunctionGrader
 from laddpo.preference.onpolicy import balanced_pairs, matched_pairs, read_questions, sampled_pairs
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.reading.pairs import RowIds, pair_of, user_prompt
 from laddpo.preference.reading.rows import RowRules
 from laddpo.preference.sources import Request, open_source
+from laddpo.problems.grading import FunctionGrader
 
 GRADER = FunctionGrader("ends with the answer", lambda text, answer: text.endswith(answer))
 

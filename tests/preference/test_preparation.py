@@ -17,13 +17,13 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from laddpo.errors import UserError
-from laddpo.evaluation.grading import FunctionGrader
 from laddpo.preference import preparation
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.preparation import Part, Rules, find_prepared, prepare_examples, prepare_pairs
 from laddpo.preference.prepared import PreparedPairs, chosen_examples, whole_folder
 from laddpo.preference.reading.pairs import prompt_group, user_prompt
 from laddpo.preference.sources import Request
+from laddpo.problems.grading import FunctionGrader
 from laddpo.storage.temporaries import NAME
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"

@@ -8,14 +8,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from laddpo.errors import UserError
-from laddpo.evaluation.grading import FunctionGrader
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.preparation import Part, Rules, prepare_pairs
 from laddpo.preference.reading.bad_rows import BadRow
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.reading.pairs import Message
 from laddpo.preference.reading.rows import read_dialogue
-from laddpo.preference.sources import CORPORA, SOURCES, Request, open_corpus, open_source
+from laddpo.preference.sources import SOURCES, Request, open_corpus, open_source
+from laddpo.problems.grading import FunctionGrader
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
 
@@ -396,8 +396,8 @@ def test_every_source_says_what_its_rows_depend_on(tmp_path):
     path.write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
     moved = tmp_path / "elsewhere.jsonl"
     moved.write_bytes(path.read_bytes())
-    for table in (SOURCES, CORPORA):
-        for source in table.values():
+    for find in (open_source, open_corpus):
+        for source in map(find, SOURCES):
             name = str(path)
             fields = source.identity(Request(dataset_name=name))
             json.dumps(fields)

@@ -263,6 +263,6 @@ def test_every_code_that_is_printed_is_explained():
     elsewhere = "".join(
         path.read_text(encoding="utf-8")
         for path in Path(laddpo.__file__).parent.rglob("*.py")
-        if path.name != "badrows.py"
+        if path.name != "bad_rows.py"
     )
     assert {code for code in CODES if code not in elsewhere} <= {"DATA-40"}  # no code without a message

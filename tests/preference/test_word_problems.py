@@ -9,8 +9,6 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from laddpo.cli.app import cli
-from laddpo.evaluation.grading import same_final_number
-from laddpo.evaluation.tasks import GSM8K_INSTRUCTION, TaskOptions, load_task
 from laddpo.preference.embedded.arithmetic import split_of
 from laddpo.preference.embedded.mini_tokenizer import learn_merges, write_mini_tokenizer
 from laddpo.preference.embedded.word_problems import (
@@ -21,6 +19,8 @@ from laddpo.preference.embedded.word_problems import (
     word_problems,
     write_files,
 )
+from laddpo.problems.grading import same_final_number
+from laddpo.problems.tasks import GSM8K_INSTRUCTION, TaskOptions, load_task
 from laddpo.storage.atomic import file_sha256
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_mini"

@@ -132,10 +132,13 @@ def same_final_number(text: str, answer: str) -> bool:
 
 
 def text_grader(name: str, answers: Sequence[str]) -> FunctionGrader | WorkerGrader:
-    """The grader of that name; "auto" is "math" where every answer is a number or a formula, else "exact"."""
-    if name == "auto":
-        name = "math" if all(FORMULA.fullmatch(answer) for answer in answers) else "exact"
-    return math_grader(answers) if name == "math" else FunctionGrader(*TEXT_GRADERS[name])
+    """The grader of that name, for texts whose gold answers are `answers`."""
+    return GRADERS[name](answers)
+
+
+def auto_grader(answers: Sequence[str]) -> FunctionGrader | WorkerGrader:
+    """ "math" if every answer is a number or a formula, else "exact"."""
+    return text_grader("math" if all(FORMULA.fullmatch(answer) for answer in answers) else "exact", answers)
 
 
 def same_text(text: str, answer: str) -> bool:
@@ -222,8 +225,10 @@ def _delimited(formula: str) -> str:
 CHOICE = re.compile(r"(?<![\w'])([B-H1-8]|A(?!\s+(?!(?:is|was|because|since|as|for|and|or|but)\b)[a-z]))(?![\w'])")
 FORMULA = re.compile(r"[-+$\\]?[\d.,]+%?|\$?\\?[\\{}()\[\]\d\s+\-*/^_.,a-z]*\\[a-z]+.*\$?")
 
-TEXT_GRADERS: dict[str, tuple[str, Callable[[str, str], bool]]] = {
-    "exact": ("equal text", same_text),
-    "number": ("equal final number", same_final_number),
-    "contains": ("answer contained in the text", contains_text),
+GRADERS: dict[str, Callable[[Sequence[str]], FunctionGrader | WorkerGrader]] = {
+    "auto": auto_grader,
+    "exact": lambda answers: FunctionGrader("equal text", same_text),
+    "number": lambda answers: FunctionGrader("equal final number", same_final_number),
+    "math": math_grader,
+    "contains": lambda answers: FunctionGrader("answer contained in the text", contains_text),
 }

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from laddpo.core.corrections import CORRECTIONS, half_labels
 from laddpo.core.draws import ElboEstimator
-from laddpo.core.gradient import accumulate_gradient, score_items
-from laddpo.core.losses import LOSSES
+from laddpo.core.gradient import accumulate_gradient
 from laddpo.core.objectives import DpoObjective
+from laddpo.estimator_study.corrections import CORRECTIONS, CorrectedObjective, half_labels
 from laddpo.estimator_study.techniques import (
     allocate_draws,
     control_bias,
@@ -21,8 +20,6 @@ from laddpo.estimator_study.techniques import (
     mixture,
     upper_bound,
 )
-from laddpo.hardware.planning import gradient_groups
-from laddpo.settings.compose import compose
 from tests.core import oracle
 from tests.core.helpers import ANY_BUDGET, parameters_of, random_ids, random_pair, referenced_items, tiny_denoiser
 
@@ -42,14 +39,14 @@ def items(denoiser):
     return referenced_items(denoiser, pairs, ElboEstimator("complement", diffusion_samples=8), spread=1.0)
 
 
-# In the step
+# Corrections of the loss
 
 
 @pytest.mark.parametrize("sft_weight", [0.0, 0.3])
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "apo_zero"])
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_modes_agree_for_any_budget(correction, loss, sft_weight, denoiser, items):
-    goal = DpoObjective(loss, 0.3, sft_weight=sft_weight, correction=correction, block=2)
+    goal = CorrectedObjective(DpoObjective(loss, 0.3, sft_weight=sft_weight), correction, block=2)
     parameters = parameters_of(denoiser)
 
     def gradient(mode: str, budget: int) -> torch.Tensor:
@@ -62,25 +59,10 @@ def test_modes_agree_for_any_budget(correction, loss, sft_weight, denoiser, item
         assert float((gradient(mode, budget) - expected).norm()) <= 1e-11 * float(expected.norm()), (mode, budget)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("correction", CORRECTIONS)
-def test_groups_name_draws_of_equal_derivative_and_the_plan_counts_them(correction, loss, denoiser, items):
-    goal = DpoObjective(loss, 0.3, correction=correction, block=2)
-    values = score_items(denoiser, items, ANY_BUDGET).requires_grad_()
-    (slopes,) = torch.autograd.grad(goal.losses(items, values).sum(), values)
-    labels, signs = goal.coefficient_groups(*values.shape[1:])
-    for label in np.unique(labels):
-        for of_item in (slopes * torch.as_tensor(signs)).numpy():
-            group = of_item[labels == label]
-            np.testing.assert_allclose(group, group[0], rtol=1e-12, atol=1e-15)
-    config = compose([f"dpo.loss={loss}", f"dpo.correction={correction}", "dpo.diffusion_samples=8"])
-    assert len(np.unique(labels)) == gradient_groups(config)
-
-
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_equal_draws_leave_nothing_to_correct(correction):
     draws = torch.tensor([[[1.5] * 4, [-0.5] * 4]], dtype=torch.float64)
-    corrected = CORRECTIONS[correction].losses(sigmoid_of_margin, draws, 2)
+    corrected = CORRECTIONS[correction](sigmoid_of_margin, draws, 2)
     assert corrected.tolist() == pytest.approx(sigmoid_of_margin(draws, range(4)).tolist(), rel=1e-14)
 
 
@@ -99,9 +81,8 @@ def two_point_draws(score: float, noise: float, draws: int) -> torch.Tensor:
 def test_the_second_order_correction_takes_out_most_of_the_bias(score):
     truth = math.log1p(math.exp(-score))
     draws = two_point_draws(score, 1.2, 4)  # V = 1.44 / 4
-    plain, corrected = (
-        float(CORRECTIONS[name].losses(sigmoid_of_margin, draws, 1).mean()) - truth for name in ("none", "second_order")
-    )
+    plain = float(sigmoid_of_margin(draws, range(4)).mean()) - truth
+    corrected = float(CORRECTIONS["second_order"](sigmoid_of_margin, draws, 1).mean()) - truth
     assert abs(plain) > 0.01
     assert abs(corrected) < 0.15 * abs(plain)
 
@@ -111,19 +92,21 @@ def test_the_second_order_correction_is_half_the_curvature_times_the_variance():
     draws = two_point_draws(score, noise, 4)
     variance = draws[:, 0].var(dim=-1) / 4
     curvature = torch.sigmoid(torch.tensor(score)) * torch.sigmoid(torch.tensor(-score))
-    removed = sigmoid_of_margin(draws, range(4)) - CORRECTIONS["second_order"].losses(sigmoid_of_margin, draws, 1)
+    removed = sigmoid_of_margin(draws, range(4)) - CORRECTIONS["second_order"](sigmoid_of_margin, draws, 1)
     np.testing.assert_allclose(removed, 0.5 * curvature * variance, rtol=1e-2, atol=1e-12)
 
 
-@pytest.mark.parametrize(("correction", "is_unbiased"), [("none", False), ("cross_fit", True)])
-def test_cross_fitting_takes_the_covariance_out_of_the_gradient(correction, is_unbiased):
+@pytest.mark.parametrize("is_unbiased", [False, True])
+def test_cross_fitting_takes_the_covariance_out_of_the_gradient(is_unbiased):
     """Draw k is theta (1 + e_k): its derivative by theta is noisy in the same e_k as the coefficient.
 
     With independent halves E[f'(s_A) ds_B] = E[f'(s_A)] E[ds_B]; the same draws for both add their covariance.
     """
     theta = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     noise = two_point_draws(0.0, 0.8, 4)
-    losses = CORRECTIONS[correction].losses(sigmoid_of_margin, theta * (noise + torch.tensor([[1.0], [0.0]])), 1)
+    draws = theta * (noise + torch.tensor([[1.0], [0.0]]))
+    cross_fitted, plain = CORRECTIONS["cross_fit"](sigmoid_of_margin, draws, 1), sigmoid_of_margin(draws, range(4))
+    losses = cross_fitted if is_unbiased else plain
     (gradient,) = torch.autograd.grad(losses.mean(), theta)
     halves = two_point_draws(1.0, 0.8, 2)[:, 0].mean(dim=-1)
     coefficient = (-torch.sigmoid(-halves)).mean() if is_unbiased else None
@@ -136,7 +119,7 @@ def test_cross_fitting_takes_the_covariance_out_of_the_gradient(correction, is_u
 
 def test_cross_fitting_reports_the_published_loss():
     draws = two_point_draws(0.3, 1.0, 4)
-    found = CORRECTIONS["cross_fit"].losses(sigmoid_of_margin, draws, 1)
+    found = CORRECTIONS["cross_fit"](sigmoid_of_margin, draws, 1)
     torch.testing.assert_close(found, sigmoid_of_margin(draws, range(4)))
 
 
@@ -144,14 +127,6 @@ def test_halves_keep_blocks_whole():
     assert half_labels(8, 2).tolist() == [0] * 4 + [1] * 4
     assert half_labels(6, 2).tolist() == [0, 0, 1, 1, 1, 1]
     assert half_labels(5, 2).tolist() == [0, 0, 1, 1, 1]
-
-
-def test_too_few_draws_for_a_correction_are_refused_by_name():
-    from laddpo.errors import UserError
-
-    for correction in ("second_order", "cross_fit"):
-        with pytest.raises(UserError, match=r"dpo.diffusion_samples is 2 .* at least 4"):
-            compose([f"dpo.correction={correction}", "dpo.diffusion_samples=2"])
 
 
 # The reference as control variate

@@ -1,30 +1,46 @@
-"""What can be done about the noise of a score beyond better masks: corrections of the loss, and uses of stored draws.
+"""Corrections of the loss for the noise of its score, as `variance` studies them. Training has none: they did not help.
 
-Rows of CORRECTIONS change the loss of a step (`dpo.correction`); they see it as a function of which draws it may use.
-The other functions work on per-draw values that exist already. All are float64, without model or configuration. What
-each one gained or lost when measured stands in data/measurements/variance.
+A correction sees the loss as a function of which draws it may use. What each one gained or lost when it was measured
+stands in data/measurements/README.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from laddpo.core.gradient import Item
+from laddpo.core.objectives import DpoObjective
 
 # (draws [items, sides, draws], which of the draws) -> the loss of every item from the means over those draws [items]
 PartialLoss = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
-class Correction:
-    """A row of CORRECTIONS. `losses(loss, draws, block)`: the corrected loss per item; `groups(draws, block)`: labels
-    from 0 of the draws of a side that share their derivative, each further label being one more gradient buffer."""
+class CorrectedObjective:
+    """An objective whose loss a row of CORRECTIONS corrects, for draws of which `block` neighbours belong together."""
 
-    losses: Callable[[PartialLoss, Tensor, int], Tensor]
-    groups: Callable[[int, int], np.ndarray]
+    objective: DpoObjective
+    correction: str
+    block: int
+
+    def losses(self, items: Sequence[Item], draws: Tensor) -> Tensor:
+        """Loss per pair. # float64 [items]"""
+
+        def loss(values: Tensor, which: Sequence[int]) -> Tensor:
+            which = np.asarray(which)
+            partial = [replace(item, reference=item.reference[:, which]) for item in items]
+            return self.objective.losses(partial, values[..., which])
+
+        return CORRECTIONS[self.correction](loss, draws, self.block)
+
+    def coefficient_groups(self, sides: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+        """Every draw has a derivative of its own."""
+        return np.arange(sides * draws).reshape(sides, draws), np.ones((sides, draws), dtype=int)
 
 
 def block_labels(draws: int, block: int) -> np.ndarray:
@@ -38,11 +54,6 @@ def half_labels(draws: int, block: int) -> np.ndarray:
     return (labels >= (labels[-1] + 1) // 2).astype(int) if labels[-1] else labels
 
 
-def plain_losses(loss: PartialLoss, draws: Tensor, block: int) -> Tensor:
-    """The loss at the mean over all draws, as published."""
-    return loss(draws, range(draws.shape[-1]))
-
-
 def second_order_losses(loss: PartialLoss, draws: Tensor, block: int) -> Tensor:
     """Without the bias that noise brings through the loss's curvature: J f(all) - (J-1)/J sum_j f(all but block j).
 
@@ -54,7 +65,7 @@ def second_order_losses(loss: PartialLoss, draws: Tensor, block: int) -> Tensor:
     blocks = labels[-1] + 1
     assert blocks > 1, f"{draws.shape[-1]} draws in blocks of {block}: a correction needs two blocks"
     without = [loss(draws, np.flatnonzero(labels != j)) for j in range(blocks)]
-    return blocks * plain_losses(loss, draws, block) - (blocks - 1) / blocks * sum(without)
+    return blocks * loss(draws, range(draws.shape[-1])) - (blocks - 1) / blocks * sum(without)
 
 
 def cross_fitted_losses(loss: PartialLoss, draws: Tensor, block: int) -> Tensor:
@@ -66,8 +77,9 @@ def cross_fitted_losses(loss: PartialLoss, draws: Tensor, block: int) -> Tensor:
     """
     labels = half_labels(draws.shape[-1], block)
     assert labels[-1] == 1, f"{draws.shape[-1]} draws in blocks of {block}: cross-fitting needs two blocks"
-    value = plain_losses(loss, draws, block).detach()
+    value = loss(draws, range(draws.shape[-1])).detach()
     halves = [np.flatnonzero(labels == half) for half in (0, 1)]
+
     for fitted, applied in (halves, halves[::-1]):
         leaf = draws.detach().requires_grad_()
         with torch.enable_grad():
@@ -77,8 +89,7 @@ def cross_fitted_losses(loss: PartialLoss, draws: Tensor, block: int) -> Tensor:
     return value
 
 
-CORRECTIONS: dict[str, Correction] = {
-    "none": Correction(plain_losses, lambda draws, block: np.zeros(draws, dtype=int)),
-    "second_order": Correction(second_order_losses, block_labels),
-    "cross_fit": Correction(cross_fitted_losses, half_labels),
+CORRECTIONS: dict[str, Callable[[PartialLoss, Tensor, int], Tensor]] = {
+    "second_order": second_order_losses,
+    "cross_fit": cross_fitted_losses,
 }
