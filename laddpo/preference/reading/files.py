@@ -1,4 +1,4 @@
-"""Reads local files of rows strictly and in bounded memory: JSON lines, JSON arrays, CSV, parquet, Arrow, or packed.
+"""Reads local files of rows strictly and in bounded memory: JSON lines, a JSON array, CSV, parquet, Arrow, or packed.
 
 Every row comes out as a dictionary with its place ("file:line"), every bad one as a BadRow that says what was found,
 what was expected and what to do. What makes a whole file unusable is a UserError. Nothing is repaired in silence and
