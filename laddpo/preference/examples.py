@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from laddpo.preference.reading.bad_rows import BadRow, RowError
-from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, content_digest
+from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, RowIds, example_of
 from laddpo.preference.reading.rows import (
     FIX,
     RowRules,
@@ -53,12 +53,7 @@ def chosen_sides(rows: Iterable[PreferencePair | BadRow]) -> Iterator[Example | 
         if isinstance(row, BadRow):
             yield row
         else:
-            yield example(row.prompt, row.chosen, row.source)
-
-
-def example(prompt: Prompt, response: str, place: str) -> Example:
-    """An example with the id that its content gives it."""
-    return Example(content_digest(prompt, response) + "-0", prompt, response, place)
+            yield example_of(RowIds(), row.prompt, row.chosen, row.source)
 
 
 def _flags(rules: RowRules) -> tuple[bool, bool]:
