@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from laddpo.preference.reading.bad_rows import BadRow, RowError
+from laddpo.preference.reading.bad_rows import BadRow
 from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, RowIds, example_of
 from laddpo.preference.reading.rows import (
-    FIX,
     RowRules,
     Warn,
     check_text,
     explicit_example,
     get_field,
-    is_blank,
+    last_answer,
     one_pair_each,
     read_messages,
     with_system,
@@ -63,10 +62,6 @@ def _flags(rules: RowRules) -> tuple[bool, bool]:
 def _conversation(value: object, name: str, rules: RowRules, warn: Warn) -> tuple[Prompt, str]:
     """A list of messages whose last turn, the assistant's, is the response."""
     messages = read_messages(value, name, rules, warn)
-    if messages[-1].role != "assistant":
-        problem = f"ends with a {messages[-1].role} turn, want an assistant turn"
-        raise RowError("DATA-65", name, problem, "Cut the conversation after its last assistant turn.")
-    if is_blank(messages[-1].content):
-        raise RowError("DATA-07", name, "empty after strip: the last assistant turn has no text", FIX)
-    check_text(messages[-1].content, name, rules, warn)
-    return messages[:-1], messages[-1].content
+    response = last_answer(messages, name)
+    check_text(response, name, rules, warn)
+    return messages[:-1], response
