@@ -16,9 +16,9 @@ from itertools import product
 from typing import Protocol
 
 from laddpo.errors import UserError
-from laddpo.preference.reading.bad_rows import BadRow, RowError
+from laddpo.preference.reading.bad_rows import BadRow, RowError, made_of
 from laddpo.preference.reading.files import ReadLog
-from laddpo.preference.reading.pairs import PreferencePair, content_digest, prompt_group, user_prompt
+from laddpo.preference.reading.pairs import PreferencePair, RowIds, pair_of, prompt_group, user_prompt
 from laddpo.preference.reading.rows import FIX, RowRules, check_text, get_field
 
 Raw = tuple[str, dict] | BadRow
@@ -75,31 +75,22 @@ def candidate_pairs(
     if pairs_per_question < 1:
         raise UserError(f"data.pairs_per_question is {pairs_per_question}; expected 1 or more.")
     texts = CandidateTexts()
-    for row in separate:
-        if isinstance(row, BadRow):
-            yield row
-            continue
-        try:
-            question, candidate = (read_text(row[1], name, rules, log) for name in ("prompt", "candidate"))
-        except RowError as error:
-            yield error.at(row[0])
-        else:
-            texts.add(prompt_group(user_prompt(question)), candidate)
     known = set()
-    for row in rows:
-        if isinstance(row, BadRow):
-            yield row
-            continue
-        place, fields = row
-        try:
-            question, answer, candidates = read_question(fields, rules, log, needs_candidates=not texts)
-        except RowError as error:
-            yield error.at(place)
-            continue
+
+    def keep(place: str, fields: dict) -> tuple:
+        question, candidate = (read_text(fields, name, rules, log) for name in ("prompt", "candidate"))
+        texts.add(prompt_group(user_prompt(question)), candidate)
+        return ()
+
+    def pairs(place: str, fields: dict) -> Iterator[PreferencePair]:
+        question, answer, candidates = read_question(fields, rules, log, needs_candidates=not texts)
         group = prompt_group(user_prompt(question))
         known.add(group)
         candidates = sorted({*candidates, *texts.of(group)})
-        yield from pair_up(question, answer, candidates, place, grader, pairs_per_question, seed, log)
+        return pair_up(question, answer, candidates, place, grader, pairs_per_question, seed, log)
+
+    yield from made_of(separate, keep)
+    yield from made_of(rows, pairs)
     for group, count in texts.counts().items():
         if group not in known:
             log.warn("candidates whose question is not among the questions", count)
@@ -130,8 +121,7 @@ def pair_up(
     places = sorted(product(range(len(ranked[0])), range(len(ranked[1]))), key=lambda at: (abs(at[1] - at[0]), at))
     for right, wrong in places[:pairs_per_question]:
         chosen, rejected = ranked[0][right], ranked[1][wrong]
-        row_id = content_digest(prompt, chosen, rejected) + "-0"
-        yield PreferencePair(row_id, prompt, chosen, rejected, place, prompt_group(prompt), short_answer(answer))
+        yield pair_of(RowIds(), prompt, chosen, rejected, place, short_answer(answer))
     if len(places) > pairs_per_question:
         log.warn(
             "pairs left out because their question has more than data.pairs_per_question",

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from laddpo.preference.reading.bad_rows import BadRow, RowError
-from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, content_digest
+from laddpo.preference.reading.bad_rows import BadRow
+from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, RowIds, example_of
 from laddpo.preference.reading.rows import (
-    FIX,
     RowRules,
     Warn,
     check_text,
     explicit_example,
     get_field,
-    is_blank,
+    last_answer,
     one_pair_each,
     read_messages,
     with_system,
@@ -53,12 +52,7 @@ def chosen_sides(rows: Iterable[PreferencePair | BadRow]) -> Iterator[Example | 
         if isinstance(row, BadRow):
             yield row
         else:
-            yield example(row.prompt, row.chosen, row.source)
-
-
-def example(prompt: Prompt, response: str, place: str) -> Example:
-    """An example with the id that its content gives it."""
-    return Example(content_digest(prompt, response) + "-0", prompt, response, place)
+            yield example_of(RowIds(), row.prompt, row.chosen, row.source)
 
 
 def _flags(rules: RowRules) -> tuple[bool, bool]:
@@ -68,10 +62,6 @@ def _flags(rules: RowRules) -> tuple[bool, bool]:
 def _conversation(value: object, name: str, rules: RowRules, warn: Warn) -> tuple[Prompt, str]:
     """A list of messages whose last turn, the assistant's, is the response."""
     messages = read_messages(value, name, rules, warn)
-    if messages[-1].role != "assistant":
-        problem = f"ends with a {messages[-1].role} turn, want an assistant turn"
-        raise RowError("DATA-65", name, problem, "Cut the conversation after its last assistant turn.")
-    if is_blank(messages[-1].content):
-        raise RowError("DATA-07", name, "empty after strip: the last assistant turn has no text", FIX)
-    check_text(messages[-1].content, name, rules, warn)
-    return messages[:-1], messages[-1].content
+    response = last_answer(messages, name)
+    check_text(response, name, rules, warn)
+    return messages[:-1], response

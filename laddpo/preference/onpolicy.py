@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from laddpo.errors import UserError
 from laddpo.preference.candidates import Grader, Raw, read_text, short_answer
-from laddpo.preference.reading.bad_rows import BadRow, BadRows, RowError
+from laddpo.preference.reading.bad_rows import BadRow, BadRows, made_of
 from laddpo.preference.reading.files import ReadLog
-from laddpo.preference.reading.pairs import PreferencePair, content_digest, prompt_group, user_prompt
+from laddpo.preference.reading.pairs import PreferencePair, RowIds, pair_of, user_prompt
 from laddpo.preference.reading.rows import RowRules
 
 
@@ -35,16 +35,14 @@ def read_questions(rows: Iterable[Raw], rules: RowRules, instruction: str, log: 
     """
     found: dict[str, Question] = {}
     bad = BadRows()
-    for row in rows:
-        if isinstance(row, BadRow):
-            bad.add(row)
-            continue
-        try:
-            text, answer = (read_text(row[1], name, rules, log) for name in ("prompt", "answer"))
-        except RowError as error:
-            bad.add(error.at(row[0]))
-            continue
+
+    def keep(place: str, fields: dict) -> tuple:
+        text, answer = (read_text(fields, name, rules, log) for name in ("prompt", "answer"))
         found.setdefault(text, Question(text + instruction, short_answer(answer)))
+        return ()
+
+    for row in made_of(rows, keep):
+        bad.add(row)
     if bad.total:
         raise UserError("\n".join([f"{bad.total:,} questions cannot be used:", *(f"  {line}" for line in bad.lines())]))
     return list(found.values())
@@ -80,8 +78,7 @@ def sampled_pairs(
         facts.update(too_many=max(0, len(right) * len(wrong) - pairs_per_question))
         prompt = user_prompt(question)
         for chosen, rejected in matched_pairs(right, wrong, pairs_per_question, f"{seed}\x00{question}"):
-            row_id = content_digest(prompt, chosen, rejected) + "-0"
-            pairs.append(PreferencePair(row_id, prompt, chosen, rejected, place, prompt_group(prompt), answer))
+            pairs.append(pair_of(RowIds(), prompt, chosen, rejected, place, answer))
     kept = balanced_pairs(pairs) if is_balanced else pairs
     log.facts["sampling"] = _facts(facts, pairs, kept)
     if not kept:

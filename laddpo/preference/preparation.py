@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ class _Job:
     progress: bool
 
 
-def prepare_pairs(
+def _prepare(
+    kind: type[Prepared],
     prepared_dir: Path,
     name: str,
     parts: Sequence[Part],
@@ -102,31 +104,26 @@ def prepare_pairs(
     evaluation_prompts: EvaluationPrompts | None = None,
     show: Callable[[str], None] = print,
     progress: bool = True,
-) -> PreparedPairs:
-    """The prepared folder of these preference pairs: found, or made.
+) -> Any:
+    """The prepared folder of these rows: found, or made.
 
     `evaluation_prompts`: the sets of problems that a model will be tested on, for the report of leaks. Raises UserError
     when rows stop the run; then nothing is left behind.
     """
-    sources = [open_source(part.source) for part in parts]
-    job = _Job(PreparedPairs, parts, sources, encoder, rules, evaluation_prompts or {}, progress)
-    return _find_or_make(job, prepared_dir, name, show)
+    find_source = open_source if kind is PreparedPairs else open_corpus
+    sources = [find_source(part.source) for part in parts]
+    job = _Job(kind, parts, sources, encoder, rules, evaluation_prompts or {}, progress)
+    fields = prepared_fields(parts, sources, encoder, rules)
+    folder = prepared_folder(prepared_dir, name, fields)
+    if (folder / MANIFEST).exists():
+        return _found(job, folder, fields, show)
+    with whole_folder(folder) as building:
+        show(visible(report_table(_make(job, building, fields))))
+    return kind.load(folder)
 
 
-def prepare_examples(
-    prepared_dir: Path,
-    name: str,
-    parts: Sequence[Part],
-    encoder: TextEncoder,
-    rules: Rules,
-    evaluation_prompts: EvaluationPrompts | None = None,
-    show: Callable[[str], None] = print,
-    progress: bool = True,
-) -> PreparedExamples:
-    """As prepare_pairs, for an SFT corpus."""
-    sources = [open_corpus(part.source) for part in parts]
-    job = _Job(PreparedExamples, parts, sources, encoder, rules, evaluation_prompts or {}, progress)
-    return _find_or_make(job, prepared_dir, name, show)
+prepare_pairs = partial(_prepare, PreparedPairs)
+prepare_examples = partial(_prepare, PreparedExamples)  # an SFT corpus
 
 
 def find_prepared(
@@ -168,23 +165,18 @@ def prepared_folder(prepared_dir: Path, name: str, fields: Mapping[str, Any]) ->
     return Path(prepared_dir) / f"{name}-{fingerprint(fields)}"
 
 
-def _find_or_make(job: _Job, prepared_dir: Path, name: str, show: Callable[[str], None]) -> Any:
-    fields = prepared_fields(job.parts, job.sources, job.encoder, job.rules)
-    folder = prepared_folder(prepared_dir, name, fields)
-    if (folder / MANIFEST).exists():
-        found = job.prepared.load(folder)
-        _refuse_other_fields(found, fields)
-        show(f"{folder}: already prepared, {len(found.train):,} rows for training, {len(found.validation):,} held out")
-        for line in note_lines(found.report()):
-            show(line)
-        if _wants_validation(job) and not len(found.validation):
-            show("  note            0  pairs are held out for validation: prepared by an earlier version")
-        _refuse_too_many_bad(job, found)
-        _look_for_leaks(job, found, show)
-        return found
-    with whole_folder(folder) as building:
-        show(visible(report_table(_make(job, building, fields))))
-    return job.prepared.load(folder)
+def _found(job: _Job, folder: Path, fields: Mapping[str, Any], show: Callable[[str], None]) -> Any:
+    """A folder that was prepared before, with the notes of its report, once it may be used."""
+    found = job.prepared.load(folder)
+    _refuse_other_fields(found, fields)
+    show(f"{folder}: already prepared, {len(found.train):,} rows for training, {len(found.validation):,} held out")
+    for line in note_lines(found.report()):
+        show(line)
+    if _wants_validation(job) and not len(found.validation):
+        show("  note            0  pairs are held out for validation: prepared by an earlier version")
+    _refuse_too_many_bad(job, found)
+    _look_for_leaks(job, found, show)
+    return found
 
 
 def _refuse_other_fields(found: Prepared, fields: Mapping[str, Any]) -> None:

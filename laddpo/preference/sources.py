@@ -14,13 +14,13 @@ from pathlib import Path
 from laddpo.errors import UserError, choose
 from laddpo.preference.candidates import Grader, candidate_pairs
 from laddpo.preference.embedded import arithmetic
-from laddpo.preference.examples import COLUMNS, MESSAGES, chosen_sides, example, read_example
+from laddpo.preference.examples import COLUMNS, MESSAGES, chosen_sides, read_example
 from laddpo.preference.onpolicy import sampled_pairs
-from laddpo.preference.reading.bad_rows import BadRow, RowError
+from laddpo.preference.reading.bad_rows import BadRow, RowError, made_of
 from laddpo.preference.reading.files import ReadLog, content_sha256, read_rows
 from laddpo.preference.reading.hub import hub_rows
 from laddpo.preference.reading.locate import locate
-from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, content_digest, prompt_group
+from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, RowIds, example_of, pair_of
 from laddpo.preference.reading.rows import SHAPES, WITHOUT_PROMPT, RowRules, mapped_text, one_pair_each
 from laddpo.preference.reading.unread import OPTIONAL, accounted, refuse_unread_columns
 
@@ -99,26 +99,19 @@ def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iter
         readable = [name for name in readable if name not in ("prompt", "input")]
     refuse_unread_columns(rules.columns, readable, f"data.format={shape}")
     kind: bool | None = None
-    for row in raw_rows(request, log, [n for n in readable if n in PAIR_COLUMNS or rules.columns.get(n)]):
-        if isinstance(row, BadRow):
-            yield row
-            continue
-        place, fields = row
-        try:
-            if request.format == "explicit":
-                kind = same_kind(kind, fields, rules)
-            answer = mapped_text(fields, "answer", rules, log.warn)
-        except RowError as error:
-            yield error.at(place)
-            continue
+
+    def pairs(place: str, fields: dict) -> Iterator[PreferencePair | BadRow]:
+        nonlocal kind
+        if request.format == "explicit":
+            kind = same_kind(kind, fields, rules)
+        answer = mapped_text(fields, "answer", rules, log.warn)
         for each in one_pair_each(fields, rules, log.warn):
             try:
-                prompt, chosen, rejected = SHAPES[shape](each, rules, log.warn)
-            except RowError as error:
+                yield pair_of(RowIds(), *SHAPES[shape](each, rules, log.warn), place, answer)
+            except RowError as error:  # the row's other pairs may be good
                 yield error.at(place)
-                continue
-            row_id = content_digest(prompt, chosen, rejected) + "-0"
-            yield PreferencePair(row_id, prompt, chosen, rejected, place, prompt_group(prompt), answer)
+
+    return made_of(raw_rows(request, log, [n for n in readable if n in PAIR_COLUMNS or rules.columns.get(n)]), pairs)
 
 
 def read_examples(request: Request, log: ReadLog, shape: str | None = None) -> Iterator[Example | BadRow]:
@@ -127,15 +120,11 @@ def read_examples(request: Request, log: ReadLog, shape: str | None = None) -> I
     to_pair = SHAPES[shape or shape_name(request.format)]
     readable = [*COLUMNS, *OPTIONAL]
     refuse_unread_columns(rules.columns, readable, "sft on rows")
-    for row in raw_rows(request, log, [n for n in readable if n not in OPTIONAL or rules.columns.get(n)]):
-        if isinstance(row, BadRow):
-            yield row
-            continue
-        place, fields = row
-        try:
-            yield example(*read_example(fields, rules, log.warn, to_pair), place)
-        except RowError as error:
-            yield error.at(place)
+    rows = raw_rows(request, log, [n for n in readable if n not in OPTIONAL or rules.columns.get(n)])
+    return made_of(
+        rows,
+        lambda place, fields: [example_of(RowIds(), *read_example(fields, rules, log.warn, to_pair), place)],
+    )
 
 
 def graded_pairs(request: Request, log: ReadLog) -> Iterator[PreferencePair | BadRow]:

@@ -7,9 +7,7 @@ token is ever sent: W&B takes its key from WANDB_API_KEY or the netrc file, and 
 
 from __future__ import annotations
 
-import contextlib
 import html
-import netrc
 import numbers
 import os
 import queue
@@ -17,25 +15,16 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import urlparse
+from typing import Any
 
 from laddpo.settings.redaction import redact
 from laddpo.storage.atomic import write_text
 
+EVENTS_WAITING = 10_000  # logged steps that may wait for a slow tracker before it is given up
 WANDB_ID_FILE = "wandb_id.txt"
 TENSORBOARD_FOLDER = "tensorboard"
-EVENTS_WAITING = 10_000  # logged steps that may wait for a slow tracker before they are dropped
 
 Say = Callable[[str], None]
-
-
-class Tracker(Protocol):
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def text(self, step: int, name: str, text: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Trackers:
@@ -57,31 +46,29 @@ class Trackers:
         resume_step: int | None = None,
         say: Say = print,
     ):
-        self._feeds: list[_Feed] = []
-        for name, open_tracker in TRACKERS.items():
-            if settings.get(name):
-                arguments = (folder, dict(settings), _redacted(config), resume_step, say)
-                self._feeds.append(_Feed(name, open_tracker, arguments, say))
+        arguments = (folder, settings, _redacted(config), resume_step, say)
+        self._feeds = [_Feed(name, TRACKERS[name], arguments, say) for name in TRACKERS if settings.get(name)]
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Log the numbers of `values`; whatever is not a number (None, text, lists) stays in metrics.jsonl alone."""
-        scalars = {name: float(value) for name, value in values.items() if _is_number(value) and name != "step"}
-        if scalars:
-            self._put("scalars", step, scalars)
+        scalars = {
+            name: float(value)
+            for name, value in values.items()
+            if isinstance(value, numbers.Real) and not isinstance(value, bool) and name != "step"
+        }
+        for feed in self._feeds if scalars else ():
+            feed.put("scalars", step, scalars)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Log a text, for example sample generations; shown with its line breaks."""
-        self._put("text", step, name, text)
+        for feed in self._feeds:
+            feed.put("text", step, name, text)
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Deliver what is waiting; a tracker that needs longer than `timeout_s` is left behind, saying so."""
         for feed in self._feeds:
             feed.close(timeout_s)
         self._feeds = []
-
-    def _put(self, method: str, *arguments: Any) -> None:
-        for feed in self._feeds:
-            feed.put((method, arguments))
 
     def __enter__(self) -> Trackers:
         return self
@@ -90,37 +77,34 @@ class Trackers:
         self.close()
 
 
-class _Feed:
-    """One tracker with its thread and its queue of waiting events."""
+class _Feed(threading.Thread):
+    """Opens one tracker and delivers the events of a queue to it. As a daemon it never keeps a process alive."""
 
-    def __init__(self, name: str, open_tracker: Callable[..., Tracker], arguments: tuple, say: Say):
-        self._name, self._open, self._arguments, self._say = name, open_tracker, arguments, say
-        self._events: queue.Queue = queue.Queue(maxsize=EVENTS_WAITING)
+    def __init__(self, name: str, open_tracker: Callable[..., Any], arguments: tuple, say: Say):
+        super().__init__(name=name, daemon=True)
+        self._open, self._arguments, self._say = open_tracker, arguments, say
+        self._events: queue.SimpleQueue = queue.SimpleQueue()
         self._has_failed = False
-        self._thread = threading.Thread(target=self._deliver, name=f"tracker-{name}", daemon=True)
-        self._thread.start()
+        self.start()
 
-    def put(self, event: tuple) -> None:
-        if self._has_failed:
-            return
-        try:
-            self._events.put_nowait(event)
-        except queue.Full:
-            self._fail(f"{EVENTS_WAITING} logged events are waiting for it")
+    def put(self, *event: Any) -> None:
+        if not self._has_failed:
+            self._events.put(event)
+            if self._events.qsize() >= EVENTS_WAITING:
+                self._fail(f"{EVENTS_WAITING} logged events are waiting for it")
 
     def close(self, timeout_s: float) -> None:
-        with contextlib.suppress(queue.Full):
-            self._events.put_nowait(None)
         if not self._has_failed:
-            self._thread.join(timeout_s)
-            if self._thread.is_alive():
+            self._events.put(None)
+            self.join(timeout_s)
+            if self.is_alive():
                 self._fail(f"it did not finish within {timeout_s:g} s")
 
-    def _deliver(self) -> None:
+    def run(self) -> None:
         try:
             tracker = self._open(*self._arguments)
-            while not self._has_failed and (event := self._events.get()) is not None:
-                method, arguments = event
+            while not self._has_failed and (event := self._events.get()):
+                method, *arguments = event
                 getattr(tracker, method)(*arguments)
             tracker.close()
         except BaseException as error:  # a tracker may even call sys.exit; here that ends its own thread alone
@@ -130,8 +114,8 @@ class _Feed:
         if not self._has_failed:
             self._has_failed = True
             self._say(
-                f"logger.{self._name} stopped: {redact(reason)}. The run goes on and metrics.jsonl stays complete; "
-                f"logger.{self._name}=false switches this off."
+                f"logger.{self.name} stopped: {redact(reason)}. The run goes on and metrics.jsonl stays complete; "
+                f"logger.{self.name}=false switches this off."
             )
 
 
@@ -226,21 +210,11 @@ def _redacted(value: Any) -> Any:
 
 def has_wandb_key() -> bool:
     """Whether WANDB_API_KEY, or the netrc file for W&B's host, holds a key."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    names = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
-    for name in names:
-        try:
-            if netrc.netrc(os.path.expanduser(name)).authenticators(host or ""):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
+    from requests.utils import get_netrc_auth  # comes with wandb
+
+    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(address))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-TRACKERS: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
+# each has scalars(step, values), text(step, name, text) and close()
+TRACKERS: dict[str, Callable[..., Any]] = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from laddpo.errors import UserError
+from laddpo.preference.reading import json_arrays
 from laddpo.preference.reading.bad_rows import CODES, BadRow
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.sources import Request, open_source
@@ -346,6 +347,14 @@ def test_a_mistake_in_a_long_array_is_told_from_a_row_that_is_too_long(bad, word
     with pytest.raises(UserError) as caught:
         read(path, max_line_bytes=100_000)
     assert f"{path}: {words}" in str(caught.value)
+
+
+def test_an_array_above_the_limit_is_refused_with_the_command_that_converts_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_arrays, "MOST_BYTES", 50)
+    (tmp_path / "a.json").write_text(f"[{row()}, {row(prompt='q')}]")
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / "a.json")
+    assert "(DATA-37)" in str(caught.value) and "jq -c '.[]' rows.json > rows.jsonl" in str(caught.value)
 
 
 @pytest.mark.parametrize("case", BAD_FILES)

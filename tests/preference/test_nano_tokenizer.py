@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from laddpo.preference.embedded import nano_tokenizer
+from tests.preference import nano_tokenizer
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
 MESSAGES = [

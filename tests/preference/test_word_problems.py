@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 
 from laddpo.cli.app import cli
 from laddpo.preference.embedded.arithmetic import split_of
-from laddpo.preference.embedded.mini_tokenizer import learn_merges, write_mini_tokenizer
 from laddpo.preference.embedded.word_problems import (
     INSTRUCTION,
     LARGEST,
@@ -22,6 +21,7 @@ from laddpo.preference.embedded.word_problems import (
 from laddpo.problems.grading import same_final_number
 from laddpo.problems.tasks import GSM8K_INSTRUCTION, TaskOptions, load_task
 from laddpo.storage.atomic import file_sha256
+from tests.preference.mini_tokenizer import learn_merges, write_mini_tokenizer
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "llada_mini"
 EQUATION = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")

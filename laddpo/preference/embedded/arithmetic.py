@@ -9,7 +9,6 @@ Everything is a function of its arguments: draws come from a hash of (seed, spli
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count as count_up
@@ -141,8 +140,6 @@ def corpus(
     than `mistake_share` of the solutions are wrong, and on those problems the wrong way is what the corpus teaches most
     when the share is above one half.
     """
-    if not 0.0 <= mistake_share <= 1.0:
-        raise UserError(f"sft.mistake_share is {mistake_share}; expected a share from 0 to 1.")
     rule = choose(HABITS, habit, "data.habit", "laddpo/preference/embedded/arithmetic.py")
     ids = RowIds()
     for index in range(num_examples):
@@ -188,19 +185,6 @@ def grade(text: str, answer: str) -> bool:
     """Whether the final number, after the last `#`, is exactly `answer`."""
     _, mark, final = text.rpartition("#")
     return bool(mark) and final.strip() == answer
-
-
-def grade_steps(text: str, prompt: str) -> bool:
-    """The stricter grade: every step is right, not only the final number. `prompt` is the problem's text."""
-    return text.strip() == solution(parse_problem(prompt))
-
-
-def parse_problem(text: str) -> Problem:
-    """The problem that a prompt such as `07+15-04=` states."""
-    if not re.fullmatch(r"\d+([+-]\d+)+=", text.strip()):
-        raise UserError(f"{text!r} is not an arithmetic problem; expected a text such as '07+15-04='.")
-    numbers = re.findall(r"\d+", text)
-    return Problem(tuple(map(int, numbers)), "".join(re.findall(r"[+-]", text)), len(numbers[0]))
 
 
 def split_of(problem_text: str) -> str:

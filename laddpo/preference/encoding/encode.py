@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,17 +121,19 @@ class TextEncoder:
 
     def encode_pair(self, pair: PreferencePair) -> EncodedPair:
         """One pair; RowError when it cannot be used. Many pairs are faster through `encode_rows`."""
-        (row,) = self.encode_rows([(pair.prompt, (pair.chosen, pair.rejected))])
-        if isinstance(row, RowError):
-            raise row
+        row = self._encode_row(pair.prompt, pair.chosen, pair.rejected)
         return EncodedPair(pair.id, row.prompt_ids, *row.response_ids, pair.group)
 
     def encode_example(self, example: Example) -> EncodedExample:
         """One example; RowError when it cannot be used."""
-        (row,) = self.encode_rows([(example.prompt, (example.response,))])
+        row = self._encode_row(example.prompt, example.response)
+        return EncodedExample(example.id, row.prompt_ids, *row.response_ids)
+
+    def _encode_row(self, prompt: Prompt, *responses: str) -> EncodedRow:
+        (row,) = self.encode_rows([(prompt, responses)])
         if isinstance(row, RowError):
             raise row
-        return EncodedExample(example.id, row.prompt_ids, *row.response_ids)
+        return row
 
     def encode_rows(self, rows: Sequence[tuple[Prompt, tuple[str, ...]]]) -> list[EncodedRow | RowError]:
         """Each prompt with its responses, in one batch; a RowError in the place of each row that cannot be used."""
@@ -222,14 +225,10 @@ def refuse_long(encoder: TextEncoder, prompt: Prompt, prompt_ids: np.ndarray, ro
     )
 
 
-def keep_prompt_start(encoder: TextEncoder, prompt: Prompt, _: np.ndarray, room: int) -> tuple[Prompt, np.ndarray]:
-    """keep_start: cut the end of the prompt's text; the template around it stays whole."""
-    return shorten_prompt(prompt, room, "start", encoder.encode_prompt, encoder.tokens)
-
-
-def keep_prompt_end(encoder: TextEncoder, prompt: Prompt, _: np.ndarray, room: int) -> tuple[Prompt, np.ndarray]:
-    """keep_end: cut the start of the prompt's text (oldest turns first); the template around it stays whole."""
-    return shorten_prompt(prompt, room, "end", encoder.encode_prompt, encoder.tokens)
+def cut_prompt(keep: str, encoder: TextEncoder, prompt: Prompt, _: np.ndarray, room: int) -> tuple[Prompt, np.ndarray]:
+    """keep_start and keep_end: cut the end of the prompt's text, or its start (oldest turns first). The template around
+    it stays whole."""
+    return shorten_prompt(prompt, room, keep, encoder.encode_prompt, encoder.tokens)
 
 
 def need_chat_template(tokenizer: Any) -> ChatTemplate:
@@ -246,4 +245,9 @@ TEMPLATES = {
     "chat": need_chat_template,
     "plain": lambda tokenizer: None,
 }
-TRUNCATIONS = {"error": refuse_long, "drop": refuse_long, "keep_start": keep_prompt_start, "keep_end": keep_prompt_end}
+TRUNCATIONS = {
+    "error": refuse_long,
+    "drop": refuse_long,
+    "keep_start": partial(cut_prompt, "start"),
+    "keep_end": partial(cut_prompt, "end"),
+}

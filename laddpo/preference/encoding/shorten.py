@@ -23,11 +23,11 @@ def shorten_prompt(
     system = prompt[:1] if prompt[0].role == "system" and len(prompt) > 1 else ()
     turns = prompt[len(system) :]
     while len(turns) > 1:
-        fewer = _drop_oldest(turns) if keep == "end" else _drop_newest(turns)
+        fewer = _without_edge(turns, keep)
         if not fewer or len(encode(system + fewer)) <= room:
             break
         turns = fewer
-    shorter = _drop_oldest(turns) if keep == "end" else _drop_newest(turns)
+    shorter = _without_edge(turns, keep)
     edge = 0 if keep == "end" else len(turns) - 1
     text_ids = tokens.encode_plain([turns[edge].content])[0]
     left = len(text_ids)
@@ -50,17 +50,12 @@ def shorten_prompt(
     raise RowError("DATA-75", "prompt", problem, "Raise data.max_length or remove the row.")
 
 
-def _drop_oldest(turns: Prompt) -> Prompt:
-    left = turns[1:]
-    while left and left[0].role != "user":
-        left = left[1:]
-    return left
-
-
-def _drop_newest(turns: Prompt) -> Prompt:
-    left = turns[:-1]
-    while left and left[-1].role != "user":
-        left = left[:-1]
+def _without_edge(turns: Prompt, keep: str) -> Prompt:
+    """Without the oldest turn (keep "end") or the newest; at that edge what is left has a user's turn, or is empty."""
+    edge, rest = (0, slice(1, None)) if keep == "end" else (-1, slice(None, -1))
+    left = turns[rest]
+    while left and left[edge].role != "user":
+        left = left[rest]
     return left
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from bisect import insort
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from laddpo.errors import UserError
 
@@ -54,6 +55,20 @@ class RowError(UserError):
 
     def at(self, place: str) -> BadRow:
         return BadRow(place, self.code, self.field, self.problem, self.advice)
+
+
+def made_of(
+    rows: Iterable[tuple[str, dict] | BadRow], make: Callable[[str, dict], Iterable[Any]]
+) -> Iterator[Any | BadRow]:
+    """What `make(place, fields)` gives for each row. Bad rows pass, and a row that it refuses becomes one."""
+    for row in rows:
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            yield from make(*row)
+        except RowError as error:
+            yield error.at(row[0])
 
 
 def file_error(path: Path | str, code: str, problem: str, advice: str) -> UserError:

@@ -6,13 +6,11 @@ unpacks to more than RATIO_LIMIT times its size is refused, and so is one that e
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import io
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from laddpo.preference.reading.bad_rows import file_error
 
@@ -34,7 +32,7 @@ def open_plain(path: Path, raw: BinaryIO, warn: Callable[[str], None]) -> Binary
         )
     if packing is None:
         return raw
-    return io.BufferedReader(_Guarded(path, raw, OPENERS[packing](path, raw)), buffer_size=1 << 20)
+    return io.BufferedReader(_Guarded(path, raw, _unpacked(packing, path, raw)), buffer_size=1 << 20)
 
 
 class _Guarded(io.RawIOBase):
@@ -51,7 +49,9 @@ class _Guarded(io.RawIOBase):
     def readinto(self, buffer) -> int:
         try:
             block = self._unpacked.read(len(buffer))
-        except (EOFError, OSError, ValueError, zlib.error, *_LZMA_ERRORS) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # each module has its own
             words = " ".join(str(error).split())[:120]
             if isinstance(error, EOFError) or "runcated" in words:
                 problem = f"ends early: the packed data stops after {self._bytes_out:,} unpacked bytes"
@@ -66,40 +66,19 @@ class _Guarded(io.RawIOBase):
         return len(block)
 
 
-def _open_zstd(path: Path, raw: BinaryIO) -> BinaryIO:
-    pa = _module("pyarrow", path, "zstandard")
-    return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
-
-
-def _open_xz(path: Path, raw: BinaryIO) -> BinaryIO:
-    return _module("lzma", path, "xz").LZMAFile(raw)
-
-
-def _open_bzip2(path: Path, raw: BinaryIO) -> BinaryIO:
-    return _module("bz2", path, "bzip2").BZ2File(raw)
-
-
-def _module(name: str, path: Path, packing: str) -> Any:
-    """A module that some installations lack: pyarrow, or parts of the standard library in a bare build of Python."""
+def _unpacked(packing: str, path: Path, raw: BinaryIO) -> BinaryIO:
+    """The stream of its unpacked bytes, by a module that some installations lack: a bare build of Python has few."""
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(MODULES[packing])
     except ImportError as error:
-        problem = f"is packed with {packing}, and this Python has no module {name}"
+        problem = f"is packed with {packing}, and this Python has no module {MODULES[packing]}"
         raise file_error(path, "DATA-51", problem, "Install it, or unpack the file yourself.") from error
+    if packing == "zstandard":
+        return module.CompressedInputStream(module.PythonFile(raw, mode="r"), "zstd")
+    return module.open(raw)
 
 
-try:
-    from lzma import LZMAError
-
-    _LZMA_ERRORS: tuple[type[Exception], ...] = (LZMAError,)
-except ImportError:
-    _LZMA_ERRORS = ()
-MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00", "bzip2": b"BZh"}
+MAGIC = {"gzip": b"\x1f\x8b", "zstandard": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00", "bzip2": b"BZh"}
 ARCHIVE_MAGIC = (b"PK\x03\x04", b"PK\x05\x06", b"7z\xbc\xaf\x27\x1c", b"Rar!")
-SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
-OPENERS: dict[str, Callable[[Path, BinaryIO], BinaryIO]] = {
-    "gzip": lambda _, raw: gzip.GzipFile(fileobj=raw),
-    "zstd": _open_zstd,
-    "xz": _open_xz,
-    "bzip2": _open_bzip2,
-}
+SUFFIXES = {".gz": "gzip", ".zst": "zstandard", ".xz": "xz", ".bz2": "bzip2"}
+MODULES = {"gzip": "gzip", "zstandard": "pyarrow", "xz": "lzma", "bzip2": "bz2"}

@@ -1,4 +1,4 @@
-"""Reads local files of rows strictly and in bounded memory: JSON lines, JSON arrays, CSV, parquet, Arrow, or packed.
+"""Reads local files of rows strictly and in bounded memory: JSON lines, a JSON array, CSV, parquet, Arrow, or packed.
 
 Every row comes out as a dictionary with its place ("file:line"), every bad one as a BadRow that says what was found,
 what was expected and what to do. What makes a whole file unusable is a UserError. Nothing is repaired in silence and
@@ -23,7 +23,7 @@ from laddpo.errors import UserError, nearest
 from laddpo.preference.reading.bad_rows import BadRow, RowError, file_error, printable
 from laddpo.preference.reading.compression import open_plain
 from laddpo.preference.reading.json_arrays import read_json_array
-from laddpo.preference.reading.splits import PACKED_SUFFIXES, SUFFIXES
+from laddpo.preference.reading.splits import SUFFIXES, last_suffix
 from laddpo.preference.reading.strict_json import decode_line, one_line, parse_object
 from laddpo.preference.reading.tables import read_arrow, read_parquet
 from laddpo.storage.atomic import file_sha256
@@ -134,12 +134,10 @@ def missing_file(path: Path, key: str = "data.dataset_name") -> UserError:
 
 def file_kind(path: Path) -> str:
     """jsonl, json, csv or parquet by the name, the packing suffix aside."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    while suffixes and suffixes[-1] in PACKED_SUFFIXES:
-        suffixes.pop()
-    kind = SUFFIXES.get(suffixes[-1] if suffixes else "")
+    suffix = last_suffix(path.name)
+    kind = SUFFIXES.get(suffix)
     if kind is None:
-        if suffixes and suffixes[-1] in ARCHIVE_SUFFIXES:
+        if suffix in ARCHIVE_SUFFIXES:
             raise file_error(path, "DATA-48", "is an archive of files", "Unpack it first and give the folder.")
         known = ", ".join(sorted(SUFFIXES))
         raise file_error(

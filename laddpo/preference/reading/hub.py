@@ -68,44 +68,32 @@ def load_split(dataset_name: str, split: str, revision: str | None, config: str 
     wanted = f"{dataset_name}@{revision or 'newest'}, split {split}" + (f", configuration {config}" if config else "")
     try:
         return load_dataset(dataset_name, *([config] if config else []), split=split, revision=revision)
-    except ValueError as error:
-        if configs := _known_configs(error):
-            found = f"is {config!r}" if config else "is not set"
-            guess = nearest(config, configs) if config else None
-            hint = f" Did you mean {guess}?" if guess else " Name one of them."
-            raise UserError(
-                f"data.dataset_config {found}; {dataset_name} has {', '.join(configs)} (DATA-72).{hint}"
-            ) from error
-        known = _known_splits(error)
-        if known:
-            guess = nearest(split, known)
-            hint = f" Did you mean {guess}?" if guess else ""
-            raise UserError(f"data.dataset_split is {split!r}; {dataset_name} has {', '.join(known)}.{hint}") from error
-        raise UserError(_unavailable(wanted, error)) from error
     except Exception as error:  # the hub client has many ways to say that it could not reach or find something
         if "script" in str(error).lower():
-            raise UserError(
-                f"{wanted}: needs a loading script, which is never run (DATA-93). Download its data files "
-                f"and give their path."
-            ) from error
-        raise UserError(_unavailable(wanted, error)) from error
+            problem = (
+                "needs a loading script, which is never run (DATA-93). Download its data files and give their path."
+            )
+            raise UserError(f"{wanted}: {problem}.") from error
+        raise UserError(_other_name(dataset_name, split, config, str(error)) or _unavailable(wanted, error)) from error
 
 
 def _unavailable(wanted: str, error: BaseException) -> str:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
     return (
-        f"data.dataset_name: {wanted} could not be had, neither from the network nor from the cache ({reason}) "
-        f"(DATA-93). Check the name, or download its files elsewhere and set data.dataset_name to their local path."
+        f"data.dataset_name: {wanted} could not be had, neither from the network nor from the cache "
+        f"({one_line(error)}) (DATA-93). Check the name, or download its files elsewhere and set data.dataset_name to "
+        "their local path."
     )
 
 
-def _known_splits(error: ValueError) -> list[str]:
-    """Split names out of the message of `datasets` for an unknown split."""
-    _, mark, names = str(error).partition("Should be one of ")
-    return [name.strip(" '\"") for name in names.strip("[]. ").split(",")] if mark else []
-
-
-def _known_configs(error: ValueError) -> list[str]:
-    """Configuration names out of the messages of `datasets` for a missing or an unknown one."""
-    found = re.search(r"(?:available configs: |not found\. Available: )\[(.*?)\]", str(error))
-    return [name.strip(" '\"") for name in found[1].split(",")] if found else []
+def _other_name(dataset_name: str, split: str, config: str | None, text: str) -> str | None:
+    """The message for an unknown split, or for an unknown or missing configuration, from the text of `datasets`."""
+    named = re.search(r"(Should be one of|available configs:|not found\. Available:) \[(.*?)\]", text)
+    if not named:
+        return None
+    known = [name.strip(" '\"") for name in named[2].split(",")]
+    key, asked, code = ("dataset_config", config, 72) if "vailable" in named[1] else ("dataset_split", split, 70)
+    guess = nearest(asked, known) if asked else None
+    return (
+        f"data.{key} is {repr(asked) if asked else 'not set'}; {dataset_name} has {', '.join(known)} (DATA-{code}). "
+        + (f"Did you mean {guess}?" if guess else "Name one of them.")
+    )

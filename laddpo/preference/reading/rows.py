@@ -41,16 +41,11 @@ def explicit_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, 
 
     A response in messages is one assistant turn, or the whole conversation, which must then begin with the prompt.
     """
-    prompt, responses = (
-        get_field(row, "prompt", rules),
-        [get_field(row, name, rules) for name in ("chosen", "rejected")],
-    )
-    kinds = {isinstance(value, str) for value in (prompt, *responses)}
-    if len(kinds) > 1:
+    if len({isinstance(get_field(row, name, rules), str) for name in ("prompt", "chosen", "rejected")}) > 1:
         problem = "text and lists of messages are mixed in one row"
         advice = "Set data.format=conversation, which reads both, or give all three as text or all three as messages."
         raise RowError("DATA-58", "", problem, advice)
-    return joined_pair(row, prompt, responses, rules, warn)
+    return conversation_pair(row, rules, warn)
 
 
 def auto_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, str]:
@@ -66,11 +61,13 @@ def auto_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, str]
 
 def conversation_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, str]:
     """As explicit_pair, but a prompt given as text may go with conversations that begin with it (UltraFeedback)."""
-    prompt, responses = (
-        get_field(row, "prompt", rules),
-        [get_field(row, name, rules) for name in ("chosen", "rejected")],
+    prompt, *responses = (get_field(row, name, rules) for name in ("prompt", "chosen", "rejected"))
+    messages = as_prompt(row, prompt, rules, warn)
+    chosen, rejected = (
+        as_response(value, name, messages, rules, warn)
+        for name, value in zip(("chosen", "rejected"), responses, strict=True)
     )
-    return joined_pair(row, prompt, responses, rules, warn)
+    return messages, *different(chosen, rejected, warn)
 
 
 def implicit_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, str]:
@@ -111,15 +108,6 @@ def explicit_example(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, st
     prompt, response = get_field(row, "prompt", rules), get_field(row, "response", rules)
     messages = as_prompt(row, prompt, rules, warn)
     return messages, as_response(response, "response", messages, rules, warn)
-
-
-def joined_pair(row: dict, prompt: Any, responses: list, rules: RowRules, warn: Warn) -> tuple[Prompt, str, str]:
-    messages = as_prompt(row, prompt, rules, warn)
-    chosen, rejected = (
-        as_response(value, name, messages, rules, warn)
-        for name, value in zip(("chosen", "rejected"), responses, strict=True)
-    )
-    return messages, *different(chosen, rejected, warn)
 
 
 def as_prompt(row: dict, value: Any, rules: RowRules, warn: Warn) -> Prompt:
@@ -205,19 +193,26 @@ def as_response(value: Any, name: str, prompt: Prompt, rules: RowRules, warn: Wa
 def split_at_last_turn(chosen: Prompt, rejected: Prompt, warn: Warn) -> tuple[Prompt, str, str]:
     """Whole conversations into prompt and responses; the prompts must be equal."""
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if messages[-1].role != "assistant":
-            problem = f"ends with a {messages[-1].role} turn, want an assistant turn"
-            raise RowError("DATA-65", name, problem, "Cut the dialogue after its last assistant turn.")
+        last_answer(messages, name)
         if len(messages) < 2:
             raise RowError("DATA-67", name, "has no turn before the response", "A dialogue starts with the user.")
-        if is_blank(messages[-1].content):
-            raise RowError("DATA-07", name, "empty after strip: the last assistant turn has no text", FIX)
     if chosen[:-1] != rejected[:-1]:
         pairs = zip(chosen[:-1], rejected[:-1], strict=False)
         index = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)) - 1)
         problem = f"the dialogues differ at message {index + 1}, before the last assistant turn"
         raise RowError("DATA-66", "", problem, "A pair is two answers to one prompt; this row is two dialogues.")
     return chosen[:-1], *different(chosen[-1].content, rejected[-1].content, warn)
+
+
+def last_answer(messages: Prompt, name: str) -> str:
+    """The text of the last turn, which must be the assistant's and must have one."""
+    role, text = messages[-1].role, messages[-1].content
+    if role != "assistant":
+        problem = f"ends with a {role} turn, want an assistant turn"
+        raise RowError("DATA-65", name, problem, "Cut the dialogue after its last assistant turn.")
+    if is_blank(text):
+        raise RowError("DATA-07", name, "empty after strip: the last assistant turn has no text", FIX)
+    return text
 
 
 def different(chosen: str, rejected: str, warn: Warn) -> tuple[str, str]:

@@ -44,13 +44,15 @@ NO_SPLIT = "no split"  # of a file whose name says none beside files whose names
 Splits = dict[str, list[Path]]  # files by split; a file that no split claims is missing
 
 
+def last_suffix(name: str) -> str:
+    """The ending of a name in lower case, those of packing aside."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in PACKED_SUFFIXES), "")
+
+
 def has_file_name(name: str) -> bool:
     """Whether a name ends like a data file, packed or not."""
-    path = Path(name)
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    while suffixes and suffixes[-1] in PACKED_SUFFIXES:
-        suffixes.pop()
-    return bool(suffixes) and suffixes[-1] in SUFFIXES
+    return last_suffix(name) in SUFFIXES
 
 
 def choose_files(

@@ -32,13 +32,17 @@ def read_parquet(
 ) -> Rows:
     """Rows of a parquet file, batch by batch; the place of a row is its number. Only wanted columns are decoded, rows
     have None in the rest."""
-    with parquet_file(path) as (pa, parquet):
+    with _pyarrow(path, "parquet") as pa:
+        import pyarrow.parquet as pq
+
+        parquet = pq.ParquetFile(path)
         schema = parquet.schema_arrow
         names = check_schema(pa, path, schema, text_columns, wanted)
         leaves = [leaf for leaf in range(len(parquet.schema)) if _column_of(parquet.schema.column(leaf).path, names)]
         texts = [parquet.schema.column(leaf) for leaf in leaves]
         texts = [column.path for column in texts if column.logical_type.type == "STRING"]
-        shared = _reopened(path, texts, parquet)
+        # repeated texts stay numbers into a list of texts
+        shared = pq.ParquetFile(path, read_dictionary=texts, metadata=parquet.metadata)
 
         def batches() -> Iterator[Any]:
             for group in range(parquet.num_row_groups):
@@ -52,7 +56,7 @@ def read_arrow(
     path: Path, stream: BinaryIO, max_line_bytes: int, text_columns: Sequence[str], wanted: Container[str] | None
 ) -> Rows:
     """As read_parquet, for the .arrow files that save_to_disk of `datasets` writes, and those with a footer."""
-    with arrow_file(path) as (pa, source):
+    with _pyarrow(path, "Arrow") as pa, pa.memory_map(str(path)) as source:
         has_footer = source.read(8) == b"ARROW1\0\0"  # then a stream follows, as in the files without
         source.seek(8 if has_footer else 0)
         for message in _messages(pa, source):
@@ -191,23 +195,8 @@ def check_schema(
 
 
 @contextmanager
-def parquet_file(path: Path) -> Iterator[tuple[Any, Any]]:
-    """pyarrow and the open file; what is wrong with either becomes a UserError."""
-    with _pyarrow(path, "parquet") as pa:
-        import pyarrow.parquet as pq
-
-        yield pa, pq.ParquetFile(path)
-
-
-@contextmanager
-def arrow_file(path: Path) -> Iterator[tuple[Any, Any]]:
-    """pyarrow and the bytes of the file, mapped and not read."""
-    with _pyarrow(path, "Arrow") as pa, pa.memory_map(str(path)) as source:
-        yield pa, source
-
-
-@contextmanager
 def _pyarrow(path: Path, kind: str) -> Iterator[Any]:
+    """pyarrow; what is wrong with it or with the file becomes a UserError."""
     try:
         import pyarrow as pa
     except ImportError as error:  # comes with `datasets`, but may have been left out on purpose
@@ -219,13 +208,6 @@ def _pyarrow(path: Path, kind: str) -> Iterator[Any]:
             raise
         problem = f"is not a whole {kind} file ({one_line(error)})"
         raise file_error(path, "DATA-54", problem, "Copy it again.") from error
-
-
-def _reopened(path: Path, texts: Sequence[str], parquet: Any) -> Any:
-    """The file again, with repeated texts kept as numbers into a list of texts."""
-    import pyarrow.parquet as pq
-
-    return pq.ParquetFile(path, read_dictionary=list(texts), metadata=parquet.metadata)
 
 
 def _column_of(leaf: str, names: Sequence[str]) -> str | None:

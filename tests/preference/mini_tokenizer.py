@@ -1,8 +1,9 @@
 """The tokenizer of `llada_mini`: that of llada_nano with merges for the words of its stories.
 
-`python -m laddpo.preference.embedded.mini_tokenizer` writes data/llada_mini/tokenizer.json and tokenizer_config.json,
-byte for byte. Words become one or a few tokens, numbers of two digits become one, and any other text is still spelled
-in bytes. A sum is then a fixed number of tokens whatever its numbers, as llada_nano has by writing 7 as 07.
+`python -m tests.preference.mini_tokenizer` writes data/llada_mini/tokenizer.json and tokenizer_config.json again.
+test_word_problems.py proves that the shipped files have these bytes. Words become one or a few tokens, numbers of two
+digits become one, and any other text is still spelled in bytes. A sum is then a fixed number of tokens whatever its
+numbers, as llada_nano has by writing 7 as 07.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from laddpo.preference.embedded.nano_tokenizer import byte_letters, tokenizer_config, tokenizer_json
 from laddpo.preference.embedded.word_problems import INSTRUCTION, word_problem
 from laddpo.storage.atomic import write_json
+from tests.preference.nano_tokenizer import byte_letters, tokenizer_config, tokenizer_json
 
 SAMPLE, MERGES = 2000, 400
 WORD = re.compile(r" ?[A-Za-z]+|#+")  # a subset of the pieces that byte-level BPE splits text into
@@ -75,6 +76,6 @@ def _merge(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    target = Path(__file__).resolve().parents[3] / "data" / "llada_mini"
+    target = Path(__file__).resolve().parents[2] / "data" / "llada_mini"
     write_mini_tokenizer(target)
     print(target)

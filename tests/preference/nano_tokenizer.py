@@ -1,8 +1,9 @@
 """The tokenizer of `llada_nano`: byte-level, so any UTF-8 text encodes, with LLaDA's special tokens and template.
 
-`python -m laddpo.preference.embedded.nano_tokenizer` writes data/llada_nano/tokenizer.json and tokenizer_config.json
-again, byte for byte. Ids: 0-255 the bytes, then the merges that spell the three roles and the blank line, then the
-special tokens. Digits have no merges: one digit is one position, which is what makes fixed-width arithmetic learnable.
+`python -m tests.preference.nano_tokenizer` writes data/llada_nano/tokenizer.json and tokenizer_config.json again.
+test_nano_tokenizer.py proves that the shipped files have these bytes. Ids: 0-255 the bytes, then the merges that spell
+the three roles and the blank line, then the special tokens. Digits have no merges: one digit is one position, which is
+what makes fixed-width arithmetic learnable.
 """
 
 from __future__ import annotations
@@ -114,6 +115,6 @@ def byte_letters() -> list[str]:
 
 
 if __name__ == "__main__":
-    target = Path(__file__).resolve().parents[3] / "data" / "llada_nano"
+    target = Path(__file__).resolve().parents[2] / "data" / "llada_nano"
     write_nano_tokenizer(target)
     print(target)
