@@ -14,7 +14,7 @@ import pytest
 from laddpo import __version__
 from laddpo.cli.app import cli, run_folder
 from laddpo.errors import UserError
-from laddpo.jobs import children, sweep
+from laddpo.jobs import runner, sweep
 from laddpo.settings.compose import compose, write_config
 from laddpo.storage.atomic import write_json
 from laddpo.storage.json_lines import JsonLines
@@ -45,7 +45,7 @@ def child_environment() -> dict[str, str]:
 def exit_code_of_stopped_sweep(command: list[str], until: Path, seconds: float) -> int:
     """Start a sweep of `tiny_jobs` in a process, send SIGTERM when `until` is there, and wait that long for its end."""
     script = (
-        "import sys, laddpo.jobs.sweep as s; from laddpo.cli.app import cli\n"
+        "import sys, laddpo.jobs.runner as s; from laddpo.cli.app import cli\n"
         "original = s.child_command\n"
         "s.child_command = lambda *a: [original(*a)[0], 'child.py', *original(*a)[3:]]\n"
         f"sys.exit(cli('train', {command}))\n"
@@ -233,7 +233,8 @@ import os, re, sys, time
 from pathlib import Path
 from laddpo.cli.app import run_stage
 from laddpo.settings.compose import write_config
-from laddpo.storage.manifests import JsonLines, write_json
+from laddpo.storage.atomic import write_json
+from laddpo.storage.json_lines import JsonLines
 
 def main(config, folder):
     status = Path("/proc/self/status")
@@ -256,13 +257,13 @@ def tiny_jobs(tmp_path, monkeypatch):
     """Jobs are real child processes with the door of a stage, but of a stage that only writes its results."""
     child = tmp_path / "child.py"
     child.write_text(CHILD, encoding="utf-8")
-    original = children.child_command
+    original = runner.child_command
 
-    def command(sweep, overrides, folder):
-        python, _, _, *rest = original(sweep, overrides, folder)
+    def command(*job):
+        python, _, _, *rest = original(*job)
         return [python, str(child), *rest]
 
-    monkeypatch.setattr(children, "child_command", command)
+    monkeypatch.setattr(runner, "child_command", command)
     return tmp_path
 
 

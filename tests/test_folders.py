@@ -352,7 +352,7 @@ def test_a_lock_file_of_another_program_keeps_its_content(tmp_path):
 
 
 def test_logs_and_settings_are_not_written_through_links(tmp_path, config):
-    from laddpo.jobs.children import run_child
+    from laddpo.jobs.runner import run_child
 
     target = tmp_path / "target"
     target.write_text("precious")

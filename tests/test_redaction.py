@@ -162,7 +162,7 @@ def test_the_children_of_a_sweep_are_given_no_secret(monkeypatch, tmp_path):
         seen.append(command)
         return 0
 
-    monkeypatch.setattr("laddpo.jobs.children.run_child", run_child)
+    monkeypatch.setattr("laddpo.jobs.runner.run_child", run_child)
     for value in (CANARY, "${oc.env:AWS_SECRET_ACCESS_KEY}"):
         assert cli("train", ["-m", f"logger.wandb_name='{value}'", "dpo.beta=1,2", "output_dir=s"]) == 2
     named = ["logger=wandb", "logger.wandb_name='${oc.env:HOME}'"]

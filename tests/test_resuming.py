@@ -175,7 +175,7 @@ def test_an_evaluation_goes_on_with_its_own_settings(settings, capsys):
 
 
 def test_a_sweep_goes_on_with_what_it_was_begun_with(capsys):
-    from laddpo.jobs.begun import begun_otherwise, overrides_to_resume
+    from laddpo.jobs.runner import begun_otherwise, overrides_to_resume
     from laddpo.storage.atomic import write_json
 
     begun = ["dpo.beta=1,2", "seed=3"]

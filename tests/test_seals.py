@@ -52,7 +52,7 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "storage.manifests": "the manifest itself, and its files while they are compared",
     "training.rounds": "results.json after sealed_file",
     "storage.seals": "the comparisons themselves",
-    "jobs.children": "process.json says which process runs a job, for as long as it runs",
+    "jobs.runner": "process.json says which process runs a job, for as long as it runs",
     "storage.temporaries": "the system's boot and namespace ids",
     "training.tracking": "wandb_id.txt is a name at a tracker; no value depends on it",
 }

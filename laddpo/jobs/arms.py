@@ -6,11 +6,19 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from laddpo.errors import EXIT_DONE, EXIT_STOPPED, Stopped, UserError, nearest
+from hydra.core.hydra_config import HydraConfig
+
+from laddpo.errors import EXIT_DONE, Stopped, UserError, nearest
+from laddpo.jobs import runner
+from laddpo.results.of_jobs import JOB_FILE, JOB_KEYS, job_state
+from laddpo.settings.compose import open_hydra, read_config
 from laddpo.settings.data_checks import reader_row
+from laddpo.settings.of_a_run import override_key, read_command
 from laddpo.settings.read_settings import given_overrides, stage_reads
 from laddpo.settings.schema import RunConfig
 from laddpo.settings.stage_schema import StudyArm, StudySettings
+from laddpo.storage import atomic, manifests
+from laddpo.storage.seals import damages, read_checked, write_checked
 
 OWN = ("study", "output_dir", "resume")
 
@@ -18,9 +26,6 @@ OWN = ("study", "output_dir", "resume")
 def settings_of_study(config: RunConfig, folder: Path) -> RunConfig:
     """Those of a study that goes on: what it was begun with, where this command line says nothing else. Arms that are
     finished are held against it."""
-    from laddpo.settings.compose import read_config
-    from laddpo.settings.of_a_run import override_key, read_command
-
     if not (folder / "config.yaml").exists():
         return config
     given = given_overrides.get()
@@ -48,28 +53,20 @@ def wanted_arms(config: RunConfig) -> list[StudyArm]:
 
 
 def check_arms(config: RunConfig, asked: list[StudyArm]) -> None:
-    """Refuse the study before its first run when settings of an arm that is asked for are wrong, or one is read by no
-    arm of the study."""
-    from laddpo.jobs.begun import problems_by_job
-    from laddpo.settings.compose import compose_tree, open_hydra, settings_problems
-
+    """Refuse the study before its first run when settings of an arm that is asked for are wrong, or when no arm of the
+    study reads one of them."""
     name, folder = root_config()
-    found = {}
     with open_hydra("laddpo.study", folder) as hydra:
-        for arm in asked:
-            try:
-                tree = compose_tree(hydra, name, arm_overrides(config, arm, config.study.seeds[0]))
-                found[arm.name] = settings_problems(tree, arm.stage)[1]
-            except UserError as error:
-                found[arm.name] = list(error.problems)
-    problems = problems_by_job(found, f"of {len(asked)} arms")
-    problems += [
+        found = {
+            arm.name: runner.wrong_settings(hydra, name, arm.stage, arm_overrides(config, arm, config.study.seeds[0]))
+            for arm in asked
+        }
+    unread = [
         f"{text}: no arm of this study reads it; leave it out."
         for text in shared_overrides(config)
         if not any(stage_reads(arm.stage, text) for arm in config.study.arms)
     ]
-    if problems:
-        raise UserError(*problems)
+    runner.refuse_jobs(found, f"of {len(asked)} arms", unread)
 
 
 def _seeds_elsewhere(study: StudySettings) -> list[str]:
@@ -117,32 +114,24 @@ def _name_problems(study: StudySettings) -> list[str]:
 
 
 def refuse_other_arms(config: RunConfig, folder: Path) -> None:
-    """Refuse to go on where finished arms, asked for or not, have other settings than the page would say."""
-    from laddpo.jobs.begun import begun_otherwise, problems_by_job
-    from laddpo.storage import manifests
-    from laddpo.storage.seals import damages
-
-    found = {
-        place.name: [
-            *(problem for part in (place, *sorted(place.glob("round_*"))) for problem in damages(part)),
-            *begun_otherwise(place, arm_overrides(config, arm, seed)),
-            *_job_is_gone(place),
-        ]
-        for arm in config.study.arms
-        for seed in config.study.seeds
-        if ((place := folder / f"{arm.name}-{seed}") / manifests.MANIFEST).exists()
-    }
-    if problems := problems_by_job(found, f"of {len(found)} finished"):
-        raise UserError(*problems)
+    """Refuse to resume when finished arms, asked for or not, have other settings than the page would say."""
+    found = {}
+    for arm, seed in all_jobs(config):
+        place = folder / f"{arm.name}-{seed}"
+        if (place / manifests.MANIFEST).exists():
+            parts = (place, *sorted(place.glob("round_*")))
+            found[place.name] = [problem for part in parts for problem in damages(part)]
+            found[place.name] += runner.begun_otherwise(place, arm_overrides(config, arm, seed))
+            if not (job := place / JOB_FILE).exists():  # written before the arm's run starts
+                found[place.name].append(
+                    f"{job}: is gone, so the arm's settings are not known. Restore it, or remove {place}."
+                )
+    runner.refuse_jobs(found, f"of {len(found)} finished")
 
 
-def _job_is_gone(place: Path) -> list[str]:
-    """An arm's job.json is written before its run starts."""
-    from laddpo.jobs.sweep import JOB_FILE
-
-    if (place / JOB_FILE).exists():
-        return []
-    return [f"{place / JOB_FILE}: is gone, so the arm's settings are not known. Restore it, or remove {place}."]
+def all_jobs(config: RunConfig) -> list[tuple[StudyArm, int]]:
+    """Every arm with every seed, asked for or not."""
+    return [(arm, seed) for arm in config.study.arms for seed in config.study.seeds]
 
 
 def arm_overrides(config: RunConfig, arm: StudyArm, seed: int) -> list[str]:
@@ -152,26 +141,21 @@ def arm_overrides(config: RunConfig, arm: StudyArm, seed: int) -> list[str]:
 
 def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) -> list[str]:
     """Run each job that is not finished; the names of those that failed. Raises `Stopped` after a signal."""
-    from laddpo.jobs.children import Sweep, child_command, forward_signals, run_child
-    from laddpo.results.of_jobs import JOB_FILE
-    from laddpo.storage import atomic, manifests
-    from laddpo.storage.seals import write_checked
-
     failed = []
-    config_name, config_dir = root_config()
-    with forward_signals(folder) as is_stopping:
+    common = runner.Jobs(folder, *root_config(), is_resumed=True)
+    with runner.forward_signals(folder):
         for number, (arm, seed) in enumerate(jobs, 1):
             place = folder / f"{arm.name}-{seed}"
             if (place / manifests.MANIFEST).exists():
                 continue
             print(f"{number} of {len(jobs)}: {place.name}", flush=True)
-            sweep = Sweep(arm.stage, config_name, config_dir, [], folder, is_resumed=True)
             overrides = arm_overrides(config, arm, seed)
             write_checked(place / JOB_FILE, {"overrides": overrides})
-            code = run_child(child_command(sweep, overrides, place), place, log=place / "log.txt")
+            code = runner.run_job(common, arm.stage, overrides, place, log=place / "log.txt")
             atomic.write_json(place / JOB_FILE, {"overrides": overrides, "exit_code": code})
-            if code == EXIT_STOPPED or is_stopping():
+            if runner.stop_requested.is_set():
                 raise Stopped(f"{folder}: stopped.", f"Run the same command with resume=true output_dir={folder}.")
+
             if code != EXIT_DONE:
                 print(f"  failed with exit code {code}: {place / 'log.txt'}", flush=True)
                 failed.append(place.name)
@@ -197,8 +181,6 @@ def shared_overrides(config: RunConfig, arm: StudyArm | None = None) -> list[str
 
 def root_config() -> tuple[str, str | None]:
     """--config-name and --config-dir of this command line, as Hydra knows them."""
-    from hydra.core.hydra_config import HydraConfig
-
     hydra = HydraConfig.get()
     added = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     return hydra.job.config_name, added[0] if added else None
@@ -218,21 +200,16 @@ def asked_of(config: RunConfig) -> list[str]:
 
 def run_state(place: Path) -> str:
     """How a run that is in no number of the page ended."""
-    from laddpo.results.of_jobs import JOB_FILE, JOB_KEYS, job_state
-    from laddpo.storage import manifests
-    from laddpo.storage.seals import read_checked
-
     if (place / manifests.MANIFEST).exists():
         return "finished, without answers of both models to the same problems"
     job = place / JOB_FILE
-    code = read_checked(job, JOB_KEYS)["exit_code"] if job.exists() else None
+    code = read_checked(job, JOB_KEYS).get("exit_code") if job.exists() else None
     return job_state(code, has_begun=job.exists())
 
 
 def write_page(config: RunConfig, folder: Path) -> dict:
     """study.json, study.md and study.png of what is finished, asked for this time or before."""
     from laddpo.results import studies
-    from laddpo.storage import atomic
 
     study = config.study
     read, unfinished = [], []

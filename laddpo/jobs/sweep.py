@@ -25,17 +25,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
-from laddpo.jobs.begun import begun_otherwise, overrides_to_resume, problems_by_job
-from laddpo.jobs.children import (
-    Sweep,
-    _stop_requested,
-    _SweepStopped,
-    child_command,
-    forward_signals,
-    quoted,
-    run_child,
-    signal_jobs,
-)
+from laddpo.jobs import runner
+from laddpo.jobs.runner import Jobs, quoted
 from laddpo.results.of_jobs import (
     JOB_FILE,
     JOB_KEYS,
@@ -46,7 +37,7 @@ from laddpo.results.of_jobs import (
     jobs_table,
     picture_sweep,
 )
-from laddpo.settings.compose import compose_tree, settings_problems
+from laddpo.settings.compose import compose_tree
 from laddpo.settings.of_a_run import read_command, write_command
 from laddpo.settings.path_checks import path_problem
 from laddpo.storage.folders import owned, refuse_others
@@ -59,25 +50,27 @@ def run_sweep(
     """Check all jobs, run them, and report; the exit code is 0 only if every job's is. `tree`: what they share."""
     own, rest = split_overrides(hydra, overrides)
     folder, is_resumed = sweep_folder(own, Path(tree.paths.outputs_dir))
-    if is_resumed and (kept := overrides_to_resume(folder, stage, rest)) != rest:
+    if is_resumed and (kept := runner.overrides_to_resume(folder, stage, rest)) != rest:
         rest, tree = kept, compose_tree(hydra, config_name, kept, RunMode.MULTIRUN)
-    sweep = Sweep(stage, config_name, config_dir, rest, folder, is_resumed)
-    jobs = planned_jobs(hydra, sweep, tree)
-    check_jobs(hydra, sweep, jobs)
+    common = Jobs(folder, config_name, config_dir, is_resumed)
+    jobs = planned_jobs(hydra, rest, tree)
+    check_jobs(hydra, common, stage, jobs)
+
     with owned(folder, "sweep", is_resumed):
         if not read_command(folder):
             write_command(folder, rest, stage=stage)
         print(f"sweep of {len(jobs) if jobs else 'jobs chosen as it goes'} in {folder}", flush=True)
-        launch = [*sweep.overrides, *_hydra_settings(sweep)]
-        task = JobTask(sweep, len(jobs) if jobs else None)
-        with forward_signals(folder), contextlib.suppress(_SweepStopped):
+        launch = [*rest, *_hydra_settings(folder, rest)]
+        task = JobTask(common, stage, len(jobs) if jobs else None)
+        with runner.forward_signals(folder), contextlib.suppress(_SweepStopped):
             try:
                 hydra.multirun(config_name, task, launch, with_log_configuration=False)
             except HydraException as error:
                 raise UserError(f"the sweep could not be started: {error}") from error
             finally:
-                signal_jobs(folder, signal.SIGTERM)  # a launcher's worker that died leaves its job behind
-        records = write_sweep_file(sweep, jobs)
+                runner.signal_jobs(folder, signal.SIGTERM)  # a launcher's worker that died leaves its job behind
+
+        records = write_sweep_file(folder, stage, jobs)
         picture_sweep(folder, records)
         print(jobs_table(records))
     print(folder)
@@ -125,43 +118,38 @@ def sweep_folder(own: dict[str, object], outputs_dir: Path) -> tuple[Path, bool]
     return folder, resume == "true"
 
 
-def planned_jobs(hydra: Hydra, sweep: Sweep, tree: DictConfig) -> list[list[str]]:
+def planned_jobs(hydra: Hydra, overrides: list[str], tree: DictConfig) -> list[list[str]]:
     """Overrides of every job of Hydra's basic sweeper; an empty list for sweepers that choose jobs as they go."""
     sweeper = tree.hydra.sweeper
     if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return []
     swept = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    parsed = OverridesParser.create(hydra.config_loader).parse_overrides([*swept, *sweep.overrides])
+    parsed = OverridesParser.create(hydra.config_loader).parse_overrides([*swept, *overrides])
     return BasicSweeper.split_arguments([override for override in parsed if not override.is_hydra_override()], None)[0]
 
 
-def check_jobs(hydra: Hydra, sweep: Sweep, jobs: list[list[str]]) -> None:
-    """Refuse the sweep before its first job when any job's settings are wrong; equal problems are named once."""
-    found: dict[int, list[str]] = {}
+def check_jobs(hydra: Hydra, common: Jobs, stage: str, jobs: list[list[str]]) -> None:
+    """Refuse the sweep before its first job when any job's settings are wrong."""
+    found = {}
     for number, overrides in enumerate(jobs):
-        try:
-            problems = settings_problems(compose_tree(hydra, sweep.config_name, overrides), sweep.stage)[1]
-        except UserError as error:
-            problems = list(error.problems)
-        if sweep.is_resumed:
-            problems += begun_otherwise(sweep.folder / str(number), overrides)
-            problems += damages(sweep.folder / str(number))
-        found[number] = problems
-    if problems := problems_by_job(found, f"of {len(jobs)}"):
-        raise UserError(*problems)
+        found[number] = runner.wrong_settings(hydra, common.config_name, stage, overrides)
+        if common.is_resumed:
+            place = common.folder / str(number)
+            found[number] += [*runner.begun_otherwise(place, overrides), *damages(place)]
+    runner.refuse_jobs(found, f"of {len(jobs)}")
 
 
-def _hydra_settings(sweep: Sweep) -> list[str]:
+def _hydra_settings(folder: Path, overrides: list[str]) -> list[str]:
     """Hydra keeps to deciding and launching: no log files, no .hydra folders, job folders below the sweep's."""
     settings = {
         "hydra.mode": "MULTIRUN",
-        "hydra.sweep.dir": quoted(str(sweep.folder)),
+        "hydra.sweep.dir": quoted(str(folder)),
         "hydra.sweep.subdir": "${hydra.job.num}",
         "hydra.output_subdir": "null",
         "hydra/hydra_logging": "none",
         "hydra/job_logging": "none",
     }
-    given = {text.partition("=")[0] for text in sweep.overrides}
+    given = {text.partition("=")[0] for text in overrides}
     return [f"{key}={value}" for key, value in settings.items() if key not in given]
 
 
@@ -173,47 +161,48 @@ class JobTask:
     nan for a job that did not finish or does not have it.
     """
 
-    sweep: Sweep
+    common: Jobs
+    stage: str
     count: int | None
 
     def __call__(self, tree: DictConfig) -> float:
-        if _stop_requested.is_set():
+        if runner.stop_requested.is_set():
             raise _SweepStopped
         hydra = HydraConfig.get()
         folder = Path(os.path.relpath(hydra.runtime.output_dir))
         overrides = [str(text) for text in hydra.overrides.task]
         done = folder / JOB_FILE
-        if self.sweep.is_resumed and done.exists() and read_checked(done, JOB_KEYS).get("exit_code") == EXIT_DONE:
+        if self.common.is_resumed and done.exists() and read_checked(done, JOB_KEYS).get("exit_code") == EXIT_DONE:
             print(f"job {hydra.job.num}: done before, {folder}", flush=True)
         else:
             print(f"job {hydra.job.num}{f' of {self.count}' if self.count else ''}: {' '.join(overrides)}", flush=True)
-            code = run_child(child_command(self.sweep, overrides, folder), folder)
+            code = runner.run_job(self.common, self.stage, overrides, folder)
             write_checked(done, {"overrides": overrides, "exit_code": code})
-            if code == EXIT_STOPPED:
-                _stop_requested.set()
-        return job_objective(self.sweep.folder, folder)
+        return job_objective(self.common.folder, folder)
 
 
-def write_sweep_file(sweep: Sweep, jobs: list[list[str]]) -> list[dict[str, Any]]:
+class _SweepStopped(BaseException):
+    """Ends the sweeper's own loop: Hydra catches every Exception of a job."""
+
+
+def write_sweep_file(sweep: Path, stage: str, jobs: list[list[str]]) -> list[dict[str, Any]]:
     """Gather the jobs' folders into sweep.json; a job that was planned and never ran has exit code null."""
-    places = [path for path in sweep.folder.glob(f"*/{JOB_FILE}") if path.parent.name.isdigit()]
+    places = [path for path in sweep.glob(f"*/{JOB_FILE}") if path.parent.name.isdigit()]
     found = {int(path.parent.name): read_checked(path, JOB_KEYS) for path in places}
-    numbers = sorted(found.keys() | set(range(len(jobs))))
     records = []
-    for number in numbers:
-        folder = sweep.folder / str(number)
-        code = found[number]["exit_code"] if number in found else None
+    for number in sorted(found.keys() | set(range(len(jobs)))):
+        folder = sweep / str(number)
+        job = found.get(number) or {"overrides": jobs[number], "exit_code": None}
         records.append(
             {
                 "job": number,
-                "overrides": found[number]["overrides"] if number in found else jobs[number],
-                "exit_code": code,
-                "state": job_state(code, (folder / "config.yaml").exists()),
+                **job,
+                "state": job_state(job["exit_code"], (folder / "config.yaml").exists()),
                 "folder": str(number),
                 "results": find_results(folder),
             }
         )
-    write_checked(sweep.folder / SWEEP_FILE, {"stage": sweep.stage, "jobs": records})
+    write_checked(sweep / SWEEP_FILE, {"stage": stage, "jobs": records})
     return records
 
 
@@ -222,6 +211,6 @@ def exit_code(records: list[dict[str, Any]]) -> int:
     codes = [record["exit_code"] for record in records]
     if all(code == EXIT_DONE for code in codes):
         return EXIT_DONE
-    if _stop_requested.is_set():
+    if runner.stop_requested.is_set():
         return EXIT_STOPPED
     return EXIT_USER if all(code in (EXIT_DONE, EXIT_USER) for code in codes) else EXIT_FAULT

@@ -12,14 +12,24 @@ from laddpo.storage.atomic import read_json, write_text
 from laddpo.storage.json_lines import JsonLines
 from laddpo.storage.seals import sealed_file
 
+FINAL = ("exact_match", "reward_accuracy", "held_out_loss")  # of the final evaluation
+VALIDATION = ("validation/exact_match", "validation/loss")
+RESULT_COLUMNS = (*FINAL, *VALIDATION)  # in the order in which they rank jobs
+LOWER_IS_BETTER = ("loss", "std_error", "variance", "kl", "chosen_fall")  # ends of names
+JOB_FILE, JOB_KEYS = "job.json", ("overrides", "exit_code")
+SWEEP_FILE, SWEEP_KEYS = "sweep.json", ("stage", "jobs")
 
-def objective(results: dict[str, Any], columns: Sequence[str] | None = None) -> float:
-    """The one number to maximise that says how good a job was: the first of `columns` (default: RESULT_COLUMNS) that it
-    has, losses with their sign changed; nan without any."""
-    for name in RESULT_COLUMNS if columns is None else columns:
-        value = results.get(name)
-        if isinstance(value, dict) and isinstance(value.get("tuned"), int | float):
-            return float(-value["tuned"] if name in LOWER_IS_BETTER else value["tuned"])
+
+def is_higher_better(metric: str | None) -> bool:
+    return metric is None or not metric.endswith(LOWER_IS_BETTER)
+
+
+def objective(results: Mapping[str, Any], columns: Sequence[str] = RESULT_COLUMNS) -> float:
+    """The one number to maximise that says how good a job was: the first of `columns` that it has, losses with their
+    sign changed; nan without any."""
+    for name in columns:
+        if _has_tuned(value := results.get(name)):
+            return float(value["tuned"] if is_higher_better(name) else -value["tuned"])
     return math.nan
 
 
@@ -38,6 +48,16 @@ def job_state(exit_code: int | None, has_begun: bool) -> str:
     return f"failed (signal {-exit_code})" if exit_code < 0 else f"failed (exit code {exit_code})"
 
 
+def unmeasured(metric: str) -> str:
+    """The state of a finished job that cannot be ranked."""
+    return f"finished, without {metric}"
+
+
+def as_settings(overrides: Iterable[str]) -> dict[str, str]:
+    """Overrides by key; those that are no assignment are left out."""
+    return dict(text.lstrip("+").split("=", 1) for text in overrides if "=" in text)
+
+
 def picture_sweep(folder: Path, records: list[dict[str, Any]]) -> None:
     """sweep.md and plots/sweep.png over the results of finished jobs: the first of RESULT_COLUMNS that any has."""
     metric = ranking_metric(record["results"] for record in records if record["exit_code"] == EXIT_DONE)
@@ -48,22 +68,26 @@ def picture_sweep(folder: Path, records: list[dict[str, Any]]) -> None:
     for record in records:
         is_finished = record["exit_code"] == EXIT_DONE
         entry = (record["results"].get(metric) or {}) if is_finished else {}
-        overrides = dict(text.lstrip("+").split("=", 1) for text in record["overrides"] if "=" in text)
-        state = record.get("state") or job_state(record["exit_code"], has_begun=True)
+        state = _state(record)
         if is_finished and metric and "tuned" not in entry:
-            state += f", without {metric}"
+            state = unmeasured(metric)
         numbers = {name: value for name, value in record["results"].items() if _has_tuned(value)}
         measured = ", ".join(f"{name} {_shown(value)}" for name, value in numbers.items())
         interval = entry.get("tuned_interval")
-        jobs.append(SweepJob(overrides, entry.get("tuned"), interval, record["folder"], state, measured))
-    table = sweep_table(jobs, metric or "a result", is_higher_better=metric not in LOWER_IS_BETTER)
+        jobs.append(
+            SweepJob(as_settings(record["overrides"]), entry.get("tuned"), interval, record["folder"], state, measured)
+        )
+    table = sweep_table(jobs, metric or "a result", is_higher_better(metric))
     write_text(folder / "sweep.md", sweep_markdown(table) + "\n")
     if metric is None:
         return
-    title = f"best {metric.replace('_', ' ')} of a run" if metric in VALIDATION else metric.replace("_", " ")
-    sweep_plot(
-        table, folder / "plots" / "sweep.png", title=title if metric in VALIDATION else f"{title} after training"
-    )
+    name = metric.replace("_", " ")
+    title = f"best {name} of a run" if metric in VALIDATION else f"{name} after training"
+    sweep_plot(table, folder / "plots" / "sweep.png", title=title)
+
+
+def _state(record: Mapping[str, Any]) -> str:
+    return record.get("state") or job_state(record["exit_code"], has_begun=True)
 
 
 def _has_tuned(value: Any) -> bool:
@@ -73,11 +97,11 @@ def _has_tuned(value: Any) -> bool:
 def jobs_table(records: list[dict[str, Any]]) -> str:
     """One line for each job: what was varied, how it ended, what came out."""
     common = set.intersection(*(set(record["overrides"]) for record in records)) if len(records) > 1 else set()
-    shown = [name for name in RESULT_COLUMNS if name in ALWAYS_SHOWN or any(name in r["results"] for r in records)]
+    shown = [name for name in RESULT_COLUMNS if name in FINAL[:2] or any(name in r["results"] for r in records)]
     rows = [["job", "settings", "state", *shown]]
     for record in records:
         varied = " ".join(text for text in record["overrides"] if text not in common) or "-"
-        state = record.get("state") or job_state(record["exit_code"], has_begun=True)
+        state = _state(record)
         numbers = [_shown(record["results"].get(name)) for name in shown]
         rows.append([str(record["job"]), varied, state, *numbers])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -92,16 +116,6 @@ def _shown(value: Any) -> str:
         return "-"
     numbers = [value.get(name) for name in ("base", "tuned")]
     return " -> ".join(f"{number:.3f}" for number in numbers if isinstance(number, int | float)) or "-"
-
-
-VALIDATION = ("validation/exact_match", "validation/loss")
-ALWAYS_SHOWN = ("exact_match", "reward_accuracy")
-RESULT_COLUMNS = (*ALWAYS_SHOWN, "held_out_loss", *VALIDATION)
-LOWER_IS_BETTER = ("held_out_loss", "validation/loss")
-
-
-SWEEP_FILE = "sweep.json"
-SWEEP_KEYS = ("stage", "jobs")
 
 
 def find_results(folder: Path) -> dict[str, Any]:
@@ -121,7 +135,7 @@ def find_results(folder: Path) -> dict[str, Any]:
     for name in VALIDATION[:1] if rounds else VALIDATION:
         rows = [record for record in log if record.get(name) is not None]
         if rows:
-            best = (min if name in LOWER_IS_BETTER else max)(record[name] for record in rows)
+            best = (max if is_higher_better(name) else min)(record[name] for record in rows)
             has_base = rows[0]["step"] == 0 and not rounds
             found[name] = {"tuned": best, **({"base": rows[0][name]} if has_base else {})}
     return found
@@ -139,7 +153,3 @@ def job_objective(sweep: Path, folder: Path) -> float:
     metrics = (ranking_metric([find_results(finished[number])]) for number in sorted(finished))
     metric = next(filter(None, metrics), None)  # the first one's: it stays while jobs come in
     return objective(find_results(folder), [metric] if metric else [])
-
-
-JOB_FILE = "job.json"
-JOB_KEYS = ("overrides", "exit_code")

@@ -11,8 +11,17 @@ from typing import Any
 import yaml
 
 from laddpo.errors import UserError, nearest
-from laddpo.results import page
-from laddpo.results.of_jobs import SWEEP_FILE, SWEEP_KEYS, job_state
+from laddpo.results.of_jobs import (
+    FINAL,
+    SWEEP_FILE,
+    SWEEP_KEYS,
+    VALIDATION,
+    as_settings,
+    is_higher_better,
+    job_state,
+    unmeasured,
+)
+from laddpo.results.page import gallery, heat_table, html, wide_picture
 from laddpo.results.plots import evaluation_plot, margins_plot, panel_plots
 from laddpo.results.sweeps import SweepJob, SweepTable, number_text, sweep_plot, sweep_table
 from laddpo.results.tables import before_after_rows, example_pairs, is_share, sweep_rows
@@ -20,10 +29,7 @@ from laddpo.settings.schema import ReportSettings
 from laddpo.storage import atomic, json_lines, manifests
 from laddpo.storage.seals import CheckedLines, read_checked, read_checked_text, sealed_file
 
-FIRST_METRICS = ("exact_match", "reward_accuracy", "held_out_loss")
-VALIDATION = ("validation/exact_match", "validation/loss")
 FINISHED = "finished"
-LOWER_IS_BETTER = ("loss", "std_error", "variance", "kl", "chosen_fall")
 HEAT_KEYS = ("dpo.beta", "dpo.diffusion_samples")
 NOT_COMPARED = ("output_dir", "resume", "run", "runs", "paths.", "logger.", "export.", "report.", "auto")
 
@@ -148,7 +154,7 @@ def _sweep_job(folder: Path, job: Mapping[str, Any]) -> Run:
     run = read_run(folder / job["folder"])
     run.name = f"{folder.name}/{job['folder']}"
     run.state = job_state(job["exit_code"], bool(run.settings))
-    run.overrides = dict(text.lstrip("+").split("=", 1) for text in job["overrides"] if "=" in text)
+    run.overrides = as_settings(job["overrides"])
     return run
 
 
@@ -180,31 +186,31 @@ def chosen_metric(found: Sequence[Run], wanted: str | None) -> str | None:
         return wanted
     known = list(dict.fromkeys(name for run in found if run.is_finished for name in run.measured()))
     of_tasks = [name for name in known if name.endswith("/exact_match") and name not in VALIDATION]
-    usual = (FIRST_METRICS[0], *of_tasks, *FIRST_METRICS[1:], *VALIDATION)
+    usual = (FINAL[0], *of_tasks, *FINAL[1:], *VALIDATION)
     return next((name for name in usual if name in known), None)
 
 
 def report_page(found: Sequence[Run], settings: ReportSettings, plots: Path) -> str:
     """The page; its pictures are also written into `plots`."""
     metric = chosen_metric(found, settings.metric)
-    is_higher_better = metric is None or not metric.endswith(LOWER_IS_BETTER)
-    blocks = [_overview(found, metric, is_higher_better)]
-    if len(found) > 1 and metric:
-        blocks.append(_comparison(found, metric, is_higher_better, plots))
-    for number, run in enumerate(_sorted(found, metric, is_higher_better)):
-        folder = plots if len(found) == 1 else plots / run.name.replace("/", "_")
-        parts = _run_blocks(run, settings.examples, folder)
-        blocks.append(
-            page.section(run.name, *parts)
-            if len(found) == 1
-            else page.folded(_heading(run), *parts, is_open=number == 0)
-        )
-    title = found[0].name if len(found) == 1 else f"{len(found)} runs"
+    ordered = _sorted(found, metric)
+    end = "Intervals are 95%; base is the model before training."
+    if len(found) == 1:
+        (run,) = found
+        of_run = _run_rows if run.is_finished else _rest_rows
+        result = html.section("Result", html.table(*of_run(found, metric)))
+        blocks = [result, html.section(run.name, *_run_blocks(run, settings.examples, plots))]
+        state = "" if run.is_finished else f"This run is {run.state}. "
+        return html.page(run.name, state + end, blocks)
+
+    blocks = [_overview(ordered, found, metric), _comparison(found, metric, plots) if metric else ""]
+    for run in ordered:
+        parts = _run_blocks(run, settings.examples, plots / run.name.replace("/", "_"))
+        blocks.append(html.folded(_heading(run), parts, is_open=run is ordered[0]))
     unfinished = sum(not run.is_finished for run in found)
-    summary = f"Sorted by {metric}. " if metric and len(found) > 1 else ""
-    summary += f"{unfinished} of {len(found)} unfinished, listed apart. " if unfinished and len(found) > 1 else ""
-    summary += f"This run is {found[0].state}. " if unfinished and len(found) == 1 else ""
-    return page.page(title, summary + "Intervals are 95%; base is the model before training.", blocks)
+    summary = f"Sorted by {metric}. " if metric else ""
+    summary += f"{unfinished} of {len(found)} unfinished, listed apart. " if unfinished else ""
+    return html.page(f"{len(found)} runs", summary + end, blocks)
 
 
 def _heading(run: Run) -> str:
@@ -212,26 +218,21 @@ def _heading(run: Run) -> str:
     return ", ".join([run.name, *(f"{key}={value}" for key, value in list(run.overrides.items())[:4]), *state])
 
 
-def _sorted(found: Sequence[Run], metric: str | None, is_higher_better: bool) -> list[Run]:
-    def key(run: Run) -> tuple[bool, float]:
-        value = run.rank(metric)
-        return value is None, 0.0 if value is None else -value if is_higher_better else value
-
-    return sorted(found, key=key)
+def _sorted(found: Sequence[Run], metric: str | None) -> list[Run]:
+    """Best first; then those that are not ranked."""
+    sign = -1 if is_higher_better(metric) else 1
+    return sorted(found, key=lambda run: (run.rank(metric) is None, sign * (run.rank(metric) or 0.0)))
 
 
-def _overview(found: Sequence[Run], metric: str | None, is_higher_better: bool) -> str:
+def _overview(ordered: Sequence[Run], found: Sequence[Run], metric: str | None) -> str:
     """One line for each run, best first; then, apart from them, the runs that are not ranked."""
-    if len(found) == 1:
-        of_run = _run_rows if found[0].is_finished else _rest_rows
-        return page.section("Result", page.table(*of_run(found, metric)))
-    ranked = [run for run in _sorted(found, metric, is_higher_better) if run.rank(metric) is not None]
+    ranked = [run for run in ordered if run.rank(metric) is not None]
     rest = [run for run in found if run not in ranked]
-    blocks = [page.table(*_run_rows(ranked, metric), 0)] if ranked else []
+    blocks = [html.table(*_run_rows(ranked, metric), 0)] if ranked else []
     if rest:
         why = f"Not ranked: no final {metric.replace('_', ' ')}." if metric else "Not ranked: no result is final."
-        blocks += [page.paragraph(why), page.table(*_rest_rows(rest, metric))]
-    return page.section("Runs", *blocks)
+        blocks += [html.paragraph(why), html.table(*_rest_rows(rest, metric))]
+    return html.section("Runs", *blocks)
 
 
 def _varied(found: Sequence[Run]) -> list[str]:
@@ -247,7 +248,7 @@ def _rest_rows(found: Sequence[Run], metric: str | None) -> tuple[list[str], lis
         steps = [row["step"] for row in run.metrics if "step" in row]
         settings = [str(run.overrides.get(key, "-")) for key in varied]
         rows.append([run.name, *settings, run.state, str(steps[-1]) if steps else "-"])
-    for name in dict.fromkeys((*([metric] if metric else []), *FIRST_METRICS, *VALIDATION)):
+    for name in dict.fromkeys((*([metric] if metric else []), *FINAL, *VALIDATION)):
         if any(run.value(name) is not None for run in found):
             header.append(f"{name.replace('_', ' ')}{' so far' if name.startswith('validation/') else ''}")
             for run, row in zip(found, rows, strict=True):
@@ -257,7 +258,7 @@ def _rest_rows(found: Sequence[Run], metric: str | None) -> tuple[list[str], lis
 
 def _run_rows(found: Sequence[Run], metric: str | None) -> tuple[list[str], list[list[str]]]:
     """Header and rows of runs in their order."""
-    shown = [name for name in dict.fromkeys((metric, *FIRST_METRICS, "reward_margin")) if name]
+    shown = [name for name in dict.fromkeys((metric, *FINAL, "reward_margin")) if name]
     shown = [name for name in shown if any(run.value(name) is not None for run in found)]
     varied = _varied(found) if len(found) > 1 else []
     header = ["run", *(key.rsplit(".", 1)[-1].replace("_", " ") for key in varied)]
@@ -304,24 +305,24 @@ def _logged(run: Run, name: str) -> str:
     return number_text(float(values[-1])) if values else "-"
 
 
-def _comparison(found: Sequence[Run], metric: str, is_higher_better: bool, plots: Path) -> str:
+def _comparison(found: Sequence[Run], metric: str, plots: Path) -> str:
     """Heat maps and lines over what varied."""
     jobs = []
     for run in found:
         value = run.rank(metric)
-        state = f"{FINISHED}, without {metric}" if run.is_finished and value is None else run.state
+        state = unmeasured(metric) if run.is_finished and value is None else run.state
         jobs.append(SweepJob(run.overrides, value, run.interval(metric), str(run.folder), state))
-    whole = sweep_table(jobs, metric, is_higher_better)
+    whole = sweep_table(jobs, metric, is_higher_better(metric))
     if not whole.keys:
         return ""
     sweep_plot(whole, plots / "sweep.png")
-    blocks = [page.table(*sweep_rows(whole), 0)] if len(whole.cells) < len(found) else []
+    blocks = [html.table(*sweep_rows(whole), 0)] if len(whole.cells) < len(found) else []
     if len(whole.keys) == 2:
-        blocks.append(page.heat_table(whole))
+        blocks.append(heat_table(whole))
     elif set(HEAT_KEYS) < set(whole.keys):
         blocks += _heat_over_others(jobs, whole, plots)
-    blocks.append(page.wide_picture(plots / "sweep.png", f"{metric} over {' and '.join(whole.keys)}"))
-    return page.section(f"{metric.replace('_', ' ')} over {', '.join(whole.keys)}", *blocks)
+    blocks.append(wide_picture(plots / "sweep.png", f"{metric} over {' and '.join(whole.keys)}"))
+    return html.section(f"{metric.replace('_', ' ')} over {', '.join(whole.keys)}", *blocks)
 
 
 def _heat_over_others(jobs: Sequence[SweepJob], whole: SweepTable, plots: Path) -> list[str]:
@@ -330,21 +331,21 @@ def _heat_over_others(jobs: Sequence[SweepJob], whole: SweepTable, plots: Path) 
     heat = sweep_table(two, whole.metric, whole.is_higher_better)
     sweep_plot(heat, plots / "heat_map.png")
     others = ", ".join(key for key in whole.keys if key not in HEAT_KEYS)
-    words = page.paragraph(f"Each cell is the mean over {others}.")
-    return [words, page.heat_table(heat), page.wide_picture(plots / "heat_map.png", "heat map")]
+    words = html.paragraph(f"Each cell is the mean over {others}.")
+    return [words, heat_table(heat), wide_picture(plots / "heat_map.png", "heat map")]
 
 
 def _run_blocks(run: Run, example_count: int, plots: Path) -> list[str]:
     """Result, curves, margins, answers and settings of one run."""
-    blocks = [page.table(*before_after_rows(run.results))]
+    blocks = [html.table(*before_after_rows(run.results))]
     if blocks[0]:
         evaluation_plot(run.results, plots / "evaluation.png")
-        blocks.append(page.wide_picture(plots / "evaluation.png", "base and tuned with intervals"))
+        blocks.append(wide_picture(plots / "evaluation.png", "base and tuned with intervals"))
     pairs = _of_evaluation(run.folder, run.evaluation, "pairs.jsonl")
     margins = [row["margin"] for row in json_lines.JsonLines(pairs).read()]
     if margins:
         margins_plot(margins, plots / "margins.png")
-        blocks.append(page.gallery([("reward margins of held-out pairs", plots / "margins.png")]))
+        blocks.append(gallery([("reward margins of held-out pairs", plots / "margins.png")]))
     if buckets := run.results.get("by_length"):
         rows = [
             [
@@ -356,14 +357,14 @@ def _run_blocks(run: Run, example_count: int, plots: Path) -> list[str]:
             for bucket in buckets
         ]
         header = ["tokens, chosen and rejected", "pairs", "reward accuracy", "margin"]
-        blocks.append(page.folded("By length", page.table(header, rows)))
+        blocks.append(html.folded("By length", [html.table(header, rows)]))
     if run.metrics:
         best = run.fields.get("best_step") or None
         curves = panel_plots(run.metrics, plots, timing=run.timing, best_step=best)
-        blocks += ["<h3>Training</h3>", page.gallery(curves)]
+        blocks += [html.heading("Training"), gallery(curves)]
     blocks += _example_blocks(run, example_count)
     shown = [[key, str(value)] for key, value in run.settings.items()]
-    blocks.append(page.folded("Settings", page.table(["setting", "value"], shown)))
+    blocks.append(html.folded("Settings", [html.table(["setting", "value"], shown)]))
     return blocks
 
 
@@ -374,7 +375,7 @@ def _example_blocks(run: Run, count: int) -> list[str]:
         sides = [[r for r in records if r["task"] == task and r["model"] == model] for model in ("base", "tuned")]
         pairs = example_pairs(*sides, count)
         if pairs:
-            blocks.append(page.folded(f"Answers to {task}, differing ones first", page.examples(pairs)))
+            blocks.append(html.folded(f"Answers to {task}, differing ones first", [html.examples(pairs)]))
     return blocks
 
 

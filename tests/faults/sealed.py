@@ -224,9 +224,9 @@ def install(names: Sequence[str]) -> None:
         on_policy.pair_grader = lambda config, questions: half
         on_policy._sampler = lambda config: _answers
     if "jobs" in names:
-        from laddpo.jobs import children
+        from laddpo.jobs import runner
 
-        children.run_child = _copy_a_run
+        runner.run_child = _copy_a_run
 
 
 def _answers(prompts: Sequence, keys: Sequence[str]) -> list[str]:

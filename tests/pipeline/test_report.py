@@ -195,7 +195,6 @@ def page_row(out: Path) -> list[str]:
 
 def test_a_validation_number_is_never_ranked_among_final_results(tmp_path, monkeypatch):
     """A sweep in every state: two finished jobs, and others that had better numbers on their way, or none."""
-    from laddpo.jobs.children import Sweep
     from laddpo.jobs.sweep import write_sweep_file
     from laddpo.results.of_jobs import find_results, picture_sweep
     from laddpo.results.sweeps import SweepTable
@@ -209,7 +208,7 @@ def test_a_validation_number_is_never_ranked_among_final_results(tmp_path, monke
         given = {"overrides": [f"dpo.beta={beta}"], "exit_code": codes[job]}
         (sweep / str(job) / "job.json").write_text(json.dumps(given))
     (sweep / "5" / "manifest.json").write_text("{}")  # finished, and never evaluated
-    records = write_sweep_file(Sweep("train", "config", None, [], sweep, False), [[f"dpo.beta={b}"] for b in betas])
+    records = write_sweep_file(sweep, "train", [[f"dpo.beta={b}"] for b in betas])
     states = ["finished", "finished", "failed (exit code 1)", "stopped", "failed (signal 9)", "finished", "not started"]
     assert [record["state"] for record in records] == states
     assert [job["state"] for job in json.loads((sweep / "sweep.json").read_text())["jobs"]] == states

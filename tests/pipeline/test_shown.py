@@ -9,7 +9,7 @@ import pytest
 
 from laddpo.errors import visible
 from laddpo.evaluation.run_task import Answer
-from laddpo.results import page
+from laddpo.results.page import html
 from laddpo.results.tables import aligned, examples_text, markdown
 
 EVIL = "\x1b[2J\x1b]0;title\x07 a\x08b\rc \x9b31m \x7f \u202e \u2066 <b>|`x`"
@@ -36,9 +36,9 @@ def test_tables_examples_and_pages_show_what_data_hold():
         "examples": examples_text([record], [record]),
         "aligned": aligned(["", EVIL], [[EVIL, EVIL]]),
         "markdown": markdown(["a", EVIL], [[EVIL, f"{EVIL}\n{EVIL}"]]),
-        "examples of a page": page.examples([(record, record)]),
-        "page": page.page(EVIL, EVIL, [page.section(EVIL, page.paragraph(EVIL), page.table([EVIL], [[EVIL]]))]),
-        "folded": page.folded(EVIL, page.paragraph(EVIL)),
+        "examples of a page": html.examples([(record, record)]),
+        "page": html.page(EVIL, EVIL, [html.section(EVIL, html.paragraph(EVIL), html.table([EVIL], [[EVIL]]))]),
+        "folded": html.folded(EVIL, [html.paragraph(EVIL)]),
     }
     for name, text in shown.items():
         assert not ACTING.search(text) and "\\x1b[2J" in text, name

@@ -9,7 +9,7 @@ import pytest
 
 from laddpo.cli.app import cli, given_overrides
 from laddpo.errors import UserError
-from laddpo.jobs import children
+from laddpo.jobs import runner
 from laddpo.jobs.arms import arm_overrides, asked_of, shared_overrides, wanted_arms
 from laddpo.settings.compose import compose
 from laddpo.settings.ranges import CONF_DIR
@@ -164,7 +164,7 @@ def no_runs(monkeypatch):
         manifests.write_manifest(folder, "train", {}, [])
         return 0
 
-    monkeypatch.setattr(children, "run_child", run_child)
+    monkeypatch.setattr(runner, "run_child", run_child)
     return commands
 
 
