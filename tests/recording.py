@@ -20,6 +20,7 @@ COPYING = ("dataclasses", "copy", "omegaconf", "hydra", "tests")
 CHECKING = (
     *(
         "cli.app",
+        "cli.arguments",
         "settings.compose",
         "settings.advice",
         "settings.checks",
@@ -28,6 +29,7 @@ CHECKING = (
         "settings.hardware_checks",
         "cli.launch",
         "settings.mistakes",
+        "settings.needs",
         "settings.path_checks",
     ),
     *("settings.ranges", "settings.read_settings", "training.resuming"),

@@ -22,8 +22,9 @@ from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import compose
 from laddpo.settings.data_checks import OF_EACH_PART
 from laddpo.settings.mistakes import schema_types
+from laddpo.settings.needs import NEEDS
 from laddpo.settings.of_a_run import MAY_CHANGE
-from laddpo.settings.read_settings import ADVICE, EVERYWHERE, NEEDS, READS, command_of, given_overrides, matches, unread
+from laddpo.settings.read_settings import ADVICE, EVERYWHERE, READS, command_of, given_overrides, matches, unread
 from laddpo.settings.schema import RunConfig
 from tests.pipeline.conftest import SHAPE
 from tests.recording import recorded

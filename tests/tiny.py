@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from laddpo.settings.read_settings import OF_PARTS
+from laddpo.settings.needs import OF_PARTS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

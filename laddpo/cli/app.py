@@ -10,7 +10,6 @@ folder, and calls `main(config, run_folder)`. With several values and -m, each j
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import contextlib
 import dataclasses
@@ -28,14 +27,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import get_args_parser
-from hydra.core.object_type import ObjectType
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import laddpo
+from laddpo.cli.arguments import help_text, mode_of, parse, show
 from laddpo.cli.launch import joined, leave, refuse_sweep, speaks
-from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, nearest, visible
+from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, visible
 from laddpo.settings.advice import unlikely_settings
 from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import (
@@ -48,7 +46,6 @@ from laddpo.settings.compose import (
     typed_settings,
 )
 from laddpo.settings.data_checks import sft_problems
-from laddpo.settings.mistakes import config_groups, unresolved
 from laddpo.settings.of_a_run import (
     MAY_CHANGE,
     OF_EVERY_STAGE,
@@ -145,7 +142,7 @@ def _came_of_interrupt(error: BaseException | None) -> bool:
 
 
 def _run(stage: str, argv: list[str], main: Main | None) -> int:
-    args = _parse(stage, argv)
+    args = parse(stage, argv)
     if args.version:
         print(f"laddpo {laddpo.__version__}")
         return EXIT_DONE
@@ -157,14 +154,14 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
             hydra.shell_completion(config_name=args.config_name, overrides=args.overrides)
             return EXIT_DONE
         if args.info:
-            compose_tree(hydra, args.config_name, args.overrides, _mode(args))
+            compose_tree(hydra, args.config_name, args.overrides, mode_of(args))
             logging.raiseExceptions = False  # a closed pipe (--info | head) is no fault
             hydra.show_info(args.info, config_name=args.config_name, overrides=args.overrides)
             return EXIT_DONE
-        tree = compose_tree(hydra, args.config_name, args.overrides, _mode(args))
+        tree = compose_tree(hydra, args.config_name, args.overrides, mode_of(args))
         sweeping = args.multirun or tree.hydra.mode == RunMode.MULTIRUN
         if args.cfg:
-            _show(hydra, args, tree)
+            show(hydra, args, tree)
             if not sweeping and (problems := shown_problems(stage, tree)):
                 raise UserError(*problems)
             return EXIT_DONE
@@ -315,104 +312,3 @@ def _print_problems(error: UserError) -> None:
     count = len(error.problems)
     head = "" if count == 1 else f"{count} problems, nothing was run:\n"
     print(visible(redact(head + "\n".join(f"error: {problem}" for problem in error.problems))), file=sys.stderr)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        words = message.removeprefix("unrecognized arguments: ").split()
-        if message.startswith("unrecognized arguments"):
-            flag = words[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            guess = nearest(flag, known)
-            hint = (
-                f"did you mean {guess}?"
-                if guess
-                else f"settings are written {flag.lstrip('-').replace('-', '_')}=<value>."
-            )
-            flags = " ".join(word for word in words if word.startswith("-"))
-            raise UserError(f"{flags}: no such option; {hint}")
-        raise UserError(f"{message}; python -m laddpo.train --help shows what can be written.")
-
-
-def _parse(stage: str, argv: list[str]) -> argparse.Namespace:
-    """Hydra's own flags, with our messages, and --version as a plain flag."""
-    parser = _Parser(prog=f"python -m laddpo.{stage}", add_help=False, allow_abbrev=False)
-    for action in get_args_parser()._actions:
-        if action.dest not in ("version", "config_path", "experimental_rerun", "hydra_help"):
-            parser._add_action(action)
-    parser.add_argument("--version", action="store_true", help="print the version")
-    args = parser.parse_intermixed_args(argv)  # flags may stand between settings
-    args.config_name = (args.config_name or "config").removesuffix(".yaml")
-    chosen = [flag for flag in ("cfg", "multirun", "run", "info", "shell_completion") if getattr(args, flag)]
-    if len(chosen) > 1 and chosen != ["cfg", "multirun"]:
-        raise UserError(f"--{chosen[0]} and --{chosen[1]} were both given; expected one of them.")
-    if args.resolve and not args.cfg:
-        raise UserError(
-            "--resolve was given without --cfg; write --cfg job --resolve to see the settings without references."
-        )
-    return args
-
-
-def _mode(args: argparse.Namespace) -> RunMode:
-    return RunMode.MULTIRUN if args.multirun else RunMode.RUN
-
-
-def _show(hydra: Hydra, args: argparse.Namespace, tree) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
-    HydraConfig.instance().set_config(tree)
-    OmegaConf.set_readonly(tree.hydra, None)
-    shown = hydra.get_sanitized_cfg(tree.copy(), args.cfg)
-    if args.package not in (None, "_global_"):
-        shown = OmegaConf.select(shown, args.package)
-        if shown is None:
-            raise UserError(
-                f"--package is {args.package!r}; there is no such part of the settings; dpo or model.shape are."
-            )
-    if OmegaConf.is_config(shown):
-        if args.resolve:
-            if broken := unresolved(tree):
-                raise UserError(*broken.values())
-            OmegaConf.resolve(shown)
-        shown = OmegaConf.to_yaml(shown)
-    print(redact(str(shown)), end="")
-
-
-def help_text(stage: str, hydra: Hydra) -> str:
-    """What the stage does, the groups with their options, and the flags."""
-    purpose = _first_paragraph(stage)
-    loader = hydra.config_loader
-    groups = sorted(config_groups(hydra))
-    width = max(len(group) for group in groups)
-    options = "\n".join(
-        f"  {group:<{width}}  {', '.join(sorted(loader.get_group_options(group, ObjectType.CONFIG)))}"
-        for group in groups
-    )
-    return f"""{purpose}
-
-python -m laddpo.{stage} [group=option ...] [group.setting=value ...]
-
-Groups and their options (conf/<group>/<option>.yaml):
-{options}
-
-Examples:
-  python -m laddpo.{stage} model=llada_nano hardware=cpu
-  python -m laddpo.{stage} model=llada_8b hardware=rtx4080 optim.learning_rate=1e-5
-  python -m laddpo.{stage} -m dpo.beta=0.5,1,2 dpo.diffusion_samples=1,2,4
-
-Flags:
-  --cfg job [--resolve]  print the settings instead of running
-  --info defaults        print which yaml files are composed
-  --config-dir FOLDER    add your own folder of groups
-  --config-name NAME     another root file than config.yaml
-  -m, --multirun         one job, in its own process, for each combination of values
-  --version              print the version"""
-
-
-def _first_paragraph(stage: str) -> str:
-    """The first paragraph of the stage's module docstring, read without running it."""
-    import ast
-
-    file = Path(laddpo.__file__).parent / f"{stage}.py"
-    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) if file.exists() else None
-    return (text or f"laddpo.{stage}").split("\n\n")[0]

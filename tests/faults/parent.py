@@ -90,10 +90,11 @@ class Parent:
 
     def prepare_settings(self, stage: str, more: list[str]) -> None:
         from laddpo.cli import app
+        from laddpo.cli import arguments as command_line
 
         with app.open_hydra(f"laddpo.{stage}", None) as hydra, contextlib.suppress(UserError):
-            args = app._parse(stage, self.arguments(stage, more))
-            self.composed(hydra, args.config_name, args.overrides, app._mode(args))
+            args = command_line.parse(stage, self.arguments(stage, more))
+            self.composed(hydra, args.config_name, args.overrides, command_line.mode_of(args))
 
     def run(self, request: dict) -> dict:
         """One run of a stage: its exit code (negative: the signal that ended it), seconds and log."""

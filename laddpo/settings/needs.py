@@ -1,0 +1,276 @@
+"""Settings that are read only together with others; each row says when, and why not otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from laddpo.problems.tasks import TASKS, embedded
+from laddpo.settings.data_checks import sft_examples
+from laddpo.settings.ranges import CONF_DIR
+from laddpo.settings.schema import RunConfig
+
+ENCODING = ("data.template", "data.max_length", "data.truncation")
+DIFFICULTY = ("data.operand_max", "data.terms", "data.width")
+NEW_ADAPTER = (
+    *("adapter.r", "adapter.lora_alpha", "adapter.lora_dropout", "adapter.target_modules"),
+    *("adapter.use_rslora", "adapter.use_dora"),
+)
+HELD_OUT = ("evaluation.num_pairs", "evaluation.diffusion_samples")
+MEASURED = (
+    *("dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.sft_weight"),
+    *HELD_OUT,
+    "evaluation.at_end",
+)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Settings that are read only where `holds(stage, config)` is true; `why` says so to the user."""
+
+    keys: tuple[str, ...]
+    holds: Callable[[str, RunConfig], bool]
+    why: str
+
+
+def _has_local_model(config: RunConfig) -> bool:
+    given = config.model.model_name_or_path
+    return Path(given).expanduser().is_dir() or (CONF_DIR.parent / given).is_dir()
+
+
+def _has_local_data(config: RunConfig) -> bool:
+    name = config.data.dataset_name or ""
+    places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
+    is_file = Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet", ".gz")
+    return name.count("/") != 1 or is_file or any(place.exists() for place in places)
+
+
+def sources_of(config: RunConfig) -> set[str]:
+    return {config.data.source, *(part.source for part in config.data.mixture)}
+
+
+def _is_corpus(stage: str, config: RunConfig) -> bool:
+    return stage == "sft" and sft_examples(config) == "corpus"
+
+
+def _learns_rows(stage: str, config: RunConfig) -> bool:
+    return stage == "sft" and sft_examples(config) == "rows"
+
+
+def _asks(stage: str, config: RunConfig, fact: str | None = None) -> bool:
+    """Whether a stage opens tasks that this program answers itself: one whose row in TASKS has `fact`, or any that has
+    rows in a file."""
+    tasks = config.evaluation.tasks
+    if config.evaluation.harness != "none" and stage != "prepare":
+        return False
+    if fact is None:
+        return len(embedded(tasks)) < len(tasks)
+    return any(getattr(TASKS[name], fact) for name in tasks if name in TASKS)
+
+
+def _generates(stage: str, config: RunConfig) -> bool:
+    """Whether problems of two-step arithmetic are made: as pairs, as questions, as a corpus or as a test."""
+    data = config.data
+    own_questions = "onpolicy" in sources_of(config) and data.dataset_name is None and data.problems == "arithmetic"
+    if _is_corpus(stage, config):
+        return data.problems == "arithmetic" or _asks(stage, config, "has_difficulty")
+    has_pairs = stage not in ("evaluate", "generate", "export")
+    return (has_pairs and ("arithmetic" in sources_of(config) or own_questions)) or _asks(
+        stage, config, "has_difficulty"
+    )
+
+
+CORPUS = (*ENCODING, *DIFFICULTY, "data.problems", "data.habit")
+OF_QUESTIONS = (
+    *(
+        "data.dataset_split",
+        "data.dataset_config",
+        "data.columns.",
+        "data.follow_symlinks",
+        "data.allow_empty_prompt",
+        "data.allow_nul",
+    ),
+    "data.sampling.instruction",
+)
+OF_PARTS = {
+    "memory": ("memory_draws",),
+    "flat": ("flat_draws",),
+    "plan": ("plan_ranks", "plan_tokens"),
+    "sampler": ("sampler_items", "sampler_batch"),
+    "cards": ("cards", "card_tokens"),
+    "rates": ("rates", "predicted"),
+    "agreement": ("agreement_pairs",),
+    "nano": ("nano_steps",),
+}
+NEEDS = (
+    Need(
+        NEW_ADAPTER,
+        lambda stage, config: config.adapter.kind == "lora" and config.adapter.path is None,
+        "only a new LoRA adapter reads it; adapter.path brings an adapter with its own rank, scale and layers, and "
+        "adapter=full has none",
+    ),
+    Need(
+        ("quantization.bnb_4bit_",),
+        lambda stage, config: config.quantization.load_in_4bit,
+        "it is read only where weights are stored in 4 bits (quantization=nf4)",
+    ),
+    Need(
+        ("quantization.llm_int8_threshold",),
+        lambda stage, config: config.quantization.load_in_8bit,
+        "it is read only where weights are stored in 8 bits (quantization=int8)",
+    ),
+    Need(
+        ("logger.wandb_",),
+        lambda stage, config: config.logger.wandb,
+        "it is read only with logger.wandb=true (logger=wandb or logger=both)",
+    ),
+    Need(
+        ("run", "verify", "quantization.", "adapter."),
+        lambda stage, config: stage != "prepare" or "onpolicy" in sources_of(config),
+        "prepare reads it only where the model answers questions (data=onpolicy)",
+    ),
+    Need(
+        ("evaluation.batch_size",),
+        lambda stage, config: stage not in ("prepare", "precompute") or "onpolicy" in sources_of(config),
+        "it is read only where the model answers questions (data=onpolicy)",
+    ),
+    Need(
+        OF_QUESTIONS,
+        lambda stage, config: config.data.source != "onpolicy" or config.data.dataset_name is not None,
+        "it is read only for questions of a file or of the hub (data.questions)",
+    ),
+    Need(
+        ("data.revision",),
+        lambda stage, config: not _has_local_data(config),
+        "only a dataset of the hub has revisions, and data.dataset_name is a local one",
+    ),
+    Need(
+        ("model.revision",),
+        lambda stage, config: not _has_local_model(config),
+        "only a model of the hub has revisions, and model.model_name_or_path is a local folder",
+    ),
+    Need(
+        ("optim.round_decay",),
+        lambda stage, config: stage == "train" and config.data.rounds > 1,
+        "it is read only by train with several rounds (data=onpolicy rounds=3)",
+    ),
+    Need(
+        ("optim.num_train_epochs",),
+        lambda stage, config: config.optim.max_train_steps is None,
+        "optim.max_train_steps decides when the run ends",
+    ),
+    Need(
+        ("stopping.patience",),
+        lambda stage, config: config.evaluation.every_steps is not None and config.best_metric != "none",
+        "early stopping looks at best_metric at evaluations during training; set evaluation.every_steps, and not "
+        "best_metric=none",
+    ),
+    Need(
+        ("sft.num_examples", "sft.mistake_share"),
+        lambda stage, config: (
+            _is_corpus(stage, config) or (_learns_rows(stage, config) and "arithmetic" in sources_of(config))
+        ),
+        "it is read only where sft trains on a generated corpus; data.random_sample_size takes a number of rows",
+    ),
+    Need(
+        ("sft.drill_share",),
+        lambda stage, config: _is_corpus(stage, config) and config.data.problems == "word_problems",
+        "it is read only where sft trains on generated word problems (data=word_problems)",
+    ),
+    Need(
+        ("data.", *(f"-{key}" for key in CORPUS)),
+        lambda stage, config: not _is_corpus(stage, config),
+        "a generated corpus does not read it (sft.examples=corpus)",
+    ),
+    Need(
+        MEASURED,
+        lambda stage, config: not _is_corpus(stage, config),
+        "a run on a generated corpus ends without an evaluation on pairs (sft.examples=corpus)",
+    ),
+    Need(
+        (*MEASURED, "-evaluation.at_end"),
+        lambda stage, config: stage != "sft" or config.evaluation.at_end or _learns_rows(stage, config),
+        "sft measures pairs only at its end (evaluation.at_end=true)",
+    ),
+    Need(
+        tuple(name for name in MEASURED if name.startswith("dpo.")),
+        lambda stage, config: not _learns_rows(stage, config),
+        "sft on rows measures their likelihood and no preference",
+    ),
+    Need(
+        ("dpo.diffusion_samples",),
+        lambda stage, config: stage != "sft" or config.sft.diffusion_samples is None,
+        "sft reads it only with sft.diffusion_samples=null; write sft.diffusion_samples",
+    ),
+    Need(
+        DIFFICULTY,
+        _generates,
+        "it is the difficulty of generated arithmetic, and none is generated here",
+    ),
+    Need(
+        ("data.habit",),
+        lambda stage, config: "arithmetic" in sources_of(config) or _is_corpus(stage, config),
+        "it is read only for generated pairs and corpora (data=arithmetic, sft.examples=corpus)",
+    ),
+    Need(
+        ("data.problems",),
+        lambda stage, config: (
+            _is_corpus(stage, config) or ("onpolicy" in sources_of(config) and config.data.dataset_name is None)
+        ),
+        "it is read only for embedded questions and corpora (data=onpolicy, sft.examples=corpus)",
+    ),
+    Need(
+        ("evaluation.dataset_name",),
+        _asks,
+        "it names the rows of a task, and evaluation.tasks has none that reads a file",
+    ),
+    Need(
+        ("evaluation.shots_from",),
+        lambda stage, config: bool(config.evaluation.shots) and _asks(stage, config),
+        "it is read only with evaluation.shots and a task that reads a file",
+    ),
+    Need(
+        ("evaluation.shots",),
+        lambda stage, config: bool(config.evaluation.tasks),
+        "evaluation.tasks names no task",
+    ),
+    Need(
+        ("evaluation.grader",),
+        lambda stage, config: _asks(stage, config, "takes_grader"),
+        "it is read only by the task file (evaluation=file)",
+    ),
+    Need(
+        ("evaluation.elbo_draws", "evaluation.harness_dir"),
+        lambda stage, config: config.evaluation.harness != "none",
+        "it is read only by lm-evaluation-harness (evaluation.harness=lm_eval)",
+    ),
+    Need(
+        HELD_OUT,
+        lambda stage, config: stage != "evaluate" or config.run is not None,
+        "pairs are measured only of a run (run=)",
+    ),
+    Need(
+        ("export.dtype", "export.shard_gib", *ENCODING),
+        lambda stage, config: stage != "export" or not config.export.adapter_only,
+        "an adapter alone is copied as it is (export.adapter_only=true)",
+    ),
+    Need(
+        ("export.private",),
+        lambda stage, config: config.export.push_to_hub is not None,
+        "it is read only with export.push_to_hub",
+    ),
+    Need(
+        ("optim.betas", "optim.eps"),
+        lambda stage, config: stage != "benchmark" or bool({"cards", "rates"} & set(config.benchmark.parts)),
+        "it is read only by the parts cards and rates of benchmark.parts",
+    ),
+    *(
+        Need(
+            tuple(f"benchmark.{name}" for name in names),
+            lambda stage, config, part=part: part in config.benchmark.parts,
+            f"it is read only by the part {part} of benchmark.parts",
+        )
+        for part, names in OF_PARTS.items()
+    ),
+)
