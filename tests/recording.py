@@ -21,6 +21,7 @@ CHECKING = (
     *(
         "cli.app",
         "settings.compose",
+        "settings.advice",
         "settings.checks",
         "settings.data_checks",
         "settings.decoding_checks",

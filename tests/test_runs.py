@@ -153,7 +153,7 @@ def test_a_log_that_is_gone_is_said_to_be_gone(tmp_path, capsys):
 
 def test_a_folder_in_use_is_refused_naming_the_process(tmp_path):
     pytest.importorskip("fcntl")
-    holder = "import sys; from laddpo.storage import locks\nwith locks.locked(__import__('pathlib').Path(sys.argv[1])):\n"
+    holder = "import sys, pathlib; from laddpo.storage import locks\nwith locks.locked(pathlib.Path(sys.argv[1])):\n"
     holder += "    print('held', flush=True); sys.stdin.readline()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
     process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], **pipes)
