@@ -15,7 +15,6 @@ import dataclasses
 import time
 from pathlib import Path
 
-from laddpo.benchmarking.parts import PARTS, TITLES, about
 from laddpo.cli.app import run_stage
 from laddpo.settings.schema import RunConfig
 
@@ -43,6 +42,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def run_parts(config: RunConfig, machine, run_folder: Path) -> float:
     """Measure part by part; the seconds that all took."""
+    from laddpo.benchmarking.parts import PARTS, about
     from laddpo.core.budget import release_memory
     from laddpo.storage import atomic, manifests
 
@@ -53,10 +53,11 @@ def run_parts(config: RunConfig, machine, run_folder: Path) -> float:
     for name in config.benchmark.parts:
         part_started = time.perf_counter()
         release_memory()
-        text, record[name] = PARTS[name](config, machine)
+        title, measure = PARTS[name]
+        text, record[name] = measure(config, machine)
         record[name]["seconds_taken"] = time.perf_counter() - part_started
         record["seconds"] = time.perf_counter() - started
-        sections.append(f"## {TITLES[name]}\n\n{text}\n")
+        sections.append(f"## {title}\n\n{text}\n")
         # after every part: what comes may fail, and took minutes to get to
         atomic.write_text(run_folder / "benchmark.md", "\n".join(sections))
         atomic.write_json(run_folder / "benchmark.json", record)

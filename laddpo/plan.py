@@ -13,47 +13,24 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laddpo.cli.app import run_stage
+from laddpo.errors import Damaged, UserError
 from laddpo.settings.schema import RunConfig
+
+if TYPE_CHECKING:
+    from laddpo.hardware.planning import Lengths
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Print the plan."""
-    print(plan_text(config))
+    from laddpo.hardware.plan_text import plan_text
+
+    print(plan_text(config, *find_lengths(config)))
 
 
-def plan_text(config: RunConfig) -> str:
-    """Everything that `plan` says."""
-    from laddpo.hardware.memory import GIB, explain, gib
-    from laddpo.hardware.planning import CONTEXT_BYTES, choose_plan, usable
-
-    lengths, pairs = find_lengths(config)
-    device, precision, available, where = find_memory(config)
-    choice = choose_plan(config, device, precision, available, lengths)
-    setup, load = choice.setup, choice.memory.load
-    title, data_line = _run_line(config, device, precision, setup.trained), _data_line(lengths, pairs)
-    lines = [title, data_line, "", f"one micro-step of {load.tokens:,} tokens, by part"]
-    parts = [(name, size) for name, size in choice.memory.parts.items() if size]
-    parts += [("predicted peak", choice.memory.peak), ("usable", usable(available))]
-    width = max(len(name) for name, _ in parts)
-    for name, size in parts:
-        note = f"of {gib(available)} {where}" if name == "usable" else _note(name, choice)
-        lines.append(f"  {name:<{width}}  {size / GIB:9.3f} GiB{'  ' + note if note else ''}")
-    if device == "cuda":
-        lines.append(f"  not counted: {gib(CONTEXT_BYTES)} that CUDA itself takes on the card")
-    lines += ["", *_budget_lines(config, choice, lengths)]
-    lines.append(f"backward: {choice.setup.backward} ({choice.reason})")
-    if choice.fits:
-        lines.append(_hours_line(config, choice, lengths, pairs, device))
-    else:
-        lines += ["", explain(choice.memory, usable(available), f"A micro-step of {load.tokens:,} tokens")]
-    if device == "cuda":
-        lines.append("Predicted by arithmetic; a run prints predicted against measured after its second step.")
-    return "\n".join(lines)
-
-
-def find_lengths(config: RunConfig):
+def find_lengths(config: RunConfig) -> tuple[Lengths, int | None]:
     """Lengths of the prepared pairs and their number; assumed ones, and the number if the settings give one."""
     from laddpo.hardware.planning import assumed_lengths, prepared_lengths
 
@@ -68,8 +45,6 @@ def find_lengths(config: RunConfig):
 
 def _prepared(config: RunConfig):
     """The prepared pairs of this configuration, if they are there: their key needs the tokenizer, a local one."""
-    from laddpo.errors import Damaged, UserError
-
     if not any((Path(config.paths.data_dir) / "prepared").glob(f"{config.data.source}-*/manifest.json")):
         return None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -85,120 +60,6 @@ def _prepared(config: RunConfig):
         raise
     except UserError:
         return None
-
-
-def find_memory(config: RunConfig) -> tuple[str, str, int, str]:
-    """Device, precision, available bytes and where that number is from. Asks torch only when the settings leave it."""
-    from laddpo.hardware.memory import GIB
-    from laddpo.hardware.planning import CONTEXT_BYTES, free_ram_bytes
-
-    hardware = config.hardware
-    device = "cuda" if hardware.device == "auto" and hardware.vram_gib is not None else hardware.device
-    free = None
-    if device == "auto" or (device == "cuda" and hardware.vram_gib is None):
-        import torch
-
-        if torch.cuda.is_available():
-            device, free = "cuda", torch.cuda.mem_get_info()[0]
-        elif device == "auto":
-            device = "cpu"
-    precision = hardware.precision
-    if precision == "auto":
-        precision = "fp32" if device == "cpu" else "bf16"
-    if device == "cpu":
-        return device, precision, free_ram_bytes(), "free memory"
-    stated = None if hardware.vram_gib is None else int(hardware.vram_gib * GIB) - CONTEXT_BYTES
-    if free is None and stated is None:
-        from laddpo.errors import UserError
-
-        raise UserError(
-            "hardware.vram_gib is not set and no GPU was found to ask; expected the GPU's memory. "
-            "Add hardware.vram_gib=16, or name a profile such as hardware=rtx4080."
-        )
-    if stated is None or (free is not None and free < stated):
-        return device, precision, free, "free on the GPU"
-    return device, precision, stated, f"(hardware.vram_gib={hardware.vram_gib:g} less CUDA's own)"
-
-
-def _run_line(config: RunConfig, device: str, precision: str, trained: int) -> str:
-    quantization, adapter = config.quantization, config.adapter
-    stored = f", {quantization.bnb_4bit_quant_type} weights" if quantization.load_in_4bit else ""
-    stored += ", int8 weights" if quantization.load_in_8bit else ""
-    what = "all weights" if adapter.kind == "full" else f"LoRA r={adapter.r}"
-    trains = f"{what}, {trained:,} trained by {config.optim.optimizer}"
-    return f"{config.model.name} on {device} in {precision}{stored}; {trains}"
-
-
-def _data_line(lengths, pairs: int | None) -> str:
-    count = "pairs not counted" if pairs is None else f"{pairs:,} pairs"
-    return f"{count}, mean sequence {lengths.mean:.0f} tokens, longest {lengths.longest}; from {lengths.source}"
-
-
-def _note(name: str, choice) -> str:
-    setup = choice.setup
-    notes = {
-        "weights": "embedding on the CPU" if setup.embeddings_on_cpu else "",
-        "gradient buffers": "for pairs larger than a micro-step",
-        "activations": "block inputs alone, the rest recomputed" if setup.checkpointing else "",
-        "logits": "one chunk",
-    }
-    return notes.get(name, "")
-
-
-def _budget_lines(config: RunConfig, choice, lengths) -> list[str]:
-    def text(tokens: int) -> str:
-        if tokens < lengths.longest:
-            return f"{tokens:,} tokens (less than the longest sequence)" if tokens else "none"
-        return f"{tokens:,} tokens"
-
-    hardware, on = config.hardware, "on" if choice.setup.checkpointing else "off"
-    fitting = choice.largest[choice.setup.checkpointing]
-    origin = "as set" if hardware.token_budget else "chosen" if fitting else "the smallest; none fits"
-    lines = [
-        f"largest micro-step that fits: {text(choice.largest[False])}; with gradient checkpointing "
-        f"{text(choice.largest[True])}",
-        f"token budget: {choice.token_budget:,} ({origin})",
-    ]
-    if max(choice.largest.values()) < lengths.longest:
-        lines.append(f"gradient checkpointing: {on}; the longest sequence fits neither with nor without")
-    elif hardware.gradient_checkpointing is not None:
-        needed = "needed" if choice.largest[False] < max(choice.token_budget, lengths.longest) else "not needed"
-        lines.append(f"gradient checkpointing: {on} (as set); {needed} for this budget")
-    elif choice.setup.checkpointing:
-        is_needed = choice.largest[False] < lengths.longest
-        why = "needed" if is_needed else "not needed, but the larger micro-step is faster"
-        lines.append(f"gradient checkpointing: on ({why})")
-    else:
-        lines.append("gradient checkpointing: off, not needed")
-    return lines
-
-
-def _hours_line(config: RunConfig, choice, lengths, pairs: int | None, device: str) -> str:
-    from laddpo.hardware.planning import device_speed, measured_cpu_speed, pairs_per_step, processes, work_of
-    from laddpo.hardware.speed import duration, exchange_seconds, predicted_seconds
-
-    speed = device_speed(config) or (measured_cpu_speed(choice.setup.shape, lengths) if device == "cpu" else None)
-    if speed is None:
-        return "time: unknown without hardware.tflops; dry_run=true measures it"
-    work, unit = work_of(config, lengths, pairs), "reference and training"
-    if work is None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, random_sample_size=10_000))
-        work, unit = work_of(config, lengths, 10_000), "10,000 pairs of reference and training"
-    count = processes(config)
-    share = dataclasses.replace(work, tokens=work.tokens / count, masked=work.masked / count)
-    steps = work.tokens / (2 * config.dpo.diffusion_samples * work.length * pairs_per_step(config))
-    exchange = exchange_seconds(choice.setup, work, choice.token_budget, count, steps)
-    low, high = (s + exchange for s in predicted_seconds(choice.setup, share, choice.token_budget, speed))
-    line = (
-        f"time: {duration(low)} to {duration(high)} for {unit} ({work.tokens:,.0f} tokens under all draws; "
-        f"{speed.tflops:.3g} TFLOPS, of which runs reach about half); evaluation comes on top"
-    )
-    if count > 1:
-        line += (
-            f"\non {count} processes in steps of {pairs_per_step(config):,} pairs: {count * low / 3600:,.0f} to "
-            f"{count * high / 3600:,.0f} GPU hours, of which {exchange / low:.1%} or less for exchanges between them"
-        )
-    return line
 
 
 if __name__ == "__main__":

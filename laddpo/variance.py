@@ -58,66 +58,31 @@ def moved_weights(config: RunConfig) -> Path:
 
 
 def measure_run(config: RunConfig, tuned: Path, prepared, loaded, parameters: list) -> dict:
-    """Reference values of all settings first, then the policy with the weights in `tuned` under the same masks."""
-    import numpy as np
-    from tqdm.auto import tqdm
+    """What is written: facts of the run, then what its masks' noise is."""
+    import functools
 
-    from laddpo.estimator_study import report, techniques
-    from laddpo.estimator_study.noise import SETTINGS, drift, measure, reference_values, summarise
+    from laddpo.estimator_study.study import run_study
     from laddpo.inputs.reference_values import objective_of
     from laddpo.inputs.tuned import base_model, use_weights
 
-    wanted, machine = config.variance, loaded.machine
-    settings = {name: SETTINGS[name] for name in wanted.settings or SETTINGS}
+    wanted = config.variance
     pairs = [prepared.train[i] for i in range(min(wanted.pairs, len(prepared.train)))]
-    few = pairs[: wanted.gradient_pairs]
-    jobs = [(name, draws) for name in settings for draws in wanted.draws]
-    studied = [(name, draws) for name, draws in jobs if name == "default" and draws > 1]
-    objective = objective_of(config)
-    common = (config.seed, wanted.evaluations, machine.token_budget)
-    references, mixtures = {}, {}
-    with base_model(config, loaded):
-        for name, draws in tqdm(jobs, unit="setting", desc="reference", dynamic_ncols=True):
-            references[name, draws] = reference_values(loaded.denoiser, pairs, settings[name], draws, *common)
-        for name, draws in studied:
-            estimator_of = _estimators(settings[name], draws, config.seed)
-            mixtures[draws] = techniques.reference_mixture(loaded.denoiser, estimator_of, wanted.evaluations, few)
-    use_weights(config, loaded, tuned)
-    measured = {}
-    for name, draws in tqdm(jobs, unit="setting", desc="policy", dynamic_ncols=True):
-        measured[name, draws] = measure(
-            loaded.denoiser,
-            parameters,
-            pairs,
-            name,
-            settings[name],
-            draws,
-            config.seed,
-            references.pop((name, draws)),
-            objective,
-            len(few),
-            machine.token_budget,
-        )
-    tried = {}
-    for name, draws in tqdm(studied, unit="setting", desc="techniques", dynamic_ncols=True):
-        step = (loaded.denoiser, parameters, few)
-        tried[draws] = techniques.study(measured[name, draws], mixtures[draws], objective, *step, machine.token_budget)
-    best = measured[max(jobs, key=lambda job: (job[0] == "default", job[1]))]
-    facts = {
-        "run": Path(config.run).name,
-        "model": config.model.name,
-        "data": config.data.source,
-        "loss": config.dpo.loss,
-        "beta": config.dpo.beta,
-        "pairs": len(pairs),
-        "gradient_pairs": len(few),
-        "evaluations": wanted.evaluations,
-        "trainable_parameters": sum(p.numel() for p in parameters),
-        "response_tokens": report.length_words(pairs),
-        "drift": drift(best),
-    }
-    table = summarise(list(measured.values()), config.dpo.beta, np.random.default_rng(config.seed))
-    return {**facts, "settings": table, "techniques": tried}
+    found = run_study(
+        loaded.denoiser,
+        parameters,
+        pairs,
+        objective_of(config),
+        settings=wanted.settings,
+        draws=wanted.draws,
+        evaluations=wanted.evaluations,
+        gradient_pairs=wanted.gradient_pairs,
+        seed=config.seed,
+        token_budget=loaded.machine.token_budget,
+        as_reference=base_model(config, loaded),
+        become_policy=functools.partial(use_weights, config, loaded, tuned),
+    )
+    facts = {"run": Path(config.run).name, "model": config.model.name, "data": config.data.source}
+    return {**facts, "loss": config.dpo.loss, "beta": config.dpo.beta, **found}
 
 
 def write_result(config: RunConfig, result: dict, folder: Path) -> None:
@@ -136,10 +101,6 @@ def write_result(config: RunConfig, result: dict, folder: Path) -> None:
     print()
     print(report.terminal_table(result))
     print(f"\nvariance.md, variance.json and variance.png: {folder}")
-
-
-def _estimators(setting, draws: int, seed: int):
-    return lambda evaluation: setting.of(draws, seed, evaluation)
 
 
 if __name__ == "__main__":

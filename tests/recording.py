@@ -50,7 +50,7 @@ NO_USE = {
     ("results.model_card", "card_text"),
     ("benchmarking.parts", "about"),
     ("evaluation.answering", "encoded_prompts"),  # whether a prompt has room
-    ("plan", "_run_line"),
+    ("hardware.plan_text", "_run_line"),
     ("training.rows", "source_of"),
 }
 USES = {("settings.data_checks", "sft_examples")}  # functions of CHECKING that decide what a stage does

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.benchmarking import parts
+from laddpo.benchmarking import speed
 from laddpo.benchmarking.measure import median_ratio, timed_rounds
 from laddpo.benchmarking.workload import length_parameters, pair_of_tokens, random_model, random_pairs
 from laddpo.cli.app import cli
@@ -94,7 +94,7 @@ def test_the_fast_paths_are_compared_with_the_plain_sampler_on_graded_answers(wr
 
 def test_a_shipped_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert parts._is_local(compose()) and not parts._is_local(compose(["model=llada_8b"]))
+    assert speed._is_local(compose()) and not speed._is_local(compose(["model=llada_8b"]))
 
 
 def test_random_weights_answer_for_time_alone(tmp_path):
@@ -161,6 +161,9 @@ def test_rounds_rotate_the_order_and_every_contender_sees_the_same_pairs():
 
         def __init__(self, name):
             self.name = name
+
+        def prepare(self, pairs, draws):
+            assert pairs
 
         def step(self, pairs, draws):
             seen.append((self.name, pairs[0].id, draws))

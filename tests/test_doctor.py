@@ -2,9 +2,9 @@
 
 import pytest
 
-from laddpo import doctor
+from laddpo.cli import machine_checks
 from laddpo.cli.app import cli
-from laddpo.doctor import FAIL, OK, WARN, Finding, examine, table
+from laddpo.cli.machine_checks import FAIL, OK, WARN, Finding, examine, table
 from laddpo.settings.compose import compose
 
 
@@ -33,8 +33,8 @@ def test_this_machine_is_examined_and_a_check_that_breaks_is_a_line_too(monkeypa
         raise OSError("no moon")
         yield
 
-    checks = [check for check in doctor.CHECKS if check.__name__ != "check_start"]
-    monkeypatch.setattr(doctor, "CHECKS", (*checks, check_moon))
+    checks = [check for check in machine_checks.CHECKS if check.__name__ != "check_start"]
+    monkeypatch.setattr(machine_checks, "CHECKS", (*checks, check_moon))
     findings = examine(compose())
     assert {"python", "packages", "gpu", "quantization", "model", "data folder"} <= {
         finding.what for finding in findings
@@ -53,14 +53,14 @@ def test_a_key_is_one_for_the_host_of_wandb(monkeypatch, tmp_path, host, status)
     if host:
         (tmp_path / "netrc").write_text(f"machine {host} login user password {'0a' * 20}\n")
         (tmp_path / "netrc").chmod(0o600)
-    (finding,) = doctor.check_loggers(compose(["logger=wandb", "logger.wandb_mode=online"]))
+    (finding,) = machine_checks.check_loggers(compose(["logger=wandb", "logger.wandb_mode=online"]))
     assert finding.status == status
     assert ("a key is set" in finding.found) is (status == OK)
 
 
 def test_a_failed_line_ends_in_exit_code_one(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "CHECKS", (lambda config: [Finding("x", FAIL, "broken", "mend it")],))
+    monkeypatch.setattr(machine_checks, "CHECKS", (lambda config: [Finding("x", FAIL, "broken", "mend it")],))
     assert cli("doctor", []) == 1
     assert "mend it" in capsys.readouterr().out
-    monkeypatch.setattr(doctor, "CHECKS", (lambda config: [Finding("x", WARN, "slow", "wait")],))
+    monkeypatch.setattr(machine_checks, "CHECKS", (lambda config: [Finding("x", WARN, "slow", "wait")],))
     assert cli("doctor", []) == 0

@@ -14,6 +14,7 @@ from laddpo.cli.app import cli
 from laddpo.core.losses import LOSSES
 from laddpo.hardware import planning
 from laddpo.hardware.memory import GIB, predict_memory
+from laddpo.hardware.plan_text import plan_text
 from laddpo.hardware.planning import (
     Lengths,
     adapter_targets,
@@ -29,6 +30,10 @@ from laddpo.settings.compose import compose
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL = ("model=llada_8b", "hardware=rtx4080")
 DIALOGUES = Lengths(longest=1024, longest_pair=8192, mean=157, response=67, source="test")
+
+
+def text_of(config) -> str:
+    return plan_text(config, *plan.find_lengths(config))
 
 
 def chosen(*overrides: str, available: float = 14.0, lengths: Lengths = DIALOGUES) -> planning.Choice:
@@ -280,7 +285,7 @@ def test_stages_and_plan_choose_alike(capsys):
     assert machine.token_budget.tokens == choice.token_budget
     assert machine.choice.memory.peak == predict_memory(choice.setup, choice.memory.load).peak
     assert f"{choice.token_budget} tokens per micro-step" in str(machine)
-    assert plan.plan_text(config)
+    assert text_of(config)
 
 
 def test_the_message_of_one_sequence_that_does_not_fit_is_the_plans():
@@ -322,7 +327,7 @@ def test_a_run_counted_for_eight_is_planned_for_the_processes_it_has():
 
 def test_eight_gpus_take_an_eighth_of_the_time_and_no_fewer_gpu_hours(capsys):
     run = [*REAL, "data.random_sample_size=1000000"]
-    alone, eight = (plan.plan_text(compose([*run, *more])) for more in ([], ["hardware.processes=8"]))
+    alone, eight = (text_of(compose([*run, *more])) for more in ([], ["hardware.processes=8"]))
     assert "GPU hours" not in alone and "on 8 processes in steps of 512 pairs" in eight
     hours = [float(text.split("time: ")[1].split()[0]) for text in (alone, eight)]
     units = [text.split("time: ")[1].split()[1] for text in (alone, eight)]

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.benchmarking import real_shapes
-from laddpo.benchmarking.measure import timed_rounds
+from laddpo.benchmarking import workload
+from laddpo.benchmarking.cards import predicted_peak
+from laddpo.benchmarking.contenders import fixed_budget
+from laddpo.benchmarking.measure import Measured, measure, timed_rounds
 from laddpo.benchmarking.rates import kernel_kind, micro_steps, work_of
-from laddpo.benchmarking.real_shapes import setup_of
-from laddpo.benchmarking.real_size import predicted_peak
-from laddpo.benchmarking.steps import Measured, fixed_budget, measure
-from laddpo.benchmarking.workload import random_model, random_pairs
+from laddpo.benchmarking.workload import random_model, random_pairs, setup_of
 from laddpo.cli.app import cli
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.tasks import pair_item
@@ -50,7 +49,7 @@ def models():
 def written(tmp_path_factory, models):
     """(benchmark.md, benchmark.json) of the parts of a real size"""
     folder = tmp_path_factory.mktemp("realsize") / "run"
-    plain, made = real_shapes.random_policy, []
+    plain, made = workload.random_policy, []
 
     def watched(*arguments, **named):
         gc.collect()
@@ -59,7 +58,7 @@ def written(tmp_path_factory, models):
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(real_shapes, "random_policy", watched)
+        patch.setattr(workload, "random_policy", watched)
         assert cli("benchmark", [*SMALL, f"output_dir={folder}"]) == 0
     return (folder / "benchmark.md").read_text(encoding="utf-8"), json.loads((folder / "benchmark.json").read_text())
 
@@ -136,7 +135,7 @@ def test_what_was_measured_is_written_before_the_next_part(monkeypatch, tmp_path
     def fails(config, machine):
         raise UserError("nano failed")
 
-    monkeypatch.setitem(parts.PARTS, "nano", fails)
+    monkeypatch.setitem(parts.PARTS, "nano", ("Twins", fails))
     folder = tmp_path / "run"
     assert (
         cli(
@@ -220,21 +219,21 @@ def test_what_runs_out_of_memory_is_reported_and_the_rest_goes_on():
     with pytest.raises(RuntimeError, match="another thing"):
         measure(lambda: (_ for _ in ()).throw(RuntimeError("another thing")), model, torch.device("cpu"), 1)
     steps = {"works": lambda *_: None, "fails": fails}
-    racing = [SimpleNamespace(name=name, step=step) for name, step in steps.items()]
+    racing = [SimpleNamespace(name=name, prepare=lambda *_: None, step=step) for name, step in steps.items()]
     assert timed_rounds(racing, model, [pairs_of(1)] * 3, 1).keys() == {"works", "works/cpu"}
 
 
 def test_whoever_runs_out_of_memory_is_timed_with_one_draw(tmp_path, monkeypatch):
     from laddpo.benchmarking.rivals import PublicLaddpo
 
-    plain = PublicLaddpo.step
+    plain = PublicLaddpo.margin
 
-    def greedy(self, pair, draws, scale):
+    def greedy(self, pair, draws):
         if draws > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return plain(self, pair, draws, scale)
+        return plain(self, pair, draws)
 
-    monkeypatch.setattr(PublicLaddpo, "step", greedy)
+    monkeypatch.setattr(PublicLaddpo, "margin", greedy)
     assert (
         cli("benchmark", [*of_parts(SMALL, "speed"), "benchmark.parts=[speed]", f"output_dir={tmp_path / 'run'}"]) == 0
     )

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from laddpo import doctor
+from laddpo.cli import machine_checks
 from laddpo.cli.app import cli
 from laddpo.errors import RunFault, Stopped, UserError
 from laddpo.results.model_card import CardFacts, card_text
@@ -141,7 +142,7 @@ def test_no_sink_shows_a_secret_of_the_environment(monkeypatch, tmp_path, capsys
             raise error
 
         assert cli("train", [], main)
-    monkeypatch.setattr(doctor, "CHECKS", [lambda config: [doctor.Finding("a", "ok", everything)]])
+    monkeypatch.setattr(machine_checks, "CHECKS", [lambda config: [machine_checks.Finding("a", "ok", everything)]])
     doctor.main(config, tmp_path)
     shown = capsys.readouterr()
     texts = [shown.out, shown.err, card, *said]

@@ -6,15 +6,22 @@ is what storing in 4 bits costs; the second, against the unpacked weights, is th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from laddpo.benchmarking import workload
 from laddpo.benchmarking.contenders import Ours
+from laddpo.benchmarking.workload import dialogue_pairs, quantization_of
+from laddpo.core.budget import release_memory
 from laddpo.core.gradient import Item, score_items
 from laddpo.models.adapters import trainable_parameters
+from laddpo.models.denoiser import TransformerDenoiser
+from laddpo.models.quantization import unpack_4bit
 from laddpo.preference.encoding.encode import EncodedPair
+from laddpo.results.tables import markdown
+from laddpo.settings.schema import RunConfig
 
 
 def observe(ours: Ours, pairs: Sequence[EncodedPair], draws: int) -> dict[str, Any]:
@@ -55,3 +62,41 @@ def difference(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float
 def lengths_of(items: Sequence[Item]) -> torch.Tensor:
     """Response tokens. # float64 [items, 2]"""
     return torch.tensor([item.response_tokens for item in items], dtype=torch.float64)
+
+
+def agreement_part(config: RunConfig, machine) -> tuple[str, dict]:
+    """Scores and gradients of the same random weights as they are, in 4 bits, and unpacked again."""
+    wanted, shape, found = config.benchmark, config.benchmark.shape, {}
+    pairs = dialogue_pairs(config, wanted.agreement_pairs, 5, shape.vocab_size)
+    for name in ("as made", "4-bit", "4-bit, unpacked"):
+        settings = quantization_of("none" if name == "as made" else "nf4")
+        prepare = unpack_4bit if "unpacked" in name else None
+        model = workload.random_policy(config, machine, settings, prepare)
+        denoiser = TransformerDenoiser(model, shape.vocab_size - 1)
+        found[name] = observe(Ours(model, denoiser, "stream", wanted.token_budget), pairs, wanted.draws)
+        del model, denoiser
+        release_memory()
+    text, record = agreement_section(
+        {
+            "storing in 4 bits": difference(found["4-bit"], found["as made"]),
+            "the kernels alone": difference(found["4-bit"], found["4-bit, unpacked"]),
+        },
+        {name: observed["margin_at_start"] for name, observed in found.items()},
+    )
+    about = (
+        f"{len(pairs)} pairs under {wanted.draws} draws, random weights: a trained model's error may differ. Which "
+        "kernels bitsandbytes takes depends on the card and on the tokens of a micro-step."
+    )
+    return f"{about}\n\n{text}", record
+
+
+def agreement_section(
+    differences: Mapping[str, Mapping[str, float]], at_start: Mapping[str, float]
+) -> tuple[str, dict[str, Any]]:
+    """Errors of scores, margins and gradients, and the largest margin of an untrained policy."""
+    header = ["against", "nats a token, rms", "largest", "nats of a margin, rms", "gradient, relative"]
+    names = ("nats_per_token_rms", "nats_per_token_largest", "margin_rms", "gradient_relative")
+    rows = [[what, *[f"{found[name]:.2g}" for name in names]] for what, found in differences.items()]
+    start = ", ".join(f"{name} {value:g}" for name, value in at_start.items())
+    text = f"{markdown(header, rows)}\n\nLargest |policy - reference| of a draw before training: {start}."
+    return text, {"differences": dict(differences), "margin_at_start": dict(at_start)}

@@ -8,33 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 
-from laddpo.benchmarking.rivals import PublicLaddpo, TrlLike
-from laddpo.benchmarking.steps import fixed_budget
+from laddpo.benchmarking.rivals import PublicLaddpo, Rival, TrlLike
 from laddpo.core.budget import TokenBudget
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import Item, accumulate_gradient, score_items
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import pair_item
-from laddpo.hardware.measuring import resident_bytes
 from laddpo.models.adapters import adapter_disabled, trainable_parameters
 from laddpo.models.blocks import checkpoint_blocks
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.preference.encoding.encode import EncodedPair
 
 BETA = 0.1
-
-
-class Contender(Protocol):
-    """`extra_bytes`: what it keeps beside the policy all the time."""
-
-    name: str
-    extra_bytes: int
-
-    def step(self, pairs: Sequence[EncodedPair], draws: int) -> None: ...
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass
@@ -92,24 +81,20 @@ class Ours:
         return tuple(pair.id for pair in pairs), draws
 
 
-@dataclass
-class Rival:
-    """One pair after the other, as with a device batch of one and gradient accumulation."""
+Contender = Ours | Rival
 
-    rival: PublicLaddpo | TrlLike
 
-    @property
-    def name(self) -> str:
-        return self.rival.name
+def fixed_budget(tokens: int) -> TokenBudget:
+    """A budget that is not made smaller when memory runs out: what ran is what was asked for."""
+    return TokenBudget(tokens, explain=lambda longest: OUT_OF_MEMORY, may_retry=False)
 
-    @property
-    def extra_bytes(self) -> int:
-        copy = getattr(self.rival, "reference", None)
-        return resident_bytes(copy) if copy is not None else 0
 
-    def step(self, pairs: Sequence[EncodedPair], draws: int) -> None:
-        for pair in pairs:
-            self.rival.step(pair, draws, 1 / len(pairs))
+def build_rivals(model, mask_token_id: int, pad_token_id: int, max_length: int) -> list[Rival]:
+    return [
+        PublicLaddpo(model, mask_token_id, pad_token_id, max_length, BETA),
+        TrlLike(model, mask_token_id, pad_token_id, BETA, "full"),
+        TrlLike(model, mask_token_id, pad_token_id, BETA, "chunked"),
+    ]
 
 
 def build_contenders(
@@ -123,9 +108,5 @@ def build_contenders(
         Ours(model, denoiser, "two_pass", budget),
         Ours(model, denoiser, "joint", budget),
     ]
-    rivals = [
-        Rival(PublicLaddpo(model, mask_token_id, pad_token_id, max_length, BETA)),
-        Rival(TrlLike(model, mask_token_id, pad_token_id, BETA, "full")),
-        Rival(TrlLike(model, mask_token_id, pad_token_id, BETA, "chunked")),
-    ]
+    rivals = build_rivals(model, mask_token_id, pad_token_id, max_length)
     return {contender.name: contender for contender in [*ours, *rivals]}

@@ -1,26 +1,34 @@
-"""Measurements: peak bytes of a step, seconds of a step, and what follows from them; plain records out.
+"""Measurements: peak bytes and seconds of a step, under a cap on memory or without; plain records out.
 
 Bytes are counted on allocations above the policy's own weights: a rival's reference copy counts, as do gradients.
 Seconds are taken interleaved: every contender once on the same pairs, in rotating order, then the next pairs. Ratios
 are formed per round, so that a machine that slows down for a while slows all.
+
+A cap stands in for a smaller card: CUDA's allocator refuses what would exceed it. Counted are tensors and what the
+allocator took for them, weights included; the context of CUDA, some 0.5 GiB, is extra. A CPU knows no cap.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
+import torch
 
-from laddpo.benchmarking.contenders import Contender, Ours
-from laddpo.benchmarking.steps import unless_out_of_memory, wait
+from laddpo.benchmarking.contenders import OUT_OF_MEMORY, Contender, Ours
+from laddpo.core.budget import is_out_of_memory, release_memory
 from laddpo.core.gradient import score_items
+from laddpo.errors import RunFault
 from laddpo.hardware.measuring import peak_bytes, resident_bytes
-from laddpo.hardware.memory import Load, Setup, predict_memory
+from laddpo.hardware.memory import GIB, Load, Setup, predict_memory
 from laddpo.preference.encoding.encode import EncodedPair
 
 RESAMPLES = 10_000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,35 +53,29 @@ class Ratio:
 
 def step_peak(contender: Contender, model, pairs: Sequence[EncodedPair], draws: int) -> Peak:
     """The peak of one step that starts without gradients."""
-    if isinstance(contender, Ours):
-        contender.prepare(pairs, draws)
-    _clear(model)
-    device = model.get_output_embeddings().weight.device
-    resident = resident_bytes(model)
-    with peak_bytes(device) as peak:
-        contender.step(pairs, draws)
-    _clear(model)
-    above = peak.above + contender.extra_bytes
-    return Peak(contender.name, draws, above, above + resident)
+    contender.prepare(pairs, draws)
+    above = _peak(model, lambda: contender.step(pairs, draws)) + contender.extra_bytes
+    return Peak(contender.name, draws, above, above + resident_bytes(model))
 
 
 def pass_peaks(ours: Ours, pairs: Sequence[EncodedPair], draws: int) -> dict[str, int]:
     """Peak bytes of our three passes: the policy's gradient, a margin without a graph, the reference."""
     items = ours.items(pairs, draws)
     ours.stored[ours.key(pairs, draws)] = np.zeros((len(pairs), 2, draws))  # no byte depends on these values
-    work: dict[str, Callable[[], object]] = {
-        "policy": lambda: ours.step(pairs, draws),
-        "margin": lambda: score_items(ours.denoiser, items, ours.token_budget),
-        "reference": lambda: ours.reference(items),
+    return {
+        "policy": _peak(ours.model, lambda: ours.step(pairs, draws)),
+        "margin": _peak(ours.model, lambda: score_items(ours.denoiser, items, ours.token_budget)),
+        "reference": _peak(ours.model, lambda: ours.reference(items)),
     }
-    peaks = {}
-    for name, run in work.items():
-        _clear(ours.model)
-        with peak_bytes(ours.denoiser.device) as peak:
-            run()
-        peaks[name] = peak.above
-    _clear(ours.model)
-    return peaks
+
+
+def _peak(model, work: Callable[[], object]) -> int:
+    """Bytes at most above those that were there; without gradients before and after."""
+    model.zero_grad(set_to_none=True)
+    with peak_bytes(model.get_output_embeddings().weight.device) as peak:
+        work()
+    model.zero_grad(set_to_none=True)
+    return peak.above
 
 
 def predicted_and_measured(ours: Ours, setup: Setup, pair: EncodedPair, draws: int) -> tuple[int, int, int]:
@@ -123,17 +125,83 @@ def median_ratio(other: np.ndarray, ours: np.ndarray, rng: np.random.Generator) 
 
 
 def _timed_step(contender: Contender, model, pairs: Sequence[EncodedPair], draws: int) -> tuple[float, float]:
-    if isinstance(contender, Ours):
-        contender.prepare(pairs, draws)
-    _clear(model)
-    device = model.get_output_embeddings().weight.device
+    contender.prepare(pairs, draws)
+    model.zero_grad(set_to_none=True)
+    return timed(lambda: contender.step(pairs, draws), model.get_output_embeddings().weight.device)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`allocated`, `reserved` (CUDA alone): bytes at most. `seconds`: of each timed time. `problem`: why it did not
+    run; nothing else is known then."""
+
+    allocated: int | None = None
+    reserved: int | None = None
+    seconds: tuple[float, ...] = ()
+    problem: str = ""
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+
+@contextlib.contextmanager
+def capped(device: torch.device, gib: float | None) -> Iterator[None]:
+    """Inside the block no more than `gib` can be taken on a CUDA device."""
+    if device.type != "cuda" or gib is None:
+        yield
+        return
+    release_memory()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def measure(work: Callable[[], object], model, device: torch.device, times: int, gib: float | None = None) -> Measured:
+    """Do the work once to warm up and then `times` times, under a cap of `gib`."""
+    with capped(device, gib):
+        found = unless_out_of_memory(lambda: _measure(work, model, device, times), model)
+    return Measured(problem=OUT_OF_MEMORY) if found is None else found
+
+
+def unless_out_of_memory(work: Callable[[], T], model) -> T | None:
+    """What the work gives; None where memory runs out, and then all that it held is given back."""
+    try:
+        return work()
+    except Exception as error:
+        if not (is_out_of_memory(error) or (isinstance(error, RunFault) and OUT_OF_MEMORY in str(error))):
+            raise
+    # outside the handler, whose traceback holds the tensors
+    model.zero_grad(set_to_none=True)
+    release_memory()
+    return None
+
+
+def timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Seconds of one time, to the end of what it started on the device, and seconds of the processor."""
     wait(device)
     started, started_cpu = time.perf_counter(), time.process_time()
-    contender.step(pairs, draws)
+    work()
     wait(device)
     return time.perf_counter() - started, time.process_time() - started_cpu
 
 
-def _clear(model) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _measure(work: Callable[[], object], model, device: torch.device, times: int) -> Measured:
+    release_memory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        seconds = tuple(timed(work, device)[0] for _ in range(times))
+        return Measured(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), seconds)
+    resident = resident_bytes(model)
+    with peak_bytes(device) as peak:
+        work()
+    return Measured(resident + peak.above, None, tuple(timed(work, device)[0] for _ in range(times)))

@@ -1,21 +1,32 @@
-"""The parts of the benchmark that run on any machine: memory, plan, speed, sampler."""
+"""The parts of the benchmark, and those about memory: peaks of a step, growth with the draws, plan against measured."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from laddpo.benchmarking import real_size
-from laddpo.benchmarking.real_shapes import dialogue_pairs, random_policy
-from laddpo.settings.schema import RunConfig, keywords
+import torch
+
+from laddpo.benchmarking import agreement, cards, rates, speed, twins
+from laddpo.benchmarking.contenders import Ours
+from laddpo.benchmarking.measure import Peak, pass_peaks, predicted_and_measured, step_peak
+from laddpo.benchmarking.speed import ONE_SEQUENCE
+from laddpo.benchmarking.workload import longest_sequence, open_bench, pair_of_tokens, pairs_of, shape_of
+from laddpo.core.draws import ElboEstimator
+from laddpo.core.tasks import pair_item
+from laddpo.hardware.planning import memory_setup
+from laddpo.models.blocks import checkpoint_blocks
+from laddpo.results.tables import markdown
+from laddpo.settings.schema import RunConfig
+
+MIB = 2**20
 
 
 def about(config: RunConfig, machine) -> str:
     """What was measured on what."""
-    import torch
-
-    wanted, shape = config.benchmark, _shape(config)
+    wanted, shape = config.benchmark, shape_of(config)
     weights = "random weights" if wanted.weights == "random" else f"weights of {config.model.name}"
     return " ".join(
         [
@@ -34,13 +45,8 @@ def about(config: RunConfig, machine) -> str:
 
 def memory_part(config: RunConfig, machine) -> tuple[str, dict]:
     """Peaks of all contenders on the longest of four pairs; ours also one sequence at a time, and checkpointed."""
-    from laddpo.benchmarking.contenders import Ours
-    from laddpo.benchmarking.measure import step_peak
-    from laddpo.benchmarking.report import memory_section
-    from laddpo.benchmarking.workload import longest_sequence
-
-    drawn = [_pairs(config, seed)[0] for seed in range(4)]
-    bench, pairs = _open(config, machine), [max(drawn, key=lambda pair: longest_sequence([pair]))]
+    drawn = [pairs_of(config, seed)[0] for seed in range(4)]
+    bench, pairs = open_bench(config, machine), [max(drawn, key=lambda pair: longest_sequence([pair]))]
     one, small = longest_sequence(pairs), f"stream, {ONE_SEQUENCE}"
     stream = bench.contenders["stream"]
     lean = Ours(bench.model, stream.denoiser, "stream", one, label=small)
@@ -55,16 +61,37 @@ def memory_part(config: RunConfig, machine) -> tuple[str, dict]:
     return f"One pair, {_lengths_text(pairs[0])}.\n\n{text}", record
 
 
+def memory_section(peaks: Sequence[Peak], ours: str) -> tuple[str, dict[str, Any]]:
+    """Peaks by contender and number of draws, and how many times ours the others take at the most draws."""
+    draws = sorted({peak.draws for peak in peaks})
+    by_name: dict[str, dict[int, Peak]] = {}
+    for peak in peaks:
+        by_name.setdefault(peak.contender, {})[peak.draws] = peak
+    least = by_name[ours][draws[-1]]
+    rows = []
+    for name, found in by_name.items():
+        cells = [_mib(found[n].above) + f" ({_mib(found[n].total)})" if n in found else "" for n in draws]
+        most = found.get(draws[-1])
+        rows.append([name, *cells, f"{most.above / least.above:.1f}x" if most else ""])
+    header = [
+        "peak MiB above the policy's weights (total)",
+        *[f"n = {n}" for n in draws],
+        f"of ours at n = {draws[-1]}",
+    ]
+    record = {
+        "peaks": [dataclasses.asdict(peak) for peak in peaks],
+        "compared_with": ours,
+        "ratios": {name: found[draws[-1]].above / least.above for name, found in by_name.items() if draws[-1] in found},
+    }
+    return markdown(header, rows), record
+
+
 def flat_part(config: RunConfig, machine) -> tuple[str, dict]:
     """Peaks of our passes from few to many draws, at a budget of one longest sequence and at the configured one."""
-    from laddpo.benchmarking.contenders import Ours
-    from laddpo.benchmarking.measure import pass_peaks
-    from laddpo.benchmarking.report import flat_section
-
-    wanted, bench = config.benchmark, _open(config, machine)
+    wanted, bench = config.benchmark, open_bench(config, machine)
     denoiser = bench.contenders["stream"].denoiser
     tokens = max(16, wanted.token_budget // 8)  # so that 8 draws fill the configured budget
-    pairs = [_pair_with_full_first_draw(tokens, _shape(config).vocab_size - 2)]
+    pairs = [_pair_with_full_first_draw(tokens, shape_of(config).vocab_size - 2)]
     budgets = {ONE_SEQUENCE: (tokens, 1), f"{wanted.token_budget} tokens": (wanted.token_budget, 8)}
     found = {
         name: {
@@ -78,21 +105,33 @@ def flat_part(config: RunConfig, machine) -> tuple[str, dict]:
     return f"{about} head works on whole chunks of rows for every n.\n\n{text}", record
 
 
+def flat_section(found: Mapping[str, Mapping[int, Mapping[str, int]]]) -> tuple[str, dict[str, Any]]:
+    """Peaks of our passes over the number of draws, by token budget: {budget: {draws: {pass: bytes}}}."""
+    rows, growth = [], {}
+    draws = sorted({n for by_draws in found.values() for n in by_draws})
+    for budget, by_draws in found.items():
+        smallest = min(by_draws)
+        for name in by_draws[smallest]:
+            ratio = by_draws[draws[-1]][name] / by_draws[smallest][name]
+            growth[f"{budget}, {name}"] = {"from": smallest, "to": draws[-1], "ratio": ratio}
+            cells = [_mib(by_draws[n][name]) if n in by_draws else "" for n in draws]
+            rows.append([f"{name}, {budget}", *cells, f"{ratio:.3f}x of n = {smallest}"])
+    header = ["peak MiB of our passes", *[f"n = {n}" for n in draws], "growth"]
+    return markdown(header, rows), {
+        "peaks": {k: {str(n): v for n, v in d.items()} for k, d in found.items()},
+        "growth": growth,
+    }
+
+
 def plan_part(config: RunConfig, machine) -> tuple[str, dict]:
     """The memory plan against measured peaks, over rank, tokens and checkpointing."""
-    from laddpo.benchmarking.measure import predicted_and_measured
-    from laddpo.benchmarking.report import plan_section
-    from laddpo.benchmarking.workload import pair_of_tokens
-    from laddpo.hardware.planning import memory_setup
-    from laddpo.models.blocks import checkpoint_blocks
-
     rows = []
-    shape = _shape(config)
+    shape = shape_of(config)
     for rank in config.benchmark.plan_ranks:
         adapter = dataclasses.replace(config.adapter, r=rank)
         model = dataclasses.replace(config.model, shape=shape)
         changed = dataclasses.replace(config, adapter=adapter, model=model)
-        bench = _open(changed, machine)
+        bench = open_bench(changed, machine)
         for checkpointing in (False, True):
             checkpoint_blocks(bench.model, checkpointing)
             setup = memory_setup(changed, machine.device.type, machine.precision)
@@ -106,90 +145,22 @@ def plan_part(config: RunConfig, machine) -> tuple[str, dict]:
     return plan_section(rows)
 
 
-def speed_part(config: RunConfig, machine) -> tuple[str, dict]:
-    """Pairs per second, interleaved; and by what ours are faster, one thing after the other."""
-    import numpy as np
-
-    from laddpo.benchmarking.contenders import Ours
-    from laddpo.benchmarking.measure import median_ratio, timed_rounds
-    from laddpo.benchmarking.report import causes_section, speed_section
-    from laddpo.benchmarking.workload import longest_sequence
-
-    wanted, bench = config.benchmark, _open(config, machine)
-    batches = [_pairs(config, seed=1 + number) for number in range(wanted.rounds)]
-    longest = max(map(longest_sequence, batches))
-    denoiser, budget = bench.contenders["stream"].denoiser, wanted.token_budget
-    contenders = [c for c in bench.contenders.values() if not (isinstance(c, Ours) and c.mode == "joint")]
-    contenders += [
-        Ours(bench.model, denoiser, "stream", longest, label=f"stream, {ONE_SEQUENCE}"),
-        Ours(bench.model, denoiser, "stream", budget, checkpointing=True, label="stream, checkpointing"),
+def plan_section(rows: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """The plan against measured peaks."""
+    cells = [
+        [
+            f"rank {row['rank']}, {row['tokens']} tokens{', checkpointing' if row['checkpointing'] else ''}",
+            _mib(row["predicted"]),
+            _mib(row["measured"]),
+            f"{row['predicted'] / row['measured'] - 1:+.1%}",
+        ]
+        for row in rows
     ]
-    seconds = timed_rounds(contenders, bench.model, batches, wanted.draws)
-    rng = np.random.default_rng(config.seed)
-    names = [contender.name for contender in contenders if contender.name in seconds]
-    walls, processor = (
-        {
-            name: median_ratio(seconds[name + suffix], seconds["stream" + suffix], rng)
-            for name in names
-            if name != "stream"
-        }
-        for suffix in ("", "/cpu")
-    )
-    rates = {name: wanted.pairs * wanted.rounds / float(seconds[name].sum()) for name in names}
-    text, record = speed_section(rates, walls, processor if machine.device.type == "cpu" else {}, "stream")
-    later = median_ratio(seconds["stream"], seconds[FIRST_EPOCH], rng)
-    causes, record["causes"] = causes_section(seconds, rng)
-    failed = [contender for contender in contenders if contender.name not in seconds]
-    fewer, record["one_draw"] = _with_one_draw(config, bench, failed, batches, rng)
-    record["second_epoch_over_first"] = dataclasses.asdict(later)
-    record["seconds"] = {name: values.tolist() for name, values in seconds.items()}
-    interval = f"[{later.low:.2f}, {later.high:.2f}]"
-    return (
-        f"{text}{fewer}\n\n{causes}\n\n"
-        f"A later epoch takes {later.median:.2f} {interval} of the first, which computes the reference.",
-        record,
-    )
-
-
-def _with_one_draw(config: RunConfig, bench: Bench, failed: list, batches: list, rng) -> tuple[str, dict]:
-    """Those for whom the memory was too small, against ours with one draw, which is as little as there can be."""
-    from laddpo.benchmarking.measure import median_ratio, timed_rounds
-
-    if not failed:
-        return "", {}
-    seconds = timed_rounds([bench.contenders["stream"], *failed], bench.model, batches, 1)
-    lines, record = [], {}
-    for contender in failed:
-        said = f"{contender.name} ran out of memory with {config.benchmark.draws} draws"
-        if contender.name not in seconds:
-            lines.append(f"{said} and with one.")
-            continue
-        ratio = median_ratio(seconds[contender.name], seconds["stream"], rng)
-        record[contender.name] = dataclasses.asdict(ratio)
-        times = f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
-        lines.append(f"{said}; with one draw it takes {times} the time of ours with one.")
-    return "\n\n" + " ".join(lines), record
-
-
-def sampler_part(config: RunConfig, machine) -> tuple[str, dict]:
-    """The sampler's fast paths against the plain one, on test problems of the embedded task.
-
-    The configured model answers where its files are on this machine, and its answers are graded; else random weights in
-    the benchmark's shape answer random prompts, and only time is compared.
-    """
-    import numpy as np
-
-    from laddpo.benchmarking import decoding
-    from laddpo.benchmarking.report import sampler_section
-    from laddpo.evaluation.answering import sampler_settings
-
-    wanted = config.benchmark
-    answer, stops, grade, about = _graded(config, machine) if _is_local(config) else _ungraded(config, machine)
-    batch = min(wanted.sampler_batch, wanted.sampler_items)
-    ways = decoding.ways(sampler_settings(config), batch)
-    found = decoding.decode(answer, wanted.sampler_items, ways, batch, stops)
-    text, record = sampler_section(found, decoding.PLAIN, grade, np.random.default_rng(config.seed))
-    return f"{about}, {wanted.sampler_items} of them in batches of {batch}.\n\n{text}", record
+    worst = max(abs(row["predicted"] / row["measured"] - 1) for row in rows)
+    return markdown(["one micro-step", "predicted MiB", "measured MiB", "error"], cells), {
+        "rows": list(rows),
+        "worst": worst,
+    }
 
 
 def _stored(config: RunConfig) -> str:
@@ -198,86 +169,8 @@ def _stored(config: RunConfig) -> str:
     return f" stored in {kind.strip()} where nothing else is said" if kind else ""
 
 
-def _is_local(config: RunConfig) -> bool:
-    from laddpo.inputs.policy import model_path
-
-    return Path(model_path(config)).expanduser().is_dir()
-
-
-def _graded(config: RunConfig, machine) -> tuple:
-    from laddpo.evaluation.answering import open_task
-    from laddpo.evaluation.sampling import generate
-    from laddpo.inputs import policy
-    from laddpo.inputs.data import encoder_for
-
-    loaded = policy.load(config, machine)
-    encoder = encoder_for(config.data, loaded.tokenizer)
-    task = open_task(config, "arithmetic", "test", config.benchmark.sampler_items, with_shots=False)
-    prompts = [encoder.encode_prompt(item.prompt) for item in task.items]
-    keys = [item.id for item in task.items]
-
-    def answer(picked, settings):
-        chosen, names = [prompts[i] for i in picked], [keys[i] for i in picked]
-        mask, autocast = loaded.denoiser.mask_token_id, loaded.denoiser.autocast
-        return generate(loaded.model, chosen, settings, mask, encoder.stop_ids, names, autocast, encoder.eos_id)
-
-    def grade(answers):
-        texts = [encoder.decode_response(ids) for ids in answers]
-        return task.grader.grade_all(texts, [item.answer for item in task.items])
-
-    return answer, encoder.stop_ids, grade, f"Test problems of the embedded task, answered by {config.model.name}"
-
-
-def _ungraded(config: RunConfig, machine) -> tuple:
-    from laddpo.benchmarking.workload import random_model
-    from laddpo.evaluation.sampling import generate
-    from laddpo.inputs import policy
-
-    shape = _shape(config)
-    stored = policy.storage_of(config.quantization)
-    model = random_model(keywords(shape), config.seed, machine.device, machine.dtype, stored)
-    prompts = [pair.prompt_ids for n in range(config.benchmark.sampler_items) for pair in _pairs(config, n)[:1]]
-
-    def answer(picked, settings):
-        return generate(model, [prompts[i] for i in picked], settings, shape.vocab_size - 1)
-
-    return answer, [], None, "Random prompts, answered by random weights, which never stop"
-
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """The policy with its adapter, and everything that is measured around it, by name."""
-
-    model: object
-    contenders: dict
-
-
-def _open(config: RunConfig, machine) -> Bench:
-    """A fresh model with a fresh adapter: parts do not see one another's settings."""
-    from laddpo.benchmarking.contenders import build_contenders
-    from laddpo.inputs import policy
-
-    wanted, shape = config.benchmark, _shape(config)
-    if wanted.weights == "model":
-        loaded = policy.load(config, machine)
-        policy.make_trainable(config, loaded)
-        model, mask, pad = loaded.model, loaded.denoiser.mask_token_id, loaded.tokenizer.pad_token_id
-    else:
-        model = random_policy(config, machine, config.quantization)
-        mask, pad = shape.vocab_size - 1, shape.vocab_size - 2
-    return Bench(model, build_contenders(model, mask, pad, wanted.max_length, wanted.token_budget))
-
-
-def _shape(config: RunConfig):
-    return config.benchmark.shape if config.benchmark.weights == "random" else config.model.shape
-
-
 def _pair_with_full_first_draw(tokens: int, vocabulary: int):
     """A pair for which one draw is as much work as any of many: its first one masks half of the response or more."""
-    from laddpo.benchmarking.workload import pair_of_tokens
-    from laddpo.core.draws import ElboEstimator
-    from laddpo.core.tasks import pair_item
-
     for seed in range(1000):
         pair = pair_of_tokens(tokens, vocabulary, seed, prompt_share=0.1)
         item = pair_item(pair, ElboEstimator(diffusion_samples=1), range(1))
@@ -291,24 +184,18 @@ def _lengths_text(pair) -> str:
     return "prompt {}, chosen {}, rejected {} tokens".format(*lengths)
 
 
-def _pairs(config: RunConfig, seed: int = 0) -> list:
-    return dialogue_pairs(config, config.benchmark.pairs, seed, _shape(config).vocab_size)
+def _mib(size: float) -> str:
+    return f"{size / MIB:.1f}"
 
 
-ONE_SEQUENCE, FIRST_EPOCH = "one sequence at a time", "stream with reference pass"
-TITLES = {
-    **real_size.TITLES,
-    "memory": "Peak memory of one step",
-    "flat": "Memory over the number of draws",
-    "plan": "Predicted and measured memory",
-    "speed": "Speed",
-    "sampler": "Speed of answering",
-}
-PARTS = {
-    **real_size.PARTS,
-    "memory": memory_part,
-    "flat": flat_part,
-    "plan": plan_part,
-    "speed": speed_part,
-    "sampler": sampler_part,
+PARTS = {  # by name: its title, and what measures it
+    "cards": ("What fits, and at what speed", cards.cards_part),
+    "rates": ("Share of the matrix speed, and where the time goes", rates.rates_part),
+    "agreement": ("What 4-bit weights change", agreement.agreement_part),
+    "nano": ("Training on this device and on the CPU", twins.nano_part),
+    "memory": ("Peak memory of one step", memory_part),
+    "flat": ("Memory over the number of draws", flat_part),
+    "plan": ("Predicted and measured memory", plan_part),
+    "speed": ("Speed", speed.speed_part),
+    "sampler": ("Speed of answering", speed.sampler_part),
 }

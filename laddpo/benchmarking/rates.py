@@ -6,20 +6,195 @@ overhead. The speed of matrix products is measured in the same run, on the model
 
 from __future__ import annotations
 
+import dataclasses
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from laddpo.benchmarking.steps import timed, wait
+from laddpo.benchmarking.cards import TIMES, Shelf, contender_of, describe, gib_text, median_seconds
+from laddpo.benchmarking.measure import Measured, measure, timed
+from laddpo.benchmarking.workload import dialogue_pairs, setup_of
 from laddpo.core.gradient import Item, pack_items, pack_sequence_runs
 from laddpo.hardware.memory import Shape
-from laddpo.hardware.speed import Work
+from laddpo.hardware.speed import Device, Work, forward_flops, predicted_tokens_per_s, training_passes
+from laddpo.results.tables import markdown
+from laddpo.settings.schema import RunConfig, StepSetting
 
+MICRO_STEPS = 3  # that a step fills
 PRODUCT_SECONDS = 0.5  # of repeated products, after a warm-up
+TF = 1e12
+OTHER = "other"
+KINDS = {  # the first that matches counts
+    "fused by the compiler": r"^triton_",
+    "unpacking 4 bits": r"(?i)dequant|gemv_4bit|gemm_4bit",
+    "attention": r"(?i)flash|fmha|attention|attn|softmax_warp",
+    "matrix products": r"(?i)gemm|cutlass|nvjet|xmma|cublas|gemv|dot_kernel|::(mm|addmm|bmm|linear|matmul)\b|splitK",
+    "norms": r"(?i)norm",
+    "copies and casts": r"(?i)memcpy|memset|copy|cat_|::cat\b|CatArray|::to\b|convert",
+    "lookups": r"(?i)index|gather|scatter|embedding",
+    "element-wise and sums": r"(?i)elementwise|reduce_(kernel|forward|backward)|foreach|::(add|mul|sub|div|exp|silu)",
+}
+
+
+def rates_part(config: RunConfig, machine) -> tuple[str, dict]:
+    """Packed micro-steps of dialogue lengths: operations per second against matrix products, and kernels by kind."""
+    wanted, shelf = config.benchmark, Shelf()
+    budgets = sorted({setting.token_budget for setting in wanted.rates})
+    shape = setup_of(config, machine, StepSetting()).shape
+    products = {tokens: matmul_rate(machine.device, machine.dtype, tokens, shape) for tokens in budgets}
+    ceiling = max(products.values())
+    rows = [rate_of(config, machine, shelf, setting) for setting in wanted.rates]
+    text, record = rates_section(rows, products, ceiling)
+    about = (
+        f"Pairs of dialogue lengths, packed; {MICRO_STEPS} micro-steps or more, gradients without the optimizer. "
+        "Counted are the operations that had to be done: no recomputation, no padding, no unpacking of weights."
+    )
+    predicted, record["predictions"] = _predictions(config, machine, rows, ceiling)
+    return f"{about}\n\n{text}{predicted}", record
+
+
+def rate_of(config: RunConfig, machine, shelf: Shelf, setting: StepSetting) -> dict:
+    """One setting's time, operations per second, peak, and kernels by kind."""
+    model, is_training = shelf.get(config, machine, setting), setting.work == "train"
+    ours = contender_of(config, model, setting)
+    pairs = _pairs_of_tokens(config, MICRO_STEPS * setting.token_budget, setting.draws)
+    items = ours.items(pairs, setting.draws)
+    ours.stored[ours.key(pairs, setting.draws)] = np.zeros((len(pairs), 2, setting.draws))
+
+    def work() -> None:
+        if not is_training:
+            ours.reference(items)
+            return
+        ours.step(pairs, setting.draws)
+        model.zero_grad(set_to_none=True)
+
+    counted = work_of(items)
+    found = _unless_uncompiled(lambda: measure(work, model, machine.device, TIMES, setting.gib), setting)
+    flops = forward_flops(setup_of(config, machine, setting), counted) * (2 if is_training else 1)
+    row = {"setting": dataclasses.asdict(setting), **dataclasses.asdict(found)}
+    row |= {"tokens": counted.tokens, "useful_flops": flops}
+    row["micro_steps"] = micro_steps(items, setting.token_budget)
+    if not found.problem:
+        row["flops_per_s"] = flops / found.median
+        row["seconds_profiled"], row["kinds"] = where_time_goes(work, machine.device)
+    return row
+
+
+def rates_section(
+    rows: Sequence[Mapping[str, Any]], products: Mapping[int, float], ceiling: float
+) -> tuple[str, dict[str, Any]]:
+    """Operations per second against the fastest matrix product; then the share of time by kind of kernel."""
+    cells, kinds = [], {}
+    for row in rows:
+        setting = row["setting"]
+        name = f"{describe(setting)}, {'reference pass' if setting['work'] == 'reference' else 'training'}"
+        if row["problem"]:
+            cells.append([name, "", "", row["problem"], "", ""])
+            continue
+        speed = row["flops_per_s"]
+        cells.append(
+            [
+                name,
+                f"{row['tokens'] / row['micro_steps']:,.0f}",
+                f"{row['tokens'] / median_seconds(row):,.0f}",
+                f"{speed / TF:.3g}",
+                f"{speed / ceiling:.0%}",
+                gib_text(row["allocated"]),
+            ]
+        )
+        kinds[name] = row
+    header = ["", "tokens a micro-step", "tokens/s", "TFLOP/s", "of matrix products", "allocated GiB"]
+    measured = ", ".join(f"{rate / TF:.3g} TFLOP/s at {rows} rows" for rows, rate in products.items())
+    text = f"Matrix products alone: {measured}.\n\n{markdown(header, cells)}\n\n{_kinds_table(kinds)}"
+    record = {"rows": list(rows), "matmul_flops_per_s": {str(n): rate for n, rate in products.items()}}
+    return text, record
+
+
+def _kinds_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Share of the time by kind of kernel; what is left of it on a GPU is waiting for launches."""
+    kinds = list(dict.fromkeys(kind for row in found.values() for kind in row["kinds"] if kind != OTHER))
+    rows = []
+    for name, row in found.items():
+        whole = row["seconds_profiled"]
+        shares = [row["kinds"].get(kind, 0.0) / whole for kind in [*kinds, OTHER]]
+        rows.append([name, *[f"{share:.0%}" for share in shares], f"{max(0.0, 1 - sum(shares)):.0%}"])
+    return markdown(["where the time goes", *kinds, OTHER, "nothing runs"], rows)
+
+
+def _pairs_of_tokens(config: RunConfig, tokens: int, draws: int) -> list:
+    """The first random pairs that have so many tokens under all draws, and no fewer than two."""
+    pairs, total = [], 0
+    for pair in dialogue_pairs(config, max(2, 2 * tokens // 64), 7, config.benchmark.shape.vocab_size):
+        pairs.append(pair)
+        total += draws * (2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids))
+        if total >= tokens and len(pairs) >= 2:
+            break
+    return pairs
+
+
+def _predictions(config: RunConfig, machine, rows: Sequence[dict], ceiling: float) -> tuple[str, list[dict]]:
+    """Tokens per second on other cards, from the share of the matrix speed that training reached on this one."""
+    training = [row for row in rows if row["setting"]["work"] == "train" and not row["problem"]]
+    plain = [row for row in training if row["setting"]["quantization"] == "none"]
+    if not (plain and config.benchmark.predicted):
+        return "", []
+    found = []
+    for card in config.benchmark.predicted:
+        for row in training:
+            setting = StepSetting(**row["setting"])
+            if setting.quantization == "none":
+                continue
+            alike = [other for other in plain if other["setting"]["compile"] == setting.compile]
+            if not alike:
+                continue
+            near = min(alike, key=lambda other: _distance(other["setting"], row["setting"]))
+            passes = training_passes(setup_of(config, machine, StepSetting(**near["setting"])))
+            share = near["flops_per_s"] / ceiling * passes / 2  # of operations done, recomputed ones too
+            setup = setup_of(config, machine, setting)
+            speed = predicted_tokens_per_s(
+                setup,
+                row["useful_flops"] / 2 / row["tokens"],
+                row["tokens"] / row["micro_steps"],
+                Device(card.tflops * share, card.memory_gb_per_s),
+            )
+            found.append({"card": card.name, "setting": row["setting"], "share": share, "tokens_per_s": speed})
+    return predictions_section(found, [dataclasses.asdict(card) for card in config.benchmark.predicted]), found
+
+
+def predictions_section(found: Sequence[Mapping[str, Any]], cards: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens per second on cards that were not there, and how that was reckoned."""
+    rows = [
+        [entry["card"], describe(entry["setting"]), f"{entry['share']:.0%}", f"{entry['tokens_per_s']:,.0f}"]
+        for entry in found
+    ]
+    sheets = "; ".join(f"{c['name']} {c['tflops']:g} TFLOP/s and {c['memory_gb_per_s']:g} GB/s" for c in cards)
+    table = markdown(["predicted, not measured", "step", "share of matrix speed taken over", "tokens/s"], rows)
+    return (
+        f"\n\n{table}\n\nReckoned, for a micro-step: its operations, recomputed ones too, at the share of the "
+        "datasheet's matrix speed that unquantised weights reached here with the nearest micro-step; and 2.5 bytes a "
+        f"weight and pass at the datasheet's bandwidth, for unpacking. Datasheets: {sheets}."
+    )
+
+
+def _distance(other: dict, setting: dict) -> tuple[bool, int]:
+    """How unlike two settings are, for one to stand for the other."""
+    name = "gradient_checkpointing"
+    return other[name] != setting[name], abs(other["token_budget"] - setting["token_budget"])
+
+
+def _unless_uncompiled(work: Callable[[], Measured], setting: StepSetting) -> Measured:
+    """What the work gives; where the compiler fails (it needs a C compiler, say), its reason as the problem."""
+    try:
+        return work()
+    except RuntimeError as error:
+        if not setting.compile:
+            raise
+        return Measured(problem=f"not compiled: {str(error).strip().partition(chr(10))[0]}")
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, rows: int, shape: Shape) -> float:
@@ -27,15 +202,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, rows: int, shape: Shap
     left = torch.randn(rows, shape.d_model, device=device, dtype=dtype)
     right = torch.randn(shape.mlp_hidden_size, shape.d_model, device=device, dtype=dtype).t()  # as weights are stored
     out = torch.empty(rows, shape.mlp_hidden_size, device=device, dtype=dtype)
-    once = timed(lambda: torch.mm(left, right, out=out), device)
-    once = min(once, timed(lambda: torch.mm(left, right, out=out), device))
+
+    def multiply(times: int) -> float:
+        return timed(lambda: [torch.mm(left, right, out=out) for _ in range(times)], device)[0]
+
+    once = min(multiply(1), multiply(1))
     times = max(3, round(PRODUCT_SECONDS / max(once, 1e-6)))
-    wait(device)
-    started = time.perf_counter()
-    for _ in range(times):
-        torch.mm(left, right, out=out)
-    wait(device)
-    return 2 * rows * shape.d_model * shape.mlp_hidden_size * times / (time.perf_counter() - started)
+    return 2 * rows * shape.d_model * shape.mlp_hidden_size * times / multiply(times)
 
 
 def work_of(items: Sequence[Item]) -> Work:
@@ -60,7 +233,7 @@ def where_time_goes(work: Callable[[], object], device: torch.device) -> tuple[f
     """Seconds of one time, and the seconds of its kernels (on the CPU: operators) by kind."""
     kinds = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
     with profile(activities=kinds, acc_events=True) as record:
-        seconds = timed(work, device)
+        seconds, _ = timed(work, device)
     found: dict[str, float] = {}
     own = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
     for event in record.key_averages():
@@ -75,16 +248,3 @@ def where_time_goes(work: Callable[[], object], device: torch.device) -> tuple[f
 def kernel_kind(name: str, kinds: Mapping[str, str] | None = None) -> str:
     """What a kernel's or operator's name says that it does; "other" where no pattern knows it."""
     return next((kind for kind, pattern in (kinds or KINDS).items() if re.search(pattern, name)), OTHER)
-
-
-OTHER = "other"
-KINDS = {  # the first that matches counts
-    "fused by the compiler": r"^triton_",
-    "unpacking 4 bits": r"(?i)dequant|gemv_4bit|gemm_4bit",
-    "attention": r"(?i)flash|fmha|attention|attn|softmax_warp",
-    "matrix products": r"(?i)gemm|cutlass|nvjet|xmma|cublas|gemv|dot_kernel|::(mm|addmm|bmm|linear|matmul)\b|splitK",
-    "norms": r"(?i)norm",
-    "copies and casts": r"(?i)memcpy|memset|copy|cat_|::cat\b|CatArray|::to\b|convert",
-    "lookups": r"(?i)index|gather|scatter|embedding",
-    "element-wise and sums": r"(?i)elementwise|reduce_(kernel|forward|backward)|foreach|::(add|mul|sub|div|exp|silu)",
-}

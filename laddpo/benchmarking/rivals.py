@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from laddpo.hardware.measuring import resident_bytes
 from laddpo.models.adapters import adapter_disabled
 from laddpo.preference.encoding.encode import EncodedPair
 
@@ -26,7 +27,30 @@ FLOOR = 1e-3  # p_mask = (1 - FLOOR) t + FLOOR
 TILE_ROWS, TILE_COLUMNS = 4096, 8192  # of TRL's head: positions and vocabulary entries projected at a time
 
 
-class PublicLaddpo:
+class Rival:
+    """One pair after the other, as with a device batch of one and gradient accumulation."""
+
+    name: str
+    beta: float
+    extra_bytes = 0  # beside the policy, all the time
+
+    def prepare(self, pairs: Sequence[EncodedPair], draws: int) -> None:
+        """Rivals store nothing."""
+
+    def step(self, pairs: Sequence[EncodedPair], draws: int) -> float:
+        """Add the gradient of the pairs' mean loss; the loss."""
+        total = 0.0
+        for pair in pairs:
+            loss = -logsigmoid(self.beta * self.margin(pair, draws))
+            (1 / len(pairs) * loss).backward()
+            total += float(loss.detach()) / len(pairs)
+        return total
+
+    def margin(self, pair: EncodedPair, draws: int) -> Tensor:
+        raise NotImplementedError
+
+
+class PublicLaddpo(Rival):
     """One pair's step: 4n forward passes of one row of `max_length` tokens, 2n of them kept for one backward pass."""
 
     name = "public_laddpo"
@@ -38,10 +62,10 @@ class PublicLaddpo:
         for module in self.reference.modules():  # a copied 4-bit layer would hold the scales of its weight twice
             if getattr(module, "quant_state", None) is not None:
                 module.quant_state = module.weight.quant_state
+        self.extra_bytes = resident_bytes(self.reference)
         self.generator = torch.Generator().manual_seed(0)
 
-    def step(self, pair: EncodedPair, draws: int, scale: float) -> float:
-        """Add the gradient of `scale` times the pair's loss; the loss."""
+    def margin(self, pair: EncodedPair, draws: int) -> Tensor:
         margin = 0.0
         for sign, response in ((1.0, pair.chosen_ids), (-1.0, pair.rejected_ids)):
             row = self._padded(pair.prompt_ids, response)
@@ -49,9 +73,7 @@ class PublicLaddpo:
             with torch.no_grad():
                 reference = torch.stack([self._estimate(self.reference, row) for _ in range(draws)]).mean()
             margin = margin + sign * (policy - reference)
-        loss = -logsigmoid(self.beta * margin)
-        (scale * loss).backward()
-        return float(loss.detach())
+        return margin
 
     def _padded(self, *parts) -> Tensor:
         """Prompt and response, filled up with padding. # int64 [1, max_length]"""
@@ -69,7 +91,7 @@ class PublicLaddpo:
         return (logps * masked / p.to(row.device)).sum() / row.numel()
 
 
-class TrlLike:
+class TrlLike(Rival):
     """One pair's step: one batch of 2n padded rows for the policy, the same without the adapter for the reference."""
 
     def __init__(self, model, mask_token_id: int, pad_token_id: int, beta: float, head: str = "full"):
@@ -77,16 +99,13 @@ class TrlLike:
         self.beta, self.head, self.name = beta, head, f"trl_like ({head} logits)"
         self.generator = torch.Generator().manual_seed(0)
 
-    def step(self, pair: EncodedPair, draws: int, scale: float) -> float:
-        """Add the gradient of `scale` times the pair's loss; the loss."""
+    def margin(self, pair: EncodedPair, draws: int) -> Tensor:
         rows, present, scored, weights = self._batch(pair, draws)
         policy = self._row_logps(rows, present, scored, weights)
         with torch.no_grad(), adapter_disabled(self.model):
             reference = self._row_logps(rows, present, scored, weights)
         chosen, rejected = (policy - reference).chunk(2)
-        loss = -logsigmoid(self.beta * (chosen.mean() - rejected.mean()))
-        (scale * loss).backward()
-        return float(loss.detach())
+        return chosen.mean() - rejected.mean()
 
     def _batch(self, pair: EncodedPair, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Token ids, which of them are real, which are masked [2n, longest], and the weight of each row [2n]."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from laddpo.errors import RunFault
 from laddpo.models.adapters import ADAPTER_FILES
+from laddpo.settings.schema import RunConfig
 from laddpo.storage.json_lines import JsonLines
 from laddpo.storage.seals import sealed_file
 
@@ -55,3 +59,43 @@ def trained(folder: Path) -> Trained:
     losses = [row["loss"] for row in rows if "loss" in row]
     adapter = load_file(sealed_file(folder / "adapter_last", ADAPTER_FILES[1]))
     return Trained(losses, torch.cat([adapter[name].flatten() for name in sorted(adapter)]))
+
+
+def nano_part(config: RunConfig, machine) -> tuple[str, dict]:
+    """The embedded model trained twice from the same seed: on the CPU, and on this device (or packed otherwise)."""
+    steps = config.benchmark.nano_steps
+    ways = {"CPU": ["hardware.device=cpu", "hardware.token_budget=4096"]}
+    if machine.device.type == "cuda":
+        ways["this GPU"] = ["hardware.device=cuda", "hardware.token_budget=4096"]
+    else:
+        ways["CPU, smaller micro-steps"] = ["hardware.device=cpu", "hardware.token_budget=512"]
+    with tempfile.TemporaryDirectory(prefix="laddpo-") as scratch:
+        folders = {name: Path(scratch) / str(number) for number, name in enumerate(ways)}
+        for name, overrides in ways.items():
+            data = folders[name].with_suffix(".data")  # each computes its own reference
+            train_nano([*overrides, f"optim.max_train_steps={steps}"], folders[name], data)
+        text, record = nano_section({name: trained(folder) for name, folder in folders.items()})
+    return f"{steps} steps of llada_nano on the embedded pairs, float32, same seed.\n\n{text}", record
+
+
+def nano_section(found: Mapping[str, Trained]) -> tuple[str, dict[str, Any]]:
+    """Two runs that differ by rounding alone: their losses step by step, and where they end."""
+    (name, first), (other, second) = found.items()
+    steps = min(len(first.losses), len(second.losses))
+    gaps = np.abs(np.subtract(first.losses[:steps], second.losses[:steps]))
+    apart = float((first.adapter - second.adapter).norm() / first.adapter.norm())
+    record = {
+        "compared": [name, other],
+        "steps": steps,
+        "first_loss_difference": float(gaps[0]),
+        "largest_loss_difference": float(gaps.max()),
+        "last_losses": [first.losses[-1], second.losses[-1]],
+        "adapter_relative": apart,
+        "losses": {name: first.losses, other: second.losses},
+    }
+    text = (
+        f"{name} against {other}: losses differ by {gaps[0]:.1e} in the first step and by {gaps.max():.1e} at most; "
+        f"the last are {first.losses[-1]:.6f} and {second.losses[-1]:.6f}. The adapters end {apart:.1e} apart, "
+        "relative to their size."
+    )
+    return text, record

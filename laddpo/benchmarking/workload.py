@@ -5,6 +5,7 @@ Token ids are random: time and memory depend on lengths alone.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -13,15 +14,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from laddpo.benchmarking.contenders import build_contenders
+from laddpo.hardware.memory import Setup
+from laddpo.hardware.planning import memory_setup
+from laddpo.inputs import policy
 from laddpo.models.families import find_family
 from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.quantization import quantization_config, quantized_linear, settle_quantized
 from laddpo.preference.encoding.encode import EncodedPair
+from laddpo.settings.schema import QuantizationSettings, RunConfig, StepSetting, keywords
 
 Z99 = 2.3263478740408408  # the 99th percentile of the standard normal
 SHORTEST = 8  # tokens of prompt and of response
 ARCHITECTURE = {"architectures": ["LLaDAModelLM"]}
 RESPONSE_SPREAD = 0.4  # standard deviation of log(rejected / chosen length)
+STORAGE = {"none": {}, "nf4": {"load_in_4bit": True}, "int8": {"load_in_8bit": True}}
 
 
 def length_parameters(mean: float, p99: float) -> tuple[float, float]:
@@ -98,3 +105,67 @@ def random_model(
 def longest_sequence(pairs: list[EncodedPair]) -> int:
     """Tokens of the longest prompt + response."""
     return max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+
+
+def random_policy(config: RunConfig, machine, quantization: QuantizationSettings, prepare=None):
+    """Random weights in the benchmark's shape under a fresh adapter; `prepare` changes the base before it is put on."""
+    shape, stored = keywords(config.benchmark.shape), policy.storage_of(quantization)
+    model = random_model(shape, config.seed, machine.device, machine.dtype, stored)
+    if prepare is not None:
+        prepare(model)
+    policy.attach_adapter(config, model)
+    return model
+
+
+def quantization_of(name: str) -> QuantizationSettings:
+    """The config group of that name."""
+    return QuantizationSettings(**STORAGE[name])
+
+
+def setup_of(config: RunConfig, machine, setting: StepSetting) -> Setup:
+    """The memory plan's view of a setting."""
+    taken = ("gradient_checkpointing", "offload_activations", "embeddings_on_cpu")
+    changed = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, shape=config.benchmark.shape),
+        quantization=quantization_of(setting.quantization),
+        hardware=dataclasses.replace(config.hardware, **{name: getattr(setting, name) for name in taken}),
+        optim=dataclasses.replace(config.optim, optimizer=setting.optimizer),
+    )
+    return memory_setup(changed, machine.device.type, machine.precision)
+
+
+def dialogue_pairs(config: RunConfig, count: int, seed: int, vocab_size: int) -> list:
+    """Pairs of random tokens, mask and padding not among them, as long as the benchmark's settings say."""
+    wanted = config.benchmark
+    lengths = (wanted.mean, wanted.p99, wanted.prompt_mean, wanted.max_length)
+    return random_pairs(count, vocab_size - 2, *lengths, config.seed + seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """The policy with its adapter, and everything that is measured around it, by name."""
+
+    model: object
+    contenders: dict
+
+
+def open_bench(config: RunConfig, machine) -> Bench:
+    """A fresh model with a fresh adapter: parts do not see one another's settings."""
+    wanted, shape = config.benchmark, shape_of(config)
+    if wanted.weights == "model":
+        loaded = policy.load(config, machine)
+        policy.make_trainable(config, loaded)
+        model, mask, pad = loaded.model, loaded.denoiser.mask_token_id, loaded.tokenizer.pad_token_id
+    else:
+        model = random_policy(config, machine, config.quantization)
+        mask, pad = shape.vocab_size - 1, shape.vocab_size - 2
+    return Bench(model, build_contenders(model, mask, pad, wanted.max_length, wanted.token_budget))
+
+
+def shape_of(config: RunConfig):
+    return config.benchmark.shape if config.benchmark.weights == "random" else config.model.shape
+
+
+def pairs_of(config: RunConfig, seed: int = 0) -> list:
+    return dialogue_pairs(config, config.benchmark.pairs, seed, shape_of(config).vocab_size)

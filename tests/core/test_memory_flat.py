@@ -142,7 +142,7 @@ def test_both_heads_of_trl_like_give_one_loss_and_one_gradient(model, pairs):
         with torch.no_grad():
             for name, parameter in trainable_parameters(model).items():
                 parameter.fill_(0.01 if "lora_B" in name else 0.02)
-        loss = contender.rival.step(pairs[0], 3, 1.0)
+        loss = contender.step(pairs[:1], 3)
         found.append((loss, torch.cat([p.grad.flatten() for p in trainable_parameters(model).values()])))
     model.zero_grad()
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
@@ -152,7 +152,7 @@ def test_both_heads_of_trl_like_give_one_loss_and_one_gradient(model, pairs):
 
 def test_trl_like_scores_the_same_masked_rows_as_a_plain_softmax(model, pairs):
     """Its weighted sum over masked tokens, from the model's full logits by hand."""
-    rival = build_contenders(model, MASK, PAD, TOKENS, TOKENS)["trl_like (chunked logits)"].rival
+    rival = build_contenders(model, MASK, PAD, TOKENS, TOKENS)["trl_like (chunked logits)"]
     rows, present, scored, weights = rival._batch(pairs[0], 2)
     noisy = rows.masked_fill(scored, MASK)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_trl_like_scores_the_same_masked_rows_as_a_plain_softmax(model, pairs):
 
 
 def test_public_laddpo_scores_prompt_and_padding_with_masks_of_its_own(model, pairs):
-    rival = build_contenders(model, MASK, PAD, 2 * TOKENS, TOKENS)["public_laddpo"].rival
+    rival = build_contenders(model, MASK, PAD, 2 * TOKENS, TOKENS)["public_laddpo"]
     row = rival._padded(pairs[0].prompt_ids, pairs[0].chosen_ids)
     assert row.shape == (1, 2 * TOKENS) and (row[0, TOKENS:] == PAD).all()
     with torch.no_grad():

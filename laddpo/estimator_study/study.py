@@ -1,0 +1,80 @@
+"""The whole study: every setting at every number of draws, reference first, then the policy under the same masks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from laddpo.core.budget import TokenBudget
+from laddpo.core.elbo import Denoiser
+from laddpo.core.objectives import DpoObjective
+from laddpo.estimator_study import techniques
+from laddpo.estimator_study.noise import SETTINGS, drift, measure, reference_values, summarise
+from laddpo.estimator_study.report import length_words
+
+if TYPE_CHECKING:
+    from laddpo.preference.encoding.encode import EncodedPair
+
+
+def run_study(
+    denoiser: Denoiser,
+    parameters: Sequence[Tensor],
+    pairs: Sequence[EncodedPair],
+    objective: DpoObjective,
+    *,
+    settings: Sequence[str],
+    draws: Sequence[int],
+    evaluations: int,
+    gradient_pairs: int,
+    seed: int,
+    token_budget: int | TokenBudget,
+    as_reference: AbstractContextManager,
+    become_policy: Callable[[], object],
+) -> dict[str, Any]:
+    """Everything that variance.json holds about the masks.
+
+    `settings`: rows of SETTINGS, none for all. The denoiser is the reference within `as_reference`, and the policy
+    after `become_policy`.
+    """
+    few = pairs[:gradient_pairs]
+    jobs = [(name, n) for name in settings or SETTINGS for n in draws]
+    studied = [(name, n) for name, n in jobs if name == "default" and n > 1]
+    bar = functools.partial(tqdm, unit="setting", dynamic_ncols=True)
+
+    references, mixtures = {}, {}
+    with as_reference:
+        for name, n in bar(jobs, desc="reference"):
+            row = SETTINGS[name]
+            references[name, n] = reference_values(denoiser, pairs, row, n, seed, evaluations, token_budget)
+        for name, n in studied:
+            estimator_of = functools.partial(SETTINGS[name].of, n, seed)
+            mixtures[n] = techniques.reference_mixture(denoiser, estimator_of, evaluations, few)
+
+    become_policy()
+    measured, common = {}, (objective, len(few), token_budget)
+    for name, n in bar(jobs, desc="policy"):
+        values = references.pop((name, n))
+        measured[name, n] = measure(denoiser, parameters, pairs, name, SETTINGS[name], n, seed, values, *common)
+
+    tried = {}
+    for name, n in bar(studied, desc="techniques"):
+        step = (denoiser, parameters, few, token_budget)
+        tried[n] = techniques.study(measured[name, n], mixtures[n], objective, *step)
+
+    best = measured[max(jobs, key=lambda job: (job[0] == "default", job[1]))]
+    return {
+        "pairs": len(pairs),
+        "gradient_pairs": len(few),
+        "evaluations": evaluations,
+        "trainable_parameters": sum(p.numel() for p in parameters),
+        "response_tokens": length_words(pairs),
+        "drift": drift(best),
+        "settings": summarise(list(measured.values()), objective.beta, np.random.default_rng(seed)),
+        "techniques": tried,
+    }
