@@ -98,7 +98,10 @@ class WorkerGrader:
             self._worker = self._pipe = None
 
 
-def math_grader(answers: Sequence[str] = ()) -> FunctionGrader | WorkerGrader:
+Grader = FunctionGrader | WorkerGrader
+
+
+def math_grader(answers: Sequence[str] = ()) -> Grader:
     """math-verify where it is installed, else the plain comparison of final numbers; `.name` says which.
 
     Without math-verify a gold answer that is a formula is a `UserError`: at once where it is among `answers`.
@@ -131,12 +134,12 @@ def same_final_number(text: str, answer: str) -> bool:
     return found is not None and found == gold
 
 
-def text_grader(name: str, answers: Sequence[str]) -> FunctionGrader | WorkerGrader:
+def text_grader(name: str, answers: Sequence[str]) -> Grader:
     """The grader of that name, for texts whose gold answers are `answers`."""
     return GRADERS[name](answers)
 
 
-def auto_grader(answers: Sequence[str]) -> FunctionGrader | WorkerGrader:
+def auto_grader(answers: Sequence[str]) -> Grader:
     """ "math" if every answer is a number or a formula, else "exact"."""
     return text_grader("math" if all(FORMULA.fullmatch(answer) for answer in answers) else "exact", answers)
 
@@ -225,7 +228,7 @@ def _delimited(formula: str) -> str:
 CHOICE = re.compile(r"(?<![\w'])([B-H1-8]|A(?!\s+(?!(?:is|was|because|since|as|for|and|or|but)\b)[a-z]))(?![\w'])")
 FORMULA = re.compile(r"[-+$\\]?[\d.,]+%?|\$?\\?[\\{}()\[\]\d\s+\-*/^_.,a-z]*\\[a-z]+.*\$?")
 
-GRADERS: dict[str, Callable[[Sequence[str]], FunctionGrader | WorkerGrader]] = {
+GRADERS: dict[str, Callable[[Sequence[str]], Grader]] = {
     "auto": auto_grader,
     "exact": lambda answers: FunctionGrader("equal text", same_text),
     "number": lambda answers: FunctionGrader("equal final number", same_final_number),

@@ -7,17 +7,17 @@ imports anything heavy when it is loaded.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from laddpo.errors import UserError, choose
 from laddpo.preference.embedded import arithmetic
 from laddpo.preference.embedded.word_problems import INSTRUCTION as GSM8K_INSTRUCTION
 from laddpo.preference.embedded.word_problems import word_problems
 from laddpo.preference.reading.pairs import Message, Prompt, user_prompt
-from laddpo.problems.grading import FunctionGrader, math_grader, same_choice, same_final_number, text_grader
+from laddpo.problems.grading import FunctionGrader, Grader, math_grader, same_choice, text_grader
 from laddpo.problems.rows import is_choices, local_file, matches, task_rows
 
 GSM8K_HUB_ID = "openai/gsm8k"
@@ -37,14 +37,6 @@ ARC_FIELDS = (
 )
 ARC_INSTRUCTION = "\n\nAnswer with the letter of the right choice alone."
 FILE_ANSWER = ("answer", "text or a number", lambda value: isinstance(value, (str, int, float)) and str(value).strip())
-
-
-class Grader(Protocol):
-    name: str
-
-    def grade_all(self, texts: Sequence[str], answers: Sequence[str]) -> list[bool]: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -135,7 +127,7 @@ def word_problems_task(options: TaskOptions) -> Task:
         for problem in problems
     ]
     described = {"split": options.split, "seed": options.seed, "items": len(items)}
-    return Task("word_problems", items, FunctionGrader("equal final number", same_final_number), described)
+    return Task("word_problems", items, text_grader("number", ()), described)
 
 
 def gsm8k_task(options: TaskOptions) -> Task:

@@ -16,7 +16,6 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
     is_from_scratch = stage == "sft" and config.sft.from_scratch  # what is recommended is for trained weights
     is_large = config.model.shape.n_layers >= 16
     is_arithmetic, kind = config.data.source == "arithmetic", "LoRA" if is_lora else "full fine-tuning"
-    law, schedule = ESTIMATORS[dpo.estimator], COUNT_SCHEDULES[dpo.schedule]
     repeats_masks = optim.num_train_epochs > dpo.mask_rounds and optim.max_train_steps is None
     notes = [
         (
@@ -43,21 +42,10 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
             f"optim.max_train_steps={optim.max_train_steps} ends within the warm-up of optim.num_warmup_steps="
             f"{optim.num_warmup_steps}: the learning rate never reaches its value.",
         ),
-        (bool(law.note), f"dpo.estimator={dpo.estimator} {law.note}"),
         (
             is_lora and config.adapter.use_dora,
             "adapter.use_dora=true keeps PEFT's arithmetic: a step takes about twice the memory that the plan counts, "
             "and twice the time (llada_nano, bf16).",
-        ),
-        (bool(schedule.note), f"dpo.schedule={dpo.schedule} {schedule.note}"),
-        (
-            bool(dpo.diffusion_samples % law.together) and not law.refuses_parts,
-            f"dpo.diffusion_samples={dpo.diffusion_samples} is no multiple of the {law.together} draws that "
-            f"dpo.estimator={dpo.estimator} makes together; a multiple has less noise per draw{_fitting_laws(dpo)}.",
-        ),
-        (
-            not dpo.common_random_numbers,
-            "dpo.common_random_numbers=false makes the score about a thousand times noisier; it exists for comparison.",
         ),
         (
             repeats_masks,
@@ -79,12 +67,24 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
             f"hardware.precision=fp32 doubles the memory and more than doubles the time of bf16 for {name}.",
         ),
     ]
-    return [note for applies, note in notes if applies]
+    return [note for applies, note in [*notes, *_notes_on_draws(dpo)] if applies]
 
 
-def _fitting_laws(dpo: DpoSettings) -> str:
-    """The estimators whose draws come in groups that fit the number of draws, as the end of a sentence."""
-    fitting = [
-        name for name, law in ESTIMATORS.items() if law.together > 1 and dpo.diffusion_samples % law.together == 0
+def _notes_on_draws(dpo: DpoSettings) -> list[tuple[bool, str]]:
+    """Whether each note on the masked draws applies, and the note."""
+    law, schedule, n = ESTIMATORS[dpo.estimator], COUNT_SCHEDULES[dpo.schedule], dpo.diffusion_samples
+    fitting = [name for name, row in ESTIMATORS.items() if row.together > 1 and n % row.together == 0]
+    cure = f"; {n} draws suit dpo.estimator={' or '.join(fitting)}" if fitting else ""
+    return [
+        (bool(law.note), f"dpo.estimator={dpo.estimator} {law.note}"),
+        (bool(schedule.note), f"dpo.schedule={dpo.schedule} {schedule.note}"),
+        (
+            bool(n % law.together) and not law.refuses_parts,
+            f"dpo.diffusion_samples={n} is no multiple of the {law.together} draws that "
+            f"dpo.estimator={dpo.estimator} makes together; a multiple has less noise per draw{cure}.",
+        ),
+        (
+            not dpo.common_random_numbers,
+            "dpo.common_random_numbers=false makes the score about a thousand times noisier; it exists for comparison.",
+        ),
     ]
-    return f"; {dpo.diffusion_samples} draws suit dpo.estimator={' or '.join(fitting)}" if fitting else ""

@@ -154,11 +154,11 @@ def pair_grader(config: RunConfig, questions: list):
     """Tells right answers to `questions` from wrong ones: exact for the embedded problems, else the one that
     data.grader names."""
     from laddpo.preference.embedded import arithmetic
-    from laddpo.problems.grading import FunctionGrader, same_final_number, text_grader
+    from laddpo.problems.grading import FunctionGrader, text_grader
 
     is_embedded = config.data.dataset_name is None and config.data.grader == "auto"
     if is_embedded and config.data.problems == "word_problems":
-        return FunctionGrader("equal final number", same_final_number)
+        return text_grader("number", ())
     if is_embedded:
         return FunctionGrader("exact final answer", arithmetic.grade)
     return text_grader(config.data.grader, [question.answer for question in questions])
