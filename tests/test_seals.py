@@ -36,7 +36,6 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "evaluation.run_task": "every line has a check",
     "results.exporting": "after require_sealed; the base's README.md for its licence",
     "storage.folders": "what kind of folder it is: marks and manifests, which decide no value",
-    "models.adapter_settings": "after require_sealed",
     "models.adapters": "after require_sealed",
     "models.foreign": "after require_sealed of its callers",
     "models.loading": "after require_sealed; remembered digests are no content",

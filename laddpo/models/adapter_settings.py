@@ -20,6 +20,7 @@ from laddpo.models.foreign import (
     only,
     optional,
     read_settings,
+    tensor_shapes,
     text,
     whole,
 )
@@ -64,23 +65,17 @@ def read_adapter_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
         )
     taken = {name: value for name, value in checked(file, content, ADAPTER_FIELDS).items() if value is not None}
     if "target_modules" not in taken:
-        raise UserError(f"{file}: has no target_modules; expected the layers of the adapter. Copy the adapter anew.")
+        raise UserError(f"{file}: has no target_modules; expected the layers of the adapter. Copy the adapter again.")
     return file, taken
 
 
 def require_own_rank(file: Path, taken: Mapping[str, Any]) -> None:
     """Matrices are made as the settings say before they are filled: no larger than those in the file."""
-    from safetensors import safe_open
-
     weights = file.parent / ADAPTER_FILES[1]
     if not weights.exists():
         raise missing_file(weights)
-    try:
-        with safe_open(str(weights), "pt") as content:
-            shapes = [content.get_slice(n).get_shape() for n in content.keys() if ".lora_A." in n]  # noqa: SIM118
-    except Exception as error:
-        raise UserError(f"{weights}: is no whole safetensors file ({error}); copy the adapter anew.") from error
-    largest = max((shape[0] for shape in shapes if shape), default=0)
+    shapes = tensor_shapes(weights, "Copy the adapter again.")
+    largest = max((shape[0] for name, shape in shapes.items() if ".lora_A." in name and shape), default=0)
     asked = max([taken.get("r", 8), *taken.get("rank_pattern", {}).values()])
     if asked > largest:
         raise UserError(

@@ -20,6 +20,7 @@ from laddpo.errors import UserError
 from laddpo.models import lora
 from laddpo.models.adapter_settings import ADAPTER_FILES, missing_file, read_adapter_settings, require_own_rank
 from laddpo.models.families import find_family
+from laddpo.models.foreign import tensor_shapes
 from laddpo.models.foreign_logs import quiet_bitsandbytes
 from laddpo.models.linears import ALL_LINEAR, match_linears, unknown_target
 from laddpo.models.lora import ADAPTER as NAME
@@ -54,7 +55,7 @@ def attach_lora(
     from peft import LoraConfig, inject_adapter_in_model
 
     if has_adapter(model):
-        raise UserError("the model already carries an adapter; expected none. Load the base model anew.")
+        raise UserError("the model already carries an adapter; expected none. Load the base model again.")
     if path is not None:
         config = _read_adapter_config(Path(path).expanduser(), model)
     else:
@@ -130,8 +131,6 @@ def check_adapter_files(folder: Path, linears: Mapping[str, tuple[int, int]]) ->
     `linears`: (inputs, outputs) of the linear layers of the model's blocks, by full name. Whether every layer that the
     adapter wants has its tensors is seen when it is attached.
     """
-    from safetensors import SafetensorError, safe_open
-
     read_adapter_settings(folder)
     file = folder / ADAPTER_FILES[1]
     if not file.exists():
@@ -141,16 +140,11 @@ def check_adapter_files(folder: Path, linears: Mapping[str, tuple[int, int]]) ->
         note_once(
             f"{folder}: has no {manifests.MANIFEST}, unlike every adapter of a run; its files are read unchecked."
         )
-    try:
-        with safe_open(str(file), "pt") as content:
-            shapes = {name: content.get_slice(name).get_shape() for name in sorted(content.keys())}
-    except SafetensorError as error:
-        raise UserError(f"{file}: is no whole safetensors file ({error}); copy the adapter anew.") from error
     unknown, reshaped = [], []
-    for name, shape in shapes.items():
+    for name, shape in tensor_shapes(file, "Copy the adapter again.").items():
         module, _, part = name.removeprefix(PREFIX).partition(".lora_")
         inputs, outputs = linears.get(module, (0, 0))
-        fits = {"A.weight": shape[1:] == [inputs], "B.weight": shape[:1] == [outputs]}
+        fits = {"A.weight": shape[1:] == (inputs,), "B.weight": shape[:1] == (outputs,)}
         if module not in linears:
             unknown.append(name)
         elif not fits.get(part, True):

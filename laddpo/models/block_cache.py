@@ -62,7 +62,7 @@ class BlockCache:
         return torch.arange(self.width, device=starts.device).expand(len(starts), -1)
 
     def _open(self, starts: Tensor) -> Tensor:
-        """Columns that are computed anew: the block, and for "prefix" all that follows. # [a, Q]
+        """Columns that are computed again: the block, and for "prefix" all that follows. # [a, Q]
 
         Items at different blocks have different numbers of columns left; the last one is repeated, harmlessly.
         """

@@ -9,7 +9,7 @@ import torch
 
 from laddpo.errors import UserError
 from laddpo.models.families import Family
-from laddpo.models.foreign import checked, mapped, read_settings, text
+from laddpo.models.foreign import checked, mapped, read_settings, tensor_shapes, text
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 WEIGHTS = "*.safetensors"
@@ -67,17 +67,11 @@ def require_safetensors(folder: Path) -> None:
 
 def require_fitting_weights(folder: Path, config, family: Family) -> None:
     """Compare the names and shapes in the files with the config's, before any weight is read. Raises `UserError`."""
-    from safetensors import safe_open
-
     with torch.device("meta"):
         wanted = {name: tuple(t.shape) for name, t in family.model_class(config).state_dict().items()}
     found: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
-        try:
-            with safe_open(str(file), "pt") as content:
-                found |= {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise UserError(f"{file}: cannot be read ({error}). It is damaged or incomplete: get it again.") from error
+        found |= tensor_shapes(file, "It is damaged or incomplete: get it again.")
     problems = [
         f"{folder}: weights and config.json disagree: {len(names)} tensors {kind} (first: {min(names)}). "
         "Check that all files come from one checkpoint, and that its weights are not quantised."

@@ -98,7 +98,7 @@ FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The file's JSON object, whatever its fields hold. Raises `UserError` for anything else."""
-    cure = "Get the file anew from where the checkpoint came from."
+    cure = "Get the file again from where the checkpoint came from."
     try:
         size = path.stat().st_size
         if size > MOST_BYTES:
@@ -111,11 +111,22 @@ def read_settings(path: Path) -> dict[str, Any]:
     return content
 
 
+def tensor_shapes(file: Path, cure: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, from the head of a safetensors file. Raises `UserError` when the file is not whole."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(file), "np") as content:
+            return {name: tuple(content.get_slice(name).get_shape()) for name in sorted(content.keys())}
+    except Exception as error:
+        raise UserError(f"{file}: is no whole safetensors file ({error}). {cure}") from error
+
+
 def checked(path: Path, content: Mapping[str, Any], table: Mapping[str, Kind]) -> dict[str, Any]:
     """The fields that both have. Raises `UserError` with every field of another kind."""
     found = {name: value for name, value in content.items() if name in table}
     problems = [
-        f"{path}: {name} is {shown(value)}; expected {table[name].words}. Correct it, or get the file anew."
+        f"{path}: {name} is {shown(value)}; expected {table[name].words}. Correct it, or get the file again."
         for name, value in found.items()
         if not table[name].holds(value)
     ]

@@ -62,7 +62,7 @@ class ShardedDenoiser(TransformerDenoiser):
         self.ranks.any(True)  # before the first exchange of a forward, so that every rank is in one
 
     def _idle(self, with_gradients: bool) -> None:
-        """One pass over two tokens, for the sake of the others."""
+        """One pass over two tokens, so that the others can gather their weights."""
         with torch.set_grad_enabled(with_gradients):
             logps = self.token_logps(self._two_tokens())
             if with_gradients:

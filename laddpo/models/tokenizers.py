@@ -45,7 +45,7 @@ def build_tokenizer(folder: Path):
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {reason}). {TOKENIZER} and {SETTINGS} "
-            "must be whole and of one checkpoint; copy them anew."
+            "must be whole and of one checkpoint; copy them again."
         ) from error
     tokenizer.name_or_path = str(folder)
     return tokenizer
@@ -78,7 +78,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         try:
             content["chat_template"] = template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{template}: cannot be read as UTF-8 text ({error}). Copy it anew.") from error
+            raise UserError(f"{template}: cannot be read as UTF-8 text ({error}). Copy it again.") from error
     return {**content, "added_tokens_decoder": tokens}
 
 

@@ -1,7 +1,7 @@
 """What a block does to each token by itself, in few passes over memory and with little kept for the backward pass.
 
 Plain autograd reads and writes float32 copies of queries and keys for the rotation, and keeps an MLP-wide tensor that
-the backward pass can make anew. Values and gradients are those of the plain form to the bit
+the backward pass can make again. Values and gradients are those of the plain form to the bit
 (tests/models/test_tokenwise.py), and a test counts a block's passes (tests/models/test_block_traffic.py).
 """
 

@@ -35,7 +35,6 @@ from laddpo.errors import UserError
 from laddpo.settings.checks import EPOCHS, STEPS, find_problems
 from laddpo.settings.mistakes import (
     REMOVED,
-    Composed,
     diagnose,
     forbidden,
     foreign_code,
@@ -47,7 +46,7 @@ from laddpo.settings.mistakes import (
 from laddpo.settings.path_checks import path_problem, path_problems
 from laddpo.settings.ranges import CONF_DIR, PATHS
 from laddpo.settings.read_settings import unread_problems
-from laddpo.settings.redaction import find_secrets, foreign_variables, redact
+from laddpo.settings.redaction import find_secrets, foreign_variables, redact, strings
 from laddpo.settings.schema import RunConfig
 from laddpo.storage.atomic import write_text
 from laddpo.storage.seals import read_checked_text, sealed_file, with_check
@@ -101,10 +100,9 @@ def compose_tree(hydra: Hydra, config_name: str, overrides: list[str], mode: Run
             return tree
     else:
         failure = None
-    composed: Composed = diagnose(hydra, config_name, overrides, mode)
-    problems = composed.problems
-    if composed.tree is not None:
-        problems += settings_problems(composed.tree)[1]
+    composed, problems = diagnose(hydra, config_name, overrides, mode)
+    if composed is not None:
+        problems += settings_problems(composed)[1]
     raise UserError(*(dict.fromkeys(problems) or [yaml_mistake(failure, hydra)]))
 
 
@@ -135,7 +133,7 @@ def references(tree: DictConfig) -> dict[str, set[str]]:
     """By setting, those whose values refer to it, as data.rounds: ${rounds} does."""
     found: dict[str, set[str]] = {}
     plain = {key: value for key, value in tree.items_ex(resolve=False) if key != "hydra"}
-    for key, text in _texts(OmegaConf.to_container(OmegaConf.create(plain), resolve=False)):
+    for key, text in strings("", OmegaConf.to_container(OmegaConf.create(plain), resolve=False)):
         while inner := re.search(r"\$\{([\w.]+)\}", text):
             found.setdefault(inner[1], set()).add(key)
             value = ""
@@ -143,14 +141,6 @@ def references(tree: DictConfig) -> dict[str, set[str]]:
                 value = OmegaConf.select(tree, inner[1], default="")
             text = text.replace(inner[0], str(value).replace("${", ""))
     return found
-
-
-def _texts(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{prefix}.{name}" if prefix else str(name))
-    elif isinstance(value, str):
-        yield prefix, value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.hydra import Hydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -28,16 +27,8 @@ from laddpo.settings.redaction import find_secrets, redact
 from laddpo.settings.schema import RunConfig
 
 
-@dataclasses.dataclass
-class Composed:
-    """What could be composed of a refused command line (None: nothing), and the mistakes found on the way."""
-
-    tree: DictConfig | None
-    problems: list[str]
-
-
-def diagnose(hydra: Hydra, config_name: str, overrides: list[str], mode: RunMode) -> Composed:
-    """Every mistake in the overrides, and the tree without them, on which contradictions can still be looked for."""
+def diagnose(hydra: Any, config_name: str, overrides: list[str], mode: RunMode) -> tuple[DictConfig | None, list[str]]:
+    """The tree without the mistakes of a refused command line (None: nothing can be composed), and every mistake."""
     parser = OverridesParser.create(config_loader=hydra.config_loader)
     groups = config_groups(hydra)
     problems: list[str] = []
@@ -61,13 +52,8 @@ def diagnose(hydra: Hydra, config_name: str, overrides: list[str], mode: RunMode
         elif name in groups:
             options = hydra.config_loader.get_group_options(name, ObjectType.CONFIG)
             chosen = override.value() if isinstance(override.value(), list) else [override.value()]
-            if None in chosen:
-                problems.append(
-                    f"{name} is null; known: {', '.join(sorted(options))}; choose one, or leave {name} out."
-                )
-                continue
-            unknown = [str(x) for x in chosen if str(x) not in options]
-            problems += [_unknown_option(name, x, options) for x in unknown]
+            unknown = [_unknown_option(name, x, options) for x in chosen if str(x) not in options]
+            problems += unknown
             if not unknown:
                 choices.append(text)
         elif name.split("/")[0].split(".")[0] == "hydra":
@@ -77,14 +63,14 @@ def diagnose(hydra: Hydra, config_name: str, overrides: list[str], mode: RunMode
     try:
         tree = hydra.compose_config(config_name, choices, run_mode=mode, with_log_configuration=False)
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
-        return Composed(None, [*problems, yaml_mistake(error, hydra)])
+        return None, [*problems, yaml_mistake(error, hydra)]
     problems += foreign_code(tree)
     for override in values:
         if problem := _apply(tree, override, groups):
             problems.append(problem)
         else:
             tree.hydra.overrides.task.append(override.input_line)
-    return Composed(tree, problems)
+    return tree, problems
 
 
 def forbidden(text: str) -> list[str]:
@@ -139,26 +125,21 @@ def foreign_code(tree: DictConfig) -> list[str]:
 def unresolved(tree: DictConfig) -> dict[str, str]:
     """{key: what is wrong} for settings without a value and for references like ${dpo.beta} that do not resolve."""
     problems = {}
+    plain = OmegaConf.to_container(tree, resolve=False)
     for key in schema_types():
-        group, _, last = key.rpartition(".")
-        node = OmegaConf.select(tree, group) if group else tree
-        if OmegaConf.is_interpolation(node, last):
-            written = str(OmegaConf.to_container(node, resolve=False)[last])
-            try:
-                _refuse_resolvers(written)
-                node[last]
-            except OmegaConfBaseException as error:
-                wanted = f"expected {type_words(key)}, or a reference like ${{dpo.beta}} that resolves to it"
-                problems[key] = f"{key} is {redact(written)!r}: {_first_line(error)}; {wanted}."
-        elif OmegaConf.is_list(value := node[last] if not OmegaConf.is_missing(node, last) else None):
-            try:
-                _refuse_resolvers(str(OmegaConf.to_container(value, resolve=False)))
-                OmegaConf.to_container(value, resolve=True)
-            except OmegaConfBaseException as error:
-                problems[key] = f"{key}: {_first_line(error)}; expected {type_words(key)}; correct the value."
-        elif OmegaConf.is_missing(node, last):
+        written = functools.reduce(operator.getitem, key.split("."), plain)
+        if written == "???":
             advice = f"add {key}=<value> to the command or to its yaml"
             problems[key] = f"{key} is not set; expected {type_words(key)}; {advice}."
+        elif "${" in str(written):
+            try:
+                _refuse_resolvers(str(written))
+                value = OmegaConf.select(tree, key)
+                if OmegaConf.is_config(value):
+                    OmegaConf.to_container(value, resolve=True)
+            except OmegaConfBaseException as error:
+                wanted = f"expected {type_words(key)}, or a reference like ${{dpo.beta}} that resolves to it"
+                problems[key] = f"{key} is {redact(str(written))!r}: {_first_line(error)}; {wanted}."
     return problems
 
 
@@ -176,7 +157,7 @@ def put_stand_in(tree: DictConfig, key: str) -> None:
     OmegaConf.update(tree, key, value, force_add=True)
 
 
-def yaml_mistake(error: Exception | None, hydra: Hydra) -> str:
+def yaml_mistake(error: Exception | None, hydra: Any) -> str:
     """A yaml file that does not fit the schema, a file that does not exist, or what Hydra says of anything else."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
@@ -213,12 +194,11 @@ def _apply(tree: DictConfig, override: Override, groups: set[str]) -> str | None
     if not _is_known(key, groups):
         return unknown_key(key, groups)
     try:
-        ConfigLoaderImpl._apply_overrides_to_config([override], tree)
+        OmegaConf.update(tree, key, override.value(), merge=True)
     except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        full_key = getattr(cause, "full_key", None) or key
+        full_key = getattr(error, "full_key", None) or key
         if schema_types().get(key, "").startswith("list[Mix"):
-            return f"{key}: {_first_line(cause)}; expected {type_words(key)}; correct the value."
+            return f"{key}: {_first_line(error)}; expected {type_words(key)}; correct the value."
         if not _is_known(full_key, groups):
             return unknown_key(full_key, groups)
         found = redact(str(override.get_value_element_as_str()))
@@ -246,10 +226,13 @@ def unknown_key(key: str, groups: set[str]) -> str:
     return f"{key}: no such setting; {hint}"
 
 
-def _unknown_option(group: str, value: str, options: list[str]) -> str:
+def _unknown_option(group: str, value: Any, options: list[str]) -> str:
+    known = f"known: {', '.join(sorted(options))}"
+    if value is None:
+        return f"{group} is null; {known}; choose one, or leave {group} out."
     guess = nearest(value, options)
     hint = f"did you mean {group}={guess}?" if guess else f"choose one, or add {group}/{value}.yaml by --config-dir."
-    return f"{group} is {value!r}; known: {', '.join(sorted(options))}; {hint}"
+    return f"{group} is {str(value)!r}; {known}; {hint}"
 
 
 def _grammar_mistake(text: str) -> str:
@@ -277,7 +260,7 @@ def _several_values(text: str) -> str:
     return f"{key} is {value!r}, several values; expected one; {write}add -m to run a job for each."
 
 
-def config_groups(hydra: Hydra) -> set[str]:
+def config_groups(hydra: Any) -> set[str]:
     """Names of our and the user's groups, without Hydra's own and folders that hold no settings."""
     return set(hydra.config_loader.list_groups("")) - {"hydra", *NOT_GROUPS}
 

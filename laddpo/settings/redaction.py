@@ -23,7 +23,7 @@ def find_secrets(tree: Any) -> list[str]:
     return foreign_variables(tree) + [
         f"{key}: the value looks like {what}; secrets are no settings, they would be written into the run's files; "
         f"set the environment variable instead (HF_TOKEN, WANDB_API_KEY) and revoke it if it was shared."
-        for key, value in _strings("", tree)
+        for key, value in strings("", tree)
         if (what := _kind_of_secret(key, value, hidden))
     ]
 
@@ -34,7 +34,7 @@ def foreign_variables(tree: Any) -> list[str]:
         f"{key}: reads {redact(name)!r} from the environment; its value would be written into the run's files; "
         "expected a variable that names a place or a job (HOME, USER, TMPDIR, SLURM_*, LADDPO_*, *_DIR, *_PATH); "
         "write the value itself, or name the variable LADDPO_<NAME> if it is no secret."
-        for key, value in _strings("", tree)
+        for key, value in strings("", tree)
         for name in re.findall(READS_ENVIRONMENT, value)
         if not re.fullmatch(READABLE, name) or re.search(SECRET_NAME, name, re.IGNORECASE)
     ]
@@ -49,13 +49,14 @@ def redact(text: str) -> str:
     return re.sub(USER_IN_URL, rf"\1{HIDDEN}@", text)
 
 
-def _strings(key: str, value: Any) -> Iterator[tuple[str, str]]:
+def strings(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The texts in a tree of settings with their dotted keys. Items of a list have the key of the list."""
     if isinstance(value, dict):
         for name, item in value.items():
-            yield from _strings(f"{key}.{name}" if key else str(name), item)
+            yield from strings(f"{key}.{name}" if key else str(name), item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _strings(key, item)
+            yield from strings(key, item)
     elif isinstance(value, str):
         yield key, value
 

@@ -22,14 +22,10 @@ def canonical_json(value: Any) -> str:
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, read in bounded memory."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
-
-
-def _digest(f: IO[bytes]) -> str:  # Python 3.10 has no hashlib.file_digest
     digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -51,8 +51,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoints/step_<step>` whole or not at all, then remove all but the newest `keep` (0: keep all).
 
-    `tensors` are the trainable parameters by name. Older checkpoints go only after the new one is in place. Of several
-    ranks all must call this when weights are sharded, for what is stored is whole; those with `writes` false write not.
+    `tensors` are the trainable parameters by name. Older checkpoints go only after the new one is in place. With
+    sharded weights every rank must call this. Ranks with writes=False write nothing.
     """
     folder = checkpoints / f"step_{step:07d}"
     optimizer_tensors, optimizer_numbers = optimizer_state_by_name(optimizer, tensors)

@@ -131,7 +131,7 @@ def read_manifest(folder: Path, *kinds: str, verify: bool = True) -> dict | None
         manifest["fields"].items(), manifest["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{path}: is damaged ({error!r}).", f"Remove the folder {folder} and run again.") from error
-    cure = f"Use that version, or make {folder} anew."
+    cure = f"Use that version, or make {folder} again."
     require_keys(path, manifest["fields"], FIELDS.get(manifest["kind"], ()), cure)
     if verify:
         for name, (size, digest) in sealed.items():
@@ -141,7 +141,7 @@ def read_manifest(folder: Path, *kinds: str, verify: bool = True) -> dict | None
             if not file.exists() or file.stat().st_size != size or file_sha256(file) != digest:
                 raise Damaged(
                     f"{file}: differs from what {MANIFEST} sealed (missing, truncated or changed).",
-                    CURES.get(manifest["kind"], f"Remove the folder {folder} and run again; it will be made anew."),
+                    CURES.get(manifest["kind"], f"Remove the folder {folder} and run again to make it."),
                 )
     return manifest
 
@@ -170,7 +170,7 @@ FIELDS = {  # by kind of manifest: those that are read without asking whether th
     "prepared": ("encoding",),
     "weights": ("step", "base.base"),
 }
-CURES = {  # by kind of manifest: of folders that no stage makes anew
+CURES = {  # by kind of manifest: of folders that no stage makes again
     "weights": "Restore it from a copy.",
     "train": "Restore it from a copy. The run's weights lie in folders with seals of their own.",
     "sft": "Restore it from a copy. The run's weights lie in folders with seals of their own.",

@@ -191,7 +191,7 @@ class ReferenceStore:
             }
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path}: is damaged ({error!r}). Remove {self.folder} and run again; its values will be computed anew."
+                f"{path}: is damaged ({error!r}). Remove {self.folder} and run again to compute its values."
             ) from error
         if differences:
             raise UserError(f"{self.folder}: holds reference values of other settings:", *differences)
@@ -206,7 +206,7 @@ class ReferenceStore:
         if hashlib.sha256(content).hexdigest() != self._shards[name]["sha256"]:
             raise UserError(
                 f"{path}: differs from what {manifests.MANIFEST} sealed (missing, truncated or changed). "
-                f"Remove {self.folder} and run again; its values will be computed anew."
+                f"Remove {self.folder} and run again to compute its values."
             )
         tensors = load_tensors(content)
         pairs = [

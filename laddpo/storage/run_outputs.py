@@ -1,4 +1,4 @@
-"""Where a training run writes: its two logs, its checkpoints, its weights. Of several processes rank 0 alone writes."""
+"""Where a training run writes: its two logs, its checkpoints, its weights. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class RunOutputs:
 
     `pins`: fingerprints of what the run is trained on, for its checkpoints.
 
-    Of several ranks all call everything, for sharded weights are gathered together; one with `writes` false keeps none.
+    Every rank must call everything, because sharded weights are gathered together. Ranks with writes=False write
+    nothing.
     """
 
     folder: Path

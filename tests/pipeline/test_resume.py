@@ -293,7 +293,7 @@ def test_lost_weights_of_a_finished_run_are_told_by_every_command_and_what_is_sa
         assert stages.run(stage, *more) == 2, stage
         shown = capsys.readouterr()
         assert "Still there: adapter_last, checkpoints/step_0000008, checkpoints/step_0000006." in shown.err
-        assert "made anew" not in shown.err and "nothing was changed" not in shown.out
+        assert "run again to make it" not in shown.err and "nothing was changed" not in shown.out
     _, advised = shown.err.strip().split("in their place: ")
     subprocess.run(advised, shell=True, check=True)
     for stage, *more in commands:

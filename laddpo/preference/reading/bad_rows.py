@@ -46,8 +46,8 @@ class BadRow:
 
 
 class RowError(UserError):
-    """Raised while a row is looked at, by code that does not know where the row stands. Where no reader adds the place,
-    as for a prompt on the command line, it ends the stage like any mistake of the user."""
+    """Raised by code that looks at a row and does not know its place. Readers add the place. If none does, as for a
+    prompt on the command line, it ends the stage like any mistake of the user."""
 
     def __init__(self, code: str, field: str, problem: str, advice: str):
         super().__init__(f"{field}: {problem} ({code}). {advice}" if field else f"{problem} ({code}). {advice}")
