@@ -22,7 +22,7 @@ PACKAGE = Path(laddpo.__file__).parent
 RECORDS = [{"id": str(n), "text": "é"} for n in range(4)]
 RAW_READS = {"read_json", "read_bytes", "read_text", "load_file", "safe_open", "JsonLines", "CheckedLines"}
 READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_file, and why that is right
-    "cli.app": "a stage's own source text, for --help",
+    "cli.arguments": "a stage's own source text, for --help",
     "settings.compose": "plain data, to pass over runs of other settings; read_config compares the one that counts",
     "storage.checkpoint": "after read_manifest of the checkpoint",
     "storage.run_outputs": "the logs of the run itself: metrics.jsonl is compared by `cut`, timing.jsonl is not sealed",
