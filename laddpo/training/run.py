@@ -32,7 +32,7 @@ from laddpo.inputs.tuned import tuned_weights
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.processes.ranks import Ranks
 from laddpo.processes.signals import StopFlag
-from laddpo.results.plots import training_plot
+from laddpo.results import plots
 from laddpo.settings.compose import write_config
 from laddpo.settings.of_a_run import write_command
 from laddpo.settings.read_settings import given_overrides
@@ -226,7 +226,7 @@ def run_loop(run: Run, training: Training, of_weights: Mapping[str, object] | No
 def plot_run(run: Run, training: Training, ended: Ended, title: str) -> None:
     """plots/training.png from the logs."""
     if run.ranks.is_main:
-        training_plot(
+        plots.training_plot(
             ended.outputs.metrics.read(),
             run.folder / "plots" / "training.png",
             timing=ended.outputs.timing.read(),

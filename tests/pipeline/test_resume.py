@@ -346,14 +346,14 @@ def stop_at(monkeypatch):
 
 
 def moment(name: str):
-    from laddpo import evaluate
+    from laddpo.evaluation import base_and_tuned
     from laddpo.inputs import policy
     from laddpo.training import validation
 
     return {
         "loading": (policy, "load"),
         "first validation": (validation.Validation, "measure"),
-        "last evaluation": (evaluate, "use_weights"),
+        "last evaluation": (base_and_tuned, "use_weights"),
     }[name]
 
 
