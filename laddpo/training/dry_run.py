@@ -13,8 +13,8 @@ import numpy as np
 from laddpo.errors import Stopped
 from laddpo.hardware.footprint import dry_run_text
 from laddpo.hardware.planning import pairs_per_step, work_of
+from laddpo.processes import signals
 from laddpo.processes.ranks import here
-from laddpo.processes.signals import stop_on_signal
 from laddpo.settings.schema import RunConfig
 from laddpo.training.resuming import held
 from laddpo.training.rounds import config_of_round
@@ -28,7 +28,7 @@ def dry_run(config: RunConfig, folder: Path, train: Callable) -> None:
     """
     place = folder / "dry_run"
     try:
-        with held(place, "dry_run"), stop_on_signal() as stop:
+        with held(place, "dry_run"), signals.stop_on_signal() as stop:
             try:
                 train(config_of_round(config, 1, config.adapter.path, place), place, False, stop)
             finally:
