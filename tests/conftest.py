@@ -16,6 +16,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--faults-report", metavar="FILE", help="with -m faults: write the table of faults as Markdown")
+    help_of_share = "with -m faults: crash at this random share of the calls, such as 0.1"
+    parser.addoption("--faults-share", type=float, default=1.0, metavar="SHARE", help=help_of_share)
 
 
 def pytest_xdist_auto_num_workers() -> int:

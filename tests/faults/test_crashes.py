@@ -18,13 +18,21 @@ def points(bench: Bench, stage: str, when: str) -> list[int]:
     return [number for number, (name, _) in enumerate(bench.calls[stage]) if kinds is None or name in kinds]
 
 
-def chosen_points(bench: Bench, stage: str, when: str) -> tuple[list[int], str]:
-    """All of them; of train's a random half where the other tests leave little new: after a call is before the next."""
+def chosen_points(bench: Bench, stage: str, when: str, share: float) -> tuple[list[int], str]:
+    """`share` of them (--faults-share), chosen at random; of train's half of that where the other tests leave little
+    new: after a call is before the next."""
     calls = points(bench, stage, when)
-    if stage != "train" or when in ("before", "half"):
+    if stage == "train" and when not in ("before", "half"):
+        share /= 2
+    if share >= 1:
         return calls, f"all {len(calls)} calls"
-    half = sorted(random.Random(0).sample(calls, len(calls) // 2))
-    return half, f"a random half ({len(half)}) of the {len(calls)} calls"
+    some = sorted(random.Random(f"{stage} {when}").sample(calls, max(1, round(share * len(calls)))))
+    return some, f"{len(some)} of the {len(calls)} calls, at random"
+
+
+@pytest.fixture
+def share(request) -> float:
+    return request.config.getoption("--faults-share")
 
 
 def crash_and_continue(bench: Bench, stage: str, call: int, when: str, tally: Tally) -> None:
@@ -65,8 +73,8 @@ def fill_and_continue(bench: Bench, stage: str, call: int, tally: Tally) -> None
 @pytest.mark.faults
 @pytest.mark.parametrize("when", ["before", "half", "after", "power"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_crash_at_any_call_and_another_after_it_change_no_byte(bench, tally, stage, when):
-    calls, note = chosen_points(bench, stage, when)
+def test_a_crash_at_any_call_and_another_after_it_change_no_byte(bench, tally, share, stage, when):
+    calls, note = chosen_points(bench, stage, when, share)
     line = tally(f"killed {when} a call" if when != "power" else "power cut before a call", stage, note)
     for call in calls:
         crash_and_continue(bench, stage, call, when, line)
@@ -74,8 +82,8 @@ def test_a_crash_at_any_call_and_another_after_it_change_no_byte(bench, tally, s
 
 @pytest.mark.faults
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_disk_that_is_full_at_any_call_is_said_and_costs_nothing(bench, tally, stage):
-    calls, note = chosen_points(bench, stage, "full")
+def test_a_disk_that_is_full_at_any_call_is_said_and_costs_nothing(bench, tally, share, stage):
+    calls, note = chosen_points(bench, stage, "full", share)
     line = tally("disk full from a call on", stage, note + " that need space")
     for call in calls:
         fill_and_continue(bench, stage, call, line)
