@@ -89,7 +89,7 @@ def test_what_cannot_be_removed_stays_and_stops_nothing(tmp_path, dead):
 ELSEWHERE = """
 import sys
 from pathlib import Path
-from laddpo import temporaries
+from laddpo.storage import temporaries
 temporaries.process_space = lambda: "c0ffee00"
 temporaries.start_of = lambda process: 1
 place = Path(sys.argv[1])

@@ -23,7 +23,7 @@ import json, sys
 from laddpo.cli.app import cli, start_again_with_utf8
 
 start_again_with_utf8()
-from laddpo import answering
+from laddpo.evaluation import answering
 from laddpo.evaluation.run_task import Answer
 
 answer = Answer("é 日本 \\U0001f600", 2, True)
