@@ -45,7 +45,9 @@ def open_task(config: RunConfig, name: str, split: str, limit: int | None, *, wi
 
 def _of_task(config: RunConfig, name: str, with_shots: bool) -> dict[str, Any]:
     """What only some tasks ask for: the difficulty of generated problems, or the rows of others and their grader."""
-    evaluation, kind = config.evaluation, TASKS[name]
+    evaluation, kind = config.evaluation, TASKS.get(name)
+    if kind is None:  # the harness's, or none: load_task says so
+        return {}
     if kind.is_embedded:
         return {"difficulty": difficulty_of(config.data)} if kind.has_difficulty else {}
     of_rows = {"dataset_name": evaluation.dataset_name}

@@ -127,9 +127,9 @@ def open_model(config: RunConfig, folder: Path, is_resumed: bool, stop: StopFlag
     loaded = policy.new_model(config, machine) if data.from_scratch else policy.load(config, machine)
 
     if machine.ranks.is_main:
-        write_config(config, folder)
         if not is_resumed:
             write_command(folder, given_overrides.get())
+        write_config(config, folder)  # last: with it the folder is a run that can be resumed
     stop_if_asked(folder, stop, machine.ranks)
     return Run(config, folder, is_resumed, stop, data, pinned, loaded)
 

@@ -20,6 +20,7 @@ import time
 import traceback
 from pathlib import Path
 
+from hydra.types import RunMode
 from tqdm import tqdm
 
 from laddpo.errors import UserError
@@ -81,7 +82,7 @@ class Parent:
         quick = [text for text in QUICK if stage_reads(stage, text)]
         return [f"model.model_name_or_path={self.model}", *quick, *OF_STAGE.get(stage, []), *more]
 
-    def composed(self, hydra, config_name, overrides, mode):
+    def composed(self, hydra, config_name, overrides, mode=RunMode.RUN):
         """The tree of these overrides, composed once."""
         key = json.dumps(list(overrides))
         if key not in self.trees:

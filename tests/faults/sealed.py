@@ -77,7 +77,7 @@ VARIANCE = (
 )
 KEPT = ("best_metric=none", "stopping.patience=null")
 FULL = ("adapter=full", *KEPT)
-SFT = ("sft.examples=chosen", *KEPT)
+SFT = ("sft.examples=chosen", "sft.diffusion_samples=null", *KEPT)
 ROUNDS = (
     "data=onpolicy",
     "data.num_pairs=2048",

@@ -263,6 +263,7 @@ NOT_SEALED = {  # what these folders hold beside, and why no manifest names it
     "plots/": "pictures; only written",
     ".png": "pictures; only written",
     ".lock": "who holds the folder",
+    ".laddpo": "the kind of the folder; decides no value",
     "log.txt": "what a job printed; only written",
     "process.json": "a job's number while it runs",
     "multirun.yaml": "Hydra's record of a sweep; only written",
