@@ -12,7 +12,8 @@ import numpy as np
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.tasks import SftTask
 from laddpo.errors import UserError
-from laddpo.evaluation.base_and_tuned import EXAMPLES, open_tasks
+from laddpo.evaluation import base_and_tuned
+from laddpo.evaluation.base_and_tuned import EXAMPLES
 from laddpo.evaluation.heldout import measured_rows
 from laddpo.hardware.planning import Lengths, prepared_lengths
 from laddpo.inputs import pins, policy
@@ -36,7 +37,7 @@ def open_rows(config: RunConfig) -> RunData:
     """The rows to learn from, encoded and padded, and the test tasks; refuses what cannot work before minutes go by."""
     is_new, kind = config.sft.from_scratch, sft_examples(config)
     policy.check_before_loading(config, hash_again=not is_new)
-    tasks = open_tasks(config) if is_evaluated(config) else []
+    tasks = base_and_tuned.open_tasks(config) if is_evaluated(config) else []
     tokenizer = load_tokenizer(policy.model_path(config), config.model.revision)
 
     prepared, held_out = None, []

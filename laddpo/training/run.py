@@ -21,9 +21,10 @@ from laddpo.core.loop import LoopSettings, LoopState, train_loop
 from laddpo.core.optim import build_optimizer
 from laddpo.core.tasks import DpoTask, SftTask
 from laddpo.errors import Stopped
-from laddpo.evaluation.base_and_tuned import evaluate_run, open_tasks
+from laddpo.evaluation import base_and_tuned
+from laddpo.hardware import machine as machines
 from laddpo.hardware.footprint import StepMemory
-from laddpo.hardware.machine import Machine, find_machine
+from laddpo.hardware.machine import Machine
 from laddpo.hardware.planning import Lengths
 from laddpo.inputs import pins, policy, reference_values
 from laddpo.inputs.data import data_lengths
@@ -107,7 +108,7 @@ class Ended:
 def open_pairs(config: RunConfig) -> RunData:
     """The prepared pairs, and the test tasks; refuses what cannot work before minutes go by."""
     policy.check_before_loading(config, hash_again=True)
-    tasks = open_tasks(config) if config.evaluation.at_end and not config.dry_run else []
+    tasks = base_and_tuned.open_tasks(config) if config.evaluation.at_end and not config.dry_run else []
 
     prepared = open_prepared(config)
     check_enough(config, prepared)
@@ -122,7 +123,7 @@ def open_model(config: RunConfig, folder: Path, is_resumed: bool, stop: StopFlag
     if is_resumed:
         pins.require_resumable(folder, pinned, config)
 
-    machine = find_machine(config, data.lengths)
+    machine = machines.find_machine(config, data.lengths)
     print(f"machine: {machine}")
     loaded = policy.new_model(config, machine) if data.from_scratch else policy.load(config, machine)
 
@@ -256,7 +257,7 @@ def finish(run: Run, training: Training, ended: Ended) -> list[str]:
 def evaluate_at_end(run: Run, say: Callable[[str], None]) -> None:
     """evaluation/ of the run: base against tuned on its test tasks and held-out rows."""
     tuned, place = tuned_weights(run.config, run.folder), run.folder / "evaluation"
-    evaluate_run(run.config, tuned, place, run.data.prepared, run.loaded, run.stop, run.data.tasks, say)
+    base_and_tuned.evaluate_run(run.config, tuned, place, run.data.prepared, run.loaded, run.stop, run.data.tasks, say)
 
 
 def seal(run: Run, kind: str, fields: Mapping[str, Any]) -> None:

@@ -266,10 +266,10 @@ def test_sft_trains_on_the_padding_that_it_is_asked_for(stages):
 
 def test_an_sft_run_is_planned_for_its_rows_padding_included(stages, monkeypatch):
     from laddpo.core.tasks import SftTask
-    from laddpo.training import run
+    from laddpo.hardware import machine
 
-    find, accumulate, machines, tasks = run.find_machine, SftTask.accumulate, [], []
-    monkeypatch.setattr(run, "find_machine", lambda *given: machines.append(find(*given)) or machines[-1])
+    find, accumulate, machines, tasks = machine.find_machine, SftTask.accumulate, [], []
+    monkeypatch.setattr(machine, "find_machine", lambda *given: machines.append(find(*given)) or machines[-1])
     monkeypatch.setattr(SftTask, "accumulate", lambda self, *given: tasks.append(self) or accumulate(self, *given))
     settings = ["adapter=full", "sft.num_examples=16", "sft.diffusion_samples=2", "optim.max_train_steps=1"]
     settings += ["evaluation.tasks=[]", "data.max_length=96", "hardware.token_budget=96"]
