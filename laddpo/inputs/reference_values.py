@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -30,8 +29,7 @@ from laddpo.settings.read_settings import command_of
 from laddpo.settings.schema import RunConfig
 from laddpo.storage.reference_store import ReferenceStore, StoredPair
 
-if TYPE_CHECKING:
-    from laddpo.preference.encoding.encode import EncodedPair
+PAIRS_PER_SHARD = 512
 
 
 def visited_windows(
@@ -132,9 +130,6 @@ def _append(store: ReferenceStore, pending: list[tuple[StoredPair, int, np.ndarr
         by_draws.setdefault((first, row.shape[1]), []).append((pair, row))
     for (first, _), rows in by_draws.items():
         store.append([pair for pair, _ in rows], first, np.stack([row for _, row in rows]))
-
-
-PAIRS_PER_SHARD = 512
 
 
 def training_estimator(config: RunConfig) -> ElboEstimator:
