@@ -237,6 +237,7 @@ def test_the_door_refuses_a_folder_before_anything_loads(stage, resume, config, 
         [],
         [".lock", ".gitkeep", ".DS_Store", "Thumbs.db"],
         [".hydra/config.yaml", "multirun.yaml"],
+        [".laddpo", "command.json"],  # killed before config.yaml was written
         ["plots/.gitkeep", "empty/er/.DS_Store"],
         [f".tmp-1.{'0' * 8}-results.json", MARK],
         ["job.json", "log.txt"],

@@ -245,6 +245,7 @@ CONTINUED = {"train", "sft", "evaluation", "variance", "study", "sweep"}  # with
 REDONE = {"export", "benchmark"}  # what was left half done is written again
 WRITTEN_AGAIN = {"report", "reference", "samples", "dry_run"}  # by every further command
 HARMLESS = {LOCK, MARK, ".gitkeep", ".DS_Store", "Thumbs.db", "desktop.ini", "multirun.yaml"}
+HARMLESS |= {"command.json"}  # alone it is all that a run wrote before its config.yaml
 HARMLESS_FOLDERS = {".hydra"}
 JOB_FILES = ("job.json", "process.json")
 TRAINED = {"metrics.jsonl", "checkpoints", "adapter", "adapter_last", "model", "model_last", "round_1", "rounds.json"}

@@ -75,5 +75,5 @@ def tally(request) -> Callable[..., Tally]:
     yield open_tally
     for made, started in opened:
         made.seconds = made.seconds or time.monotonic() - started
-    wrong = [line for made, _ in opened for line in [*made.differences, *made.silent]]
+    wrong = [line for made, _ in opened for line in [*made.silent, *made.differences]]
     assert not wrong, f"{len(wrong)} wrong:\n" + "\n".join(wrong[:20])
