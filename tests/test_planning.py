@@ -276,6 +276,17 @@ def test_plan_reads_lengths_of_prepared_data(tmp_path, capsys):
     assert "longest 40;" in after
 
 
+def test_plan_names_a_prepared_folder_that_holds_the_manifest_of_another(tmp_path, capsys):
+    overrides = [f"paths.data_dir={tmp_path}", "data.num_pairs=40", "hardware=cpu"]
+    for seed in (1, 2):
+        assert cli("prepare", [*overrides, f"seed={seed}"]) == 0
+    one, other = sorted(tmp_path.glob("prepared/*/manifest.json"))
+    other.write_bytes(one.read_bytes())
+    capsys.readouterr()
+    assert sorted(cli("plan", [*overrides, f"seed={seed}"]) for seed in (1, 2)) == [0, 2]
+    assert f"{other}: is that of rows with other settings: seed: stored" in capsys.readouterr().err
+
+
 def test_stages_and_plan_choose_alike(capsys):
     from laddpo.hardware.machine import find_machine
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from laddpo.errors import UserError, choose, visible
+from laddpo.errors import Damaged, UserError, choose, visible
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.leaks import EvaluationPrompts, count_leaks, refuse_leaks
 from laddpo.preference.prepared import (
@@ -38,7 +38,7 @@ from laddpo.preference.selection import choose_rows, choose_validation
 from laddpo.preference.sources import Request, Source, open_corpus, open_source
 from laddpo.preference.spool import Spool
 from laddpo.storage.atomic import atomic_file
-from laddpo.storage.manifests import MANIFEST, differing_fields, fingerprint
+from laddpo.storage.manifests import MANIFEST, differing_fields, fingerprint, read_manifest
 
 BATCH_ROWS = 256
 FEW_HELD_OUT = 30  # validation pairs below which their figures say little
@@ -138,7 +138,11 @@ def find_prepared(
     preference pairs, open_corpus for SFT examples."""
     fields = prepared_fields(parts, [find_source(part.source) for part in parts], encoder, rules)
     folder = prepared_folder(prepared_dir, name, fields)
-    return folder if (folder / MANIFEST).exists() else None
+    manifest = read_manifest(folder, PreparedPairs.kind, PreparedExamples.kind, verify=False)
+    if manifest is None:
+        return None
+    _refuse_other_fields(folder, manifest, fields)
+    return folder
 
 
 def prepared_fields(
@@ -168,7 +172,7 @@ def prepared_folder(prepared_dir: Path, name: str, fields: Mapping[str, Any]) ->
 def _found(job: _Job, folder: Path, fields: Mapping[str, Any], show: Callable[[str], None]) -> Any:
     """A folder that was prepared before, with the notes of its report, once it may be used."""
     found = job.prepared.load(folder)
-    _refuse_other_fields(found, fields)
+    _refuse_other_fields(folder, found.manifest, fields)
     show(f"{folder}: already prepared, {len(found.train):,} rows for training, {len(found.validation):,} held out")
     for line in note_lines(found.report()):
         show(line)
@@ -179,12 +183,13 @@ def _found(job: _Job, folder: Path, fields: Mapping[str, Any], show: Callable[[s
     return found
 
 
-def _refuse_other_fields(found: Prepared, fields: Mapping[str, Any]) -> None:
+def _refuse_other_fields(folder: Path, manifest: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
     """A folder that was renamed, or filled by hand, holds other rows than its name says."""
-    stored = {name: value for name, value in found.manifest["fields"].items() if name in fields}
+    stored = {name: value for name, value in manifest["fields"].items() if name in fields}
     if differing := differing_fields(stored, fields):
-        raise UserError(
-            f"{found.folder}: holds rows of other settings: {'; '.join(differing)}. Remove it and run again."
+        raise Damaged(
+            f"{folder / MANIFEST}: is that of rows with other settings: {'; '.join(differing)}.",
+            f"Remove the folder {folder} and run again.",
         )
 
 

@@ -132,9 +132,12 @@ def _require_logged(folder: Path) -> None:
     from laddpo.storage.checkpoint import STATE, step_folders
 
     log, newest = folder / "metrics.jsonl", step_folders(folder / "checkpoints")[:1]
-    if newest and log.exists() and (newest[0] / manifests.MANIFEST).exists():
+    if newest and (newest[0] / manifests.MANIFEST).exists():
         state = atomic.read_json(sealed_file(newest[0], STATE))
-        json_lines.JsonLines(log).require(state["metrics"])
+        if log.exists():
+            json_lines.JsonLines(log).require(state["metrics"])
+        elif state["metrics"]["bytes"]:
+            print(f"note: {log}: is missing; the page shows no curves of this run.")
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -11,6 +11,9 @@ import pytest
 from laddpo.cli.app import cli
 from laddpo.results.page import heat_table
 from laddpo.results.sweeps import SweepJob, sweep_table
+from laddpo.storage.atomic import write_json
+from laddpo.storage.json_lines import JsonLines
+from laddpo.storage.manifests import write_manifest
 
 
 class Page(HTMLParser):
@@ -176,6 +179,20 @@ def test_settings_that_cannot_be_read_are_named(tmp_path, capsys, content):
     (folder / "config.yaml").write_bytes(content)
     assert report(tmp_path, f"run={folder}")[0] == 2
     assert f"{folder / 'config.yaml'}: " in capsys.readouterr().err
+
+
+def test_a_log_that_is_gone_from_an_unfinished_run_is_noted(tmp_path, capsys):
+    folder = tmp_path / "a"
+    write_run(folder, 1.0, 2, None)
+    log, checkpoint = folder / "metrics.jsonl", folder / "checkpoints" / "step_3"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "state.json", {"metrics": JsonLines(log).seal()})
+    write_manifest(checkpoint, "checkpoint", {}, ["state.json"])
+    assert report(tmp_path, f"run={folder}")[0] == 0
+    assert "note: " not in capsys.readouterr().out
+    log.unlink()
+    code = cli("report", [f"run={folder}", f"output_dir={tmp_path / 'second'}"])
+    assert code == 0 and f"note: {log}: is missing; " in capsys.readouterr().out
 
 
 def test_an_evaluation_of_a_base_alone_has_a_page_too(tmp_path):
