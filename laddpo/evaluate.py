@@ -34,12 +34,12 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.training.resuming import held, told_to_resume
 
     # before minutes of loading, which would be lost, and before anything is written
-    tuned = tuned_weights(config, Path(config.run)) if config.run else None
+    tuned = tuned_weights(config.adapter, Path(config.run)) if config.run else None
     policy.check_before_loading(config)
     if config.evaluation.harness != "none":
         from laddpo.evaluation.harness import require_harness
 
-        require_harness(config)
+        require_harness(config.evaluation)
     tasks = open_tasks(config)
     prepared = None
     if tuned:

@@ -27,7 +27,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.storage import atomic
     from laddpo.storage.folders import owned
 
-    tuned = tuned_weights(config, Path(config.run)) if config.run else None
+    tuned = tuned_weights(config.adapter, Path(config.run)) if config.run else None
     policy.check_before_loading(config)
     if tuned:
         pins.require_inputs_of(tuned, config)
@@ -53,15 +53,16 @@ def answer_prompts(config: RunConfig, texts: list[str], tuned: Path | None) -> d
     loaded = policy.load(config, find_machine(config))
     prompts = [user_prompt(text) for text in texts]
     names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-    answer = answerer(config, loaded, prompts, names)
+    answer = answerer(loaded, config.evaluation, config.data, config.seed).to(prompts, names)
+    size = config.evaluation.batch_size
     if tuned is None:
-        return {"base": _answer_all(config, answer, prompts)}
+        return {"base": _answer_all(answer, prompts, size)}
     answers: dict[str, list[str]] = {}
     policy.make_trainable(config, loaded)
-    with base_model(config, loaded):
-        answers["base"] = _answer_all(config, answer, prompts)
-    use_weights(config, loaded, tuned)
-    answers["tuned"] = _answer_all(config, answer, prompts)
+    with base_model(config.model, config.adapter, loaded):
+        answers["base"] = _answer_all(answer, prompts, size)
+    use_weights(config.adapter, loaded, tuned)
+    answers["tuned"] = _answer_all(answer, prompts, size)
     return answers
 
 
@@ -88,8 +89,7 @@ def wanted_prompts(config: RunConfig) -> list[str]:
     )
 
 
-def _answer_all(config: RunConfig, answer, prompts: list) -> list[str]:
-    size = config.evaluation.batch_size
+def _answer_all(answer, prompts: list, size: int) -> list[str]:
     return [given.text for start in range(0, len(prompts), size) for given in answer(prompts[start : start + size])]
 
 

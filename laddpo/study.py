@@ -10,6 +10,7 @@ study.png; they can be read while it goes on.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from laddpo.cli.app import run_stage
@@ -28,17 +29,18 @@ def main(config: RunConfig, run_folder: Path) -> None:
     folder = study_folder(config, run_folder)
     is_resumed = config.resume != "false"
     if is_resumed:
-        config = settings_of_study(config, folder)
-    arms = wanted_arms(config)
-    check_arms(config, arms)
+        config = dataclasses.replace(config, study=settings_of_study(config.study, folder))
+    study = config.study
+    arms = wanted_arms(study)
+    check_arms(study, arms)
     with owned(folder, "study", is_resumed):
-        refuse_other_arms(config, folder)
+        refuse_other_arms(study, folder)
         write_command(folder, given_overrides.get(), stage="study")
         write_config(config, folder)
-        jobs = [(arm, seed) for seed in config.study.seeds for arm in arms]
-        print(f"study {config.study.name}: {len(arms)} arms x {len(config.study.seeds)} seeds in {folder}", flush=True)
-        failed = run_jobs(config, folder, jobs)
-        content = write_page(config, folder)
+        jobs = [(arm, seed) for seed in study.seeds for arm in arms]
+        print(f"study {study.name}: {len(arms)} arms x {len(study.seeds)} seeds in {folder}", flush=True)
+        failed = run_jobs(study, folder, jobs)
+        content = write_page(study, folder)
     asked = {arm.name for arm in arms}
     print("\n".join(claim["text"] for claim in content["claims"] if claim["arm"] in asked))
     print(folder)

@@ -47,7 +47,7 @@ def moved_weights(config: RunConfig) -> Path:
     from laddpo.inputs.tuned import tuned_weights
     from laddpo.storage import manifests
 
-    folder = tuned_weights(config, Path(config.run))
+    folder = tuned_weights(config.adapter, Path(config.run))
     if manifests.read_manifest(folder, "weights", verify=False)["fields"]["step"] == 0:
         raise UserError(
             f"{folder}: holds the weights of step 0, which are the reference's: under common masks their scores have "
@@ -78,8 +78,8 @@ def measure_run(config: RunConfig, tuned: Path, prepared, loaded, parameters: li
         gradient_pairs=wanted.gradient_pairs,
         seed=config.seed,
         token_budget=loaded.machine.token_budget,
-        as_reference=base_model(config, loaded),
-        become_policy=functools.partial(use_weights, config, loaded, tuned),
+        as_reference=base_model(config.model, config.adapter, loaded),
+        become_policy=functools.partial(use_weights, config.adapter, loaded, tuned),
     )
     facts = {"run": Path(config.run).name, "model": config.model.name, "data": config.data.source}
     return {**facts, "loss": config.dpo.loss, "beta": config.dpo.beta, **found}

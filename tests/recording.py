@@ -41,7 +41,7 @@ NO_USE = {
     ("inputs.reference_values", "reference_fields"),
     ("inputs.policy", "_check_shape"),
     ("training.on_policy", "sample_fields"),
-    ("training.on_policy", "sample"),  # whose evaluation holds data.sampling
+    ("training.on_policy", "_answerer"),  # whose evaluation holds data.sampling
     ("evaluation.harness", "answers_key"),
     *(("inputs.pins", name) for name in ("make", "require_same", "require_like_siblings", "check_adapter", "_problem")),
     ("settings.of_a_run", "settings_of_run"),
@@ -49,7 +49,6 @@ NO_USE = {
     ("settings.of_a_run", "other_decoding"),
     ("results.model_card", "card_text"),
     ("benchmarking.parts", "about"),
-    ("evaluation.answering", "encoded_prompts"),  # whether a prompt has room
     ("hardware.plan_text", "_run_line"),
     ("training.rows", "source_of"),
 }

@@ -575,7 +575,8 @@ def test_every_way_of_suppressing_stop_tokens_can_be_asked_for(given, meant):
     from laddpo.training.on_policy import sampling_config
 
     config = compose(["data=onpolicy", f"evaluation.suppress_eos={given}"])
-    assert sampler_settings(config).suppression == sampler_settings(sampling_config(config)).suppression == meant
+    groups = [config.evaluation, sampling_config(config).evaluation]
+    assert [sampler_settings(group, config.seed).suppression for group in groups] == [meant, meant]
 
 
 @pytest.mark.parametrize("given", ["logit", "1", "yes"])

@@ -238,7 +238,7 @@ def test_fewer_pairs_than_one_step_takes_is_a_note(tmp_path, capsys):
 
 def test_a_tokenizer_that_outgrows_the_embedding_is_refused_before_the_weights():
     config = compose()
-    tokenizer = load_tokenizer(model_path(config))
+    tokenizer = load_tokenizer(model_path(config.model))
     _check_vocabulary(config, tokenizer)
     tokenizer.add_tokens([f"<new{i}>" for i in range(2000)])
     with pytest.raises(UserError, match=r"the token '<new\d+>' with id .* embeds \d+ tokens"):

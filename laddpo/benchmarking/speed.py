@@ -234,7 +234,7 @@ def _ratio(ratio: Ratio | None) -> str:
 
 
 def _is_local(config: RunConfig) -> bool:
-    return Path(policy.model_path(config)).expanduser().is_dir()
+    return Path(policy.model_path(config.model)).expanduser().is_dir()
 
 
 def _graded(config: RunConfig, machine) -> tuple:

@@ -47,7 +47,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     trainable as a whole); its weights are replaced. `tasks` are those of open_tasks, where they are open already. `say`
     takes what is only for people, once all is written.
     """
-    from laddpo.evaluation.answering import answer_task
+    from laddpo.evaluation.answering import answer_task, answerer
     from laddpo.preference.prepared import PreparedExamples
     from laddpo.results.plots import evaluation_plot
     from laddpo.results.tables import before_after_table, examples_text
@@ -57,15 +57,16 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     results: dict = {}
     is_main = loaded.machine.ranks.is_main
     measure_base = _measure_rows if isinstance(prepared, PreparedExamples) else _measure_pairs
-    with base_model(config, loaded):
+    answers = answerer(loaded, config.evaluation, config.data, config.seed)
+    with base_model(config.model, config.adapter, loaded):
         measure_tuned = measure_base(config, prepared, loaded, folder, stop)
         tasks = open_tasks(config) if tasks is None else tasks
-        harness = _harness(config, loaded, folder, "base", loaded.weights, stop)
+        harness = _harness(config, answers, folder, "base", loaded.weights, stop)
         base_records = {
-            task.name: answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base", stop)
+            task.name: answer_task(answers, task, folder / "items.jsonl", loaded.weights, "base", stop)
             for task in tasks
         }
-    use_weights(config, loaded, tuned)
+    use_weights(config.adapter, loaded, tuned)
     found, margins = measure_tuned()
     results.update(found)
     digest = {
@@ -73,7 +74,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
         "tuned": manifests.read_manifest(tuned, "weights", verify=False)["files"],
     }  # checked above
     for task in tasks:
-        records = answer_task(config, loaded, task, folder / "items.jsonl", digest, "tuned", stop)
+        records = answer_task(answers, task, folder / "items.jsonl", digest, "tuned", stop)
         base = base_records[task.name]
         key = "exact_match" if len(tasks) == 1 else f"{task.name}/exact_match"
         results[key] = _compare(
@@ -83,7 +84,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
         results.update(_compare_lengths(config, base, records, "" if len(tasks) == 1 else f"{task.name}/", say))
         if is_main:
             atomic.write_text(folder / f"examples_{task.name}.txt", examples_text(base, records) + "\n")
-    harness_tuned = _harness(config, loaded, folder, "tuned", digest, stop)
+    harness_tuned = _harness(config, answers, folder, "tuned", digest, stop)
     if not is_main:
         return results
     results.update(_harness_results(harness, harness_tuned, config.seed))
@@ -98,15 +99,16 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
 
 def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=print) -> dict:
     """Exact match of the configured model alone, on the tasks of open_tasks."""
-    from laddpo.evaluation.answering import answer_task
+    from laddpo.evaluation.answering import answer_task, answerer
     from laddpo.results.stats import wilson_interval
     from laddpo.storage import atomic
     from laddpo.storage.seals import CheckedLines
 
     results: dict = {}
+    answers = answerer(loaded, config.evaluation, config.data, config.seed)
     for task in tasks:
         name = task.name
-        records = answer_task(config, loaded, task, folder / "items.jsonl", loaded.weights, "base", stop)
+        records = answer_task(answers, task, folder / "items.jsonl", loaded.weights, "base", stop)
         right = sum(record["correct"] for record in records)
         low, high = wilson_interval(right, len(records))
         key = "exact_match" if len(tasks) == 1 else f"{name}/exact_match"
@@ -118,7 +120,7 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=prin
         }
         share = f"{right / len(records):.1%} (95% interval {low:.1%} to {high:.1%})"
         say(f"{name}: {right} of {len(records)} exact, {share}")
-    harness = _harness(config, loaded, folder, "base", loaded.weights, stop)
+    harness = _harness(config, answers, folder, "base", loaded.weights, stop)
     if not loaded.machine.ranks.is_main:
         return results
     for name, entry in _harness_results(harness, None, config.seed).items():
@@ -133,11 +135,13 @@ def open_tasks(config: RunConfig) -> list:
     """The test problems of the tasks that this program answers and grades itself."""
     from laddpo.evaluation.answering import open_task
 
-    own = config.evaluation.tasks if config.evaluation.harness == "none" else []
-    return [open_task(config, name, "test", config.evaluation.limit) for name in own]
+    evaluation = config.evaluation
+    own = evaluation.tasks if evaluation.harness == "none" else []
+    of_data = (evaluation, config.data, config.seed, config.paths.data_dir)
+    return [open_task(name, "test", evaluation.limit, *of_data) for name in own]
 
 
-def _harness(config: RunConfig, loaded, folder: Path, label: str, weights: dict, stop) -> dict | None:
+def _harness(config: RunConfig, answers, folder: Path, label: str, weights: dict, stop) -> dict | None:
     """What lm-evaluation-harness makes of the model as it is now; None where it is not asked for. Rank 0 runs it."""
     if config.evaluation.harness == "none":
         return None
@@ -145,11 +149,11 @@ def _harness(config: RunConfig, loaded, folder: Path, label: str, weights: dict,
     from laddpo.evaluation.harness import run_harness, write_items
     from laddpo.processes.signals import at_once
 
-    with lockstep(loaded.denoiser):
-        if not loaded.machine.ranks.is_main:
+    with lockstep(answers.loaded.denoiser):
+        if not answers.loaded.machine.ranks.is_main:
             return None
         with at_once(stop, f"{folder}: the harness was stopped; its answers so far are kept.", "Give it again."):
-            found = run_harness(config, loaded, folder, label, weights)
+            found = run_harness(config, answers, folder, label, weights)
         write_items(folder, found, label)
         return found
 

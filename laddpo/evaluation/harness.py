@@ -11,27 +11,25 @@ from typing import Any
 import numpy as np
 
 from laddpo.errors import UserError
-from laddpo.evaluation.answering import sampler_settings
-from laddpo.inputs.data import encoder_for
-from laddpo.inputs.policy import Loaded
-from laddpo.settings.schema import RunConfig
+from laddpo.evaluation.answering import Answerer
+from laddpo.settings.schema import EvaluationSettings, QuantizationSettings
 from laddpo.storage import atomic, manifests
 
 SHARES = ("acc", "match", "pass@")  # in the names of the harness's metrics that are right or wrong by item
 
 
-def require_harness(config: RunConfig) -> None:
+def require_harness(evaluation: EvaluationSettings) -> None:
     """Refuse before any weight loads what the harness would refuse later: not installed, no task, an unknown one."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "evaluation.harness is lm_eval and lm-evaluation-harness is not installed; pip install 'laddpo[eval]', or "
             "use evaluation=gsm8k, which needs nothing more."
         )
-    if not config.evaluation.tasks:
+    if not evaluation.tasks:
         raise UserError("evaluation.tasks is empty; name tasks of the harness, as evaluation.tasks=[gsm8k,ifeval].")
-    if config.evaluation.harness_dir and not Path(config.evaluation.harness_dir).is_dir():
-        raise UserError(f"evaluation.harness_dir is {config.evaluation.harness_dir!r}; no such folder; correct it.")
-    unknown = [name for name in config.evaluation.tasks if not _manager(config).match_tasks([name])]
+    if evaluation.harness_dir and not Path(evaluation.harness_dir).is_dir():
+        raise UserError(f"evaluation.harness_dir is {evaluation.harness_dir!r}; no such folder; correct it.")
+    unknown = [name for name in evaluation.tasks if not _manager(evaluation).match_tasks([name])]
     if unknown:
         raise UserError(
             f"evaluation.tasks: the harness has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them, and "
@@ -40,7 +38,12 @@ def require_harness(config: RunConfig) -> None:
 
 
 def run_harness(
-    config: RunConfig, loaded: Loaded, folder: Path, label: str, weights: Mapping[str, Any]
+    answers: Answerer,
+    evaluation: EvaluationSettings,
+    quantization: QuantizationSettings,
+    folder: Path,
+    label: str,
+    weights: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What the harness returns for the model as it is now, whose `weights` are these. Answers are kept in `folder` as
     they come, and reused for the same weights and settings."""
@@ -49,21 +52,20 @@ def run_harness(
     from laddpo.evaluation.harness_model import HarnessModel
     from laddpo.evaluation.kept_answers import KeptAnswers
 
-    encoder = encoder_for(config.data, loaded.tokenizer)
-    evaluation = config.evaluation
+    loaded, seed = answers.loaded, answers.sampler.seed
     model = HarnessModel(
         loaded.model,
         loaded.tokenizer,
-        encoder,
+        answers.encoder,
         loaded.denoiser,
-        sampler_settings(config),
+        answers.sampler,
         draws=evaluation.elbo_draws,
         token_budget=loaded.machine.token_budget.tokens,
-        batch_size=evaluation.batch_size,
+        batch_size=answers.batch_size,
         autocast=loaded.denoiser.autocast,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"harness_{label}_{answers_key(config, loaded, weights)}"
+    name = f"harness_{label}_{answers_key(answers, evaluation.elbo_draws, quantization, weights)}"
     if earlier := sorted(folder.glob(f"{name}*.db")):
         print(f"note: {earlier[0]}: answers that an earlier version kept are not read; they are made again.")
     KeptAnswers(folder / f"{name}.jsonl").put_before(model)
@@ -73,13 +75,13 @@ def run_harness(
             tasks=list(evaluation.tasks),
             num_fewshot=evaluation.shots or None,
             limit=evaluation.limit,
-            task_manager=_manager(config),
-            apply_chat_template=encoder.chat is not None,
+            task_manager=_manager(evaluation),
+            apply_chat_template=answers.encoder.chat is not None,
             bootstrap_iters=0,
-            random_seed=config.seed,
-            numpy_random_seed=config.seed,
-            torch_random_seed=config.seed,
-            fewshot_random_seed=config.seed,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
             verbosity="ERROR",
         )
     except (ConnectionError, FileNotFoundError, OSError) as error:
@@ -89,16 +91,18 @@ def run_harness(
         ) from error
 
 
-def answers_key(config: RunConfig, loaded: Loaded, weights: Mapping[str, Any]) -> str:
+def answers_key(
+    answers: Answerer, elbo_draws: int, quantization: QuantizationSettings, weights: Mapping[str, Any]
+) -> str:
     """What answers and likelihoods depend on beside the request, by which alone the harness tells them apart."""
     return manifests.fingerprint(
         {
             "weights": dict(weights),
-            "quantization": dataclasses.asdict(config.quantization),
-            "precision": loaded.machine.precision,
-            "sampler": dataclasses.asdict(sampler_settings(config)),
-            "elbo_draws": config.evaluation.elbo_draws,
-            "encoding": encoder_for(config.data, loaded.tokenizer).fields(),
+            "quantization": dataclasses.asdict(quantization),
+            "precision": answers.loaded.machine.precision,
+            "sampler": dataclasses.asdict(answers.sampler),
+            "elbo_draws": elbo_draws,
+            "encoding": answers.encoder.fields(),
         }
     )
 
@@ -148,7 +152,7 @@ def _item_values(results: dict[str, Any], task: str, metric: str, chosen: str) -
     return [float(v) for v in values] if all(isinstance(v, (int, float, np.number)) for v in values) else []
 
 
-def _manager(config: RunConfig):
+def _manager(evaluation: EvaluationSettings):
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=config.evaluation.harness_dir)
+    return TaskManager(include_path=evaluation.harness_dir)

@@ -16,7 +16,7 @@ from typing import Any
 from laddpo.errors import UserError
 from laddpo.settings.compose import plain_settings, read_config
 from laddpo.settings.ranges import CONF_DIR
-from laddpo.settings.schema import RunConfig
+from laddpo.settings.schema import ModelSettings, RunConfig
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import sealed_file
 
@@ -27,9 +27,9 @@ RANDOM = "random weights"  # begins the base pin of a model that training made f
 Pins = dict[str, Any]
 
 
-def model_path(config: RunConfig) -> str:
+def model_path(model: ModelSettings) -> str:
     """A local folder from the working directory or beside the installed conf/, else the hub id as given."""
-    given = config.model.model_name_or_path
+    given = model.model_name_or_path
     shipped = CONF_DIR.parent / given
     return str(shipped) if not Path(given).expanduser().is_dir() and shipped.is_dir() else given
 
@@ -42,7 +42,7 @@ def make(config: RunConfig, data: str | None = None, from_scratch: bool = False)
     from laddpo.models import adapters, loading
     from laddpo.preference.encoding.encode import TextEncoder
 
-    path, revision = model_path(config), config.model.revision
+    path, revision = model_path(config.model), config.model.revision
     encoder = TextEncoder(loading.load_tokenizer(path, revision), config.data.template)
     folder = loading.checkpoint_folder(path, revision)
     spoken = {**encoder.fields(), "bos": encoder.bos_id}
@@ -241,7 +241,7 @@ def _check_named_base(file: Path, config: RunConfig) -> None:
     name, revision = (content.get(key) for key in ("base_model_name_or_path", "revision"))
     if not isinstance(name, str) or not name:
         return
-    path = model_path(config)
+    path = model_path(config.model)
     is_local = Path(path).expanduser().is_dir()
     wanted = Path(name).expanduser()
     if (wanted / "config.json").is_file():

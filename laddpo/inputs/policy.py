@@ -45,7 +45,9 @@ def check_before_loading(config: RunConfig, hash_again: bool | None = None) -> N
     problems: list[str] = []
     for check in (
         check_machine,
-        lambda config: encoder_for(config.data, loading.load_tokenizer(model_path(config), config.model.revision)),
+        lambda config: encoder_for(
+            config.data, loading.load_tokenizer(model_path(config.model), config.model.revision)
+        ),
         *([_hash_weights] if (config.verify if hash_again is None else hash_again) else []),
         check_adapter_fits,
         check_adapter,
@@ -59,7 +61,7 @@ def check_before_loading(config: RunConfig, hash_again: bool | None = None) -> N
 
 
 def _hash_weights(config: RunConfig) -> None:
-    loading.weights_fingerprint(model_path(config), config.model.revision, hash_again=True)
+    loading.weights_fingerprint(model_path(config.model), config.model.revision, hash_again=True)
 
 
 def load(config: RunConfig, machine: Machine) -> Loaded:
@@ -68,7 +70,7 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
     Full fine-tuning keeps float32 weights and computes in `hardware.precision`; otherwise the frozen base is stored in
     it.
     """
-    path, revision = model_path(config), config.model.revision
+    path, revision = model_path(config.model), config.model.revision
     is_full = config.adapter.kind == "full"
     tokenizer = loading.load_tokenizer(path, revision)
     _check_vocabulary(config, tokenizer)
@@ -107,7 +109,7 @@ def storage_of(quantization: QuantizationSettings) -> dict[str, Any]:
 
 def new_model(config: RunConfig, machine: Machine) -> Loaded:
     """Random weights in the shape of `model.shape`, with the tokenizer of `model.model_name_or_path`."""
-    tokenizer = loading.load_tokenizer(model_path(config), config.model.revision)
+    tokenizer = loading.load_tokenizer(model_path(config.model), config.model.revision)
     shape = keywords(config.model.shape)
     if len(tokenizer) > shape["vocab_size"]:
         raise UserError(
@@ -196,7 +198,7 @@ def check_adapter_fits(config: RunConfig) -> None:
 
 def _check_vocabulary(config: RunConfig, tokenizer) -> None:
     """Refuse a tokenizer whose ids have no row in the model's embedding, before any weight is read."""
-    folder = loading.checkpoint_folder(model_path(config), config.model.revision, ["config.json"])
+    folder = loading.checkpoint_folder(model_path(config.model), config.model.revision, ["config.json"])
     rows = loading.read_config(folder)[0].embedding_size
     name, token_id = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     if token_id >= rows:

@@ -8,15 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from laddpo.errors import Damaged, UserError
-from laddpo.settings.schema import RunConfig
+from laddpo.settings.schema import AdapterSettings, ModelSettings
 from laddpo.storage import manifests
 
 
-def tuned_weights(config: RunConfig, trained: Path) -> Path:
-    """The folder of the best weights of the run, whole. `UserError` says what to do where they are not."""
-    from laddpo.inputs.policy import ADAPTER, MODEL
+def kept_names(adapter: AdapterSettings) -> tuple[str, str]:
+    """The folders of the best and of the last weights, in a run's folder."""
+    from laddpo.inputs.policy import ADAPTER, ADAPTER_LAST, MODEL, MODEL_LAST
 
-    folder = trained / (MODEL if config.adapter.kind == "full" else ADAPTER)
+    return (MODEL, MODEL_LAST) if adapter.kind == "full" else (ADAPTER, ADAPTER_LAST)
+
+
+def tuned_weights(adapter: AdapterSettings, trained: Path) -> Path:
+    """The folder of the best weights of the run, whole. `UserError` says what to do where they are not."""
+    folder = trained / kept_names(adapter)[0]
     try:
         if manifests.read_manifest(folder, "weights") is not None:
             return folder
@@ -67,18 +72,18 @@ def _kept(trained: Path) -> str:
     return "" if step is None else f" (the run kept step {step})"
 
 
-def use_weights(config: RunConfig, loaded, weights: Path) -> None:
+def use_weights(adapter: AdapterSettings, loaded, weights: Path) -> None:
     """Load a run's weights into the model that carries its adapter."""
     from laddpo.models import adapters, loading
 
-    if config.adapter.kind == "full":
+    if adapter.kind == "full":
         loading.load_weights(loaded.model, weights)
     else:
         adapters.load_adapter(loaded.model, weights)
 
 
 @contextmanager
-def base_model(config: RunConfig, loaded) -> Iterator[None]:
+def base_model(model: ModelSettings, adapter: AdapterSettings, loaded) -> Iterator[None]:
     """Inside the block the model is what training started from: the reference.
 
     Whatever weights the model had are not restored afterwards where they had to be overwritten: load what you need.
@@ -86,12 +91,12 @@ def base_model(config: RunConfig, loaded) -> Iterator[None]:
     from laddpo.inputs.policy import model_path
     from laddpo.models import adapters, loading
 
-    if config.adapter.kind == "full":
-        folder = loading.checkpoint_folder(model_path(config), config.model.revision)
+    if adapter.kind == "full":
+        folder = loading.checkpoint_folder(model_path(model), model.revision)
         loading.load_weights(loaded.model, folder)
         yield
-    elif config.adapter.path:
-        adapters.load_adapter(loaded.model, config.adapter.path)
+    elif adapter.path:
+        adapters.load_adapter(loaded.model, adapter.path)
         yield
     else:
         with adapters.adapter_disabled(loaded.model):

@@ -15,7 +15,6 @@ from laddpo.settings.compose import open_hydra, read_config
 from laddpo.settings.data_checks import reader_row
 from laddpo.settings.of_a_run import override_key, read_command
 from laddpo.settings.read_settings import given_overrides, stage_reads
-from laddpo.settings.schema import RunConfig
 from laddpo.settings.stage_schema import StudyArm, StudySettings
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import damages, read_checked, write_checked
@@ -23,28 +22,24 @@ from laddpo.storage.seals import damages, read_checked, write_checked
 OWN = ("study", "output_dir", "resume")
 
 
-def settings_of_study(config: RunConfig, folder: Path) -> RunConfig:
+def settings_of_study(asked: StudySettings, folder: Path) -> StudySettings:
     """Those of a study that goes on: what it was begun with, where this command line says nothing else. Arms that are
     finished are held against it."""
     if not (folder / "config.yaml").exists():
-        return config
+        return asked
     given = given_overrides.get()
     named = {override_key(text) for text in given}
     kept = read_command(folder).get("overrides", ())
     begun = {override_key(text): text for text in kept if override_key(text) not in (*named, "study.only")}
     given_overrides.set((*begun.values(), *given))
     stored = read_config(folder).study
-    study, names = (config.study, begun) if "study" in named else (stored, named)
-    source = stored if "study" in named else config.study
-    for name in [key.partition(".")[2] for key in names if key.startswith("study.")]:
-        setattr(study, name, getattr(source, name))
-    study.only = config.study.only
-    return dataclasses.replace(config, study=study)
+    study, source, names = (asked, stored, begun) if "study" in named else (stored, asked, named)
+    taken = [key.partition(".")[2] for key in names if key.startswith("study.")]
+    return dataclasses.replace(study, **{name: getattr(source, name) for name in taken} | {"only": asked.only})
 
 
-def wanted_arms(config: RunConfig) -> list[StudyArm]:
+def wanted_arms(study: StudySettings) -> list[StudyArm]:
     """The arms of the study, or those that study.only names. `UserError` with all that is wrong with the study."""
-    study = config.study
     if not study.arms:
         raise UserError("study has no arms; name a study of conf/study/, as study=nano.")
     if problems := [*_seeds_elsewhere(study), *_name_problems(study)]:
@@ -52,19 +47,19 @@ def wanted_arms(config: RunConfig) -> list[StudyArm]:
     return [arm for arm in study.arms if not study.only or arm.name in study.only]
 
 
-def check_arms(config: RunConfig, asked: list[StudyArm]) -> None:
+def check_arms(study: StudySettings, asked: list[StudyArm]) -> None:
     """Refuse the study before its first run when settings of an arm that is asked for are wrong, or when no arm of the
     study reads one of them."""
     name, folder = root_config()
     with open_hydra("laddpo.study", folder) as hydra:
         found = {
-            arm.name: runner.wrong_settings(hydra, name, arm.stage, arm_overrides(config, arm, config.study.seeds[0]))
+            arm.name: runner.wrong_settings(hydra, name, arm.stage, arm_overrides(study, arm, study.seeds[0]))
             for arm in asked
         }
     unread = [
         f"{text}: no arm of this study reads it; leave it out."
-        for text in shared_overrides(config)
-        if not any(stage_reads(arm.stage, text) for arm in config.study.arms)
+        for text in shared_overrides(study)
+        if not any(stage_reads(arm.stage, text) for arm in study.arms)
     ]
     runner.refuse_jobs(found, f"of {len(asked)} arms", unread)
 
@@ -113,15 +108,15 @@ def _name_problems(study: StudySettings) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def refuse_other_arms(config: RunConfig, folder: Path) -> None:
+def refuse_other_arms(study: StudySettings, folder: Path) -> None:
     """Refuse to resume when finished arms, asked for or not, have other settings than the page would say."""
     found = {}
-    for arm, seed in all_jobs(config):
+    for arm, seed in all_jobs(study):
         place = folder / f"{arm.name}-{seed}"
         if (place / manifests.MANIFEST).exists():
             parts = (place, *sorted(place.glob("round_*")))
             found[place.name] = [problem for part in parts for problem in damages(part)]
-            found[place.name] += runner.begun_otherwise(place, arm_overrides(config, arm, seed))
+            found[place.name] += runner.begun_otherwise(place, arm_overrides(study, arm, seed))
             if not (job := place / JOB_FILE).exists():  # written before the arm's run starts
                 found[place.name].append(
                     f"{job}: is gone, so the arm's settings are not known. Restore it, or remove {place}."
@@ -129,17 +124,17 @@ def refuse_other_arms(config: RunConfig, folder: Path) -> None:
     runner.refuse_jobs(found, f"of {len(found)} finished")
 
 
-def all_jobs(config: RunConfig) -> list[tuple[StudyArm, int]]:
+def all_jobs(study: StudySettings) -> list[tuple[StudyArm, int]]:
     """Every arm with every seed, asked for or not."""
-    return [(arm, seed) for arm in config.study.arms for seed in config.study.seeds]
+    return [(arm, seed) for arm in study.arms for seed in study.seeds]
 
 
-def arm_overrides(config: RunConfig, arm: StudyArm, seed: int) -> list[str]:
+def arm_overrides(study: StudySettings, arm: StudyArm, seed: int) -> list[str]:
     """All that the command line of an arm's run sets."""
-    return [*shared_overrides(config, arm), *arm.overrides, f"seed={seed}"]
+    return [*shared_overrides(study, arm), *arm.overrides, f"seed={seed}"]
 
 
-def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) -> list[str]:
+def run_jobs(study: StudySettings, folder: Path, jobs: list[tuple[StudyArm, int]]) -> list[str]:
     """Run each job that is not finished; the names of those that failed. Raises `Stopped` after a signal."""
     failed = []
     common = runner.Jobs(folder, *root_config(), is_resumed=True)
@@ -149,7 +144,7 @@ def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) 
             if (place / manifests.MANIFEST).exists():
                 continue
             print(f"{number} of {len(jobs)}: {place.name}", flush=True)
-            overrides = arm_overrides(config, arm, seed)
+            overrides = arm_overrides(study, arm, seed)
             write_checked(place / JOB_FILE, {"overrides": overrides})
             code = runner.run_job(common, arm.stage, overrides, place, log=place / "log.txt")
             atomic.write_json(place / JOB_FILE, {"overrides": overrides, "exit_code": code})
@@ -159,18 +154,18 @@ def run_jobs(config: RunConfig, folder: Path, jobs: list[tuple[StudyArm, int]]) 
             if code != EXIT_DONE:
                 print(f"  failed with exit code {code}: {place / 'log.txt'}", flush=True)
                 failed.append(place.name)
-            write_page(config, folder)
+            write_page(study, folder)
     return failed
 
 
-def shared_overrides(config: RunConfig, arm: StudyArm | None = None) -> list[str]:
+def shared_overrides(study: StudySettings, arm: StudyArm | None = None) -> list[str]:
     """What every run gets: the study's settings, then what this command line says beside the study.
 
     An arm goes without what its stage does not read, and one that names data of its own without what only the study's
     source would read.
     """
     given = [text for text in given_overrides.get() if text.lstrip("+~").split("=")[0].split(".")[0] not in OWN]
-    shared = [*config.study.settings, *given]
+    shared = [*study.settings, *given]
     has_own_data = arm is not None and any(text.startswith("data=") for text in arm.overrides)
     return [
         text
@@ -186,7 +181,7 @@ def root_config() -> tuple[str, str | None]:
     return hydra.job.config_name, added[0] if added else None
 
 
-def asked_of(config: RunConfig) -> list[str]:
+def asked_of() -> list[str]:
     """The arguments that make this study again, wherever its folder is and whatever was already there."""
     name, folder = root_config()
     flags = [] if name == "config" else ["--config-name", name]
@@ -207,11 +202,10 @@ def run_state(place: Path) -> str:
     return job_state(code, has_begun=job.exists())
 
 
-def write_page(config: RunConfig, folder: Path) -> dict:
+def write_page(study: StudySettings, folder: Path) -> dict:
     """study.json, study.md and study.png of what is finished, asked for this time or before."""
     from laddpo.results import studies
 
-    study = config.study
     read, unfinished = [], []
     for arm in study.arms:
         found = [studies.read_outcome(folder / f"{arm.name}-{seed}", seed) for seed in study.seeds]
@@ -223,8 +217,8 @@ def write_page(config: RunConfig, folder: Path) -> dict:
         read.append(studies.Arm(arm.name, arm.factor, arm.stage, arm.overrides, arm.against, outcomes))
     content = studies.study_json(read, [studies.Claim(c.arm, c.against, c.margin) for c in study.claims])
     content["unfinished"] = unfinished
-    content["settings"] = shared_overrides(config)
-    title, command = f"Study {study.name}", shlex.join(["python", "-m", "laddpo.study", *asked_of(config)])
+    content["settings"] = shared_overrides(study)
+    title, command = f"Study {study.name}", shlex.join(["python", "-m", "laddpo.study", *asked_of()])
     atomic.write_json(folder / "study.json", content)
     atomic.write_text(folder / "study.md", studies.study_markdown(content, title, command))
     if content["arms"]:

@@ -63,7 +63,7 @@ def find_weights(config: RunConfig, trained: Path | None) -> Source:
         require_sealed(folder, *adapters.ADAPTER_FILES)
         return Source(folder, False, None, _base_fingerprint(config))
     manifests.read_manifest(trained, "train", "sft")  # the model card cites what it seals
-    folder = tuned_weights(config, trained)
+    folder = tuned_weights(config.adapter, trained)
     require_inputs_of(folder, config, is_export=True)
     sealed = manifests.read_manifest(folder, "weights", verify=False)["fields"]
     if not is_full:
@@ -72,12 +72,12 @@ def find_weights(config: RunConfig, trained: Path | None) -> Source:
 
 
 def _base_fingerprint(config: RunConfig) -> str:
-    return loading.weights_fingerprint(model_path(config), config.model.revision, hash_again=True)
+    return loading.weights_fingerprint(model_path(config.model), config.model.revision, hash_again=True)
 
 
 def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list[str], CardFacts]:
     """Write a whole checkpoint. Returns its files and what the card says about the check."""
-    path, revision = model_path(config), config.model.revision
+    path, revision = model_path(config.model), config.model.revision
     dtype = config.export.dtype
     if dtype is None and source.is_full and config.sft.from_scratch:  # no base has weights
         dtype = stored_dtype(source.folder)
@@ -218,7 +218,7 @@ def model_card(config: RunConfig, trained: Path | None, source: Source, facts: C
 
 def base_licence(config: RunConfig) -> list[str]:
     """The licences in the front matter of the base's own model card; none where it names none or cannot be read."""
-    folder = loading.checkpoint_folder(model_path(config), config.model.revision, ["README.md", "config.json"])
+    folder = loading.checkpoint_folder(model_path(config.model), config.model.revision, ["README.md", "config.json"])
     card = folder / "README.md"
     if not card.exists():
         return []

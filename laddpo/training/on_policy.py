@@ -32,7 +32,7 @@ def with_run(config: RunConfig) -> RunConfig:
             f"run is {config.run!r}, a run of adapter=full, whose weights are a model of their own; sample from it by "
             f"model.model_name_or_path={Path(config.run) / 'model'}."
         )
-    adapter = dataclasses.replace(trained.adapter, path=str(tuned_weights(trained, Path(config.run))))
+    adapter = dataclasses.replace(trained.adapter, path=str(tuned_weights(trained.adapter, Path(config.run))))
     return dataclasses.replace(config, adapter=adapter)
 
 
@@ -121,8 +121,8 @@ def sample_fields(config: RunConfig, questions: list) -> dict:
     from laddpo.models.adapters import adapter_identity
     from laddpo.models.loading import load_tokenizer, weights_fingerprint
 
-    path, revision = model_path(config), config.model.revision
-    settings = dataclasses.asdict(sampler_settings(sampling_config(config)))
+    path, revision = model_path(config.model), config.model.revision
+    settings = dataclasses.asdict(sampler_settings(sampling_config(config).evaluation, config.seed))
     for name in ("batch_size", "stop_early"):  # they change how, not what
         del settings[name]
     adapter = config.adapter.path
@@ -166,7 +166,6 @@ def pair_grader(config: RunConfig, questions: list):
 
 def _sampler(config: RunConfig, questions: list):
     """A function from prompts to these questions and keys to texts, which holds the model."""
-    from laddpo.evaluation.answering import answer_ids, encoded_prompts
     from laddpo.hardware.machine import find_machine
     from laddpo.inputs import policy
     from laddpo.preference.reading.pairs import user_prompt
@@ -176,9 +175,16 @@ def _sampler(config: RunConfig, questions: list):
     loaded = policy.load(config, find_machine(config))
     prompts = [user_prompt(question.text) for question in questions]
     names = [f"question {question.text!r}" for question in questions]
-    encoded = dict(zip(prompts, encoded_prompts(config, loaded, prompts, names), strict=True))
+    answers = _answerer(config, loaded)
+    encoded = dict(zip(prompts, answers.encode(prompts, names), strict=True))
 
     def sample(asked: list, keys: list[str]) -> list[str]:
-        return answer_ids(config, loaded, [encoded[prompt] for prompt in asked], keys)
+        return [answer.text for answer in answers.answers([encoded[prompt] for prompt in asked], keys)]
 
     return sample
+
+
+def _answerer(config: RunConfig, loaded):
+    from laddpo.evaluation.answering import answerer
+
+    return answerer(loaded, config.evaluation, config.data, config.seed)

@@ -12,10 +12,10 @@ from typing import Any
 from laddpo.errors import UserError
 from laddpo.inputs import policy
 from laddpo.inputs.policy import Loaded
-from laddpo.inputs.tuned import what_is_left
+from laddpo.inputs.tuned import kept_names, what_is_left
 from laddpo.models import adapters, loading
 from laddpo.processes.ranks import whole
-from laddpo.settings.schema import RunConfig, keywords
+from laddpo.settings.schema import AdapterSettings, RunConfig, keywords
 from laddpo.storage import atomic, manifests
 from laddpo.storage.checkpoint import step_folders, step_of
 from laddpo.storage.run_outputs import RunOutputs
@@ -41,8 +41,7 @@ def run_outputs(
     """Where the loop writes: weights, metrics, sample answers, and the trackers, closed at the end. `more_fields` go
     into the manifest of the weights."""
     is_full = config.adapter.kind == "full"
-    best, last = (policy.MODEL, policy.MODEL_LAST) if is_full else (policy.ADAPTER, policy.ADAPTER_LAST)
-
+    best, last = kept_names(config.adapter)
     ranks = loaded.machine.ranks
 
     def save(name: str, step: int) -> None:
@@ -56,7 +55,7 @@ def run_outputs(
         with atomic.replaced_folder(folder / name) as target:
             if is_full:
                 files = loading.save_model(loaded.model, target, state=state)
-                files += loading.copy_tokenizer(policy.model_path(config), config.model.revision, target)
+                files += loading.copy_tokenizer(policy.model_path(config.model), config.model.revision, target)
             else:
                 files = adapters.save_adapter(loaded.model, target, state)
             fields = {"step": step, "base": loaded.weights, "pins": dict(pins or {}), **more_fields}
@@ -86,11 +85,9 @@ def run_outputs(
         )
 
 
-def check_weights(config: RunConfig, folder: Path) -> None:
+def check_weights(adapter: AdapterSettings, folder: Path) -> None:
     """Before a run is sealed: the weights that it kept are whole. A run that was resumed kept some of them long ago."""
-    names = (
-        (policy.MODEL, policy.MODEL_LAST) if config.adapter.kind == "full" else (policy.ADAPTER, policy.ADAPTER_LAST)
-    )
+    names = kept_names(adapter)
     for name in names:
         if manifests.read_manifest(folder / name, "weights") is None:
             raise UserError(

@@ -133,7 +133,7 @@ def _arguments(config: RunConfig) -> tuple:
         )
         for part, grader in _graded_mixture(config)
     ]
-    encoder = encoder_for(config.data, load_tokenizer(model_path(config), config.model.revision))
+    encoder = encoder_for(config.data, load_tokenizer(model_path(config.model), config.model.revision))
     return Path(config.paths.data_dir) / "prepared", data.source, parts, encoder, rules
 
 
@@ -182,7 +182,8 @@ def evaluation_prompts(config: RunConfig) -> dict[str, Callable[[], set[str]]]:
             from laddpo.evaluation.answering import tested_questions
             from laddpo.preference.reading.pairs import prompt_group, user_prompt
 
-            return {prompt_group(user_prompt(text)) for text in tested_questions(config, task)}
+            settings = (config.evaluation, config.data, config.seed, config.paths.data_dir)
+            return {prompt_group(user_prompt(text)) for text in tested_questions(task, *settings)}
 
         return keys
 

@@ -87,7 +87,7 @@ def check_finished(config: RunConfig, folder: Path, kind: str) -> None:
 
     manifests.read_manifest(folder, kind)
     refuse_longer_training(config, folder)
-    tuned_weights(config, folder)
+    tuned_weights(config.adapter, folder)
     print(f"{folder}: this run is finished; nothing was changed.")
 
 

@@ -63,7 +63,7 @@ def _require_whole(config: RunConfig, place: Path) -> None:
     from laddpo.inputs.tuned import tuned_weights
 
     manifests.read_manifest(place, "train")
-    tuned_weights(config, place)
+    tuned_weights(config.adapter, place)
 
 
 def finish_rounds(folder: Path, count: int, seed: int) -> None:

@@ -26,8 +26,17 @@ from laddpo.settings.data_checks import sft_examples
 from laddpo.settings.schema import RunConfig
 from laddpo.training.lengths import loop_settings, warmup_note
 from laddpo.training.pairs import open_examples, open_prepared
-from laddpo.training.run import Ended, Run, RunData, Training, evaluate_at_end, optimizer_of, plot_run, seal
-from laddpo.training.validation import Validation, validation_tasks
+from laddpo.training.run import (
+    Ended,
+    Run,
+    RunData,
+    Training,
+    evaluate_at_end,
+    optimizer_of,
+    plot_run,
+    seal,
+    validation_of,
+)
 
 if TYPE_CHECKING:
     from laddpo.preference.encoding.encode import EncodedExample
@@ -38,7 +47,7 @@ def open_rows(config: RunConfig) -> RunData:
     is_new, kind = config.sft.from_scratch, sft_examples(config)
     policy.check_before_loading(config, hash_again=not is_new)
     tasks = base_and_tuned.open_tasks(config) if is_evaluated(config) else []
-    tokenizer = load_tokenizer(policy.model_path(config), config.model.revision)
+    tokenizer = load_tokenizer(policy.model_path(config.model), config.model.revision)
 
     prepared, held_out = None, []
     if kind == "corpus":
@@ -73,7 +82,7 @@ def build_task(run: Run) -> Training:
 
     held_out = run.data.held_out
     rows = measured_rows(held_out, config.evaluation.diffusion_samples, config.seed) if held_out else []
-    validation = Validation(config, run.loaded, [], 1, validation_tasks(config), stop=run.stop, rows=rows)
+    validation = validation_of(run, rows=rows)
 
     metric, is_new = validation.best_metric, run.data.from_scratch
     settings = loop_settings(config, len(examples), metric, has_pairs=False, from_scratch=is_new)

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from laddpo.core.loop import LoopSettings, LoopState, train_loop
+from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import build_optimizer
 from laddpo.core.tasks import DpoTask, SftTask
 from laddpo.errors import Stopped
@@ -159,7 +161,8 @@ def fill_reference(run: Run) -> ReferenceStore:
 def build_task(run: Run, store: ReferenceStore) -> Training:
     """DPO on the run's pairs against the stored reference, with what its loop takes."""
     config, machine, pairs = run.config, run.machine, run.data.items
-    validation = open_validation(config, run.data.prepared, run.loaded, run.stop)
+    objective = reference_values.objective_of(config)
+    validation = validation_of_pairs(run, objective)
     parameters = policy.make_trainable(config, run.loaded)
     optimizer = optimizer_of(config, parameters)
 
@@ -171,7 +174,7 @@ def build_task(run: Run, store: ReferenceStore) -> Training:
         pairs,
         store,
         reference_values.training_estimator(config),
-        reference_values.objective_of(config),
+        objective,
         machine.token_budget,
         backward,
         run.ranks,
@@ -183,6 +186,22 @@ def build_task(run: Run, store: ReferenceStore) -> Training:
     step_tokens = settings.items_per_step * run.data.lengths.longest_pair
     memory = StepMemory(machine, run.loaded.model, optimizer, step_tokens)
     return Training(task, parameters, optimizer, settings, validation, watch=memory.watch)
+
+
+def validation_of_pairs(run: Run, objective: DpoObjective) -> Validation:
+    """Validation on the held-out pairs, with their reference values."""
+    config, prepared = run.config, run.data.prepared
+    pairs = list(prepared.validation)[: config.evaluation.num_pairs]
+    found = reference_values.measured_items(config, prepared, run.loaded, pairs, run.stop, "validation pairs")
+    prompts = list({pair.group: pair.prompt_ids for pair in pairs}.values())
+    return validation_of(run, prompts, items=found[0], block=found[1], objective=objective)
+
+
+def validation_of(run: Run, prompts: Sequence[np.ndarray] = (), **measured: Any) -> Validation:
+    """Validation by the run's settings. `measured`: fields of Validation."""
+    config = run.config
+    settings = (config.evaluation, config.data, config.seed, config.paths.data_dir, config.best_metric)
+    return open_validation(run.loaded, *settings, run.stop, prompts, **measured)
 
 
 def optimizer_of(config: RunConfig, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
@@ -256,7 +275,7 @@ def finish(run: Run, training: Training, ended: Ended) -> list[str]:
 
 def evaluate_at_end(run: Run, say: Callable[[str], None]) -> None:
     """evaluation/ of the run: base against tuned on its test tasks and held-out rows."""
-    tuned, place = tuned_weights(run.config, run.folder), run.folder / "evaluation"
+    tuned, place = tuned_weights(run.config.adapter, run.folder), run.folder / "evaluation"
     base_and_tuned.evaluate_run(run.config, tuned, place, run.data.prepared, run.loaded, run.stop, run.data.tasks, say)
 
 
@@ -264,7 +283,7 @@ def seal(run: Run, kind: str, fields: Mapping[str, Any]) -> None:
     """The run's manifest: from here on it is finished. Rank 0 writes it, once the weights are found whole."""
     if not run.ranks.is_main:
         return
-    check_weights(run.config, run.folder)
+    check_weights(run.config.adapter, run.folder)
     data = run.data.prepared.manifest["fingerprint"] if run.data.prepared else "corpus"
     content = {**fields, "data": data, "start": run.loaded.weights, "pins": run.pins}
     manifests.write_manifest(run.folder, kind, content, manifests.present(run.folder, SEALED), **manifests.provenance())

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from laddpo.core.gradient import Item, lockstep
+from laddpo.core.objectives import DpoObjective
 from laddpo.errors import visible
-from laddpo.evaluation.answering import VALIDATION_LIMIT, answer_ids, answer_task, open_task
+from laddpo.evaluation.answering import VALIDATION_LIMIT, Answerer, answer_task, answerer, open_task
 from laddpo.evaluation.heldout import row_losses
-from laddpo.inputs import reference_values
 from laddpo.inputs.margins import score_preferences
 from laddpo.inputs.policy import Loaded
-from laddpo.preference.prepared import PreparedPairs
 from laddpo.problems.tasks import Task, embedded
 from laddpo.processes.signals import StopFlag
-from laddpo.settings.schema import RunConfig
+from laddpo.settings.schema import DataSettings, EvaluationSettings
 
 EXACT_MATCH, LOSS = "validation/exact_match", "validation/loss"
 
 
 @dataclass
 class Validation:
-    """Held-out pairs (DPO) or rows (SFT) and problems, measured during training. `show(step, text)` takes a few answers
-    as they are now; where no task is answered they are made for `prompts`."""
+    """What is measured during training: held-out pairs (`items` in noise blocks of `block`, with the `objective`) or
+    `rows` of an SFT, and the problems of `tasks`. `metric`: best_metric as given. `show(step, text)` takes
+    `sample_count` answers as they are now; where no task is answered they are made for `prompts`."""
 
-    config: RunConfig
     loaded: Loaded
-    items: Sequence[Item]
-    block: int
-    tasks: list[Task] = field(default_factory=list)
-    stop: StopFlag | None = None
-    prompts: list[np.ndarray] = field(default_factory=list)
-    show: Callable[[int, str], None] = lambda step, text: None
+    answers: Answerer
+    metric: str
+    sample_count: int
+    stop: StopFlag
+    tasks: Sequence[Task] = ()
+    prompts: Sequence[np.ndarray] = ()
+    items: Sequence[Item] = ()
+    block: int = 1
+    objective: DpoObjective | None = None
     rows: Sequence[Item] = ()
+    show: Callable[[int, str], None] = lambda step, text: None
 
     @property
     def is_wanted(self) -> bool:
@@ -44,18 +48,17 @@ class Validation:
     @property
     def best_metric(self) -> str | None:
         """What chooses the checkpoint: exact match where the data has a grader, else the validation loss."""
-        if self.config.best_metric != "auto":
-            return None if self.config.best_metric == "none" else f"validation/{self.config.best_metric}"
+        if self.metric != "auto":
+            return None if self.metric == "none" else f"validation/{self.metric}"
         return EXACT_MATCH if self.tasks else LOSS if self.items or self.rows else None
 
     def measure(self, step: int) -> dict[str, float]:
         """Validation metrics of the model as it is now."""
         metrics: dict[str, float] = {}
         if self.items:
-            objective = reference_values.objective_of(self.config)
             budget = self.loaded.machine.token_budget
             ranks = self.loaded.machine.ranks
-            scored = (self.items, objective, self.block, budget, ranks, self.stop)
+            scored = (self.items, self.objective, self.block, budget, ranks, self.stop)
             scores = score_preferences(self.loaded.denoiser, *scored)
             metrics.update(scores.metrics())
         if self.rows:
@@ -63,9 +66,7 @@ class Validation:
             losses = row_losses(self.loaded.denoiser, self.rows, machine.token_budget, machine.ranks, self.stop)
             metrics[LOSS] = float(losses.mean())
         # answers of a model on its way are in no file: they are made within one evaluation, or anew
-        records = [
-            answer_task(self.config, self.loaded, task, None, {}, "validation", self.stop) for task in self.tasks
-        ]
+        records = [answer_task(self.answers, task, None, {}, "validation", self.stop) for task in self.tasks]
         if records:
             shares = [sum(record["correct"] for record in of_task) / len(of_task) for of_task in records]
             metrics[EXACT_MATCH] = sum(shares) / len(shares)
@@ -75,7 +76,7 @@ class Validation:
 
     def _samples(self, records: list[list[dict]]) -> str:
         """A few answers to the first problems of each task, else to the prompts of the first held-out pairs."""
-        count = self.config.evaluation.samples
+        count = self.sample_count
         if records:
             shown = [r for of_task in records for r in of_task[:count]]
             return "\n\n".join(f"prompt  {r['prompt']}\ngold    {r['answer']}\nanswer  {r['text']}" for r in shown)
@@ -85,32 +86,33 @@ class Validation:
         with lockstep(self.loaded.denoiser):
             if not self.loaded.machine.ranks.is_main:
                 return ""
-            texts = answer_ids(self.config, self.loaded, prompts, [str(i) for i in range(len(prompts))])
+            answers = self.answers.answers(prompts, [str(i) for i in range(len(prompts))])
         asked = [self.loaded.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
-        return "\n\n".join(f"prompt  {a}\nanswer  {text}" for a, text in zip(asked, texts, strict=True))
+        return "\n\n".join(f"prompt  {a}\nanswer  {b.text}" for a, b in zip(asked, answers, strict=True))
 
 
-def open_validation(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, stop: StopFlag) -> Validation:
-    """The validation pairs with their reference values, and the problems of tasks that have a validation split.
-
-    Test problems are never looked at during training.
-    """
-    pairs = list(prepared.validation)[: config.evaluation.num_pairs]
-    items, block = reference_values.measured_items(config, prepared, loaded, pairs, stop, "validation pairs")
-    tasks = validation_tasks(config)
-    prompts = list({pair.group: pair.prompt_ids for pair in pairs}.values())
-    room = loaded.model.config.max_sequence_length - config.evaluation.gen_length
+def open_validation(
+    loaded: Loaded,
+    evaluation: EvaluationSettings,
+    data: DataSettings,
+    seed: int,
+    data_dir: str,
+    metric: str,
+    stop: StopFlag,
+    prompts: Sequence[np.ndarray] = (),
+    **measured: Any,
+) -> Validation:
+    """What is `measured` (fields of Validation), with the problems of tasks that have a validation split. `prompts`:
+    those of held-out pairs. Test problems are never looked at during training."""
+    own = evaluation.tasks if evaluation.harness == "none" else []
+    limit = min(VALIDATION_LIMIT, evaluation.limit or VALIDATION_LIMIT)
+    tasks = [open_task(name, "validation", limit, evaluation, data, seed, data_dir) for name in embedded(own)]
+    room = loaded.model.config.max_sequence_length - evaluation.gen_length
     fitting = [ids for ids in prompts if len(ids) <= room]
-    if len(fitting) < len(prompts) and config.evaluation.samples and not tasks:
+    if len(fitting) < len(prompts) and evaluation.samples and not tasks:
         print(
             f"note: {len(prompts) - len(fitting)} of {len(prompts)} validation prompts leave no room for an answer of "
-            f"evaluation.gen_length={config.evaluation.gen_length}; samples show answers to others"
+            f"evaluation.gen_length={evaluation.gen_length}; samples show answers to others"
         )
-    return Validation(config, loaded, items, block, tasks, stop, fitting)
-
-
-def validation_tasks(config: RunConfig) -> list[Task]:
-    """The tasks that have validation problems, with as many of them as an evaluation during training answers."""
-    own = config.evaluation.tasks if config.evaluation.harness == "none" else []
-    limit = min(VALIDATION_LIMIT, config.evaluation.limit or VALIDATION_LIMIT)
-    return [open_task(config, name, "validation", limit) for name in embedded(own)]
+    answers = answerer(loaded, evaluation, data, seed)
+    return Validation(loaded, answers, metric, evaluation.samples, stop, tasks, fitting, **measured)

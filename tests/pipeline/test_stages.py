@@ -224,13 +224,13 @@ def test_validation_writes_nothing_that_a_kill_could_leave(stages, monkeypatch):
     run, system, found = stages.folder / "run", stages.folder / "system", []
     system.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(system))
-    answer = answering.described_answers
+    answer = answering.Answerer.answers
 
     def watched(*arguments):
         found.append({path.relative_to(stages.folder).as_posix() for path in (*system.iterdir(), *run.iterdir())})
         return answer(*arguments)
 
-    monkeypatch.setattr(answering, "described_answers", watched)
+    monkeypatch.setattr(answering.Answerer, "answers", watched)
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
     lasting = {"run/" + name for name in ("adapter", "checkpoints", "samples", "config.yaml", "command.json", ".lock")}
     lasting |= {"run/.laddpo"}

@@ -33,9 +33,9 @@ def test_every_arm_of_every_study_composes(name):
 
 def test_a_study_without_arms_or_with_unknown_ones_is_refused():
     with pytest.raises(UserError, match="name a study"):
-        wanted_arms(compose())
+        wanted_arms(compose().study)
     with pytest.raises(UserError, match="'defualt'; the arms are: default"):
-        wanted_arms(compose(["study=nano", "study.only=[defualt]"]))
+        wanted_arms(compose(["study=nano", "study.only=[defualt]"]).study)
 
 
 ONE_ARM = "study.arms=[{name: default}]"
@@ -59,7 +59,7 @@ TWO_ARMS = "study.arms=[{name: default}, {name: other, overrides: ['dpo.loss=ipo
 def test_what_is_wrong_with_a_study_is_said_before_its_first_arm(settings, message):
     arms = [] if settings[0].startswith("study.arms") else [TWO_ARMS]
     with pytest.raises(UserError, match=message):
-        wanted_arms(compose([*arms, *settings]))
+        wanted_arms(compose([*arms, *settings]).study)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_setting_of_the_study_goes_to_the_arms_that_read_it(given):
     config = compose(
         ["study.arms=[{name: a}, {name: b, stage: sft}]", "study.settings=['stopping.max_chosen_fall=0.1']"]
     )
-    dpo, sft = (arm_overrides(config, arm, 1) for arm in config.study.arms)
+    dpo, sft = (arm_overrides(config.study, arm, 1) for arm in config.study.arms)
     assert dpo == ["stopping.max_chosen_fall=0.1", "dpo.beta=0.7", "hardware.threads=1", "seed=1"]
     assert sft == ["dpo.beta=0.7", "hardware.threads=1", "seed=1"], "whose last evaluation takes beta"
 
@@ -105,22 +105,22 @@ def given():
 def test_what_the_command_line_says_beside_the_study_reaches_every_run(given):
     given(("study=nano", "study.seeds=[1]", "output_dir=x", "experiment=mine", "hardware.threads=1"))
     config = compose(["study=nano"])
-    assert shared_overrides(config) == [*config.study.settings, "experiment=mine", "hardware.threads=1"]
+    assert shared_overrides(config.study) == [*config.study.settings, "experiment=mine", "hardware.threads=1"]
 
 
 def test_an_arm_with_data_of_its_own_goes_without_what_only_the_studys_source_reads(given):
     given(("study=nano", "data.sampling.num_questions=30", "data.max_length=99"))
     config = compose(["study=nano", "data.sampling.num_questions=30", "data.max_length=99"])
     synthetic = next(arm for arm in config.study.arms if arm.name == "synthetic")
-    shared = shared_overrides(config, synthetic)
+    shared = shared_overrides(config.study, synthetic)
     assert "data.max_length=99" in shared and "data.sampling.num_questions=30" not in shared
     compose([*shared, *synthetic.overrides])
-    assert "data.sampling.num_questions=30" in shared_overrides(config, config.study.arms[0])
+    assert "data.sampling.num_questions=30" in shared_overrides(config.study, config.study.arms[0])
 
 
 def test_the_page_says_which_command_makes_it(given):
     given(("study=nano", "study.only=[a]", "resume=true", "output_dir=x", "hardware=cpu", "study.seeds=[1, 2]"))
-    assert asked_of(compose(["study=nano"])) == ["study=nano", "hardware=cpu", "study.seeds=[1, 2]"]
+    assert asked_of() == ["study=nano", "hardware=cpu", "study.seeds=[1, 2]"]
 
 
 def test_a_study_runs_its_arms_and_goes_on_with_what_is_missing(tmp_path, capsys):
