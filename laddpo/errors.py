@@ -43,7 +43,8 @@ class Damaged(UserError):
 
 
 class RunFault(UserError):
-    """A run that cannot go on, through no wrong setting: a non-finite loss, say. Same form of message, exit code 1."""
+    """A run that cannot continue although no setting is wrong, for example a loss that is not finite. Its message has
+    the same form, its exit code is 1."""
 
     exit_code = EXIT_FAULT
 
@@ -57,9 +58,9 @@ class NonFiniteStep(RunFault):
 
 
 class Stopped(UserError):
-    """A signal asked the stage to stop, and everything needed to go on is saved. Exit code 75.
+    """A signal asked the stage to stop, and everything needed to continue is saved. Exit code 75.
 
-    `found` says what was stopped and what of it is kept, without the way to go on.
+    `found` says what was stopped and what is kept, without how to continue.
     """
 
     exit_code = EXIT_STOPPED

@@ -5,7 +5,7 @@
     python -m laddpo.study study=nano output_dir=outputs/study/a resume=true      what is missing
 
 Every arm and seed is an ordinary run of train or sft in a process and a folder of its own. Writes study.md, study.json,
-study.png; they can be read while it goes on.
+study.png; they can be read while it runs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 
 def study_folder(config: RunConfig, run_folder: Path) -> Path:
-    """The study's folder; resume=true goes on with output_dir, or resume with the folder that it names."""
+    """The study's folder: resume=true continues output_dir; resume=<folder> continues that folder."""
     if config.resume == "true" and config.output_dir is None:
         raise UserError("resume is true and output_dir is not set; expected the study's folder: output_dir=<folder>.")
     return run_folder if config.resume in ("true", "false") else Path(config.resume)

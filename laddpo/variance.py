@@ -32,7 +32,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     policy.check_before_loading(config)
     nothing = f"{run_folder}: stopped; nothing was written."  # all is written at the end
     with owned(run_folder, "variance", config.resume != "false"), stop_on_signal() as stop:
-        with at_once(stop, nothing, "The same command starts anew."):
+        with at_once(stop, nothing, "The same command starts again from the beginning."):
             prepared = open_prepared(config)
             pins.require_inputs_of(tuned, config, prepared.content)
             loaded = policy.load(config, find_machine(config, data_lengths(prepared, config.dpo.diffusion_samples)))
@@ -92,7 +92,7 @@ def write_result(config: RunConfig, result: dict, folder: Path) -> None:
     from laddpo.storage import atomic, manifests
 
     (folder / manifests.MANIFEST).unlink(missing_ok=True)
-    write_config(config, folder)  # which makes the folder a run's: until here nothing could be gone on with
+    write_config(config, folder)  # with it the folder is a run's: before it there was nothing to continue
     atomic.write_json(folder / "variance.json", result)
     atomic.write_text(folder / "variance.md", report.markdown_page(result))
     report.variance_plot(result, folder / "variance.png")

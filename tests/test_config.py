@@ -37,7 +37,7 @@ MISTAKES = {
     "a removed group": (["~optim"], ["a group cannot be removed; choose another of its options"]),
     "a removed setting that is not there": (["~dpo.betta"], ["did you mean dpo.beta?"]),
     "a group that is null": (["optim=null"], ["optim is null; known: adamw_8bit,", "or leave optim out"]),
-    "a value without a name": (["=3"], ["'=3': no name stands before the value; expected key=value"]),
+    "a value without a name": (["=3"], ["'=3': it has no name before the value; expected key=value"]),
     "a list of target modules": (["adapter.target_modules=[q_proj,foo]"], ["like 'q_proj|v_proj'"]),
     "several target modules": (
         ["adapter.target_modules=q_proj,v_proj"],

@@ -121,7 +121,7 @@ def test_what_a_run_was_made_with_is_no_mistake_of_who_looks_at_it(tmp_path, mon
     ("stage", "setting", "said"),
     [
         ("prepare", "run=r", "run=r: prepare reads it only where the model answers questions (data=onpolicy)"),
-        ("train", "run=r", "write adapter.path=<run>/adapter to go on from it"),
+        ("train", "run=r", "write adapter.path=<run>/adapter to start from it"),
         ("plan", "runs=[r]", 'runs=["r"]: plan does not read it; report does; leave it out.'),
         ("evaluate", "prompts=a.txt", "prompts=a.txt: evaluate does not read it; generate does"),
         ("plan", "verify=true", "verify=true: plan does not read it; prepare, precompute, evaluate"),

@@ -199,7 +199,7 @@ def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(tmp_path, mon
         trackers.scalars(step, {"loss": 1.0})
     trackers.close()
     assert said == [
-        "logger.moody stopped: SystemExit: disk full. The run goes on and metrics.jsonl stays complete; "
+        "logger.moody stopped: SystemExit: disk full. The run continues and metrics.jsonl stays complete; "
         "logger.moody=false switches this off."
     ]
 

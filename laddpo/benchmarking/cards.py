@@ -80,7 +80,7 @@ def cards_part(config: RunConfig, machine) -> tuple[str, dict]:
                 "tokens": 2 * setting.draws * wanted.card_tokens,
             }
         )
-        step = model = None  # a rival's copy goes now, and the model before the next one is made
+        step = model = None  # free a rival's copy and the model before the next one is made
     text, record = cards_section(rows)
     about = (
         f"One pair a step: prompt and either response together {wanted.card_tokens} tokens, reference pass and "

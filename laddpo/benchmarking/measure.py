@@ -4,7 +4,7 @@ Bytes are counted on allocations above the policy's own weights: a rival's refer
 Seconds are taken interleaved: every contender once on the same pairs, in rotating order, then the next pairs. Ratios
 are formed per round, so that a machine that slows down for a while slows all.
 
-A cap stands in for a smaller card: CUDA's allocator refuses what would exceed it. Counted are tensors and what the
+A cap simulates a smaller card: CUDA's allocator refuses what would exceed it. Counted are tensors and what the
 allocator took for them, weights included; the context of CUDA, some 0.5 GiB, is extra. A CPU knows no cap.
 """
 

@@ -36,9 +36,9 @@ def about(config: RunConfig, machine) -> str:
             f"LoRA r={config.adapter.r} on {config.adapter.target_modules}.",
             f"Pairs: random tokens; prompt + response log-normal with mean {wanted.mean:g} and 99th percentile",
             f"{wanted.p99:g}, prompt {wanted.prompt_mean:g}, at most {wanted.max_length}; {wanted.pairs} pairs a step.",
-            "A step is forward and backward, without the optimizer where nothing else is said. Peaks are counted on",
+            "A step is forward and backward, without the optimizer unless stated. Peaks are counted on",
             "allocations.",
-            "public_laddpo and trl_like are written anew from their descriptions (laddpo/benchmarking/rivals.py).",
+            "public_laddpo and trl_like are rewritten from their descriptions (laddpo/benchmarking/rivals.py).",
         ]
     )
 
@@ -166,7 +166,7 @@ def plan_section(rows: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]
 def _stored(config: RunConfig) -> str:
     stored = config.quantization
     kind = f"{stored.bnb_4bit_quant_type} " * stored.load_in_4bit or "int8 " * stored.load_in_8bit
-    return f" stored in {kind.strip()} where nothing else is said" if kind else ""
+    return f" stored in {kind.strip()} unless stated otherwise" if kind else ""
 
 
 def _pair_with_full_first_draw(tokens: int, vocabulary: int):

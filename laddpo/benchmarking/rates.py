@@ -182,7 +182,7 @@ def predictions_section(found: Sequence[Mapping[str, Any]], cards: Sequence[Mapp
 
 
 def _distance(other: dict, setting: dict) -> tuple[bool, int]:
-    """How unlike two settings are, for one to stand for the other."""
+    """How unlike two settings are: the nearest measured one is used for a prediction."""
     name = "gradient_checkpointing"
     return other[name] != setting[name], abs(other["token_budget"] - setting["token_budget"])
 

@@ -1,4 +1,4 @@
-"""What users would otherwise run, written anew from its description, for measuring time and memory. Not for training.
+"""What users would otherwise run, rewritten from its description to measure time and memory. Not for training.
 
 - `PublicLaddpo`: the public LaDDPO project's training script: an independent copy of the model as reference, the graphs
   of all n draws of both responses alive until one backward pass, rows padded to max_length, logits of every position.
@@ -141,7 +141,7 @@ class TrlLike(Rival):
         return torch.zeros(len(rows), device=rows.device).index_add(0, scored.nonzero()[:, 0], logps) * weights
 
     def _hidden_states(self, rows: Tensor, present: Tensor) -> Tensor:
-        """What goes into the head, at every position; the head itself sees one. # [2n, longest, width]"""
+        """The input of the head at every position; the head itself sees one. # [2n, longest, width]"""
         seen = []
         last_norm = self.model.model["transformer"]["ln_f"]
         handle = last_norm.register_forward_hook(lambda module, inputs, output: seen.append(output))

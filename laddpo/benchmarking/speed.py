@@ -1,6 +1,6 @@
 """The parts of the benchmark about time: pairs a second of all contenders, and the sampler's fast paths.
 
-Plain is the public sampler: a fixed number of steps for every answer, everything computed anew in each.
+Plain is the public sampler: a fixed number of steps for every answer, everything computed again in each.
 """
 
 from __future__ import annotations

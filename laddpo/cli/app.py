@@ -176,7 +176,7 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
     with joined(stage, config.hardware) as ranks:
         if ranks is None:
             return EXIT_DONE
-        if ranks.world > 1 and stage in WITH_STEPS and config.resume != "false":  # rank 0 says what goes on, and how
+        if ranks.world > 1 and stage in WITH_STEPS and config.resume != "false":  # rank 0 says what is resumed, and how
             config = config_from(ranks.broadcast(dataclasses.asdict(config)))
         folder = Path(ranks.broadcast(str(run_folder(stage, config)) if ranks.is_main else None))
         if ranks.is_main:
@@ -196,7 +196,7 @@ def shown_problems(stage: str, tree: DictConfig) -> list[str]:
 def settings_for(
     hydra: Hydra, stage: str, tree: DictConfig, overrides: list[str], config_name: str = "config"
 ) -> RunConfig:
-    """The checked settings of a stage; those of the run that it works on or goes on with, where there is one."""
+    """The checked settings of a stage; if it works on a run or resumes one, with the settings of that run."""
     typed = typed_settings(tree)
     is_of_run = typed.config.run is not None and stage in MAY_CHANGE
     begun = begun_evaluation(typed.config) if stage == "evaluate" else None
@@ -242,14 +242,14 @@ def _call(main: Main, config: RunConfig, folder: Path) -> int:
 
 @contextlib.contextmanager
 def _reader_may_go() -> Iterator[None]:
-    """A closed pipe at the output (`| head`) ends the block with a `RunFault` that says how to go on."""
+    """A closed pipe at the output (`| head`) ends the block with a `RunFault` that says how to continue."""
     try:
         yield
     except BrokenPipeError as error:
         _print_into_nothing()
         raise RunFault(
             "what read this command's output went away, and the command stopped. Whatever it had finished is on disk: "
-            "the same command goes on from there (a training run with resume=true). Write the output to a file instead."
+            "the same command continues from there (for a training run add resume=true). Write the output to a file."
         ) from error
 
 
@@ -261,7 +261,7 @@ def _print_into_nothing() -> None:
 def run_folder(stage: str, config: RunConfig) -> Path:
     """The folder this run owns: `output_dir` when given, else outputs/<stage>/<date-time-name>. Not created here.
 
-    A stage goes on in the folder that `resume` names; for one with steps laddpo/training/resuming.py has found it by
+    A stage continues in the folder that `resume` names; for one with steps laddpo/training/resuming.py has found it by
     now. Rank 0 of a launch asks for all of them.
     """
     if stage in WITH_STEPS and config.resume not in ("true", "false"):
@@ -286,7 +286,7 @@ def run_folder(stage: str, config: RunConfig) -> Path:
 
 
 def _check_folder(folder: Path, config: RunConfig, stage: str) -> None:
-    """Refuse a folder that cannot be written, or that holds what is not this stage's to go on with."""
+    """Refuse a folder that cannot be written, or that holds what this stage may not continue."""
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

@@ -41,7 +41,7 @@ def parse(stage: str, argv: list[str]) -> argparse.Namespace:
         if action.dest not in ("version", "config_path", "experimental_rerun", "hydra_help"):
             parser._add_action(action)
     parser.add_argument("--version", action="store_true", help="print the version")
-    args = parser.parse_intermixed_args(argv)  # flags may stand between settings
+    args = parser.parse_intermixed_args(argv)  # flags may be between settings
     args.config_name = (args.config_name or "config").removesuffix(".yaml")
     chosen = [flag for flag in ("cfg", "multirun", "run", "info", "shell_completion") if getattr(args, flag)]
     if len(chosen) > 1 and chosen != ["cfg", "multirun"]:

@@ -63,7 +63,7 @@ def speaks() -> bool:
 
 
 def leave(code: int) -> None:
-    """End this process. Of several, each ends without taking the interpreter down.
+    """End this process. With several processes, each ends without taking the interpreter down.
 
     Gloo's threads outlive `destroy_process_group` while anything refers to a group (sharded weights do). One that frees
     the last exchange's tensors then needs the interpreter, and where that is being taken down it aborts: a run that

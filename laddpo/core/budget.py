@@ -1,7 +1,7 @@
 """The tokens of a micro-step, which shrink when memory runs out: the one place where work is done again.
 
 Noise is keyed and gradients are summed, so the same work in smaller micro-steps gives the same result to rounding. Work
-goes in as a function of the budget; it must leave nothing behind that a second run would meet.
+is a function of the budget; it must leave nothing behind that a second run would meet.
 """
 
 from __future__ import annotations

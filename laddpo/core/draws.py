@@ -60,7 +60,7 @@ class ElboEstimator:
     `estimator`: a row of ESTIMATORS; `schedule`: a row of COUNT_SCHEDULES; `diffusion_samples` n: draws per response;
     `shared_counts`: chosen and rejected mask the same fraction; `mask_rounds` R: epoch e uses draws (e mod R) * n + k;
     `stream` names an independent family of draws ("" is the one that policy and reference share); `shared_masks`:
-    chosen and rejected mask the same positions too; `difference_focus`: the share of picks that goes to tokens in which
+    chosen and rejected mask the same positions too; `difference_focus`: the share of picks for tokens in which
     the two responses differ, the rest going to all tokens alike; `count_tilt`: the share of counts that follows the
     tilted law (`count_law`), the rest being uniform.
     """
@@ -228,7 +228,7 @@ def complement_draw(e: ElboEstimator, response: Response, index: int) -> MaskedD
     """Draw 2j is a mask with l ~ U{0..L}, draw 2j+1 its inverse; weight (L+1) / size, an empty mask counts 0.
 
     Each of them alone has mean B: sum_l 1/(L+1) * (L+1)/l * E[S_l] = sum_l E[S_l] / l. Together they score every token
-    exactly once, which is where variance goes (complementary masks: ESPO 2512.03759). The fraction is folded at 1/2,
+    exactly once, which removes the variance (complementary masks: ESPO 2512.03759). The fraction is folded at 1/2,
     with a keyed coin for which of the two comes first: a schedule that spreads points over [0, 1) then spreads the
     pairs {u, 1-u}, instead of letting two of them fall on each other.
 
@@ -256,7 +256,7 @@ def balanced_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDra
     Draws 4q, 4q+1 pick a and draws 4q+2, 4q+3 pick b. In each of the two pairs one mask is small (r others, r from the
     folded fraction) and one large (all but r others). Inverses have one fault: whether two tokens are hidden together
     is the same in a mask and in its inverse, so that noise doubles. Here the small masks A, B of sizes p <= q are
-    disjoint, and what the large ones leave visible is A + B dealt out anew: with the others in a random order,
+    disjoint, and what the large ones leave visible is A + B dealt out again: with the others in a random order,
 
         small:  A = [0, p)        B = [p, p+q)        large leaves visible:  [p, 2p)        [0, p) + [2p, p+q)
 

@@ -1,9 +1,8 @@
 """The training loop: which items make step s, one exact gradient, one optimizer step, and what is kept of it.
 
-A task (DPO on pairs, SFT on rows) goes in; metrics.jsonl, checkpoints and the best and last weights come out. Order,
-noise and learning rate are functions of (seed, step), so a run that is killed and resumed writes the same bytes as one
-that was not (on one machine with the same libraries).
-"""
+The input is a task (DPO on pairs, SFT on rows). The output is metrics.jsonl, checkpoints, the best and the last
+weights. Order, noise and learning rate are functions of (seed, step), so a run that is killed and resumed writes the
+same bytes as one that was not (on one machine with the same libraries)."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ MAX_OVERFLOWS = 25  # in a row; from 65,536 the loss scale has then fallen below
 class TrainingTask(Protocol):
     """What is trained on. `accumulate` adds the gradient of the items' mean loss and returns metrics, loss included.
 
-    Of several ranks all call it with the same items, and all get the same gradient and metrics.
+    All ranks call it with the same items, and all get the same gradient and metrics.
     """
 
     item_count: int
@@ -127,7 +126,7 @@ def train_loop(
 
             try:
                 _evaluate_if_due(validate, settings, outputs, state, ranks)
-            except Stopped:  # evaluated again when the run goes on
+            except Stopped:  # evaluated again when the run is resumed
                 save()
                 raise _stopped(outputs, settings, state, stop) from None
 

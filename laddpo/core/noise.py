@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FULL = 1 << 64  # one turn of a 64-bit fraction: the integer u stands for the real number u / FULL in [0, 1)
+FULL = 1 << 64  # one turn of a 64-bit fraction: the integer u means the real number u / FULL in [0, 1)
 GOLDEN = 11400714819323198485  # FULL / 1.6180339887…, to the nearest odd number
 COUNT_OF_BOTH_SIDES = "both"  # the side in a count's key where chosen and rejected share their masked fraction
 

@@ -1,7 +1,7 @@
 """Corrections of the loss for the noise of its score, as `variance` studies them. Training has none: they did not help.
 
 A correction sees the loss as a function of which draws it may use. What each one gained or lost when it was measured
-stands in data/measurements/README.md.
+is in data/measurements/README.md.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class GradientSpread:
         return values.draws[0].cpu().numpy()
 
     def add_gradient(self, index: int, parameters: Sequence[Tensor]) -> None:
-        """The gradient that stands in `parameter.grad`, which is cleared."""
+        """The gradient in `parameter.grad`, which is cleared."""
         vector = torch.cat([_flat_gradient(parameter) for parameter in parameters]).double()
         for parameter in parameters:
             parameter.grad = None

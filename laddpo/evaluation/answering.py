@@ -155,7 +155,7 @@ def answer_task(
     """One graded record per item, appended to `items_path` as they come; records of the same weights are reused. None:
     nothing is written.
 
-    Raises `Stopped` between two batches after a signal; the same command then goes on with the next batch, or without
+    Raises `Stopped` between two batches after a signal; the same command then continues with the next batch, or without
     a file begins this task again.
     """
     names = [f"{task.name}, item {item.id}" for item in task.items]

@@ -22,7 +22,7 @@ def learned_rows(weights: Path) -> bool:
 
 
 def unseal(folder: Path) -> None:
-    """An evaluation in the folder of a finished one goes on with its answers, which must be those that were sealed."""
+    """Open a finished evaluation again: its answers are reused, and must be those that were sealed."""
     from laddpo.storage import manifests
     from laddpo.storage.seals import CheckedLines
 

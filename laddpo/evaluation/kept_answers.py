@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness was answered, kept as it comes, so that a stopped evaluation goes on where it was.
+"""What lm-evaluation-harness was answered, kept as it comes, so that a stopped evaluation can continue.
 
 The harness's own cache is a database of pickles without checks. This one is a log of JSON lines, each with a check:
 `{"check": ..., "key": <sha256 of the kind of request and its arguments>, "value": <text, or likelihood>}`.

@@ -57,7 +57,7 @@ class Likelihoods:
 
 
 def _parts(sequences: Sequence[MaskedSequence], token_budget: int) -> list[list[MaskedSequence]]:
-    """Runs of sequences that fit the budget together; a longer one goes alone."""
+    """Runs of sequences that fit the budget together; a longer one runs alone."""
     parts: list[list[MaskedSequence]] = [[]]
     for sequence in sequences:
         if parts[-1] and sum(s.tokens for s in parts[-1]) + sequence.tokens > token_budget:

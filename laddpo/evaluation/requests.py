@@ -31,13 +31,13 @@ class RequestEncoder:
         self._prompt = functools.lru_cache(maxsize=1024)(self._encode_prompt)  # the choices of an item share it
 
     def chat_text(self, history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """A text that stands for these messages; without a generation prompt the last one is the answer's beginning."""
+        """A text instead of these messages; without a generation prompt the last one is the answer's beginning."""
         messages = prompt_rows(Message(turn["role"], turn["content"]) for turn in history)
         is_begun = bool(messages) and not add_generation_prompt and messages[-1]["role"] == "assistant"
         return f"{START}{json.dumps([messages, is_begun])}{END}"
 
     def prompt_ids(self, context: str) -> np.ndarray:
-        """int32 [L]: what stands before the answer."""
+        """int32 [L]: the tokens before the answer."""
         return self._prompt(context)
 
     def answer_ids(self, context: str, answer: str) -> np.ndarray:

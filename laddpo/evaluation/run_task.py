@@ -1,6 +1,6 @@
 """Prompts of a task go to a generate function, its texts are graded, and one record per item is kept.
 
-`run_task` appends each item's record to items.jsonl as it goes and continues an interrupted run: an item whose record
+`run_task` appends each item's record to items.jsonl at once and continues an interrupted run: an item whose record
 has the same fingerprint (prompt, answer, model, sampler) is not generated again, unless its line is damaged.
 `CheckedLines.finish` ends the file. Models are not imported here; `generate` is any callable from a list of prompts to
 a list of texts.
@@ -68,7 +68,7 @@ def run_task(
     log = CheckedLines(items_path, say) if items_path else SilentLines()
     done, stale = _take_finished(log, labels, prints, task.grader.name) if ranks.is_main else ({}, 0)
     if stale:
-        say(f"{items_path}: {stale} items of {labels} came from other settings or another model and are generated anew")
+        say(f"{items_path}: {stale} items of {labels} are of other settings or another model and are generated again")
     try:
         regrade = [record for record in done.values() if record["grader"] != task.grader.name]
         verdicts = task.grader.grade_all([r["text"] for r in regrade], [r["answer"] for r in regrade])

@@ -45,19 +45,19 @@ class Shape:
 
     @property
     def block_parameters(self) -> int:
-        """Of the linear layers of one block."""
+        """Weights of the linear layers of one block."""
         return sum(a * b for a, b in map(self.linear, BLOCK_LINEARS))
 
     @property
     def parameters(self) -> int:
-        """Of the whole model: blocks with two norms each, last norm, embedding and head."""
+        """Weights of the whole model: blocks with two norms each, last norm, embedding and head."""
         width = self.d_model
         return self.n_layers * (self.block_parameters + 2 * width) + width + 2 * self.vocab_size * width
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides about memory, apart from how much is computed at once.
+    """What decides about memory, except how much is computed at once.
 
     `rank` None: all weights are trained. `quantization`: "none", or a name of STORED_BYTES.
     `gradient_groups`: buffers that a pair larger than a micro-step needs in `stream` (coefficient_groups of the loss).
@@ -201,8 +201,8 @@ def _weights(setup: Setup) -> int:
 
 
 def _gathered(setup: Setup) -> int:
-    """Of sharded weights: what is outside the blocks, two blocks (one is fetched while one computes), and where all
-    weights are trained their gradients before they are divided."""
+    """Bytes of sharded weights: what is outside the blocks, two blocks (one is fetched while one computes) and,
+    if all weights are trained, their gradients before they are divided."""
     if setup.shards == 1:
         return 0
     shape = setup.shape
@@ -262,7 +262,7 @@ def _block_bytes(setup: Setup, load: Load) -> int:
 
 
 def _stream_bytes(setup: Setup) -> int:
-    """Of a number between blocks: float32 weights that are trained in mixed precision keep it in float32."""
+    """Bytes of a number between blocks: float32 weights that are trained in mixed precision keep it in float32."""
     return 4 if setup.is_full else ELEMENT_BYTES[setup.precision]
 
 

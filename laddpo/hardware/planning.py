@@ -191,7 +191,7 @@ def choose_backward(
         return config.hardware.backward, "as set in hardware.backward"
     pairs = f"the largest pair takes {lengths.longest_pair} tokens, a micro-step {token_budget}"
     if config.hardware.sharding == "fsdp":
-        return "two_pass", "weights are sharded, so that every rank must know what a pair counts before it goes back"
+        return "two_pass", "weights are sharded, so that every rank must know a pair's weight before its backward pass"
     if lengths.longest_pair <= token_budget:
         return "stream", f"whole pairs fit a micro-step, so it needs no buffer: {pairs}"
     if most_pairs(config, world) == gradient_groups(config, lengths.sides) == 1:
@@ -226,7 +226,7 @@ def pairs_per_process(config: RunConfig) -> int:
 
 
 def most_pairs(config: RunConfig, world: int | None = None) -> int:
-    """Of one optimizer step, that one process may have. `world` as in choose_plan."""
+    """The most pairs of one optimizer step that one process may have. `world` as in choose_plan."""
     return math.ceil(pairs_per_step(config) / (world or processes(config)))
 
 
@@ -281,7 +281,7 @@ def device_speed(config: RunConfig) -> Device | None:
 
 
 def free_ram_bytes() -> int:
-    """Memory that programs can still get, from the kernel's own estimate; all of it where there is none."""
+    """Memory that programs can still get, from the kernel's own estimate; all of it if there is no estimate."""
     estimate = Path("/proc/meminfo")
     if estimate.exists():
         for line in estimate.read_text(encoding="utf-8").splitlines():

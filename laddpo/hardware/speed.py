@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from laddpo.hardware.memory import ELEMENT_BYTES, Setup
 
-# Of the datasheet's dense matrix speed. Published 4-bit LoRA runs of an 8B reach 66% of an RTX 4090 (torchtune) and 47%
-# of an A100 (Unsloth) on full sequences of one length; packed short ones reach less.
+# Shares of the datasheet's dense matrix speed. Published 4-bit LoRA runs of an 8B reach 66% of an RTX 4090 (torchtune)
+# and 47% of an A100 (Unsloth) on full sequences of one length; packed short ones reach less.
 REACHED = (0.40, 0.55)
 LAUNCH_SECONDS = {"cuda": 1e-3, "cpu": 2e-4}  # per block and micro-step: some 150 kernels forward and backward
 GB_PER_S_PER_TFLOP = 7.0  # of a usual GPU, when the bandwidth is not given
@@ -42,7 +42,7 @@ class Work:
 
 
 def forward_flops(setup: Setup, work: Work) -> float:
-    """Of one forward pass over all of `work`: blocks, attention and, on masked rows, the head."""
+    """FLOPs of one forward pass over all of `work`: blocks, attention and, on masked rows, the head."""
     shape = setup.shape
     blocks = 2 * shape.n_layers * shape.block_parameters
     if not setup.is_full:
@@ -76,7 +76,7 @@ def predicted_tokens_per_s(setup: Setup, flops_per_token: float, tokens: int, de
 
 
 def _unpacking_seconds(setup: Setup, passes: float, device: Device) -> float:
-    """Of one micro-step's quantised weights: each pass unpacks them anew."""
+    """Bytes of one micro-step's quantised weights: each pass unpacks them again."""
     if setup.quantization == "none":
         return 0.0
     unpacked = setup.shape.n_layers * setup.shape.block_parameters * UNPACKED_BYTES * passes

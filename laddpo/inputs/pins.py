@@ -1,6 +1,6 @@
 """What a run was trained on, as fingerprints: `make` takes them, `require_same` compares them and names what changed.
 
-Checkpoints, kept weights and finished runs carry them. A run that goes on, and every stage that reads the weights of a
+Checkpoints, kept weights and finished runs carry them. A resumed run, and every stage that reads the weights of a
 run, compares them with the inputs as they are now. What an older folder lacks is one note.
 """
 
@@ -37,7 +37,7 @@ def model_path(model: ModelSettings) -> str:
 def make(config: RunConfig, data: str | None = None, from_scratch: bool = False) -> Pins:
     """The fingerprints of base weights, starting adapter, tokenizer and template as they are now.
 
-    `data`: what stands for the rows, where there are any. `from_scratch`: training starts from random weights.
+    `data`: a digest of the rows, if there are any. `from_scratch`: training starts from random weights.
     """
     from laddpo.models import adapters, loading
     from laddpo.preference.encoding.encode import TextEncoder
@@ -104,7 +104,7 @@ def of_run(folder: Path) -> Pins | None:
     for place in step_folders(folder / "checkpoints"):
         try:
             state = atomic.read_json(sealed_file(place, STATE))
-        except (UserError, OSError):  # set aside when the run goes on
+        except (UserError, OSError):  # set aside when the run is resumed
             continue
         if "pins" in state:
             return dict(state["pins"])
@@ -114,7 +114,7 @@ def of_run(folder: Path) -> Pins | None:
 
 
 def require_resumable(folder: Path, now: Mapping[str, Any], config: RunConfig) -> None:
-    """Before a run goes on: its inputs are those that its newest checkpoint was trained on."""
+    """Check before a run is resumed that its inputs are those of its newest checkpoint."""
     stored = of_run(folder)
     if stored is None:
         return
@@ -200,7 +200,7 @@ def hold(folder: Path, now: Pins, config: RunConfig) -> None:
 
 
 def examples_pin(examples: Iterable) -> str:
-    """What stands for encoded SFT rows: a digest of their ids and tokens."""
+    """A digest of encoded SFT rows: of their ids and tokens."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.id}/{len(example.prompt_ids)}/{len(example.response_ids)}/".encode())
@@ -263,9 +263,9 @@ def _check_named_base(file: Path, config: RunConfig) -> None:
 
 
 MARKS_OF_A_JOB = ("job.json", "process.json")
-OF_A_JOB = "The jobs of a sweep share their inputs. Restore it as it was, or start a new sweep."
+OF_A_JOB = "The jobs of a sweep share their inputs. Restore it, or start a new sweep."
 BASE_KEYS = ("model.model_name_or_path", "model.revision", "sft.from_scratch")
-NAMED_BY = {  # by pin: the settings that name what it stands for
+NAMED_BY = {  # by pin: the settings that name its input
     "base": BASE_KEYS,
     "config": BASE_KEYS,
     "tokenizer": BASE_KEYS,
@@ -274,8 +274,8 @@ NAMED_BY = {  # by pin: the settings that name what it stands for
     "adapter_scaling": ("adapter.path",),
     "data": (*BASE_KEYS, "data", "sft", "seed"),
 }
-RESTORE = "Restore it as it was, or start a new run with it."
-# By pin: what it stands for, the setting that names it, what to do. In the order in which they are named.
+RESTORE = "Restore it, or start a new run with it."
+# By pin: its input in words, the setting that names it, what to do. In the order in which they are named.
 INPUTS = {
     "tokenizer": ("the tokenizer (tokenizer.json)", "model.model_name_or_path", RESTORE),
     "template": (

@@ -29,7 +29,7 @@ ADAPTER, ADAPTER_LAST, MODEL, MODEL_LAST = "adapter", "adapter_last", "model", "
 
 @dataclass
 class Loaded:
-    """A model on its device with what belongs to it. `weights` stands for the base and the starting adapter in keys."""
+    """A model on its device with what belongs to it. `weights` identifies the base and the starting adapter in keys."""
 
     model: Any
     tokenizer: Any

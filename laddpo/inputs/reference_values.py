@@ -63,7 +63,7 @@ def fill_reference(
     """Compute what the store lacks of each window (pairs, draws); the number of forward sequences that took.
 
     Appends a shard every `pairs_per_shard` pairs. `advance(pairs)` is told of every window done. Raises `Stopped` after
-    a signal, with everything computed so far in the store. Of several ranks each computes and stores its share of every
+    a signal, with everything computed so far in the store. Each rank computes and stores its share of every
     window, the one that it will have in training; what the others stored is seen after `store.refresh()`.
     """
     budget = TokenBudget.of(token_budget)
@@ -107,7 +107,7 @@ def kept_when_stopped(store: ReferenceStore, pending: list[tuple[StoredPair, int
 
 def _stored(store: ReferenceStore, stop: StopFlag) -> Stopped:
     kept = f"{store.folder}: stopped by {stop.name}; {len(store)} pairs are stored."
-    return Stopped(kept, "The same command goes on from there.")
+    return Stopped(kept, "The same command continues from there.")
 
 
 def own_pairs(pairs: Sequence[EncodedPair], ranks: Ranks) -> Sequence[EncodedPair]:

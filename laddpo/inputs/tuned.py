@@ -25,14 +25,14 @@ def tuned_weights(adapter: AdapterSettings, trained: Path) -> Path:
     try:
         if manifests.read_manifest(folder, "weights") is not None:
             return folder
-        found = f"{folder}: has no finished weights; expected those that the run kept."
+        found = f"{folder}: has no finished weights; expected the weights of the run."
     except Damaged as error:
         found = error.found
     raise UserError(f"{found} {what_is_left(trained, folder)}")
 
 
 def what_is_left(trained: Path, folder: Path) -> str:
-    """What a run still has instead of the weights that it kept in `folder`, and the way to go on with that."""
+    """What else a run holds when the weights in `folder` are gone, and how to continue from it."""
     from laddpo.storage.checkpoint import step_folders
     from laddpo.storage.run_outputs import round_folders
 

@@ -23,8 +23,8 @@ OWN = ("study", "output_dir", "resume")
 
 
 def settings_of_study(asked: StudySettings, folder: Path) -> StudySettings:
-    """Those of a study that goes on: what it was begun with, where this command line says nothing else. Arms that are
-    finished are held against it."""
+    """The settings of a resumed study: those that it was begun with, unless this command line names others.
+    Finished arms are compared with them."""
     if not (folder / "config.yaml").exists():
         return asked
     given = given_overrides.get()
@@ -80,7 +80,7 @@ def _seeds_elsewhere(study: StudySettings) -> list[str]:
 
 
 def _name_problems(study: StudySettings) -> list[str]:
-    """Arms that cannot be told apart or run, and names of arms that are none."""
+    """Arms with equal names, arms that cannot run, and names of arms that do not exist."""
     from laddpo.results.studies import BASE
 
     names = [arm.name for arm in study.arms]
@@ -161,7 +161,7 @@ def run_jobs(study: StudySettings, folder: Path, jobs: list[tuple[StudyArm, int]
 def shared_overrides(study: StudySettings, arm: StudyArm | None = None) -> list[str]:
     """What every run gets: the study's settings, then what this command line says beside the study.
 
-    An arm goes without what its stage does not read, and one that names data of its own without what only the study's
+    An arm does not get what its stage does not read, and one that names data of its own without what only the study's
     source would read.
     """
     given = [text for text in given_overrides.get() if text.lstrip("+~").split("=")[0].split(".")[0] not in OWN]

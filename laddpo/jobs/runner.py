@@ -57,7 +57,7 @@ def wrong_settings(hydra: Hydra, config_name: str, stage: str, overrides: Sequen
 
 
 def overrides_to_resume(folder: Path, stage: str, given: list[str]) -> list[str]:
-    """The overrides with which a sweep goes on: those that it was begun with, and of the command line what changes no
+    """The overrides of a resumed sweep: those that it was begun with, and from the command line those that change no
     result of a job. An earlier version kept none: then the command line has them all."""
     kept = read_command(folder)
     if not kept:
@@ -68,7 +68,7 @@ def overrides_to_resume(folder: Path, stage: str, given: list[str]) -> list[str]
         begun = " ".join([kept["stage"], *(text for text in kept["overrides"] if text not in given)])
         raise UserError(
             f"{folder}: was begun with {begun}, not with {' '.join(other) or stage}; repeat the same command, or leave "
-            "its settings out: a sweep that goes on takes those of its folder."
+            "its settings out: a resumed sweep takes those of its folder."
         )
     return [*kept["overrides"], *added]
 
@@ -133,7 +133,7 @@ def child_command(jobs: Jobs, stage: str, overrides: Sequence[str], folder: Path
 
 
 def run_child(command: list[str], folder: Path, log: Path | None = None) -> int:
-    """The exit code of a job's process, whose number stands in the job's folder while it runs; `log` takes its output.
+    """The exit code of a job's process, whose process id is in the job's folder while it runs; `log` takes its output.
 
     It finds this package even where that is not installed. It has a session of its own, so that Ctrl-C reaches it
     exactly once, through `forward_signals`.
@@ -145,7 +145,7 @@ def run_child(command: list[str], folder: Path, log: Path | None = None) -> int:
         streams = {}
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
-            output = open_own(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # added to as the job goes
+            output = open_own(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # appended to while the job runs
             stack.callback(os.close, output)
             streams = {"stdout": output, "stderr": subprocess.STDOUT}
         child = subprocess.Popen(command, env=environment, start_new_session=True, **streams)

@@ -59,7 +59,7 @@ def run_sweep(
     with owned(folder, "sweep", is_resumed):
         if not read_command(folder):
             write_command(folder, rest, stage=stage)
-        print(f"sweep of {len(jobs) if jobs else 'jobs chosen as it goes'} in {folder}", flush=True)
+        print(f"sweep of {len(jobs) if jobs else 'jobs chosen one after the other'} in {folder}", flush=True)
         launch = [*rest, *_hydra_settings(folder, rest)]
         task = JobTask(common, stage, len(jobs) if jobs else None)
         with runner.forward_signals(folder), contextlib.suppress(_SweepStopped):
@@ -99,7 +99,7 @@ def split_overrides(hydra: Hydra, overrides: list[str]) -> tuple[dict[str, objec
 
 
 def sweep_folder(own: dict[str, object], outputs_dir: Path) -> tuple[Path, bool]:
-    """(the sweep's folder, whether an earlier sweep there goes on); refuses a folder that holds another one."""
+    """(the sweep's folder, whether an earlier sweep there is resumed); refuses a folder that holds another one."""
     resume = str(own.get("resume", False)).lower()
     given = own.get("output_dir")
     if resume not in ("true", "false") or (resume == "true" and given is None):

@@ -80,7 +80,7 @@ def require_own_rank(file: Path, taken: Mapping[str, Any]) -> None:
     if asked > largest:
         raise UserError(
             f"{file}: asks for rank {asked} and {weights.name} has rank {largest}; expected files of one adapter. Copy "
-            "both anew."
+            "both again."
         )
 
 

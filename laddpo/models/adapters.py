@@ -49,7 +49,7 @@ def attach_lora(
     are looked for inside the blocks only, so `ff_out` means the down-projections and never the vocabulary head. With
     `path`, rank, scale and weights come from that PEFT adapter folder instead (warm start). Adapter weights are float32
     (float64 under a float64 model), the arithmetic stays in the model's dtype. Random numbers come from `seed`; the
-    global state is left as it was.
+    global state is not changed.
     """
     quiet_bitsandbytes()  # which peft imports
     from peft import LoraConfig, inject_adapter_in_model
@@ -240,7 +240,7 @@ def adapted_modules(model) -> list[str]:
 
 
 def block_linears(model) -> list[str]:
-    """Names of the linear layers inside the blocks: what an adapter may stand on, what quantisation replaces."""
+    """Names of the linear layers inside the blocks: where an adapter may be, and what quantisation replaces."""
     block = find_family({"architectures": [type(model).__name__]}, "model").block
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.match(rf"{block}\.\w+$", n)]
 

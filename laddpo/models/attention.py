@@ -1,6 +1,6 @@
 """Bidirectional attention, padded or packed, behind the attention interface of transformers.
 
-Padded input goes to whatever implementation the model's config names (sdpa, eager, flash_attention_2, flex_attention).
+Padded input is given to the implementation the model's config names (sdpa, eager, flash_attention_2, flex_attention).
 Packed input (sequences laid end to end, no padding) takes one of two exact routes: one call of a variable-length
 kernel, or one batched call for each set of neighbours of equal length. Neither ever builds a mask.
 """
@@ -97,7 +97,7 @@ def _interface(block, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs)
     dtype = query.dtype
     is_widened = query.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     with torch.autocast("cpu", enabled=False) if is_widened else nullcontext():
-        if is_widened:  # torch's CPU kernel goes back through bfloat16 more slowly than through float32
+        if is_widened:  # the backward pass of torch's CPU kernel is slower in bfloat16 than in float32
             query, key, value = (x.float() for x in (query, key, value))
         out, _ = call(block, query, key, value, mask, dropout=0.0, scaling=block.scaling, is_causal=False, **kwargs)
     return out.to(dtype)  # [B, L, heads, head_dim]

@@ -149,5 +149,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Of any size: a whole number may be too large for a float, and compares with one all the same."""
+    """A number of any size: a whole number may be too large for a float and can still be compared with one."""
     return type(value) is int or (isinstance(value, float) and math.isfinite(value))

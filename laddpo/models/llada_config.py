@@ -134,7 +134,7 @@ INERT = {
     "precision": "amp_bf16",
     "use_cache": False,
 }
-# Fields whose null is no switch: what may stand there, and how to say so.
+# Fields whose null is no switch: the allowed values, and how to say so.
 NULL_OR = {"clip_qkv": ((), "null"), "multi_query_attention": ((False,), "false or null")}
 AUTO_MAP = {
     "AutoConfig": "configuration_llada.LLaDAConfig",

@@ -86,7 +86,7 @@ def load_model(
 
 
 def new_model(config, seed: int):
-    """A model with random weights drawn from `seed`, leaving the global random state as it was."""
+    """A model with random weights drawn from `seed`, without changing the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return find_family({"architectures": ["LLaDAModelLM"]}, "new model").model_class(config).eval()
@@ -128,7 +128,7 @@ def mask_token_id(model_config, tokenizer=None) -> int:
 
 
 def read_config(folder: Path):
-    """The checked config of a checkpoint folder and its family. Of the file only the fields of its family are taken."""
+    """The checked config of a checkpoint folder and its family. It reads only the fields of its family."""
     content, path = original_config(folder), folder / "config.json"
     family = find_family(content, str(path))
     return family.config_class.from_dict(checked(path, content, family.fields)), family
@@ -249,7 +249,7 @@ def refuse_adapter_beside(folder: Path) -> None:
 
 
 def weights_fingerprint(path: str, revision: str | None = None, hash_again: bool = False) -> str:
-    """What stands for the base weights in every key: `commit:<hash>` from the hub, else `sha256:<of the local files>`.
+    """The name of the base weights in every key: `commit:<hash>` from the hub, else `sha256:<of the local files>`.
 
     Digests of files that a manifest seals are the manifest's: loading the files compares them. Others are remembered by
     path, size, times and inode, so that 16 GB are read once. `hash_again` reads them all the same, and raises `Damaged`

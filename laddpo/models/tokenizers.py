@@ -1,6 +1,6 @@
 """A checkpoint's tokenizer out of its files: tokenizer.json, and the known fields of the files beside it.
 
-The class is always the one that runs tokenizer.json as it stands. A class, code or further files that the settings name
+The class is always the one that runs tokenizer.json unchanged. A class, code or further files that the settings name
 are not looked at.
 """
 
@@ -56,7 +56,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     content = _read(folder / SETTINGS, SETTINGS_FIELDS)
     own = _read(folder / TOKENIZER, TOKENIZER_FIELDS)
     listed_tokens = content.pop("added_tokens_decoder", None)
-    if listed_tokens is None:  # an older layout, or a newer one: the tokens stand in the other files
+    if listed_tokens is None:  # an older layout, or a newer one: the tokens are in the other files
         special = _read(folder / SPECIAL_TOKENS, SPECIAL_FIELDS)
         more = special.pop("additional_special_tokens", None)
         if more and not {"additional_special_tokens", "extra_special_tokens"} & content.keys():

@@ -1,6 +1,6 @@
 """Builds preference pairs for reasoning: correct over incorrect candidate solutions of the same question.
 
-Rows hold a question, its gold answer and a list of candidate solutions; or the candidates stand in files of their own,
+Rows hold a question, its gold answer and a list of candidate solutions; or the candidates are in files of their own,
 one `{"question": …, "candidate": …}` a row, and are joined by question. A grader that the caller brings decides which
 candidates are right. Pairs of one question are limited, so that no question outweighs the others.
 """
@@ -25,7 +25,7 @@ Raw = tuple[str, dict] | BadRow
 
 
 class Grader(Protocol):
-    """`grade_all(texts, answers)` says of each text whether it reaches the answer; `name` stands in manifests."""
+    """`grade_all(texts, answers)` says of each text whether it reaches the answer; `name` is written to manifests."""
 
     name: str
 
@@ -36,7 +36,7 @@ class CandidateTexts:
     """Candidates by question. Texts lie in an unnamed temporary file, their places in memory (8 bytes each)."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (has no name, goes with the object)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (has no name; it is deleted with the object)
         self._places: dict[str, array[int]] = {}
 
     def __len__(self) -> int:
@@ -67,8 +67,8 @@ def candidate_pairs(
 ) -> Iterator[PreferencePair | BadRow]:
     """Pairs of each question, at most `pairs_per_question`, the same ones whatever the order of rows and candidates.
 
-    `separate` are the rows of candidates that do not stand beside their question. A question whose candidates are all
-    right or all wrong gives no pair and is counted in the report.
+    `separate` are the rows of candidates that are not in the rows of their questions. A question whose candidates
+    are all right or all wrong gives no pair and is counted in the report.
     """
     if grader is None:
         raise UserError("Candidates can only be told right from wrong by a grader; none was given.")
@@ -130,7 +130,7 @@ def pair_up(
 
 
 def read_question(row: dict, rules: RowRules, log: ReadLog, needs_candidates: bool) -> tuple[str, str, list[str]]:
-    """Question, gold answer and the candidates beside it (none where they stand in files of their own)."""
+    """Question, gold answer and the candidates beside it (none if they are in files of their own)."""
     question, answer = (read_text(row, name, rules, log) for name in ("prompt", "answer"))
     if not needs_candidates and rules.column("candidates") not in row:
         return question, answer, []

@@ -37,5 +37,5 @@ def refuse_leaks(counts: Mapping[str, int]) -> None:
     if found:
         raise UserError(
             f"{'; '.join(found)} (DATA-87). A score on those problems would mean nothing. Remove these rows, test on "
-            "other problems, or set data.fail_on_leak=false to go on with a note."
+            "other problems, or set data.fail_on_leak=false to get a note instead."
         )

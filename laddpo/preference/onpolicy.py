@@ -2,7 +2,7 @@
 
 Rows of samples.jsonl go in (question, gold answer, several sampled answers; laddpo/evaluation/samples.py writes them),
 pairs come out. Pairs of a question are few and matched in length; over all of them the chosen answer is as often the
-longer as the shorter one. What the samples say of the model (pass@1, pass@k) goes into the report.
+longer as the shorter one. The report gives the model's pass@1 and pass@k on the samples.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def sampled_pairs(
 
 
 def is_text(answer: str) -> bool:
-    """Whether an answer can be learnt from as it was sampled: not blank, and no bytes that are no characters."""
+    """Whether an answer can be trained on unchanged: it is not blank and holds no bytes that are no characters."""
     return bool(answer.strip()) and not set(answer) & {"\ufffd", "\x00"}
 
 

@@ -24,7 +24,7 @@ from laddpo.preference.reading.splits import NO_SPLIT
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 SAMPLES = 3
 SAMPLE_CHARACTERS = 1200
-SCORED = ("⟦", "⟧")  # what stands between is scored: the response and its terminator
+SCORED = ("⟦", "⟧")  # the text between them is scored: the response and its terminator
 HISTOGRAM_BINS = 40
 IMBALANCE = 20  # one response this many times longer than the other is worth a warning
 
@@ -163,7 +163,7 @@ def unread_lines(unread: Mapping[str, str]) -> list[str]:
 
 
 def leak_lines(counts: Mapping[str, int], unknown: Mapping[str, str]) -> list[str]:
-    """What is known of rows that a model will be tested on; nothing is said of sets without any."""
+    """A line for each evaluation set that shares prompts with the rows; none for the others."""
     lines = [
         f"  note     {count:>8,}  rows whose prompt is in {name}: do not report that score of a model trained on them"
         for name, count in counts.items()

@@ -32,7 +32,7 @@ class Request:
     Rows of files and of the hub: `dataset_name` (path, name in `preference_dir`, or hub id), `dataset_split`,
     `dataset_config`, `revision`, `columns`, `format` (a shape of rows, or auto), limits. Generated rows: `num_pairs`,
     `difficulty`, `habit`, `seed`, and the share that validation gets; for a corpus `num_examples` and `mistake_share`.
-    Graded candidates: `candidates_name` (files of candidates, where they do not stand beside their question),
+    Graded candidates: `candidates_name` (files of candidates, if they are not in the rows of their questions),
     `pairs_per_question`, `grader`; sampled answers also `balance_lengths`.
     """
 
@@ -63,7 +63,7 @@ class Request:
 @dataclass(frozen=True)
 class Source:
     """`read` streams the rows, `identity` lists what they depend on, `split_of` places a prompt where the source itself
-    keeps its splits apart (None: the split is by prompt), `is_graded` says whether pairs carry a gold answer.
+    has splits of its own (None: the split is by prompt), `is_graded` says whether pairs carry a gold answer.
     `read_examples` streams SFT examples where rows may hold more than pairs; `corpus` is a source of such examples.
     `reads` names the settings of data, or groups of them, that not every source reads. `needs_dataset`: there is no
     default for data.dataset_name. `needs_grader`: its pairs are answers told right from wrong."""

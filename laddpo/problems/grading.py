@@ -79,7 +79,7 @@ class WorkerGrader:
         if self._receive(START_S) != READY:
             self.close()
             raise UserError(
-                f"{self.name}: the worker process could not start (its own message stands above). Reinstall with "
+                f"{self.name}: the worker process could not start (its own message is above). Reinstall with "
                 f"pip install 'laddpo[eval]', or uninstall math-verify to compare final numbers instead."
             )
 
@@ -151,13 +151,13 @@ def same_text(text: str, answer: str) -> bool:
 
 
 def contains_text(text: str, answer: str) -> bool:
-    """The answer stands somewhere in the text as words of its own, whatever the case."""
+    """The answer is in the text as whole words, in any case."""
     wanted = r"\s+".join(re.escape(word) for word in answer.split())
     return re.search(rf"(?<!\w){wanted}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def same_choice(text: str, answer: str) -> bool:
-    """The first letter or digit that stands alone is the choice: "B", "(B)", "The answer is B." are all B.
+    """The first letter or digit that is a word by itself is the choice: "B", "(B)", "The answer is B." are all B.
 
     An "A" before a word is the article, and no choice, unless that word tells otherwise ("A is right").
     """
@@ -166,7 +166,7 @@ def same_choice(text: str, answer: str) -> bool:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The last number of the part of `text` that states the answer; None where there is none.
+    """The last number of the part of `text` that states the answer; None if there is none.
 
     Thousands separators and a dollar sign are dropped: "a total of $-1,234.50" gives -1234.50. A number is compared by
     value, so 18.0 equals 18.
@@ -190,7 +190,7 @@ def answer_part(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{…} that is closed, with the braces in it; None where there is none."""
+    """The content of the last closed \\boxed{…}, inner braces included; None if there is none."""
     for opening in reversed(list(BOXED.finditer(text))):
         depth = 1
         for end in range(opening.end(), len(text)):
@@ -221,7 +221,7 @@ def _serve_math_verify(pipe: Any) -> None:
 
 
 def _delimited(formula: str) -> str:
-    """As math-verify reads it: of what stands outside of LaTeX's delimiters it takes single numbers at most."""
+    """As math-verify reads it: outside of LaTeX's delimiters it finds single numbers at most."""
     return formula if formula.count("$") > 1 else f"${formula}$"
 
 

@@ -278,7 +278,7 @@ def lost_peer(error: BaseException, ranks: Ranks | None = None) -> RunFault:
     reason = str(error).strip().partition("\n")[0]
     return RunFault(
         f"another of the {ranks.world} processes of this run ended or does not answer (killed, out of memory, or its "
-        f"machine is gone), and rank {ranks.rank} cannot go on without it. Everything up to the last checkpoint or "
+        f"machine is gone), and rank {ranks.rank} cannot continue without it. Everything up to the last checkpoint or "
         f"shard is kept: give the same command again, a train run with resume=true. ({reason})"
     )
 

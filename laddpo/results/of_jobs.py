@@ -122,7 +122,7 @@ def find_results(folder: Path) -> dict[str, Any]:
     """results.json of a job: its own when it evaluated, that of its evaluation when it trained; else, of a job without
     a final evaluation, its best validation values (base: at step 0); {} if there are none.
 
-    Of several rounds these are exact match in the last one: its loss and its base are against another reference.
+    With several rounds these are exact match in the last one: its loss and its base are against another reference.
     """
     from laddpo.storage.run_outputs import round_folders
 

@@ -126,7 +126,7 @@ def evaluation_plot(
 
     An entry has base, tuned, difference, interval and items (what `stats.compare` gives); where it brings no interval
     of its own for base or tuned, a proportion gets Wilson's. Other numbers than shares are left to the table. Margins
-    are drawn where given; base margins that are all 0 (the base is its own reference) are said, not drawn.
+    are drawn where given; base margins that are all 0 (the base is its own reference) are a line of text, not drawn.
     """
     entries = {name: entry for name, entry in results.items() if isinstance(entry, Mapping)}
     shown = {name: entry for name, entry in entries.items() if is_share(name, entry)}

@@ -77,7 +77,7 @@ class Run:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders; one that holds sweep.json stands for its jobs. Raises `UserError` for others."""
+    """The runs in these folders; a folder with sweep.json gives its jobs. Raises `UserError` for others."""
     found: list[Run] = []
     problems = []
     for folder in folders:
@@ -162,7 +162,7 @@ def _sweep_job(folder: Path, job: Mapping[str, Any]) -> Run:
 
 
 def _tell_apart(found: Sequence[Run]) -> None:
-    """For runs that are no sweep's: the settings in which they differ. Of a sweep's: what differs between its jobs."""
+    """The settings in which the runs differ. For a sweep: the overrides in which its jobs differ."""
     keys = sorted({key for run in found for key in run.settings if not key.startswith(NOT_COMPARED)})
     different = [key for key in keys if len({str(run.settings.get(key)) for run in found}) > 1]
     given = {key for run in found for key in run.overrides}
@@ -212,7 +212,7 @@ def report_page(found: Sequence[Run], settings: ReportSettings, plots: Path) -> 
         blocks.append(html.folded(_heading(run), parts, is_open=run is ordered[0]))
     unfinished = sum(not run.is_finished for run in found)
     summary = f"Sorted by {metric}. " if metric else ""
-    summary += f"{unfinished} of {len(found)} unfinished, listed apart. " if unfinished else ""
+    summary += f"{unfinished} of {len(found)} unfinished, listed separately. " if unfinished else ""
     return html.page(f"{len(found)} runs", summary + end, blocks)
 
 
@@ -228,7 +228,7 @@ def _sorted(found: Sequence[Run], metric: str | None) -> list[Run]:
 
 
 def _overview(ordered: Sequence[Run], found: Sequence[Run], metric: str | None) -> str:
-    """One line for each run, best first; then, apart from them, the runs that are not ranked."""
+    """One line for each run, best first; then a table of the runs that are not ranked."""
     ranked = [run for run in ordered if run.rank(metric) is not None]
     rest = [run for run in found if run not in ranked]
     blocks = [html.table(*_run_rows(ranked, metric), 0)] if ranked else []

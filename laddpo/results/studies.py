@@ -218,7 +218,7 @@ def _facts(first: Path, last: Path) -> dict[str, float]:
     manifest = manifests.read_manifest(last, "train", "sft")
     if manifest is None:
         raise UserError(
-            f"{last}: has no {manifests.MANIFEST}, expected a finished round; go on with resume={last.parent}."
+            f"{last}: has no {manifests.MANIFEST}, expected a finished round; continue it with resume={last.parent}."
         )
     fields = manifest["fields"]
     found: dict[str, float] = {"step_kept": fields.get("best_step") or 0, "steps": fields.get("step") or 0}
@@ -302,7 +302,7 @@ choice of a checkpoint has seen; differences are paired by problem and pooled ov
 interval over problems; ± is the standard error over seeds). "kept / last" is validation exact match of the checkpoint
 that was kept and of the last step: a large gap means that training on destroys what it had won. "chosen fall" is by how
 much of its start the log-likelihood of held-out chosen answers fell at the kept step; negative: it rose. "score
-variance" is the mean over the training steps. Of several rounds these two, and reward accuracy, are the last round's.
+variance" is the mean over the training steps. With several rounds these two, and reward accuracy, are the last round's.
 An arm whose interval includes 0 is not said to help."""
 HEADER = (
     "arm",

@@ -1,6 +1,6 @@
 """A sweep as a table and a picture: jobs with overrides and a metric go in, one cell per combination comes out.
 
-Only finished jobs that have the metric are ranked; the others are listed apart with their state. Repetitions over seeds
+Only finished jobs that have the metric are ranked; the others are listed below with their state. Repetitions over seeds
 are pooled. Two swept keys give a heat map with numbers, one numeric key a line with intervals.
 """
 
@@ -99,7 +99,7 @@ class SweepTable:
 
     @property
     def unranked(self) -> list[SweepJob]:
-        """The jobs that are listed apart."""
+        """The jobs that are not ranked."""
         return [job for cell in self.cells for job in cell.jobs if not job.is_ranked]
 
     @property
@@ -254,7 +254,7 @@ def _grey_range(means: np.ndarray) -> dict[str, float]:
 
 
 def _draw_line(axes: Axes, table: SweepTable) -> None:
-    """The metric over one numeric key; a wide range of positive values goes on a log axis."""
+    """The metric over one numeric key; a wide range of positive values has a log axis."""
     cells = [cell for cell in table.cells if cell.mean is not None]
     tidy(axes, _title(table))
     x = [cell.values[0] for cell in cells]

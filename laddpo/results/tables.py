@@ -129,7 +129,7 @@ def sweep_rows(table: SweepTable) -> tuple[list[str], list[list[str]]]:
 
 
 def unranked_rows(table: SweepTable) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the jobs that are listed apart: how they ended, and what they measured on the way."""
+    """Header and rows of the jobs that are not ranked: how they ended, and what they measured during training."""
     header = ["job", *table.keys, "state", "measured so far"]
     rows = []
     for job in table.unranked:

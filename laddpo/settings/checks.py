@@ -29,7 +29,7 @@ def find_problems(
 ) -> list[str]:
     """Everything wrong with the settings, one sentence or two each; an empty list when nothing is.
 
-    `ignore` names keys already known to be wrong: nothing more is said about them. `given` names those that the command
+    `ignore` names keys already known to be wrong: they are not checked again. `given` names those that the command
     line set itself, which the others are not to be blamed for.
     """
     single = [problem for problem in single_problems(config) if problem.split(" ", 1)[0] not in ignore]
@@ -200,7 +200,7 @@ def _schedule(config: RunConfig) -> Iterator[str]:
     optim = config.optim
     if config.dry_run and config.resume != "false":
         yield (
-            f"dry_run is true and resume is {config.resume!r}; a dry run goes on with nothing and is not gone on with; "
+            f"dry_run is true and resume is {config.resume!r}; a dry run cannot resume a run and cannot be resumed; "
             "leave one of them out."
         )
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):

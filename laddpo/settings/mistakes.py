@@ -1,6 +1,6 @@
 """What is wrong with a command line or a yaml file, in words: all mistakes together, each with the nearest valid name.
 
-Hydra stops at its first error. `diagnose` takes a refused command line apart instead: each override is parsed by
+Hydra stops at its first error. `diagnose` splits a refused command line instead: each override is parsed by
 itself, the group choices that exist are composed, the values are applied to that one by one.
 """
 
@@ -78,7 +78,7 @@ def forbidden(text: str) -> list[str]:
     key, _, value = text.partition("=")
     bare = key.lstrip("+~")
     if not bare:
-        return [f"{redact(text)!r}: no name stands before the value; expected key=value."]
+        return [f"{redact(text)!r}: it has no name before the value; expected key=value."]
     if problems := find_secrets({bare: value}):
         return problems
     if re.search(CODE_KEYS, text):
@@ -189,7 +189,7 @@ def yaml_mistake(error: Exception | None, hydra: Any) -> str:
 
 
 def _apply(tree: DictConfig, override: Override, groups: set[str]) -> str | None:
-    """Put one value into the tree; what is wrong with it, if anything (the tree is then as it was)."""
+    """Put one value into the tree; what is wrong with it, if anything (then the tree is unchanged)."""
     key = override.key_or_group
     if not _is_known(key, groups):
         return unknown_key(key, groups)
@@ -243,7 +243,7 @@ def _grammar_mistake(text: str) -> str:
         return f"{key} is {value!r}, which does not parse; write {key}=$HOME{value[1:]}."
     return (
         f"{key} is {value!r}, which does not parse; expected text, a number or a list like [a,b]; "
-        f"text with spaces, brackets or = goes into quotes twice: '{key}=\"{value}\"'."
+        f"text with spaces, brackets or = needs two pairs of quotes: '{key}=\"{value}\"'."
     )
 
 

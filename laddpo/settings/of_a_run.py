@@ -21,7 +21,7 @@ from laddpo.storage import atomic, manifests
 
 
 def begun_evaluation(asked: RunConfig) -> Path | None:
-    """The folder of an evaluation that `resume` goes on with; None where nothing was begun. `UserError` for a folder of
+    """The folder of the evaluation that `resume` continues; None if none was begun. `UserError` for a folder of
     another kind, or without one."""
     if asked.resume == "false":
         return None
@@ -50,7 +50,7 @@ def settings_of_run(
 
     The arithmetic (hardware.precision) stays the run's unless it is named itself. `group_settings(group, option)` is
     what an option sets; what it takes from other groups (evaluation=default: the data's tasks) it takes from the run.
-    `begun`: the folder of an evaluation that goes on, whose settings are taken in the place of the run's.
+    `begun`: the folder of an evaluation that is resumed; its settings are used instead of the run's.
     """
 
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
@@ -63,7 +63,7 @@ def settings_of_run(
         if name not in IN_PIECES:
             setattr(merged, name, getattr(asked, name))
     options = {key: text.partition("=")[2] for key, text in zip(keys, overrides, strict=True)}
-    for group in ("evaluation", "decoding"):  # a way of decoding goes over that of an evaluation
+    for group in ("evaluation", "decoding"):  # a decoding group overrides the evaluation group
         if options.get(group, "null") != "null":
             tree = OmegaConf.merge(OmegaConf.structured(merged), group_settings(group, options[group]))
             merged.evaluation = OmegaConf.to_object(tree).evaluation
@@ -112,9 +112,9 @@ def other_decoding(config: RunConfig, overrides: Sequence[str]) -> list[str]:
 
 
 def resume_problems(stage: str, config: RunConfig) -> Iterator[str]:
-    """The problem, if it is one, that a stage is to go on and keeps nothing to go on with."""
+    """Refuse resume= for a stage that keeps nothing that could be resumed."""
     if stage in AT_ONCE and config.resume != "false":
-        yield f"resume is {config.resume} and {stage} keeps nothing to go on with; it starts anew; leave resume out."
+        yield f"resume is {config.resume} and {stage} keeps nothing that could be resumed. Remove resume."
 
 
 def refuse_decided(
@@ -139,7 +139,7 @@ def refuse_decided(
     if given and begun is not None:
         raise UserError(
             f"{', '.join(given)}: given beside the evaluation in {begun}, which was begun with {', '.join(has)}. Leave "
-            f"it out, or choose another output_dir; an evaluation that goes on takes "
+            f"it out, or choose another output_dir; a resumed evaluation takes "
             f"{', '.join(_patterns(may_change))}."
         )
     if given:
@@ -167,7 +167,7 @@ WAY_OF_ANSWERING = (
     *("confidence_threshold", "block_cache"),
 )
 PLACES_OF_BASE = ("model.model_name_or_path", "model.revision")  # what lies there is compared by its fingerprint
-AT_ONCE = ("generate", "variance", "benchmark")  # stages that keep nothing to go on with
+AT_ONCE = ("generate", "variance", "benchmark")  # stages that keep nothing that could be resumed
 OF_EVERY_STAGE = ("hardware", "paths", "logger", "output_dir", "resume", "auto", "verify", "run", "hydra")
 IN_PIECES = ("evaluation", "decoding", "hardware", "paths", "hydra")  # of these only what the command line names
 

@@ -1,7 +1,7 @@
 """What is wrong with the settings that name files and folders, before any of them is opened.
 
 A path that no file system takes, that no text file can hold, or that may not be looked at is named with its key.
-`of_this_process()` asks the same of the folder that this process stands in.
+`of_this_process()` asks the same of the working directory of this process.
 """
 
 from __future__ import annotations

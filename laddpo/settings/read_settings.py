@@ -3,7 +3,7 @@
 READS lists what a stage reads in any of its variants, as groups and names; a name after "-" is left out of its group.
 NEEDS lists what is read only together with other settings. tests/test_read_settings.py runs every stage and compares
 both with what its code really asked for: a new setting that nothing reads fails there, and so does a wrong row here.
-A new setting of a group that stands here needs no row, if every stage that lists the group reads it.
+A new setting of a group that is listed here needs no row, if every stage that lists the group reads it.
 
 Groups chosen as a whole (model=, data=, experiment=) and yaml files set much at once and name nothing.
 """
@@ -111,7 +111,7 @@ def _is_off(key: str, value: Any, default: Any) -> bool:
 def unread(stage: str, key: str, config: RunConfig) -> str | None:
     """Why a stage does not read a setting, and what to do; None where it does, or where any stage may be given it."""
     if matches(key, tuple(EVERYWHERE)) or stage not in READS or (stage == "study" and not key.startswith("study.")):
-        return None  # what else a study is given goes to its arms
+        return None  # everything else that a study is given is for its arms
     if not matches(key, READS[stage]):
         readers = [name for name, patterns in READS.items() if matches(key, patterns)]
         others = f"{', '.join(readers)} {'do' if readers[1:] else 'does'}; " if readers else ""
@@ -151,7 +151,7 @@ OFF_IS_HARMLESS = ("evaluation.at_end",)  # true by default
 ADVICE = {
     "verify": "train, sft and export always hash the base weights again; ",
     "stopping.max_chosen_fall": "it is measured on pairs, which sft has none of; ",
-    "run": "write adapter.path=<run>/adapter to go on from it, prepare data=onpolicy for pairs of its answers, or ",
+    "run": "write adapter.path=<run>/adapter to start from it, prepare data=onpolicy for pairs of its answers, or ",
     "dry_run": "set optim.max_train_steps=2 for a run of two steps, or ",
     "data.rounds": "write data.sampling.num_questions and optim.max_train_steps for the work of several rounds, or ",
 }

@@ -82,7 +82,7 @@ def _kind_of_secret(key: str, value: str, hidden: list[str]) -> str | None:
 def _environment_secrets() -> list[str]:
     """Values of the environment that must not be shown, the longest first, each also as JSON and an address write it.
 
-    Short values and names of files that exist are words that may stand anywhere: hiding those would spoil settings.
+    Short values and names of files that exist are words that may occur anywhere: hiding those would spoil settings.
     """
     found = {
         value
@@ -108,7 +108,7 @@ SECRET_NAME = (
 )
 # names of settings that would hold one
 SECRET_KEY = r"(token|api_?key|secret|password|passwd|credential)s?$"
-# what stands after oc.env: in a setting; a resolver whose name another setting gives (${oc.${a}:X}) may be that one too
+# the text after oc.env: in a setting; a resolver whose name another setting gives (${oc.${a}:X}) may be that one too
 READS_ENVIRONMENT = r"(?:oc\s*\.\s*env|\$\{[^{}]*\}[\w.\s]*)\s*:\s*([^},]*?)\s*[},]"
 # environment variables that a setting may read by ${oc.env:NAME}
 READABLE = (

@@ -1,4 +1,4 @@
-"""The typed schema of every configuration group: what may stand in a yaml file or on the command line.
+"""The typed schema of every configuration group: what a yaml file or the command line may contain.
 
 One dataclass per group of conf/, composed into `RunConfig`. Hydra merges yaml files and overrides into these types, so
 an unknown key or a wrong type is refused with its full name. What a value costs (memory, time, bias) is written beside

@@ -60,7 +60,7 @@ def what_is(folder: Path) -> Found:
 
 
 def refuse_others(folder: Path, kinds: tuple[str, ...], resume: bool, setting: str = "output_dir") -> Found:
-    """What the folder is, if it is free, or if it is of these kinds and may be gone on with. Else `UserError`."""
+    """What the folder is, if it is free, or if it is of these kinds and may be continued. Else `UserError`."""
     try:
         found = what_is(folder)
     except OSError as error:

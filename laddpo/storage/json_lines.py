@@ -23,7 +23,7 @@ from laddpo.storage.locks import open_own
 class JsonLines:
     """An append-only log of one JSON object per line, in which a torn last line can only come from a crash.
 
-    `seal()` makes what is there durable and describes it; a run that goes on from a checkpoint gives that back to
+    `seal()` makes what is there durable and describes it; a run that continues from a checkpoint gives that back to
     `cut`, which drops every later record and refuses a file whose earlier ones are no longer the same bytes.
     """
 
@@ -74,7 +74,7 @@ class JsonLines:
         return {"bytes": self.path.stat().st_size, "sha256": file_sha256(self.path)}
 
     def cut(self, sealed: Mapping[str, Any]) -> None:
-        """Back to what `seal` described. A log that is gone is said to be gone; a changed one raises `UserError`."""
+        """Cut the log back to what `seal` described. A missing log is reported; a changed one raises `UserError`."""
         size = sealed["bytes"]
         if size and not self.path.exists():
             print(f"{self.path}: is missing; going on without the records of the steps before.")
@@ -87,6 +87,6 @@ class JsonLines:
         if hashlib.sha256(content).hexdigest() != sealed["sha256"]:
             raise UserError(
                 f"{self.path}: differs from what the checkpoint sealed (truncated or changed). Restore it, or remove "
-                "it to go on without the records of the steps before."
+                "it to continue without the records of the steps before."
             )
         return content

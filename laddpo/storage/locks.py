@@ -28,7 +28,7 @@ ATTEMPTS = 100  # to lock a file that others remove meanwhile
 def locked(folder: Path, wait: bool = True, check: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Hold the folder's lock (flock on `.lock`); while another process has it, wait, or with `wait=False` refuse.
 
-    `check` is called under the lock before anything is written; where it raises, the folder stays as it was. Then what
+    `check` is called under the lock before anything is written; if it raises, the folder is not changed. Then what
     killed processes left in the folder is removed. On a platform or file system without flock, no lock is taken: two
     writers are then the user's to avoid.
     """

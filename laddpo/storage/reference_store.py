@@ -89,7 +89,7 @@ class ReferenceStore:
         return self._values[pair][:, draws]
 
     def why_missing(self, lacking: Iterable[StoredPair]) -> str:
-        """Why these pairs have to be computed: what of the settings, or of the pairs, is not as it was stored."""
+        """Why these pairs have to be computed: which settings, or which pairs, differ from what is stored."""
         if not self._values:
             return self._differs_from_nearest()
         ids = {pair.id for pair in self._values}

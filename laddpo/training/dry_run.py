@@ -22,9 +22,9 @@ from laddpo.training.run import Ended, Run
 
 
 def dry_run(config: RunConfig, folder: Path, train: Callable) -> None:
-    """`train` for two steps on the longest batch, in a folder below `folder` that is no run and goes when it is done.
+    """`train` for two steps on the longest batch, in a folder below `folder` that is removed when it is done.
 
-    Of several rounds it is the first. What a step that is not finite left for a report stays.
+    With several rounds it runs the first. The report of a step that is not finite is kept.
     """
     place = folder / "dry_run"
     try:

@@ -101,7 +101,7 @@ def open_questions(config: RunConfig) -> list:
             print(f"note: questions of {data.dataset_name}: {count:,} {message}", file=sys.stderr)
         for line in unread_lines(log.unread):
             print(f"note: {line.strip()}", file=sys.stderr)
-    # the same order for the same questions wherever the rows came from; a later round goes on where this one ends
+    # the same order for the same questions wherever the rows came from; a later round begins where this one ends
     found.sort(key=lambda question: hashlib.sha256(f"{config.seed}/{question.text}".encode()).digest())
     count = min(count or len(found), len(found))
     return [found[(first + i) % len(found)] for i in range(count)]

@@ -1,4 +1,4 @@
-"""What a run writes while its loop goes on, and the check of its weights before it is sealed."""
+"""What a run writes during its loop, and the check of its weights before it is sealed."""
 
 from __future__ import annotations
 
@@ -86,17 +86,16 @@ def run_outputs(
 
 
 def check_weights(adapter: AdapterSettings, folder: Path) -> None:
-    """Before a run is sealed: the weights that it kept are whole. A run that was resumed kept some of them long ago."""
+    """Check before a run is sealed that its weights are whole: a resumed run may have written some of them days ago."""
     names = kept_names(adapter)
     for name in names:
         if manifests.read_manifest(folder / name, "weights") is None:
             raise UserError(
-                f"{folder / name}: is gone; expected the weights that the run kept. "
-                f"{what_is_left(folder, folder / names[0])}"
+                f"{folder / name}: is gone; expected the weights of this run. {what_is_left(folder, folder / names[0])}"
             )
 
 
 def resume_step(folder: Path) -> int:
-    """The step that a resumed run goes on from, for the trackers: the newest checkpoint's by its name."""
+    """The step from which a resumed run continues, for the trackers: that of the newest checkpoint, by its name."""
     newest = step_folders(folder / "checkpoints")[:1]
     return step_of(newest[0]) if newest else 0

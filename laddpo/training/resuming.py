@@ -1,7 +1,7 @@
-"""Which folder a training run writes to, and whether it goes on where an earlier one stopped.
+"""Which folder a training run writes to, and whether it continues a stopped one.
 
 `resume` is false (a new run), true (output_dir, else the newest unfinished run with which the command line agrees) or a
-run's folder. A run that goes on takes the settings of its folder: only what the command line names is compared.
+run's folder. A resumed run takes the settings of its folder: only what the command line names is compared.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RunPlace:
 
 
 def find_run(config: RunConfig, new_folder: Path) -> RunPlace:
-    """Where the run writes; `resume` is a folder by now if it goes on. Of several processes rank 0 looks."""
+    """Where the run writes. If it continues, `resume` already names a folder. Rank 0 looks for all processes."""
     ranks = here()
     if config.resume in ("true", "false"):
         return RunPlace(new_folder)
@@ -153,7 +153,7 @@ def held(folder: Path, kind: str, is_resumed: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_to_resume(folder: Path, way: str | None = None) -> Iterator[None]:
-    """A stop inside the block ends with how to go on in `folder`, once that is a run: by `resume=`, or by `way` where
+    """A stop inside the block says how to continue in `folder`, if that is a run by then: by `resume=`, or by `way` if
     there are no steps."""
     try:
         yield
@@ -170,7 +170,7 @@ def told_to_resume(folder: Path, way: str | None = None) -> Iterator[None]:
 
 
 def resumed_settings(asked: Asked, stage: str) -> RunConfig | None:
-    """The settings with which a run goes on, `resume` being its folder; None when there is no run to go on with.
+    """The settings of the run that is resumed, with `resume` as its folder; None if there is no run to resume.
 
     Raises `UserError` listing what the command line names otherwise than the run has it.
     """
@@ -252,7 +252,7 @@ def _existing(asked: Asked, folder: Path) -> RunConfig:
     if differences:
         raise UserError(
             f"{folder}: is a run of other settings:\n  " + "\n  ".join(differences) + "\n"
-            "Leave them out: a run that goes on takes its folder's settings. Or start a new run with resume=false. "
+            "Leave them out: a resumed run takes its folder's settings. Or start a new run with resume=false. "
             "A resumed run may change logger, logging_steps, save_*, hardware (but its precision), evaluation.at_end, "
             "the place of its base model, the number of steps, and how a step's pairs are split up."
         )
@@ -297,7 +297,7 @@ def _merge(asked: Asked, folder: Path, stored: RunConfig, fixed: tuple[str, ...]
 
 def _named(asked: Asked, folder: Path, has: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """The settings that the command line names: by their keys, by a group, or because others take their values from
-    what it names. A group that was chosen as it is now when the run began is as it was, whatever is in its file now."""
+    what it names. A group that is chosen as when the run began has not changed, whatever its file says now."""
     begun = set(read_command(folder).get("overrides", ()))
     named: set[str] = set()
     others = []

@@ -2,7 +2,7 @@
 
 A round's reference is the model that the round starts from, so every round begins at margin 0. Folders: round_1/,
 round_2/, … are ordinary runs; around them adapter/ (the last round's), rounds.json, rounds.md and evaluation/, the
-answers of the model before the first round against those of the last. Finished rounds are kept when the run goes on.
+answers of the model before the first round against those of the last. Finished rounds are kept when the run is resumed.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _pin_like_the_first(adapter: Path, first: Path) -> None:
 
 
 def questions_pin(config: RunConfig) -> str | None:
-    """What stands for the questions of all rounds, where they are asked of a file."""
+    """A digest of the questions of all rounds, if they come from a file."""
     from laddpo.training.on_policy import open_questions
 
     if config.data.source != "onpolicy" or config.data.dataset_name is None:

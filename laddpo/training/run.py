@@ -52,7 +52,7 @@ from laddpo.training.validation import Validation, open_validation
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run learns from. `items`: encoded pairs or rows. `content` stands for them in fingerprints. `prepared`:
+    """What a run learns from. `items`: encoded pairs or rows. `content` is their hash in fingerprints. `prepared`:
     their folder, None of a generated corpus. `tasks`: the test tasks that base and tuned model answer at the end.
     `held_out`: rows whose loss chooses the checkpoint. `from_scratch`: the model begins as random weights."""
 
@@ -219,7 +219,7 @@ def check_step_zero(run: Run, training: Training) -> None:
 
 
 def run_loop(run: Run, training: Training, of_weights: Mapping[str, object] | None = None) -> Ended:
-    """All steps of the run. `of_weights` goes into the manifests of its weights."""
+    """All steps of the run. `of_weights` is written to the manifests of its weights."""
     validation = training.validation
     at_step = resume_step(run.folder) if run.is_resumed else None
     with (

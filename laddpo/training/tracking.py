@@ -1,8 +1,8 @@
 """Copies of the metrics for people who watch a run: TensorBoard and Weights & Biases, side by side or neither.
 
-metrics.jsonl is the record; what goes out here is a copy that may be late or lost. Each tracker is opened and fed by a
+metrics.jsonl is the record; the trackers get copies that may be late or lost. Each tracker is opened and fed by a
 thread of its own, so a slow, blocking or failing one is reported once and neither ends nor slows the run. No key or
-token is ever sent: W&B takes its key from WANDB_API_KEY or the netrc file, and the config goes out without secrets.
+token is ever sent: W&B takes its key from WANDB_API_KEY or the netrc file, and the config is sent without secrets.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class _Feed(threading.Thread):
         if not self._has_failed:
             self._has_failed = True
             self._say(
-                f"logger.{self.name} stopped: {redact(reason)}. The run goes on and metrics.jsonl stays complete; "
+                f"logger.{self.name} stopped: {redact(reason)}. The run continues and metrics.jsonl stays complete; "
                 f"logger.{self.name}=false switches this off."
             )
 

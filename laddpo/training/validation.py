@@ -65,7 +65,7 @@ class Validation:
             machine = self.loaded.machine
             losses = row_losses(self.loaded.denoiser, self.rows, machine.token_budget, machine.ranks, self.stop)
             metrics[LOSS] = float(losses.mean())
-        # answers of a model on its way are in no file: they are made within one evaluation, or anew
+        # answers during training are written to no file: a stopped validation starts again
         records = [answer_task(self.answers, task, None, {}, "validation", self.stop) for task in self.tasks]
         if records:
             shares = [sum(record["correct"] for record in of_task) / len(of_task) for of_task in records]

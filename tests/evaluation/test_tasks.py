@@ -107,7 +107,7 @@ def test_other_weights_replace_records_of_the_same_label_and_say_so(tmp_path):
     records, said = run(Adder(wrong=["1+1"]), sums(), path, {"weights": "b"}, labels={"model": "tuned"})
     assert [record["correct"] for record in records].count(False) == 1
     assert CheckedLines(path).read() == records
-    assert "10 items" in said[0] and "generated anew" in said[0]
+    assert "10 items" in said[0] and "generated again" in said[0]
 
 
 def test_base_and_tuned_share_a_file(tmp_path):

@@ -47,7 +47,7 @@ def test_a_run_that_kept_its_start_is_refused_and_one_that_was_stopped_starts_an
 
     monkeypatch.setattr(policy, "load", stopped)
     assert stages.run(*command) == EXIT_STOPPED
-    assert "nothing was written. The same command starts anew." in capsys.readouterr().err
+    assert "nothing was written. The same command starts again" in capsys.readouterr().err
     monkeypatch.undo()
     assert stages.run(*command) == 0
     assert read_config(folder).variance.draws == [1] and (folder / "variance.md").is_file()

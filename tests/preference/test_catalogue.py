@@ -313,7 +313,7 @@ BAD_FILES = {
         "a.json",
         lambda path: path.write_text(f"[{row()}] x"),
         "DATA-35",
-        "goes on after its array",
+        "there is more after the array",
     ),
     "JSON array not UTF-8": (
         "a.json",

@@ -75,7 +75,7 @@ class Problem:
     def results_with(self, second_step: StepRule) -> list[int]:
         """Results of the steps when the second step (the only one, if there is one) follows `second_step`.
 
-        The steps after it are right about what stands before them, so a wrong step is carried to the answer.
+        The steps after it are right about the text before them, so a wrong step is carried to the answer.
         """
         value, results = self.operands[0], []
         wrong_index = min(1, len(self.operators) - 1)

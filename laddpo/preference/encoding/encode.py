@@ -1,4 +1,4 @@
-"""From text to token ids: the chat template on the prompt alone, the response apart, one scored terminator at its end.
+"""From text to token ids: the chat template on the prompt alone, then the response and one scored terminator.
 
 Text of rows that looks like a special token is encoded as plain text, never as the token. A row that is too long is
 treated by a rule with a name; responses are never cut. Needs a fast tokenizer, no torch.
@@ -96,7 +96,7 @@ class TextEncoder:
         }
 
     def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
-        """int32 [L]: what stands before the response, in training and in generation alike."""
+        """int32 [L]: the tokens before the response, in training and in generation alike."""
         (ids,) = self._encode_prompts_or_errors([tuple(messages)])
         if isinstance(ids, RowError):
             raise ids
@@ -163,7 +163,7 @@ class TextEncoder:
         for side, ids, text in zip(sides, response_ids, responses, strict=True):
             self.tokens.refuse_special(ids[:-1].tolist(), side)
             if opening and text.lstrip().startswith(opening):
-                problem = f"begins with {opening}, which the chat template writes before it: it would stand there twice"
+                problem = f"begins with {opening}, which the chat template also writes: it would be there twice"
                 raise RowError("DATA-106", side, problem, f"Remove {opening} from the start of the responses.")
         if len(response_ids) == 2 and np.array_equal(*response_ids):
             problem = "has the same tokens as chosen: they differ only in what the template trims"

@@ -33,7 +33,7 @@ class TooLong(BaseException):
 
 
 class GenerationBlock(Extension):
-    """`{% generation %} … {% endgeneration %}`, which marks the assistant's text and renders as what stands in it."""
+    """`{% generation %} … {% endgeneration %}`, which marks the assistant's text and renders as its content."""
 
     tags = frozenset({"generation"})
 

@@ -42,7 +42,7 @@ def shorten_prompt(
         excess = len(ids) - room
         if excess <= 0 and text.strip():
             return candidate, ids
-    if shorter:  # no text of the turn at the edge fits beside the others: it goes whole
+    if shorter:  # no text of the turn at the edge fits beside the others: it is dropped whole
         ids = encode(system + shorter)
         if len(ids) <= room:
             return system + shorter, ids

@@ -109,7 +109,7 @@ class BadRows:
         if problem in self.first or len(self.first) < PROBLEMS_KEPT:
             self.rows_by_problem[problem] += 1
             known = self.first.setdefault(problem, [])
-            insort(known, row, key=place_order)  # encoding goes in another order than the file
+            insort(known, row, key=place_order)  # rows are encoded in another order than the file's
             del known[PLACES:]
 
     def lines(self) -> list[str]:
@@ -177,9 +177,9 @@ CODES: dict[str, str] = {
     "DATA-20": "objects are spread over lines, or a .json file holds no array",
     "DATA-21": "bytes are not UTF-8",
     "DATA-22": "the file is UTF-16 or UTF-32",
-    "DATA-24": "a byte order mark stands inside the file",
+    "DATA-24": "a byte order mark inside the file",
     "DATA-25": "lines end with a lone CR",
-    "DATA-27": "a raw control character stands in JSON",
+    "DATA-27": "a raw control character in JSON",
     "DATA-28": "a text contains the character NUL",
     "DATA-29": "a text contains half of a surrogate pair",
     "DATA-35": "JSON is broken or cut",

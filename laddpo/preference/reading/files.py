@@ -172,7 +172,7 @@ def read_csv(
     warn: Callable[[str], None] = lambda note: None,
 ) -> Iterator[RawRow | BadRow]:
     """Rows under a header, separated by commas, else by what the header shows; every field is text. A quoted field may
-    span lines. NA and the like stand for a missing value: null, and in `text_columns` a bad row."""
+    span lines. NA and the like mean a missing value: null, and in `text_columns` a bad row."""
     csv.field_size_limit(max_line_bytes)
     before = length = 0  # lines before those that the reader counts, characters of the row at hand
 
@@ -188,7 +188,7 @@ def read_csv(
     lines = lines_of_rows()
     rows = csv.reader(lines, strict=True)
     try:
-        header = next((row for row in rows if any(map(str.strip, row))), [])  # blank lines may stand before it
+        header = next((row for row in rows if any(map(str.strip, row))), [])  # blank lines may precede it
         if len(header) == 1 and (separator := next((mark for mark in SEPARATORS if mark in header[0]), None)):
             warn(f"{path}: its columns are separated by {separator!r}, not by commas, and are read so")
             header = next(csv.reader(header, delimiter=separator, strict=True))
@@ -210,7 +210,7 @@ def read_csv(
             fields: dict[str, Any] = dict(zip(header, row, strict=True))
             missing = [name for name, text in fields.items() if text.strip() in MISSING]
             if named := next((name for name in missing if name in text_columns and fields[name].strip()), None):
-                problem = f"is {fields[named]!r}, which stands for a missing value in CSV"
+                problem = f"is {fields[named]!r}, which means a missing value in CSV"
                 yield BadRow(place, "DATA-04", named, problem, "Give a text, or write the row in JSON if it is meant.")
                 continue
             yield place, fields | {name: None for name in missing if name not in text_columns}

@@ -45,7 +45,7 @@ def read_json_array(path: Path, stream: BinaryIO, max_line_bytes: int) -> Iterat
             raise file_error(path, "DATA-35", problem, "Repair the file; if it was cut, copy it again.")
 
     if _after_space(text, at + 1) < len(text):
-        raise file_error(path, "DATA-35", f"line {line}: goes on after its array", "Keep one array per file.")
+        raise file_error(path, "DATA-35", f"line {line}: there is more after the array", "Keep one array per file.")
 
 
 def _whole_text(path: Path, stream: BinaryIO) -> str:

@@ -33,9 +33,9 @@ def locate(
 ) -> list[Path]:
     """The local files that the name means, in order; an empty list when it can only be a hub id.
 
-    A relative name is looked up from the working directory, then inside `preference_dir`. Of a folder, and of a pattern
-    whose files belong to several splits, only the files of `split` are meant, and `log` lists the others. A file given
-    by its own name is meant whatever split that names.
+    A relative name is looked up from the working directory, then inside `preference_dir`. For a folder, and for a
+    pattern whose files belong to several splits, only the files of `split` are read, and `log` lists the others. A file
+    given by its own name is read whatever split that names.
     """
     refuse_strange(dataset_name)
     try:

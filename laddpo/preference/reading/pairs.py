@@ -26,7 +26,7 @@ class Message:
     content: str
 
 
-Prompt = tuple[Message, ...]  # what stands before the response, oldest turn first
+Prompt = tuple[Message, ...]  # all turns before the response, oldest first
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Example:
 def plain_prompt(prompt: Prompt) -> str:
     """The prompt as text for bases without a chat template.
 
-    One user message is given as it stands. Several turns are labelled and end with an open assistant turn:
+    One user message is given unchanged. Several turns are labelled and end with an open assistant turn:
     a user's "Hi", an assistant's "Hello" and a user's "Bye" become
     "user: Hi\\n\\nassistant: Hello\\n\\nuser: Bye\\n\\nassistant: ".
     """

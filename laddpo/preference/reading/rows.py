@@ -112,7 +112,7 @@ def explicit_example(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, st
 
 def as_prompt(row: dict, value: Any, rules: RowRules, warn: Warn) -> Prompt:
     """Text becomes one user message, with the text of the input column behind it; messages must end with the user. A
-    system column goes in front. Both columns are read only where they are mapped."""
+    system column becomes the first message. Both columns are read only where they are mapped."""
     if isinstance(value, str):
         check_text(value, "prompt", rules, warn)
         more = mapped_text(row, "input", rules, warn)
@@ -155,7 +155,7 @@ def mapped_text(row: dict, name: str, rules: RowRules, warn: Warn) -> str | None
 
 
 def refuse_input(rules: RowRules, why: str) -> None:
-    """Raise RowError: the input column has no text of a prompt to stand behind."""
+    """Raise RowError: the input column needs a text of a prompt before it."""
     advice = "Set data.columns.input=null, or write its text into the last user turn."
     raise RowError("DATA-58", rules.column("input"), f"cannot be joined to the prompt: {why}", advice)
 

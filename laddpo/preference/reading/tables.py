@@ -1,6 +1,6 @@
 """Reads files of columns, parquet and Arrow, in bounded memory whatever their columns claim.
 
-A few kilobytes of such a file can stand for gigabytes: a long text is stored once and repeated by number, or packed.
+A few kilobytes of such a file can hold gigabytes: a long text is stored once and repeated by number, or packed.
 So texts stay numbers until rows are made, a batch is cut where its rows are large, and a file that unpacks to more than
 RATIO_LIMIT times its size is refused with the name of the column.
 """
@@ -119,7 +119,7 @@ def _numbered_rows(pa: Any, path: Path, schema: Any, names: Sequence[str], batch
 
 
 def _texts(pa: Any, column: Any, kind: Any) -> Any:
-    """The column with texts in the place of their numbers, which is faster to take apart."""
+    """The column with texts instead of dictionary indices: it is faster to read."""
     try:
         return column if column.type == kind else column.cast(kind)
     except pa.ArrowNotImplementedError:  # string_view
@@ -216,7 +216,7 @@ def _column_of(leaf: str, names: Sequence[str]) -> str | None:
 
 
 def _messages(pa: Any, source: Any) -> Iterator[Any]:
-    """The messages of an Arrow stream, from where the source stands."""
+    """The messages of an Arrow stream, from the current position of the source."""
     reader = pa.ipc.MessageReader.open_stream(source)
     while True:
         try:
