@@ -14,9 +14,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laddpo.cli.app import run_stage
 from laddpo.settings.schema import RunConfig
+
+if TYPE_CHECKING:
+    from laddpo.benchmarking.workload import Workbench
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
@@ -33,35 +37,37 @@ def main(config: RunConfig, run_folder: Path) -> None:
         *others, last = error.problems
         hint = "Without a GPU the same parts run in a small shape: experiment=gpu_proof_small."
         raise UserError(*others, f"{last} {hint}") from error
-    machine = find_machine(config)
+    from laddpo.benchmarking.workload import Workbench
+
+    bench = Workbench(config, find_machine(config))
     with owned(run_folder, "benchmark", config.resume != "false"):
-        seconds = run_parts(config, machine, run_folder)
+        seconds = run_parts(bench, run_folder)
     print(f"\n{seconds:.0f} s; tables: {run_folder / 'benchmark.md'}")
     print(run_folder)
 
 
-def run_parts(config: RunConfig, machine, run_folder: Path) -> float:
+def run_parts(bench: Workbench, run_folder: Path) -> float:
     """Measure part by part; the seconds that all took."""
     from laddpo.benchmarking.parts import PARTS, about
     from laddpo.core.budget import release_memory
     from laddpo.storage import atomic, manifests
 
     started = time.perf_counter()
-    sections = [f"# Benchmark\n\n{about(config, machine)}\n"]
-    record = {"settings": dataclasses.asdict(config.benchmark), "machine": machine.name}
+    sections = [f"# Benchmark\n\n{about(bench)}\n"]
+    record = {"settings": dataclasses.asdict(bench.settings), "machine": bench.machine.name}
     record["provenance"] = manifests.provenance()
-    for name in config.benchmark.parts:
+    for name in bench.settings.parts:
         part_started = time.perf_counter()
         release_memory()
         title, measure = PARTS[name]
-        text, record[name] = measure(config, machine)
+        text, record[name] = measure(bench)
         record[name]["seconds_taken"] = time.perf_counter() - part_started
         record["seconds"] = time.perf_counter() - started
         sections.append(f"## {title}\n\n{text}\n")
         # after every part: what comes may fail, and took minutes to get to
         atomic.write_text(run_folder / "benchmark.md", "\n".join(sections))
         atomic.write_json(run_folder / "benchmark.json", record)
-        if name == config.benchmark.parts[-1]:
+        if name == bench.settings.parts[-1]:
             manifests.write_manifest(
                 run_folder, "benchmark", {}, ["benchmark.md", "benchmark.json"], **manifests.provenance()
             )

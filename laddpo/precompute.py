@@ -43,13 +43,10 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if config.verify:
         verify(loaded, store, estimator, prepared)
     else:
-        pairs = prepared.train
-        windows = [
-            ([pairs[i] for i in indices], estimator.draw_indices(epoch))
-            for epoch, indices in visited_windows(
-                config.seed, total_steps(config, len(pairs)), len(pairs), pairs_per_step(config), config.dpo.mask_rounds
-            )
-        ]
+        pairs, optim, hardware = prepared.train, config.optim, config.hardware
+        steps, per_step = total_steps(optim, hardware, len(pairs)), pairs_per_step(optim, hardware)
+        visited = visited_windows(config.seed, steps, len(pairs), per_step, config.dpo.mask_rounds)
+        windows = [([pairs[i] for i in indices], estimator.draw_indices(epoch)) for epoch, indices in visited]
         with stop_on_signal() as stop:
             reference_values.complete_reference(config, loaded, store, estimator, windows, stop, "training pairs")
             held_out = list(prepared.validation)[: config.evaluation.num_pairs]

@@ -30,8 +30,13 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
     if config.dry_run:
         from laddpo.training.dry_run import dry_run
+        from laddpo.training.rounds import config_of_round
 
-        dry_run(step_processes(config, place), place.folder, train)
+        def train_first(folder: Path, stop) -> None:
+            counted = step_processes(config, place)
+            train(config_of_round(counted, 1, counted.adapter.path, folder), folder, False, stop)
+
+        dry_run(place.folder, train_first)
         return
 
     with held(place.folder, "train", place.is_resumed), told_to_resume(place.folder), stop_on_signal() as stop:

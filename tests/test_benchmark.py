@@ -48,7 +48,7 @@ def test_the_table_says_what_was_measured_on_what(written):
     text, _ = written
     for part in ("random weights", "width 16, 2 blocks", "vocabulary 300", "mean 24", "torch "):
         assert part in text
-    assert "written anew from their descriptions" in text
+    assert "rewritten from their descriptions" in text
     for title in ("Peak memory of one step", "Memory over the number of draws", "Predicted and measured", "Speed"):
         assert f"## {title}" in text
 
@@ -94,7 +94,7 @@ def test_the_fast_paths_are_compared_with_the_plain_sampler_on_graded_answers(wr
 
 def test_a_shipped_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert speed._is_local(compose()) and not speed._is_local(compose(["model=llada_8b"]))
+    assert speed.is_local(compose().model) and not speed.is_local(compose(["model=llada_8b"]).model)
 
 
 def test_random_weights_answer_for_time_alone(tmp_path):

@@ -313,14 +313,15 @@ def test_the_message_of_one_sequence_that_does_not_fit_is_the_plans():
 
 def test_a_steps_pairs_are_counted_per_process():
     settings = ["optim.per_device_train_batch_size=2", "optim.gradient_accumulation_steps=3"]
-    assert planning.pairs_per_step(compose([*settings])) == 6
-    assert planning.pairs_per_step(compose([*settings, "hardware.processes=4"])) == 24
+    for more, pairs in (([], 6), (["hardware.processes=4"], 24)):
+        config = compose([*settings, *more])
+        assert planning.pairs_per_step(config.optim, config.hardware) == pairs
 
 
 def test_processes_are_those_launched_unless_the_settings_say_otherwise(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert planning.processes(compose([])) == 8
-    assert planning.processes(compose(["hardware.processes=2"])) == 2
+    assert planning.processes(compose([]).hardware) == 8
+    assert planning.processes(compose(["hardware.processes=2"]).hardware) == 2
 
 
 def test_a_run_counted_for_eight_is_planned_for_the_processes_it_has():

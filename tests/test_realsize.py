@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.benchmarking import workload
 from laddpo.benchmarking.cards import predicted_peak
 from laddpo.benchmarking.contenders import fixed_budget
 from laddpo.benchmarking.measure import Measured, measure, timed_rounds
 from laddpo.benchmarking.rates import kernel_kind, micro_steps, work_of
-from laddpo.benchmarking.workload import random_model, random_pairs, setup_of
+from laddpo.benchmarking.workload import Workbench, random_model, random_pairs
 from laddpo.cli.app import cli
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.tasks import pair_item
@@ -49,7 +48,7 @@ def models():
 def written(tmp_path_factory, models):
     """(benchmark.md, benchmark.json) of the parts of a real size"""
     folder = tmp_path_factory.mktemp("realsize") / "run"
-    plain, made = workload.random_policy, []
+    plain, made = Workbench.random_policy, []
 
     def watched(*arguments, **named):
         gc.collect()
@@ -58,7 +57,7 @@ def written(tmp_path_factory, models):
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workload, "random_policy", watched)
+        patch.setattr(Workbench, "random_policy", watched)
         assert cli("benchmark", [*SMALL, f"output_dir={folder}"]) == 0
     return (folder / "benchmark.md").read_text(encoding="utf-8"), json.loads((folder / "benchmark.json").read_text())
 
@@ -176,8 +175,8 @@ def test_operations_are_those_of_the_plan():
     work = work_of(items)
     lengths = [sequence.tokens for item in items for sequence in item.sequences if len(sequence.draw.masked)]
     assert work.tokens == sum(lengths) and work.length == pytest.approx(np.average(lengths, weights=lengths))
-    config, machine = compose(SMALL), SimpleNamespace(device=torch.device("cpu"), precision="fp32")
-    setup = setup_of(config, machine, config.benchmark.rates[0])
+    bench = Workbench(compose(SMALL), SimpleNamespace(device=torch.device("cpu"), precision="fp32"))
+    setup = bench.setup_of(bench.settings.rates[0])
     blocks = 2 * (4 * 64 * 64 + 3 * 64 * 128)
     adapter = 2 * 16 * (4 * 128 + 3 * 192)
     attention = 4 * 2 * 64 * work.length
@@ -186,25 +185,26 @@ def test_operations_are_those_of_the_plan():
 
 
 def test_a_prediction_is_products_and_unpacking():
-    config, machine = compose(SMALL), SimpleNamespace(device=torch.device("cuda"), precision="bf16")
-    setting = config.benchmark.rates[3]
-    setup = setup_of(config, machine, setting)
+    bench = Workbench(compose(SMALL), SimpleNamespace(device=torch.device("cuda"), precision="bf16"))
+    setting = bench.settings.rates[3]
+    setup = bench.setup_of(setting)
     assert setting.quantization == "nf4"
     seconds = 100 * 5e6 * 2 / 1e12 + 2.5 * 2 * 2 * (4 * 64 * 64 + 3 * 64 * 128) / 1e9
     assert predicted_tokens_per_s(setup, 5e6, 100, Device(1, 1)) == pytest.approx(100 / seconds)
 
 
 def test_the_real_shape_is_planned_for_its_cards():
-    config, machine = compose(["experiment=gpu_proof"]), SimpleNamespace(device=torch.device("cuda"), precision="bf16")
+    config = compose(["experiment=gpu_proof"])
+    bench = Workbench(config, SimpleNamespace(device=torch.device("cuda"), precision="bf16"))
     assert config.benchmark.shape == config.model.shape, "the shape written out is the model's"
     pair = SimpleNamespace(prompt_ids=range(256), chosen_ids=range(768))
     ours = [setting for setting in config.benchmark.cards if setting.who == "ours"]
-    by_draws = {s.draws: predicted_peak(config, machine, s, pair) for s in ours[:3]}
+    by_draws = {s.draws: predicted_peak(bench, s, pair) for s in ours[:3]}
     assert by_draws.keys() == {4, 16, 64} and len(set(by_draws.values())) == 1 and by_draws[4] < 9 * GIB
-    assert all(predicted_peak(config, machine, s, pair) < s.gib * GIB for s in ours)
+    assert all(predicted_peak(bench, s, pair) < s.gib * GIB for s in ours)
     # the pair is larger than a micro-step, and the step: its gradient needs no buffer
     whole = Load(ours[0].token_budget, mixed=False, exceeds=False)
-    assert by_draws[4] == predict_memory(setup_of(config, machine, ours[0]), whole).peak
+    assert by_draws[4] == predict_memory(bench.setup_of(ours[0]), whole).peak
 
 
 def test_what_runs_out_of_memory_is_reported_and_the_rest_goes_on():

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from laddpo.benchmarking import workload
 from laddpo.benchmarking.contenders import Ours
-from laddpo.benchmarking.workload import dialogue_pairs, quantization_of
+from laddpo.benchmarking.workload import Workbench, quantization_of
 from laddpo.core.budget import release_memory
 from laddpo.core.gradient import Item, score_items
 from laddpo.models.adapters import trainable_parameters
@@ -21,7 +20,6 @@ from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.quantization import unpack_4bit
 from laddpo.preference.encoding.encode import EncodedPair
 from laddpo.results.tables import markdown
-from laddpo.settings.schema import RunConfig
 
 
 def observe(ours: Ours, pairs: Sequence[EncodedPair], draws: int) -> dict[str, Any]:
@@ -64,14 +62,14 @@ def lengths_of(items: Sequence[Item]) -> torch.Tensor:
     return torch.tensor([item.response_tokens for item in items], dtype=torch.float64)
 
 
-def agreement_part(config: RunConfig, machine) -> tuple[str, dict]:
+def agreement_part(bench: Workbench) -> tuple[str, dict]:
     """Scores and gradients of the same random weights as they are, in 4 bits, and unpacked again."""
-    wanted, shape, found = config.benchmark, config.benchmark.shape, {}
-    pairs = dialogue_pairs(config, wanted.agreement_pairs, 5, shape.vocab_size)
+    wanted, shape, found = bench.settings, bench.settings.shape, {}
+    pairs = bench.dialogues(wanted.agreement_pairs, 5, shape.vocab_size)
     for name in ("as made", "4-bit", "4-bit, unpacked"):
         settings = quantization_of("none" if name == "as made" else "nf4")
         prepare = unpack_4bit if "unpacked" in name else None
-        model = workload.random_policy(config, machine, settings, prepare)
+        model = bench.random_policy(settings, prepare)
         denoiser = TransformerDenoiser(model, shape.vocab_size - 1)
         found[name] = observe(Ours(model, denoiser, "stream", wanted.token_budget), pairs, wanted.draws)
         del model, denoiser

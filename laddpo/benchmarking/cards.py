@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from laddpo.benchmarking import workload
 from laddpo.benchmarking.contenders import BETA, Contender, Ours, fixed_budget
 from laddpo.benchmarking.measure import measure
 from laddpo.benchmarking.rivals import PublicLaddpo, TrlLike
-from laddpo.benchmarking.workload import pair_of_tokens, quantization_of, setup_of
+from laddpo.benchmarking.workload import Workbench, pair_of_tokens, quantization_of
 from laddpo.core.budget import release_memory
 from laddpo.core.optim import build_optimizer, clip_gradients
 from laddpo.hardware.memory import GIB, Load, predict_memory
@@ -23,7 +22,7 @@ from laddpo.models.adapters import trainable_parameters
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.offload import keep_embeddings_on_host
 from laddpo.results.tables import markdown
-from laddpo.settings.schema import RunConfig, StepSetting
+from laddpo.settings.schema import BenchmarkSettings, StepSetting
 
 TIMES = 3  # that a step is timed, after one to warm up
 WHO = {
@@ -47,13 +46,13 @@ class Shelf:
     key: tuple = ()
     model: object = None
 
-    def get(self, config: RunConfig, machine, setting: StepSetting):
+    def get(self, bench: Workbench, setting: StepSetting):
         """A model with its adapter, stored and executed as the setting says."""
         key = (setting.quantization, setting.embeddings_on_cpu, setting.compile)
         if key != self.key:
             self.key, self.model = (), None
             release_memory()
-            self.model = workload.random_policy(config, machine, quantization_of(setting.quantization))
+            self.model = bench.random_policy(quantization_of(setting.quantization))
             if setting.embeddings_on_cpu:
                 keep_embeddings_on_host(self.model)
             if setting.compile:
@@ -63,20 +62,20 @@ class Shelf:
         return self.model
 
 
-def cards_part(config: RunConfig, machine) -> tuple[str, dict]:
+def cards_part(bench: Workbench) -> tuple[str, dict]:
     """Whole optimizer steps on the longest pair, under the cap of every setting."""
-    wanted = config.benchmark
-    pair = pair_of_tokens(wanted.card_tokens, wanted.shape.vocab_size - 2, config.seed, prompt_share=0.25)
+    wanted = bench.settings
+    pair = pair_of_tokens(wanted.card_tokens, wanted.shape.vocab_size - 2, bench.seed, prompt_share=0.25)
     shelf, rows = Shelf(), []
     for setting in wanted.cards:
-        model = shelf.get(config, machine, setting)
-        step = whole_step(config, model, setting, pair)
-        found = measure(step, model, machine.device, TIMES if setting.draws < 16 else 1, setting.gib)
+        model = shelf.get(bench, setting)
+        step = whole_step(bench, model, setting, pair)
+        found = measure(step, model, bench.machine.device, TIMES if setting.draws < 16 else 1, setting.gib)
         rows.append(
             {
                 "setting": dataclasses.asdict(setting),
                 **dataclasses.asdict(found),
-                "predicted": predicted_peak(config, machine, setting, pair),
+                "predicted": predicted_peak(bench, setting, pair),
                 "tokens": 2 * setting.draws * wanted.card_tokens,
             }
         )
@@ -86,7 +85,7 @@ def cards_part(config: RunConfig, machine) -> tuple[str, dict]:
         f"One pair a step: prompt and either response together {wanted.card_tokens} tokens, reference pass and "
         "optimizer included. tokens/s counts those of all draws."
     )
-    return f"{about}{_no_cap(machine)}\n\n{text}", record
+    return f"{about}{_no_cap(bench.machine)}\n\n{text}", record
 
 
 def cards_section(rows: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
@@ -131,14 +130,14 @@ def _growth(rows: Sequence[Mapping[str, Any]]) -> list[tuple]:
     return found
 
 
-def whole_step(config: RunConfig, model, setting: StepSetting, pair):
+def whole_step(bench: Workbench, model, setting: StepSetting, pair):
     """A function that runs one optimizer step; what it needs is made at its first call, so that it counts."""
     named, made = trainable_parameters(model), {}
-    optim = config.optim
+    optim = bench.run.optim
 
     def step() -> None:
         if not made:
-            made["contender"] = contender_of(config, model, setting)
+            made["contender"] = contender_of(bench.settings, model, setting)
             made["optimizer"] = build_optimizer(setting.optimizer, named, tuple(optim.betas), optim.eps, 0.0)
         made["contender"].prepare([pair], setting.draws)
         made["contender"].step([pair], setting.draws)
@@ -150,18 +149,18 @@ def whole_step(config: RunConfig, model, setting: StepSetting, pair):
     return step
 
 
-def contender_of(config: RunConfig, model, setting: StepSetting) -> Contender:
+def contender_of(wanted: BenchmarkSettings, model, setting: StepSetting) -> Contender:
     """Whose step is measured. Ours never makes its micro-steps smaller: what does not fit is reported."""
-    mask, pad = config.benchmark.shape.vocab_size - 1, config.benchmark.shape.vocab_size - 2
+    mask, pad = wanted.shape.vocab_size - 1, wanted.shape.vocab_size - 2
     if setting.who == "public_laddpo":
-        return PublicLaddpo(model, mask, pad, config.benchmark.max_length, BETA)
+        return PublicLaddpo(model, mask, pad, wanted.max_length, BETA)
     if setting.who != "ours":
         return TrlLike(model, mask, pad, BETA, setting.who.removeprefix("trl_like_"))
     denoiser = TransformerDenoiser(model, mask, offload=setting.offload_activations)
     return Ours(model, denoiser, "stream", fixed_budget(setting.token_budget))
 
 
-def predicted_peak(config: RunConfig, machine, setting: StepSetting, pair) -> int | None:
+def predicted_peak(bench: Workbench, setting: StepSetting, pair) -> int | None:
     """What the plan says of our step; it knows no others."""
     if setting.who != "ours":
         return None
@@ -169,7 +168,7 @@ def predicted_peak(config: RunConfig, machine, setting: StepSetting, pair) -> in
     everything = 2 * setting.draws * longest
     packed = max(longest, min(setting.token_budget // longest * longest, everything))
     load = Load(packed, mixed=False, exceeds=everything > setting.token_budget, alone=True)
-    return predict_memory(setup_of(config, machine, setting), load).peak
+    return predict_memory(bench.setup_of(setting), load).peak
 
 
 def describe(setting: Mapping[str, Any]) -> str:

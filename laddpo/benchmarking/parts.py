@@ -13,27 +13,26 @@ from laddpo.benchmarking import agreement, cards, rates, speed, twins
 from laddpo.benchmarking.contenders import Ours
 from laddpo.benchmarking.measure import Peak, pass_peaks, predicted_and_measured, step_peak
 from laddpo.benchmarking.speed import ONE_SEQUENCE
-from laddpo.benchmarking.workload import longest_sequence, open_bench, pair_of_tokens, pairs_of, shape_of
+from laddpo.benchmarking.workload import Workbench, longest_sequence, pair_of_tokens
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.tasks import pair_item
-from laddpo.hardware.planning import memory_setup
 from laddpo.models.blocks import checkpoint_blocks
 from laddpo.results.tables import markdown
-from laddpo.settings.schema import RunConfig
+from laddpo.settings.schema import QuantizationSettings
 
 MIB = 2**20
 
 
-def about(config: RunConfig, machine) -> str:
+def about(bench: Workbench) -> str:
     """What was measured on what."""
-    wanted, shape = config.benchmark, shape_of(config)
-    weights = "random weights" if wanted.weights == "random" else f"weights of {config.model.name}"
+    wanted, shape, run, machine = bench.settings, bench.shape, bench.run, bench.machine
+    weights = "random weights" if wanted.weights == "random" else f"weights of {run.model.name}"
     return " ".join(
         [
             f"{time.strftime('%Y-%m-%d')}, {machine.name}, {machine.precision}, torch {torch.__version__}.",
-            f"Model: {weights}{_stored(config)}, width {shape.d_model}, {shape.n_layers} blocks,",
+            f"Model: {weights}{_stored(run.quantization)}, width {shape.d_model}, {shape.n_layers} blocks,",
             f"MLP {shape.mlp_hidden_size}, vocabulary {shape.vocab_size};",
-            f"LoRA r={config.adapter.r} on {config.adapter.target_modules}.",
+            f"LoRA r={run.adapter.r} on {run.adapter.target_modules}.",
             f"Pairs: random tokens; prompt + response log-normal with mean {wanted.mean:g} and 99th percentile",
             f"{wanted.p99:g}, prompt {wanted.prompt_mean:g}, at most {wanted.max_length}; {wanted.pairs} pairs a step.",
             "A step is forward and backward, without the optimizer unless stated. Peaks are counted on",
@@ -43,20 +42,20 @@ def about(config: RunConfig, machine) -> str:
     )
 
 
-def memory_part(config: RunConfig, machine) -> tuple[str, dict]:
+def memory_part(bench: Workbench) -> tuple[str, dict]:
     """Peaks of all contenders on the longest of four pairs; ours also one sequence at a time, and checkpointed."""
-    drawn = [pairs_of(config, seed)[0] for seed in range(4)]
-    bench, pairs = open_bench(config, machine), [max(drawn, key=lambda pair: longest_sequence([pair]))]
+    drawn = [bench.pairs(seed)[0] for seed in range(4)]
+    opened, pairs = bench.open(), [max(drawn, key=lambda pair: longest_sequence([pair]))]
     one, small = longest_sequence(pairs), f"stream, {ONE_SEQUENCE}"
-    stream = bench.contenders["stream"]
-    lean = Ours(bench.model, stream.denoiser, "stream", one, label=small)
+    stream = opened.contenders["stream"]
+    lean = Ours(opened.model, stream.denoiser, "stream", one, label=small)
     peaks = [
-        step_peak(contender, bench.model, pairs, draws)
-        for contender in [lean, *bench.contenders.values()]
-        for draws in config.benchmark.memory_draws
+        step_peak(contender, opened.model, pairs, draws)
+        for contender in [lean, *opened.contenders.values()]
+        for draws in bench.settings.memory_draws
     ]
     leaner = dataclasses.replace(lean, checkpointing=True, label=f"{small}, checkpointing")
-    peaks += [step_peak(leaner, bench.model, pairs, draws) for draws in config.benchmark.memory_draws]
+    peaks += [step_peak(leaner, opened.model, pairs, draws) for draws in bench.settings.memory_draws]
     text, record = memory_section(peaks, small)
     return f"One pair, {_lengths_text(pairs[0])}.\n\n{text}", record
 
@@ -86,16 +85,16 @@ def memory_section(peaks: Sequence[Peak], ours: str) -> tuple[str, dict[str, Any
     return markdown(header, rows), record
 
 
-def flat_part(config: RunConfig, machine) -> tuple[str, dict]:
+def flat_part(bench: Workbench) -> tuple[str, dict]:
     """Peaks of our passes from few to many draws, at a budget of one longest sequence and at the configured one."""
-    wanted, bench = config.benchmark, open_bench(config, machine)
-    denoiser = bench.contenders["stream"].denoiser
+    wanted, opened = bench.settings, bench.open()
+    denoiser = opened.contenders["stream"].denoiser
     tokens = max(16, wanted.token_budget // 8)  # so that 8 draws fill the configured budget
-    pairs = [_pair_with_full_first_draw(tokens, shape_of(config).vocab_size - 2)]
+    pairs = [_pair_with_full_first_draw(tokens, bench.shape.vocab_size - 2)]
     budgets = {ONE_SEQUENCE: (tokens, 1), f"{wanted.token_budget} tokens": (wanted.token_budget, 8)}
     found = {
         name: {
-            draws: pass_peaks(Ours(bench.model, denoiser, "stream", budget), pairs, draws)
+            draws: pass_peaks(Ours(opened.model, denoiser, "stream", budget), pairs, draws)
             for draws in sorted({fewest, wanted.flat_draws})
         }
         for name, (budget, fewest) in budgets.items()
@@ -123,23 +122,19 @@ def flat_section(found: Mapping[str, Mapping[int, Mapping[str, int]]]) -> tuple[
     }
 
 
-def plan_part(config: RunConfig, machine) -> tuple[str, dict]:
+def plan_part(bench: Workbench) -> tuple[str, dict]:
     """The memory plan against measured peaks, over rank, tokens and checkpointing."""
     rows = []
-    shape = shape_of(config)
-    for rank in config.benchmark.plan_ranks:
-        adapter = dataclasses.replace(config.adapter, r=rank)
-        model = dataclasses.replace(config.model, shape=shape)
-        changed = dataclasses.replace(config, adapter=adapter, model=model)
-        bench = open_bench(changed, machine)
+    for rank in bench.settings.plan_ranks:
+        of_rank = bench.of_rank(rank)
+        opened = of_rank.open()
         for checkpointing in (False, True):
-            checkpoint_blocks(bench.model, checkpointing)
-            setup = memory_setup(changed, machine.device.type, machine.precision)
-            setup = dataclasses.replace(setup, checkpointing=checkpointing)
-            for tokens in config.benchmark.plan_tokens:
+            checkpoint_blocks(opened.model, checkpointing)
+            setup = dataclasses.replace(of_rank.planned(), checkpointing=checkpointing)
+            for tokens in bench.settings.plan_tokens:
                 draws = max(1, tokens // 256)
-                pair = pair_of_tokens(tokens // (2 * draws), shape.vocab_size - 2, seed=tokens)
-                found = predicted_and_measured(bench.contenders["stream"], setup, pair, draws)
+                pair = pair_of_tokens(tokens // (2 * draws), bench.shape.vocab_size - 2, seed=tokens)
+                found = predicted_and_measured(opened.contenders["stream"], setup, pair, draws)
                 names = ("tokens", "predicted", "measured")
                 rows.append({"rank": rank, "checkpointing": checkpointing, **dict(zip(names, found, strict=True))})
     return plan_section(rows)
@@ -163,8 +158,7 @@ def plan_section(rows: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]
     }
 
 
-def _stored(config: RunConfig) -> str:
-    stored = config.quantization
+def _stored(stored: QuantizationSettings) -> str:
     kind = f"{stored.bnb_4bit_quant_type} " * stored.load_in_4bit or "int8 " * stored.load_in_8bit
     return f" stored in {kind.strip()} unless stated otherwise" if kind else ""
 

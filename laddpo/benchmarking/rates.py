@@ -18,12 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from laddpo.benchmarking.cards import TIMES, Shelf, contender_of, describe, gib_text, median_seconds
 from laddpo.benchmarking.measure import Measured, measure, timed
-from laddpo.benchmarking.workload import dialogue_pairs, setup_of
+from laddpo.benchmarking.workload import Workbench
 from laddpo.core.gradient import Item, pack_items, pack_sequence_runs
 from laddpo.hardware.memory import Shape
 from laddpo.hardware.speed import Device, Work, forward_flops, predicted_tokens_per_s, training_passes
 from laddpo.results.tables import markdown
-from laddpo.settings.schema import RunConfig, StepSetting
+from laddpo.settings.schema import StepSetting
 
 MICRO_STEPS = 3  # that a step fills
 PRODUCT_SECONDS = 0.5  # of repeated products, after a warm-up
@@ -41,28 +41,28 @@ KINDS = {  # the first that matches counts
 }
 
 
-def rates_part(config: RunConfig, machine) -> tuple[str, dict]:
+def rates_part(bench: Workbench) -> tuple[str, dict]:
     """Packed micro-steps of dialogue lengths: operations per second against matrix products, and kernels by kind."""
-    wanted, shelf = config.benchmark, Shelf()
+    wanted, shelf = bench.settings, Shelf()
     budgets = sorted({setting.token_budget for setting in wanted.rates})
-    shape = setup_of(config, machine, StepSetting()).shape
+    machine, shape = bench.machine, bench.setup_of(StepSetting()).shape
     products = {tokens: matmul_rate(machine.device, machine.dtype, tokens, shape) for tokens in budgets}
     ceiling = max(products.values())
-    rows = [rate_of(config, machine, shelf, setting) for setting in wanted.rates]
+    rows = [rate_of(bench, shelf, setting) for setting in wanted.rates]
     text, record = rates_section(rows, products, ceiling)
     about = (
         f"Pairs of dialogue lengths, packed; {MICRO_STEPS} micro-steps or more, gradients without the optimizer. "
         "Counted are the operations that had to be done: no recomputation, no padding, no unpacking of weights."
     )
-    predicted, record["predictions"] = _predictions(config, machine, rows, ceiling)
+    predicted, record["predictions"] = _predictions(bench, rows, ceiling)
     return f"{about}\n\n{text}{predicted}", record
 
 
-def rate_of(config: RunConfig, machine, shelf: Shelf, setting: StepSetting) -> dict:
+def rate_of(bench: Workbench, shelf: Shelf, setting: StepSetting) -> dict:
     """One setting's time, operations per second, peak, and kernels by kind."""
-    model, is_training = shelf.get(config, machine, setting), setting.work == "train"
-    ours = contender_of(config, model, setting)
-    pairs = _pairs_of_tokens(config, MICRO_STEPS * setting.token_budget, setting.draws)
+    model, is_training = shelf.get(bench, setting), setting.work == "train"
+    ours = contender_of(bench.settings, model, setting)
+    pairs = _pairs_of_tokens(bench, MICRO_STEPS * setting.token_budget, setting.draws)
     items = ours.items(pairs, setting.draws)
     ours.stored[ours.key(pairs, setting.draws)] = np.zeros((len(pairs), 2, setting.draws))
 
@@ -74,14 +74,14 @@ def rate_of(config: RunConfig, machine, shelf: Shelf, setting: StepSetting) -> d
         model.zero_grad(set_to_none=True)
 
     counted = work_of(items)
-    found = _unless_uncompiled(lambda: measure(work, model, machine.device, TIMES, setting.gib), setting)
-    flops = forward_flops(setup_of(config, machine, setting), counted) * (2 if is_training else 1)
+    found = _unless_uncompiled(lambda: measure(work, model, bench.machine.device, TIMES, setting.gib), setting)
+    flops = forward_flops(bench.setup_of(setting), counted) * (2 if is_training else 1)
     row = {"setting": dataclasses.asdict(setting), **dataclasses.asdict(found)}
     row |= {"tokens": counted.tokens, "useful_flops": flops}
     row["micro_steps"] = micro_steps(items, setting.token_budget)
     if not found.problem:
         row["flops_per_s"] = flops / found.median
-        row["seconds_profiled"], row["kinds"] = where_time_goes(work, machine.device)
+        row["seconds_profiled"], row["kinds"] = where_time_goes(work, bench.machine.device)
     return row
 
 
@@ -126,10 +126,10 @@ def _kinds_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown(["where the time goes", *kinds, OTHER, "nothing runs"], rows)
 
 
-def _pairs_of_tokens(config: RunConfig, tokens: int, draws: int) -> list:
+def _pairs_of_tokens(bench: Workbench, tokens: int, draws: int) -> list:
     """The first random pairs that have so many tokens under all draws, and no fewer than two."""
     pairs, total = [], 0
-    for pair in dialogue_pairs(config, max(2, 2 * tokens // 64), 7, config.benchmark.shape.vocab_size):
+    for pair in bench.dialogues(max(2, 2 * tokens // 64), 7, bench.settings.shape.vocab_size):
         pairs.append(pair)
         total += draws * (2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids))
         if total >= tokens and len(pairs) >= 2:
@@ -137,14 +137,14 @@ def _pairs_of_tokens(config: RunConfig, tokens: int, draws: int) -> list:
     return pairs
 
 
-def _predictions(config: RunConfig, machine, rows: Sequence[dict], ceiling: float) -> tuple[str, list[dict]]:
+def _predictions(bench: Workbench, rows: Sequence[dict], ceiling: float) -> tuple[str, list[dict]]:
     """Tokens per second on other cards, from the share of the matrix speed that training reached on this one."""
     training = [row for row in rows if row["setting"]["work"] == "train" and not row["problem"]]
     plain = [row for row in training if row["setting"]["quantization"] == "none"]
-    if not (plain and config.benchmark.predicted):
+    if not (plain and bench.settings.predicted):
         return "", []
     found = []
-    for card in config.benchmark.predicted:
+    for card in bench.settings.predicted:
         for row in training:
             setting = StepSetting(**row["setting"])
             if setting.quantization == "none":
@@ -153,9 +153,9 @@ def _predictions(config: RunConfig, machine, rows: Sequence[dict], ceiling: floa
             if not alike:
                 continue
             near = min(alike, key=lambda other: _distance(other["setting"], row["setting"]))
-            passes = training_passes(setup_of(config, machine, StepSetting(**near["setting"])))
+            passes = training_passes(bench.setup_of(StepSetting(**near["setting"])))
             share = near["flops_per_s"] / ceiling * passes / 2  # of operations done, recomputed ones too
-            setup = setup_of(config, machine, setting)
+            setup = bench.setup_of(setting)
             speed = predicted_tokens_per_s(
                 setup,
                 row["useful_flops"] / 2 / row["tokens"],
@@ -163,7 +163,7 @@ def _predictions(config: RunConfig, machine, rows: Sequence[dict], ceiling: floa
                 Device(card.tflops * share, card.memory_gb_per_s),
             )
             found.append({"card": card.name, "setting": row["setting"], "share": share, "tokens_per_s": speed})
-    return predictions_section(found, [dataclasses.asdict(card) for card in config.benchmark.predicted]), found
+    return predictions_section(found, [dataclasses.asdict(card) for card in bench.settings.predicted]), found
 
 
 def predictions_section(found: Sequence[Mapping[str, Any]], cards: Sequence[Mapping[str, Any]]) -> str:

@@ -15,14 +15,14 @@ import numpy as np
 
 from laddpo.benchmarking.contenders import Ours
 from laddpo.benchmarking.measure import Ratio, median_ratio, timed_rounds
-from laddpo.benchmarking.workload import Bench, longest_sequence, open_bench, pairs_of, random_model, shape_of
+from laddpo.benchmarking.workload import Bench, Workbench, longest_sequence, random_model
 from laddpo.evaluation.answering import open_task, sampler_settings
 from laddpo.evaluation.sampling import SamplerSettings, generate, until_stop
 from laddpo.inputs import policy
 from laddpo.inputs.data import encoder_for
 from laddpo.results.stats import compare
 from laddpo.results.tables import markdown
-from laddpo.settings.schema import RunConfig, keywords
+from laddpo.settings.schema import ModelSettings, keywords
 
 ONE_SEQUENCE, FIRST_EPOCH = "one sequence at a time", "stream with reference pass"
 CAUSES = (  # slower, faster, what the second does that the first does not
@@ -35,19 +35,19 @@ CAUSES = (  # slower, faster, what the second does that the first does not
 )
 
 
-def speed_part(config: RunConfig, machine) -> tuple[str, dict]:
+def speed_part(bench: Workbench) -> tuple[str, dict]:
     """Pairs per second, interleaved; and by what ours are faster, one thing after the other."""
-    wanted, bench = config.benchmark, open_bench(config, machine)
-    batches = [pairs_of(config, seed=1 + number) for number in range(wanted.rounds)]
+    wanted, opened = bench.settings, bench.open()
+    batches = [bench.pairs(1 + number) for number in range(wanted.rounds)]
     longest = max(map(longest_sequence, batches))
-    denoiser, budget = bench.contenders["stream"].denoiser, wanted.token_budget
-    contenders = [c for c in bench.contenders.values() if not (isinstance(c, Ours) and c.mode == "joint")]
+    denoiser, budget = opened.contenders["stream"].denoiser, wanted.token_budget
+    contenders = [c for c in opened.contenders.values() if not (isinstance(c, Ours) and c.mode == "joint")]
     contenders += [
-        Ours(bench.model, denoiser, "stream", longest, label=f"stream, {ONE_SEQUENCE}"),
-        Ours(bench.model, denoiser, "stream", budget, checkpointing=True, label="stream, checkpointing"),
+        Ours(opened.model, denoiser, "stream", longest, label=f"stream, {ONE_SEQUENCE}"),
+        Ours(opened.model, denoiser, "stream", budget, checkpointing=True, label="stream, checkpointing"),
     ]
-    seconds = timed_rounds(contenders, bench.model, batches, wanted.draws)
-    rng = np.random.default_rng(config.seed)
+    seconds = timed_rounds(contenders, opened.model, batches, wanted.draws)
+    rng = np.random.default_rng(bench.seed)
     names = [contender.name for contender in contenders if contender.name in seconds]
     walls, processor = (
         {
@@ -58,11 +58,11 @@ def speed_part(config: RunConfig, machine) -> tuple[str, dict]:
         for suffix in ("", "/cpu")
     )
     rates = {name: wanted.pairs * wanted.rounds / float(seconds[name].sum()) for name in names}
-    text, record = speed_section(rates, walls, processor if machine.device.type == "cpu" else {}, "stream")
+    text, record = speed_section(rates, walls, processor if bench.machine.device.type == "cpu" else {}, "stream")
     later = median_ratio(seconds["stream"], seconds[FIRST_EPOCH], rng)
     causes, record["causes"] = causes_section(seconds, rng)
     failed = [contender for contender in contenders if contender.name not in seconds]
-    fewer, record["one_draw"] = _with_one_draw(config, bench, failed, batches, rng)
+    fewer, record["one_draw"] = _with_one_draw(opened, wanted.draws, failed, batches, rng)
     record["second_epoch_over_first"] = asdict(later)
     record["seconds"] = {name: values.tolist() for name, values in seconds.items()}
     interval = f"[{later.low:.2f}, {later.high:.2f}]"
@@ -101,14 +101,14 @@ def causes_section(seconds: Mapping[str, np.ndarray], rng: np.random.Generator) 
     return markdown(["by what ours is faster", "from", "to", "times"], lines), record
 
 
-def _with_one_draw(config: RunConfig, bench: Bench, failed: list, batches: list, rng) -> tuple[str, dict]:
+def _with_one_draw(bench: Bench, draws: int, failed: list, batches: list, rng) -> tuple[str, dict]:
     """Those for whom the memory was too small, against ours with one draw, which is as little as there can be."""
     if not failed:
         return "", {}
     seconds = timed_rounds([bench.contenders["stream"], *failed], bench.model, batches, 1)
     lines, record = [], {}
     for contender in failed:
-        said = f"{contender.name} ran out of memory with {config.benchmark.draws} draws"
+        said = f"{contender.name} ran out of memory with {draws} draws"
         if contender.name not in seconds:
             lines.append(f"{said} and with one.")
             continue
@@ -119,18 +119,18 @@ def _with_one_draw(config: RunConfig, bench: Bench, failed: list, batches: list,
     return "\n\n" + " ".join(lines), record
 
 
-def sampler_part(config: RunConfig, machine) -> tuple[str, dict]:
+def sampler_part(bench: Workbench) -> tuple[str, dict]:
     """The sampler's fast paths against the plain one, on test problems of the embedded task.
 
     The configured model answers where its files are on this machine, and its answers are graded; else random weights in
     the benchmark's shape answer random prompts, and only time is compared.
     """
-    wanted = config.benchmark
-    answer, stops, grade, about = _graded(config, machine) if _is_local(config) else _ungraded(config, machine)
+    wanted, run = bench.settings, bench.run
+    answer, stops, grade, about = _graded(bench) if is_local(run.model) else _ungraded(bench)
     batch = min(wanted.sampler_batch, wanted.sampler_items)
-    ways = ways_of(sampler_settings(config), batch)
+    ways = ways_of(sampler_settings(run.evaluation, run.seed), batch)
     found = decode(answer, wanted.sampler_items, ways, batch, stops)
-    text, record = sampler_section(found, PLAIN, grade, np.random.default_rng(config.seed))
+    text, record = sampler_section(found, PLAIN, grade, np.random.default_rng(bench.seed))
     return f"{about}, {wanted.sampler_items} of them in batches of {batch}.\n\n{text}", record
 
 
@@ -233,14 +233,15 @@ def _ratio(ratio: Ratio | None) -> str:
     return "1" if ratio is None else f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def _is_local(config: RunConfig) -> bool:
-    return Path(policy.model_path(config.model)).expanduser().is_dir()
+def is_local(model: ModelSettings) -> bool:
+    return Path(policy.model_path(model)).expanduser().is_dir()
 
 
-def _graded(config: RunConfig, machine) -> tuple:
-    loaded = policy.load(config, machine)
-    encoder = encoder_for(config.data, loaded.tokenizer)
-    task = open_task(config, "arithmetic", "test", config.benchmark.sampler_items, with_shots=False)
+def _graded(bench: Workbench) -> tuple:
+    run, loaded = bench.run, bench.load()
+    encoder = encoder_for(run.data, loaded.tokenizer)
+    settings = (run.evaluation, run.data, run.seed, run.paths.data_dir)
+    task = open_task("arithmetic", "test", bench.settings.sampler_items, *settings, with_shots=False)
     prompts = [encoder.encode_prompt(item.prompt) for item in task.items]
     keys = [item.id for item in task.items]
 
@@ -253,14 +254,14 @@ def _graded(config: RunConfig, machine) -> tuple:
         texts = [encoder.decode_response(ids) for ids in answers]
         return task.grader.grade_all(texts, [item.answer for item in task.items])
 
-    return answer, encoder.stop_ids, grade, f"Test problems of the embedded task, answered by {config.model.name}"
+    return answer, encoder.stop_ids, grade, f"Test problems of the embedded task, answered by {run.model.name}"
 
 
-def _ungraded(config: RunConfig, machine) -> tuple:
-    shape = shape_of(config)
-    stored = policy.storage_of(config.quantization)
-    model = random_model(keywords(shape), config.seed, machine.device, machine.dtype, stored)
-    prompts = [pair.prompt_ids for n in range(config.benchmark.sampler_items) for pair in pairs_of(config, n)[:1]]
+def _ungraded(bench: Workbench) -> tuple:
+    shape, machine = bench.shape, bench.machine
+    stored = policy.storage_of(bench.run.quantization)
+    model = random_model(keywords(shape), bench.seed, machine.device, machine.dtype, stored)
+    prompts = [pair.prompt_ids for n in range(bench.settings.sampler_items) for pair in bench.pairs(n)[:1]]
 
     def answer(picked, settings):
         return generate(model, [prompts[i] for i in picked], settings, shape.vocab_size - 1)

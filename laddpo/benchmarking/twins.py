@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from laddpo.benchmarking.workload import Workbench
 from laddpo.errors import RunFault
 from laddpo.models.adapters import ADAPTER_FILES
-from laddpo.settings.schema import RunConfig
 from laddpo.storage.json_lines import JsonLines
 from laddpo.storage.seals import sealed_file
 
@@ -61,11 +61,11 @@ def trained(folder: Path) -> Trained:
     return Trained(losses, torch.cat([adapter[name].flatten() for name in sorted(adapter)]))
 
 
-def nano_part(config: RunConfig, machine) -> tuple[str, dict]:
+def nano_part(bench: Workbench) -> tuple[str, dict]:
     """The embedded model trained twice from the same seed: on the CPU, and on this device (or packed otherwise)."""
-    steps = config.benchmark.nano_steps
+    steps = bench.settings.nano_steps
     ways = {"CPU": ["hardware.device=cpu", "hardware.token_budget=4096"]}
-    if machine.device.type == "cuda":
+    if bench.machine.device.type == "cuda":
         ways["this GPU"] = ["hardware.device=cuda", "hardware.token_budget=4096"]
     else:
         ways["CPU, smaller micro-steps"] = ["hardware.device=cpu", "hardware.token_budget=512"]

@@ -5,9 +5,10 @@ Token ids are random: time and memory depend on lengths alone.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from laddpo.benchmarking.contenders import build_contenders
+from laddpo.hardware.machine import Machine
 from laddpo.hardware.memory import Setup
 from laddpo.hardware.planning import memory_setup
 from laddpo.inputs import policy
@@ -22,7 +24,14 @@ from laddpo.models.families import find_family
 from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.quantization import quantization_config, quantized_linear, settle_quantized
 from laddpo.preference.encoding.encode import EncodedPair
-from laddpo.settings.schema import QuantizationSettings, RunConfig, StepSetting, keywords
+from laddpo.settings.schema import (
+    BenchmarkSettings,
+    ModelShape,
+    QuantizationSettings,
+    RunConfig,
+    StepSetting,
+    keywords,
+)
 
 Z99 = 2.3263478740408408  # the 99th percentile of the standard normal
 SHORTEST = 8  # tokens of prompt and of response
@@ -107,42 +116,12 @@ def longest_sequence(pairs: list[EncodedPair]) -> int:
     return max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
 
 
-def random_policy(config: RunConfig, machine, quantization: QuantizationSettings, prepare=None):
-    """Random weights in the benchmark's shape under a fresh adapter; `prepare` changes the base before it is put on."""
-    shape, stored = keywords(config.benchmark.shape), policy.storage_of(quantization)
-    model = random_model(shape, config.seed, machine.device, machine.dtype, stored)
-    if prepare is not None:
-        prepare(model)
-    policy.attach_adapter(config, model)
-    return model
-
-
 def quantization_of(name: str) -> QuantizationSettings:
     """The config group of that name."""
     return QuantizationSettings(**STORAGE[name])
 
 
-def setup_of(config: RunConfig, machine, setting: StepSetting) -> Setup:
-    """The memory plan's view of a setting."""
-    taken = ("gradient_checkpointing", "offload_activations", "embeddings_on_cpu")
-    changed = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, shape=config.benchmark.shape),
-        quantization=quantization_of(setting.quantization),
-        hardware=dataclasses.replace(config.hardware, **{name: getattr(setting, name) for name in taken}),
-        optim=dataclasses.replace(config.optim, optimizer=setting.optimizer),
-    )
-    return memory_setup(changed, machine.device.type, machine.precision)
-
-
-def dialogue_pairs(config: RunConfig, count: int, seed: int, vocab_size: int) -> list:
-    """Pairs of random tokens, mask and padding not among them, as long as the benchmark's settings say."""
-    wanted = config.benchmark
-    lengths = (wanted.mean, wanted.p99, wanted.prompt_mean, wanted.max_length)
-    return random_pairs(count, vocab_size - 2, *lengths, config.seed + seed)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Bench:
     """The policy with its adapter, and everything that is measured around it, by name."""
 
@@ -150,22 +129,80 @@ class Bench:
     contenders: dict
 
 
-def open_bench(config: RunConfig, machine) -> Bench:
-    """A fresh model with a fresh adapter: parts do not see one another's settings."""
-    wanted, shape = config.benchmark, shape_of(config)
-    if wanted.weights == "model":
-        loaded = policy.load(config, machine)
-        policy.make_trainable(config, loaded)
-        model, mask, pad = loaded.model, loaded.denoiser.mask_token_id, loaded.tokenizer.pad_token_id
-    else:
-        model = random_policy(config, machine, config.quantization)
-        mask, pad = shape.vocab_size - 1, shape.vocab_size - 2
-    return Bench(model, build_contenders(model, mask, pad, wanted.max_length, wanted.token_budget))
+@dataclass(frozen=True)
+class Workbench:
+    """What the parts of the benchmark work on: models and pairs by the settings of a run, on this machine."""
 
+    run: RunConfig
+    machine: Machine
 
-def shape_of(config: RunConfig):
-    return config.benchmark.shape if config.benchmark.weights == "random" else config.model.shape
+    @property
+    def settings(self) -> BenchmarkSettings:
+        return self.run.benchmark
 
+    @property
+    def seed(self) -> int:
+        return self.run.seed
 
-def pairs_of(config: RunConfig, seed: int = 0) -> list:
-    return dialogue_pairs(config, config.benchmark.pairs, seed, shape_of(config).vocab_size)
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes of the measured model: of random weights the benchmark's, else the configured model's."""
+        return self.settings.shape if self.settings.weights == "random" else self.run.model.shape
+
+    def random_policy(self, quantization: QuantizationSettings, prepare: Callable[[Any], None] | None = None):
+        """Random weights in the benchmark's shape under a fresh adapter; `prepare` changes the base before that."""
+        shape, stored = keywords(self.settings.shape), policy.storage_of(quantization)
+        model = random_model(shape, self.seed, self.machine.device, self.machine.dtype, stored)
+        if prepare is not None:
+            prepare(model)
+        policy.attach_adapter(self.run, model)
+        return model
+
+    def open(self) -> Bench:
+        """A fresh model with a fresh adapter: parts do not see one another's settings."""
+        if self.settings.weights == "model":
+            loaded = self.load()
+            policy.make_trainable(self.run, loaded)
+            model, mask, pad = loaded.model, loaded.denoiser.mask_token_id, loaded.tokenizer.pad_token_id
+        else:
+            model = self.random_policy(self.run.quantization)
+            mask, pad = self.shape.vocab_size - 1, self.shape.vocab_size - 2
+        return Bench(model, build_contenders(model, mask, pad, self.settings.max_length, self.settings.token_budget))
+
+    def load(self) -> policy.Loaded:
+        """The configured model."""
+        return policy.load(self.run, self.machine)
+
+    def of_rank(self, rank: int) -> Workbench:
+        """The same with adapters of another rank."""
+        return replace(self, run=replace(self.run, adapter=replace(self.run.adapter, r=rank)))
+
+    def planned(self) -> Setup:
+        """The memory plan's view of the measured model."""
+        return memory_setup(replace(self.run, model=replace(self.run.model, shape=self.shape)), *self._arithmetic)
+
+    def setup_of(self, setting: StepSetting) -> Setup:
+        """The memory plan's view of a setting, in the benchmark's shape."""
+        taken = ("gradient_checkpointing", "offload_activations", "embeddings_on_cpu")
+        changed = replace(
+            self.run,
+            model=replace(self.run.model, shape=self.settings.shape),
+            quantization=quantization_of(setting.quantization),
+            hardware=replace(self.run.hardware, **{name: getattr(setting, name) for name in taken}),
+            optim=replace(self.run.optim, optimizer=setting.optimizer),
+        )
+        return memory_setup(changed, *self._arithmetic)
+
+    @property
+    def _arithmetic(self) -> tuple[str, str]:
+        return self.machine.device.type, self.machine.precision
+
+    def dialogues(self, count: int, seed: int, vocab_size: int) -> list[EncodedPair]:
+        """Pairs of random tokens, mask and padding not among them, as long as the benchmark's settings say."""
+        wanted = self.settings
+        lengths = (wanted.mean, wanted.p99, wanted.prompt_mean, wanted.max_length)
+        return random_pairs(count, vocab_size - 2, *lengths, self.seed + seed)
+
+    def pairs(self, seed: int = 0) -> list[EncodedPair]:
+        """The pairs of one step."""
+        return self.dialogues(self.settings.pairs, seed, self.shape.vocab_size)

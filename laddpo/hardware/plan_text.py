@@ -138,9 +138,9 @@ def _hours_line(config: RunConfig, choice: Choice, lengths: Lengths, pairs: int 
     if work is None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, random_sample_size=10_000))
         work, unit = work_of(config, lengths, 10_000), "10,000 pairs of reference and training"
-    count = processes(config)
+    count, per_step = processes(config.hardware), pairs_per_step(config.optim, config.hardware)
     share = dataclasses.replace(work, tokens=work.tokens / count, masked=work.masked / count)
-    steps = work.tokens / (2 * config.dpo.diffusion_samples * work.length * pairs_per_step(config))
+    steps = work.tokens / (2 * config.dpo.diffusion_samples * work.length * per_step)
     exchange = exchange_seconds(choice.setup, work, choice.token_budget, count, steps)
     low, high = (s + exchange for s in predicted_seconds(choice.setup, share, choice.token_budget, speed))
     line = (
@@ -149,7 +149,7 @@ def _hours_line(config: RunConfig, choice: Choice, lengths: Lengths, pairs: int 
     )
     if count > 1:
         line += (
-            f"\non {count} processes in steps of {pairs_per_step(config):,} pairs: {count * low / 3600:,.0f} to "
+            f"\non {count} processes in steps of {per_step:,} pairs: {count * low / 3600:,.0f} to "
             f"{count * high / 3600:,.0f} GPU hours, of which {exchange / low:.1%} or less for exchanges between them"
         )
     return line

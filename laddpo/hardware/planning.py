@@ -31,7 +31,7 @@ from laddpo.hardware.memory import (
 from laddpo.hardware.speed import Device, Work, predicted_seconds
 from laddpo.models.linears import BLOCK_LINEARS, linear_names, match_linears
 from laddpo.processes.ranks import launched
-from laddpo.settings.schema import AdapterSettings, RunConfig
+from laddpo.settings.schema import AdapterSettings, HardwareSettings, OptimSettings, RunConfig
 from laddpo.storage.atomic import read_json
 
 CONTEXT_BYTES = int(0.5 * GIB)  # what CUDA and its libraries take beside every tensor
@@ -102,7 +102,7 @@ def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2,
         embeddings_on_cpu=hardware.embeddings_on_cpu and device == "cuda",
         backward=hardware.backward if hardware.backward != "auto" else backward,
         gradient_groups=gradient_groups(config, sides),
-        shards=(world or processes(config)) if is_sharded else 1,
+        shards=(world or processes(config.hardware)) if is_sharded else 1,
     )
 
 
@@ -155,7 +155,7 @@ def choose_plan(
     wanted = hardware.gradient_checkpointing
     most = CPU_TOKEN_BUDGET if device == "cpu" else MOST_TOKENS
     options = {on: dataclasses.replace(given, checkpointing=on) for on in (False, True)}
-    own_pairs = most_pairs(config, world)
+    own_pairs = most_pairs(config.optim, config.hardware, world)
     empty = Load(0, alone=own_pairs == 1)
     largest = {on: largest_token_budget(option, usable(available), empty, most) for on, option in options.items()}
 
@@ -194,7 +194,7 @@ def choose_backward(
         return "two_pass", "weights are sharded, so that every rank must know a pair's weight before its backward pass"
     if lengths.longest_pair <= token_budget:
         return "stream", f"whole pairs fit a micro-step, so it needs no buffer: {pairs}"
-    if most_pairs(config, world) == gradient_groups(config, lengths.sides) == 1:
+    if most_pairs(config.optim, config.hardware, world) == gradient_groups(config, lengths.sides) == 1:
         return "stream", f"one pass, and a step of one pair needs no buffer: {pairs}"
     if config.adapter.kind == "full":
         return "two_pass", f"a gradient buffer would be as large as the model: {pairs}"
@@ -205,7 +205,7 @@ def work_of(config: RunConfig, lengths: Lengths, pairs: int | None) -> Work | No
     """The sequences of the whole run; None while neither the rows nor the steps are counted."""
     optim, dpo = config.optim, config.dpo
     if optim.max_train_steps is not None:
-        visited = optim.max_train_steps * pairs_per_step(config)
+        visited = optim.max_train_steps * pairs_per_step(config.optim, config.hardware)
     elif pairs is not None:
         visited = optim.num_train_epochs * pairs
     else:
@@ -215,24 +215,24 @@ def work_of(config: RunConfig, lengths: Lengths, pairs: int | None) -> Work | No
     return Work(sequences * lengths.mean, sequences * lengths.response / 2, lengths.mean, reference)
 
 
-def pairs_per_step(config: RunConfig) -> int:
+def pairs_per_step(optim: OptimSettings, hardware: HardwareSettings) -> int:
     """Pairs of one optimizer step, over all processes."""
-    return pairs_per_process(config) * processes(config)
+    return pairs_per_process(optim) * processes(hardware)
 
 
-def pairs_per_process(config: RunConfig) -> int:
+def pairs_per_process(optim: OptimSettings) -> int:
     """Pairs of one optimizer step, for each process that it is counted for."""
-    return config.optim.per_device_train_batch_size * config.optim.gradient_accumulation_steps
+    return optim.per_device_train_batch_size * optim.gradient_accumulation_steps
 
 
-def most_pairs(config: RunConfig, world: int | None = None) -> int:
+def most_pairs(optim: OptimSettings, hardware: HardwareSettings, world: int | None = None) -> int:
     """The most pairs of one optimizer step that one process may have. `world` as in choose_plan."""
-    return math.ceil(pairs_per_step(config) / (world or processes(config)))
+    return math.ceil(pairs_per_step(optim, hardware) / (world or processes(hardware)))
 
 
-def processes(config: RunConfig) -> int:
+def processes(hardware: HardwareSettings) -> int:
     """The processes that a step's pairs are counted for: those launched, unless the settings say otherwise."""
-    return config.hardware.processes or launched().world
+    return hardware.processes or launched().world
 
 
 def assumed_lengths(config: RunConfig) -> Lengths:

@@ -15,22 +15,20 @@ from laddpo.hardware.footprint import dry_run_text
 from laddpo.hardware.planning import pairs_per_step, work_of
 from laddpo.processes import signals
 from laddpo.processes.ranks import here
-from laddpo.settings.schema import RunConfig
 from laddpo.training.resuming import held
-from laddpo.training.rounds import config_of_round
 from laddpo.training.run import Ended, Run
 
 
-def dry_run(config: RunConfig, folder: Path, train: Callable) -> None:
-    """`train` for two steps on the longest batch, in a folder below `folder` that is removed when it is done.
+def dry_run(folder: Path, train: Callable[[Path, signals.StopFlag], None]) -> None:
+    """`train(folder, stop)` for two steps on the longest batch, in a folder below `folder` that is removed afterwards.
 
-    With several rounds it runs the first. The report of a step that is not finite is kept.
+    The report of a step that is not finite is kept.
     """
     place = folder / "dry_run"
     try:
         with held(place, "dry_run"), signals.stop_on_signal() as stop:
             try:
-                train(config_of_round(config, 1, config.adapter.path, place), place, False, stop)
+                train(place, stop)
             finally:
                 if here().is_main and not (place / "fault").exists():
                     shutil.rmtree(place, ignore_errors=True)
@@ -46,8 +44,11 @@ def dry_run(config: RunConfig, folder: Path, train: Callable) -> None:
 
 def two_steps(run: Run) -> Run:
     """The run with its longest pairs alone, without validation, evaluation and trackers."""
-    config = dry_run_settings(run.config)
-    pairs = longest_pairs(run.data.items, pairs_per_step(config))
+    config = run.config
+    evaluation = dataclasses.replace(config.evaluation, at_end=False, num_pairs=0, tasks=[], every_steps=None)
+    logger = dataclasses.replace(config.logger, tensorboard=False, wandb=False)
+    config = dataclasses.replace(config, evaluation=evaluation, logger=logger, best_metric="none")
+    pairs = longest_pairs(run.data.items, pairs_per_step(config.optim, config.hardware))
     return dataclasses.replace(run, config=config, data=dataclasses.replace(run.data, items=pairs))
 
 
@@ -56,13 +57,6 @@ def say_forecast(run: Run, ended: Ended) -> None:
     if run.ranks.is_main:
         speed = ended.outputs.timing.read()[-1]["speed/tokens_per_s"]
         print(dry_run_text(work_of(run.config, run.data.lengths, len(run.data.prepared.train)), speed))
-
-
-def dry_run_settings(config: RunConfig) -> RunConfig:
-    """The same run without validation, evaluation and trackers: what remains is two steps."""
-    evaluation = dataclasses.replace(config.evaluation, at_end=False, num_pairs=0, tasks=[], every_steps=None)
-    logger = dataclasses.replace(config.logger, tensorboard=False, wandb=False)
-    return dataclasses.replace(config, evaluation=evaluation, logger=logger, best_metric="none")
 
 
 def longest_pairs(pairs, count: int) -> list:

@@ -97,7 +97,7 @@ def check_enough(config: RunConfig, prepared) -> None:
             f"data.validation_fraction (it is {config.data.validation_fraction:g}; the split is by prompt), or set "
             "evaluation.every_steps=null and best_metric=auto."
         )
-    count, batch = len(prepared.train), pairs_per_step(config)
+    count, batch = len(prepared.train), pairs_per_step(config.optim, config.hardware)
     is_accumulated = config.optim.gradient_accumulation_steps > 1
     larger = "gradient_accumulation_steps" if is_accumulated else "per_device_train_batch_size"
     if count < batch and here().is_main:

@@ -286,7 +286,7 @@ def _merge(asked: Asked, folder: Path, stored: RunConfig, fixed: tuple[str, ...]
             differences += manifests.differing_fields({name: _plain(has[name])}, {name: _plain(wanted[name])})
     merged.resume = str(folder)
     counted = _counted_like(stored, merged)
-    if pairs_per_step(stored) != pairs_per_step(counted):
+    if pairs_per_step(stored.optim, stored.hardware) != pairs_per_step(counted.optim, counted.hardware):
         differences.append(
             f"pairs per step: stored {_product(stored)}, now {_product(counted)} (optim.per_device_train_batch_size x "
             "optim.gradient_accumulation_steps x processes; with the first two as stored and without "
@@ -337,4 +337,4 @@ def _product(config: RunConfig) -> str:
 
     optim = config.optim
     factors = (optim.per_device_train_batch_size, optim.gradient_accumulation_steps, config.hardware.processes)
-    return f"{pairs_per_step(config)} = {' x '.join(str(factor) for factor in factors)}"
+    return f"{pairs_per_step(config.optim, config.hardware)} = {' x '.join(str(factor) for factor in factors)}"

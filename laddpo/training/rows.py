@@ -24,7 +24,7 @@ from laddpo.preference.embedded.word_problems import word_corpus
 from laddpo.preference.prepared import chosen_examples
 from laddpo.settings.data_checks import sft_examples
 from laddpo.settings.schema import RunConfig
-from laddpo.training.lengths import loop_settings, warmup_note
+from laddpo.training.lengths import warmup_note
 from laddpo.training.pairs import open_examples, open_prepared
 from laddpo.training.run import (
     Ended,
@@ -32,6 +32,7 @@ from laddpo.training.run import (
     RunData,
     Training,
     evaluate_at_end,
+    loop_settings,
     optimizer_of,
     plot_run,
     seal,
@@ -86,7 +87,7 @@ def build_task(run: Run) -> Training:
 
     metric, is_new = validation.best_metric, run.data.from_scratch
     settings = loop_settings(config, len(examples), metric, has_pairs=False, from_scratch=is_new)
-    warmup_note(config, settings)
+    warmup_note(config.optim, settings)
     masks = "mask" if draws_of(config) == 1 else "masks"
     per_step = f"{settings.items_per_step} rows from {len(examples)}, {draws_of(config)} {masks} each"
     print(f"SFT on {source_of(config)}: {settings.total_steps} steps of {per_step}")

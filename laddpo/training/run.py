@@ -8,6 +8,7 @@ What differs between pairs and rows is in the first steps: laddpo/training/rows.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from laddpo.evaluation import base_and_tuned
 from laddpo.hardware import machine as machines
 from laddpo.hardware.footprint import StepMemory
 from laddpo.hardware.machine import Machine
-from laddpo.hardware.planning import Lengths
+from laddpo.hardware.planning import Lengths, pairs_per_step
 from laddpo.inputs import pins, policy, reference_values
 from laddpo.inputs.data import data_lengths
 from laddpo.inputs.policy import Loaded
@@ -44,10 +45,10 @@ from laddpo.storage import manifests
 from laddpo.storage.reference_store import ReferenceStore
 from laddpo.storage.run_outputs import RunOutputs
 from laddpo.training.faults import fault_reports, step_zero_check
-from laddpo.training.lengths import loop_settings, warmup_note
+from laddpo.training.lengths import total_steps, warmup_note
 from laddpo.training.outputs import SEALED, check_weights, resume_step, run_outputs
 from laddpo.training.pairs import check_enough, open_prepared
-from laddpo.training.validation import Validation, open_validation
+from laddpo.training.validation import LOSS, Validation, open_validation
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def fill_reference(run: Run) -> ReferenceStore:
     """
     config, pairs = run.config, run.data.items
     settings = loop_settings(config, len(pairs), best_metric=None)
-    warmup_note(config, settings)
+    if not config.dry_run:
+        warmup_note(config.optim, settings)
 
     estimator = reference_values.reference_estimator(config)
     store = reference_values.reference_store(config, run.data.prepared, run.loaded, estimator)
@@ -186,6 +188,39 @@ def build_task(run: Run, store: ReferenceStore) -> Training:
     step_tokens = settings.items_per_step * run.data.lengths.longest_pair
     memory = StepMemory(machine, run.loaded.model, optimizer, step_tokens)
     return Training(task, parameters, optimizer, settings, validation, watch=memory.watch)
+
+
+def loop_settings(
+    config: RunConfig,
+    item_count: int,
+    best_metric: str | None,
+    *,
+    has_pairs: bool = True,
+    from_scratch: bool = False,
+) -> LoopSettings:
+    """The loop's settings for a run over `item_count` rows: pairs, which have a chosen side to watch, or SFT rows."""
+    optim, stopping = config.optim, config.stopping
+    is_watched = config.evaluation.every_steps is not None and config.best_metric != "none"
+    return LoopSettings(
+        seed=config.seed,
+        total_steps=min(total_steps(optim, config.hardware, item_count), 2 if config.dry_run else sys.maxsize),
+        items_per_step=pairs_per_step(config.optim, config.hardware),
+        learning_rate=optim.learning_rate,
+        lr_scheduler_type=optim.lr_scheduler_type,
+        num_warmup_steps=optim.num_warmup_steps,
+        max_grad_norm=optim.max_grad_norm or 0.0,
+        save_steps=config.save_steps or 0,
+        save_minutes=config.save_minutes or 0.0,
+        save_total_limit=config.save_total_limit or 0,
+        logging_steps=config.logging_steps,
+        eval_steps=config.evaluation.every_steps or 0,
+        eval_at_start=not from_scratch,  # random weights answer nothing, and at full length
+        best_metric=best_metric,
+        higher_is_better=best_metric != LOSS,
+        patience=(stopping.patience or 0) if is_watched else 0,
+        max_chosen_fall=(stopping.max_chosen_fall or 0.0) if has_pairs else 0.0,
+        skip_nonfinite=optim.skip_nonfinite,
+    )
 
 
 def validation_of_pairs(run: Run, objective: DpoObjective) -> Validation:

@@ -50,7 +50,7 @@ def test_tables_examples_and_pages_show_what_data_hold():
 def test_generate_shows_an_answer_harmlessly_and_keeps_its_true_text(stages, monkeypatch, capsys):
     from laddpo.evaluation import answering
 
-    monkeypatch.setattr(answering, "answerer", lambda *given: lambda prompts: [Answer(EVIL)] * len(prompts))
+    monkeypatch.setattr(answering.Answerer, "to", lambda *given: lambda prompts: [Answer(EVIL)] * len(prompts))
     (stages.folder / "prompts.txt").write_text(EVIL.replace("\r", " ") + "\n", encoding="utf-8")
     out = stages.folder / "out"
     assert stages.run("generate", f"prompts={stages.folder / 'prompts.txt'}", f"output_dir={out}") == 0
