@@ -147,7 +147,7 @@ def run_jobs(study: StudySettings, folder: Path, jobs: list[tuple[StudyArm, int]
             overrides = arm_overrides(study, arm, seed)
             write_checked(place / JOB_FILE, {"overrides": overrides})
             code = runner.run_job(common, arm.stage, overrides, place, log=place / "log.txt")
-            atomic.write_json(place / JOB_FILE, {"overrides": overrides, "exit_code": code})
+            write_checked(place / JOB_FILE, {"overrides": overrides, "exit_code": code})
             if runner.stop_requested.is_set():
                 raise Stopped(f"{folder}: stopped.", f"Run the same command with resume=true output_dir={folder}.")
 

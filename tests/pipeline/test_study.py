@@ -182,6 +182,12 @@ def test_an_arm_of_other_settings_is_not_taken_for_one_of_these(tmp_path, no_run
     # what nobody names is as the study was begun, and how often a run saves changes no result
     for others in (["study.only=[other]"], ["dpo.beta=2", "save_steps=3"]):
         assert cli("study", [*command, *others, "resume=true"]) == 0 and len(no_runs) == 2
+    job = tmp_path / "s" / "default-1" / "job.json"
+    whole = job.read_bytes()
+    job.write_bytes(whole.replace(b"dpo.beta=2", b"dpo.beta=7"))
+    assert cli("study", [*command, "dpo.beta=7", "resume=true"]) == 2, "the record of a finished arm is sealed, too"
+    assert f"{job}: is damaged" in capsys.readouterr().err
+    job.write_bytes(whole)
     (tmp_path / "s" / "other-1" / "manifest.json").unlink()
     assert cli("study", [f"resume={tmp_path / 's'}"]) == 0 and len(no_runs) == 3
     assert {"dpo.beta=2", "save_steps=3", "seed=1"} <= set(no_runs[-1]), "a study goes on by its folder alone"
