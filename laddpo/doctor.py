@@ -1,7 +1,7 @@
 """doctor: is this machine ready? Driver, torch, quantization, hub cache, disk, versions: one table, with a fix each.
 
-    python -m laddpo.doctor                                 this machine
-    python -m laddpo.doctor model=llada_8b hardware=rtx4080 this machine, for that job
+    python -m laddpo.doctor                                   this machine
+    python -m laddpo.doctor model=llada_8b hardware=rtx4080   this machine, for that job
 
 Every line is ok, warn (it will run, perhaps not as wished) or fail (it will not run; exit code 1). Nothing is changed
 and nothing is sent; a few bytes are written and removed to see whether folders can be written to.

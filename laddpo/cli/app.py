@@ -33,6 +33,7 @@ from omegaconf import DictConfig
 import laddpo
 from laddpo.cli.arguments import help_text, mode_of, parse, show
 from laddpo.cli.launch import joined, leave, refuse_sweep, speaks
+from laddpo.cli.shorthand import expand
 from laddpo.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER, RunFault, UserError, visible
 from laddpo.settings.advice import unlikely_settings
 from laddpo.settings.checks import find_problems
@@ -67,14 +68,14 @@ Main = Callable[[RunConfig, Path], None]
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def run_stage(stage: str, main: Main) -> None:
-    """Run a stage on the command line's arguments and end the process with its exit code.
+def run_stage(stage: str, main: Main | None = None, argv: Sequence[str] | None = None) -> None:
+    """Run a stage on the command line's arguments, or on `argv`, and end the process with its exit code.
 
     SIGTERM ends it as Ctrl-C does, also where no step is under way that would have to be finished first.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start_again_with_utf8()
-    leave(cli(stage, sys.argv[1:], main))
+    leave(cli(stage, sys.argv[1:] if argv is None else argv, main))
 
 
 def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
@@ -142,6 +143,9 @@ def _came_of_interrupt(error: BaseException | None) -> bool:
 
 
 def _run(stage: str, argv: list[str], main: Main | None) -> int:
+    argv, rewritten = expand(stage, argv)
+    for note in rewritten:
+        print(f"note: {visible(redact(note))}", file=sys.stderr)
     args = parse(stage, argv)
     if args.version:
         print(f"laddpo {laddpo.__version__}")

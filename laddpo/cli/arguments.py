@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 import laddpo
 from laddpo.errors import UserError, nearest
 from laddpo.settings.mistakes import config_groups, unresolved
+from laddpo.settings.of_a_run import AT_ONCE
+from laddpo.settings.read_settings import EVERYWHERE, READS, matches
 from laddpo.settings.redaction import redact
 
 
@@ -79,26 +81,28 @@ def show(hydra: Hydra, args: argparse.Namespace, tree) -> None:
 
 
 def help_text(stage: str, hydra: Hydra) -> str:
-    """What the stage does, the groups with their options, and the flags."""
-    purpose = first_paragraph(stage)
+    """What the stage does with examples, the groups that it reads with their options, its own settings, the flags."""
     loader = hydra.config_loader
-    groups = sorted(config_groups(hydra))
-    width = max(len(group) for group in groups)
+    groups = [group for group in sorted(config_groups(hydra)) if group in CHOSEN or _reads_group(stage, group)]
+    width = max(map(len, (*groups, *SETTINGS)))
     options = "\n".join(
         f"  {group:<{width}}  {', '.join(sorted(loader.get_group_options(group, ObjectType.CONFIG)))}"
         for group in groups
     )
-    return f"""{purpose}
+    settings = "\n".join(
+        f"  {name:<{width}}  {words}"
+        for name, words in SETTINGS.items()
+        if matches(name, READS[stage]) or (name in EVERYWHERE and not (name == "resume" and stage in AT_ONCE))
+    )
+    return f"""{described(stage)}
 
-python -m laddpo.{stage} [group=option ...] [group.setting=value ...]
+usage: python -m laddpo.{stage} [group=option ...] [group.setting=value ...]
 
 Groups and their options (conf/<group>/<option>.yaml):
 {options}
 
-Examples:
-  python -m laddpo.{stage} model=llada_nano hardware=cpu
-  python -m laddpo.{stage} model=llada_8b hardware=rtx4080 optim.learning_rate=1e-5
-  python -m laddpo.{stage} -m dpo.beta=0.5,1,2 dpo.diffusion_samples=1,2,4
+Settings outside of groups:
+{settings}
 
 Flags:
   --cfg job [--resolve]  print the settings instead of running
@@ -109,10 +113,30 @@ Flags:
   --version              print the version"""
 
 
-def first_paragraph(stage: str) -> str:
-    """The first paragraph of the stage's module docstring, read without running it."""
+def _reads_group(stage: str, group: str) -> bool:
+    return any(pattern == group or pattern.startswith(f"{group}.") for pattern in READS[stage])
+
+
+def described(stage: str) -> str:
+    """The stage's module docstring, read without running it."""
     import ast
 
     file = Path(laddpo.__file__).parent / f"{stage}.py"
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) if file.exists() else None
-    return (text or f"laddpo.{stage}").split("\n\n")[0]
+    return text or f"laddpo.{stage}"
+
+
+CHOSEN = ("model", "hardware", "experiment")  # groups that a stage takes though it may read few of their settings
+SETTINGS = {
+    "run": "the folder of a finished run",
+    "runs": "several of them: [outputs/train/a,outputs/train/b]",
+    "prompt": "a text to answer",
+    "prompts": "a file with one prompt on each line",
+    "data.rounds": "rounds=3: sample, prepare and train three times over",
+    "dry_run": "true: two steps on the longest batch, then stop",
+    "resume": "true, or a folder: continue what was stopped",
+    "output_dir": "the folder to write into",
+    "seed": "decides every random choice",
+    "auto": "false: stop and name the command if an input is missing",
+    "verify": "true: check stored values and weights again",
+}

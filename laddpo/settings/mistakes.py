@@ -11,6 +11,7 @@ import functools
 import operator
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from laddpo.errors import nearest
+from laddpo.settings.habits import HABITS
 from laddpo.settings.redaction import find_secrets, redact
 from laddpo.settings.schema import RunConfig
 
@@ -217,6 +219,8 @@ def unknown_key(key: str, groups: set[str]) -> str:
         return f"{key}: no such setting; {NEVER[key]}"
     if key in REMOVED:
         return f"{key}: no such setting. {REMOVED[key][1]}"
+    if key in HABITS:
+        return f"{key}: no such setting; did you mean {HABITS[key]}?"
     names = list(schema_types())
     last_parts = {name.rpartition(".")[2]: name for name in reversed(names)}
     guess = nearest(key, [*names, *groups])
@@ -238,7 +242,8 @@ def _unknown_option(group: str, value: Any, options: list[str]) -> str:
 def _grammar_mistake(text: str) -> str:
     key, equals, value = text.partition("=")
     if not equals:
-        return f"{text!r} is not a setting; expected key=value; a run's folder is named as run={text}."
+        name = "data" if Path(text).is_file() else "run"
+        return f"{text!r} is not a setting; expected key=value; {NAMED[name]} is named as {name}={text}."
     if value.startswith("~"):
         return f"{key} is {value!r}, which does not parse; write {key}=$HOME{value[1:]}."
     return (
@@ -294,6 +299,7 @@ def _first_line(error: Exception) -> str:
     return redact(str(error).splitlines()[0])
 
 
+NAMED = {"data": "a file of rows", "run": "a run's folder"}
 NOT_GROUPS = ("accelerate",)  # files for accelerate's launcher, which lie in conf/ to be found
 CODE_KEYS = r"_(target|partial|args|recursive|convert)_"
 ALLOWED_RESOLVERS = {"oc.env", "oc.select"}  # which variables oc.env may read: laddpo/settings/redaction.py
