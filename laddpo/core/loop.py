@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from laddpo.core.noise import step_items
 from laddpo.core.optim import clip_gradients, learning_rate
 from laddpo.errors import NonFiniteStep, Stopped, UserError
+from laddpo.processes.progress import Progress
 from laddpo.processes.ranks import ALONE, Ranks
 from laddpo.processes.signals import StopFlag
 from laddpo.storage import checkpoint as checkpoints
@@ -115,7 +115,7 @@ def train_loop(
     _evaluate_if_due(validate, settings, outputs, state, ranks)
 
     bar = {"unit": "step", "desc": "train", "dynamic_ncols": True, "disable": not ranks.is_main}
-    with tqdm(total=settings.total_steps, initial=state.step, **bar) as progress:
+    with Progress(total=settings.total_steps, initial=state.step, **bar) as progress:
         while state.step < settings.total_steps and not state.stopped_early:
             started = time.perf_counter()
             is_last = state.step + 1 == settings.total_steps
@@ -270,7 +270,7 @@ def _log_step(
     memory: dict[str, float],
     seconds: float,
     unit: str,
-    progress: tqdm,
+    progress: Progress,
 ) -> None:
     tokens, items = metrics.pop("tokens"), metrics.pop("items")
     shown = {"loss": metrics["loss"], "acc": metrics.get("rewards/accuracies"), f"{unit}/s": items / seconds}

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser
@@ -17,6 +16,7 @@ from laddpo.core.objectives import DpoObjective
 from laddpo.estimator_study import techniques
 from laddpo.estimator_study.noise import SETTINGS, drift, measure, reference_values, summarise
 from laddpo.estimator_study.report import length_words
+from laddpo.processes.progress import Progress
 
 if TYPE_CHECKING:
     from laddpo.preference.encoding.encode import EncodedPair
@@ -45,7 +45,7 @@ def run_study(
     few = pairs[:gradient_pairs]
     jobs = [(name, n) for name in settings or SETTINGS for n in draws]
     studied = [(name, n) for name, n in jobs if name == "default" and n > 1]
-    bar = functools.partial(tqdm, unit="setting", dynamic_ncols=True)
+    bar = functools.partial(Progress, unit="setting", dynamic_ncols=True)
 
     references, mixtures = {}, {}
     with as_reference:

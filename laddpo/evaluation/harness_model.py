@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
-from tqdm import tqdm
 
 from laddpo.core.elbo import Denoiser
 from laddpo.evaluation.likelihoods import Likelihoods
 from laddpo.evaluation.requests import RequestEncoder
 from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, until_stop
 from laddpo.preference.encoding.encode import TextEncoder
+from laddpo.processes.progress import Progress
 
 
 @register_model("laddpo")
@@ -63,7 +63,7 @@ class HarnessModel(LM):
         prompts = [self.requests.prompt_ids(request.args[0]).astype(np.int64) for request in requests]
         require_room([len(ids) for ids in prompts], self.settings.gen_length, self.positions, _names(requests))
         stops = self.encoder.stop_ids
-        for start in tqdm(range(0, len(requests), self.per_batch), desc="answers", disable=disable_tqdm):
+        for start in Progress(range(0, len(requests), self.per_batch), desc="answers", disable=disable_tqdm):
             batch = [request.args for request in requests[start : start + self.per_batch]]
             answers = generate(
                 self.model,
@@ -88,7 +88,7 @@ class HarnessModel(LM):
                  for context, answer in (request.args for request in requests)]  # fmt: skip
         require_room([len(prompt) + len(answer) for prompt, answer in pairs], 0, self.positions, _names(requests))
         found = []
-        for request, pair in zip(tqdm(requests, desc="likelihoods", disable=disable_tqdm), pairs, strict=True):
+        for request, pair in zip(Progress(requests, desc="likelihoods", disable=disable_tqdm), pairs, strict=True):
             value = (self.likelihoods.elbo(*pair), self.likelihoods.is_greedy(*pair))
             self.cache_hook.add_partial("loglikelihood", request.args, value)
             found.append(value)
@@ -97,7 +97,7 @@ class HarnessModel(LM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """ELBO of whole texts, in windows of the model's length, each without what came before."""
         found = []
-        for request in tqdm(requests, desc="texts", disable=disable_tqdm):
+        for request in Progress(requests, desc="texts", disable=disable_tqdm):
             start, ids = self.requests.text_ids(request.args[0])
             window = self.positions - len(start)
             value = sum(self.likelihoods.elbo(start, ids[at : at + window]) for at in range(0, len(ids), window))

@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from laddpo.preference.reading.pairs import Prompt, prompt_rows
 from laddpo.problems.tasks import Item, Task
+from laddpo.processes.progress import Progress
 from laddpo.processes.ranks import ALONE, Ranks
 from laddpo.storage.json_lines import JsonLines
 from laddpo.storage.manifests import fingerprint
@@ -90,7 +89,7 @@ def _run_batches(generate, task, batch_size, log, labels, prints, done, show_pro
     """Generate and grade every batch with a missing item, one on each rank at a time; adds to `done` and to the log."""
     batches = [task.items[start : start + batch_size] for start in range(0, len(task.items), batch_size)]
     batches = [batch for batch in batches if any(item.id not in done for item in batch)]
-    bar = tqdm(
+    bar = Progress(
         total=len(task.items), initial=len(done), desc=_title(labels), unit="item", disable=_hidden(show_progress)
     )
     with bar:

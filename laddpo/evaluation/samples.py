@@ -15,11 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from laddpo.errors import Stopped
 from laddpo.preference.onpolicy import Question
 from laddpo.preference.reading.pairs import Prompt, user_prompt
+from laddpo.processes.progress import Progress
 from laddpo.processes.signals import StopFlag
 from laddpo.storage import atomic, json_lines, locks, manifests
 from laddpo.storage.folders import refuse_others
@@ -71,7 +70,8 @@ def collect_samples(
         done = _done(folder, count, say)
         missing = sum(question.text not in done for question in own)
         say(f"sampling {count} answers to each of {missing:,} of {len(own):,} questions into {folder}")
-        with tqdm(total=len(own), initial=len(own) - missing, unit="questions", desc="sampling", disable=None) as bar:
+        bar = Progress(total=len(own), initial=len(own) - missing, unit="questions", desc="sampling", disable=None)
+        with bar:
             step = max(1, batch_size // count)
             for start in range(0, len(own), step):
                 batch = own[start : start + step]

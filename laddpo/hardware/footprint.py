@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from tqdm.auto import tqdm
 
 from laddpo.errors import RunFault
 from laddpo.hardware.machine import Machine
@@ -18,6 +17,7 @@ from laddpo.hardware.measuring import bytes_before, peak_bytes
 from laddpo.hardware.memory import GIB, explain, gib
 from laddpo.hardware.planning import Choice, usable
 from laddpo.hardware.speed import Work, duration
+from laddpo.processes.progress import Progress
 
 WATCHED_STEP = 1  # counted from 0 in this process: the first one that finds the optimizer's state allocated
 MOST_BLOCK_PASSES = 5000  # of a step watched on the CPU: each leaves some hundred records
@@ -62,7 +62,7 @@ class StepMemory:
         self.known["memory/predicted_gib"] = predicted / GIB
         if is_first_look:
             share = f"{measured / predicted:.0%}"
-            tqdm.write(f"memory of a step: predicted {gib(predicted)}, measured {gib(measured)} ({share})")
+            Progress.write(f"memory of a step: predicted {gib(predicted)}, measured {gib(measured)} ({share})")
 
 
 def retries_text(machine: Machine) -> str:

@@ -9,7 +9,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from laddpo.core.budget import TokenBudget
 from laddpo.core.draws import ElboEstimator
@@ -23,6 +22,7 @@ from laddpo.inputs.margins import WINDOW, evaluation_estimator
 from laddpo.inputs.policy import Loaded
 from laddpo.preference.encoding.encode import EncodedPair
 from laddpo.preference.prepared import PreparedPairs
+from laddpo.processes.progress import Progress
 from laddpo.processes.ranks import ALONE, Ranks, share_out
 from laddpo.processes.signals import StopFlag
 from laddpo.settings.read_settings import command_of
@@ -220,7 +220,8 @@ def complete_reference(
         )
     print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}")
     print(f"reference, {label}: {store.why_missing(absent)}")
-    with tqdm(total=total, unit="pairs", desc="reference", dynamic_ncols=True, disable=not ranks.is_main) as progress:
+    progress = Progress(total=total, unit="pairs", desc="reference", dynamic_ncols=True, disable=not ranks.is_main)
+    with progress:
         fill_reference(
             loaded.denoiser,
             store,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from laddpo.errors import Damaged, UserError, choose, visible
 from laddpo.preference.encoding.encode import TextEncoder
@@ -37,6 +36,7 @@ from laddpo.preference.report import ReportBuilder, leak_lines, note_lines, repo
 from laddpo.preference.selection import choose_rows, choose_validation
 from laddpo.preference.sources import Request, Source, open_corpus, open_source
 from laddpo.preference.spool import Spool
+from laddpo.processes.progress import Progress
 from laddpo.storage.atomic import atomic_file
 from laddpo.storage.manifests import MANIFEST, differing_fields, fingerprint, read_manifest
 
@@ -244,7 +244,7 @@ def _read_rows(job: _Job, spool: Spool, report: ReportBuilder, log: ReadLog) -> 
         for part, (source, asked) in enumerate(zip(job.sources, job.parts, strict=True))
         for row in source.read(asked.request, log)
     )
-    for part, row in tqdm(rows, desc="reading", unit=" rows", disable=not job.progress, mininterval=0.5):
+    for part, row in Progress(rows, desc="reading", unit=" rows", disable=not job.progress, mininterval=0.5):
         report.rows["read"] += 1
         if isinstance(row, BadRow):
             report.bad.add(row)
@@ -288,7 +288,7 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
     held_out, is_repeat = np.zeros((2, len(spool)), dtype=bool)
     held_out[chosen], is_repeat[chosen] = is_validation, repeats
     rows = spool.read(chosen)
-    with tqdm(total=len(chosen), desc="encoding", unit=" rows", disable=not job.progress, mininterval=0.5) as bar:
+    with Progress(total=len(chosen), desc="encoding", unit=" rows", disable=not job.progress, mininterval=0.5) as bar:
         while batch := list(islice(rows, BATCH_ROWS)):
             _encode_batch(job, spool, batch, held_out, is_repeat, report, writer)
             bar.update(len(batch))
