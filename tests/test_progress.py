@@ -38,9 +38,10 @@ def test_short_work_is_one_line_and_none_is_none(items, said):
 def test_a_terminal_gets_a_bar():
     pty = pytest.importorskip("pty", reason="needs the terminals of Unix")
     master, slave = pty.openpty()
-    with os.fdopen(slave, "w") as terminal, Progress(total=2, desc="train", file=terminal, ncols=60) as bar:
+    with os.fdopen(slave, "w") as terminal:
         assert terminal.isatty()
-        bar.update(2)
-    shown = os.read(master, 10_000).decode()
+        with Progress(total=2, desc="train", file=terminal, ncols=60) as bar:
+            bar.update(2)
+        shown = os.read(master, 10_000).decode()
     os.close(master)
     assert "100%|" in shown and "\r" in shown

@@ -247,14 +247,33 @@ def test_the_places_of_equal_problems_name_each_file_once(tmp_path, tokenizer):
 
 
 def test_problems_are_listed_by_file_and_line_the_first_twenty_of_them(tmp_path, tokenizer):
-    """Found while encoding, in an order of its own; the lengths, and so the problems, all differ."""
-    rows = [{"prompt": "p" * (100 + i), "chosen": "c", "rejected": "r"} for i in range(30)]
-    path = write_rows(tmp_path / "a.jsonl", rows)
+    """The fields, and so the problems, all differ."""
+    path = write_rows(tmp_path / "a.jsonl", [{f"p{i}": "p", "chosen": "c", "rejected": "r"} for i in range(30)])
     with pytest.raises(UserError) as caught:
-        prepare(tmp_path / "out", path, tokenizer, max_length=64)
+        prepare(tmp_path / "out", path, tokenizer)
     _, *lines, more, _ = str(caught.value).splitlines()
     assert [int(line.split(f"{path}:")[1].split(":")[0]) for line in lines] == list(range(1, 21))
     assert more == "  … and 10 more."
+
+
+def test_rows_that_are_too_long_are_one_line_with_the_length_that_fits_them(tmp_path, tokenizer):
+    rows = [{"prompt": "p" * (100 + i), "chosen": "c" * (i + 1), "rejected": "r"} for i in range(30)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path / "out", path, tokenizer, max_length=64)
+    _, line, _ = str(caught.value).splitlines()
+    assert line.startswith(f"  30 rows, first at {path}:1, :2, :3, :4, :5: has ") and "(DATA-75)" in line
+    (fits,) = re.findall(r"data\.max_length=(\d+) would fit all 30", line)
+    with pytest.raises(UserError, match=r"data\.max_length=\d+ would fit it"):
+        prepare(tmp_path / "out", path, tokenizer, max_length=int(fits) - 1)
+    assert len(prepare(tmp_path / "out", path, tokenizer, max_length=int(fits))) == 30
+
+
+def test_all_columns_that_a_file_names_otherwise_are_told_at_once(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "p", "response_j": "c", "response_k": "r", "input": "i"}])
+    settings = "data.columns.prompt=question data.columns.chosen=response_j data.columns.rejected=response_k"
+    with pytest.raises(UserError, match=re.escape(f"Set {settings} data.columns.input=input.")):
+        prepare(tmp_path / "out", path, tokenizer)
 
 
 def test_more_bad_rows_than_allowed_stop_the_run_even_when_skipping(tmp_path, tokenizer):

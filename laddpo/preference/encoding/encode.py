@@ -220,9 +220,8 @@ def refuse_long(encoder: TextEncoder, prompt: Prompt, prompt_ids: np.ndarray, ro
         f"has {len(prompt_ids):,} prompt and {encoder.max_length - room:,} response tokens, "
         f"data.max_length is {encoder.max_length:,}"
     )
-    raise RowError(
-        "DATA-75", "", problem, "Raise data.max_length, or set data.truncation=drop, keep_start or keep_end."
-    )
+    advice = "Raise data.max_length, or set data.truncation=drop, keep_start or keep_end."
+    raise RowError("DATA-75", "", problem, advice, fits=len(prompt_ids) + encoder.max_length - room)
 
 
 def cut_prompt(keep: str, encoder: TextEncoder, prompt: Prompt, _: np.ndarray, room: int) -> tuple[Prompt, np.ndarray]:

@@ -25,7 +25,8 @@ EXAMPLES = 3  # bad rows kept per code for the report
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: where, stable code, field ("" for the whole row), what is wrong, what to do.
+    """A row that cannot be used: where, stable code, field ("" for the whole row), what is wrong, what to do. `fits`:
+    the data.max_length under which it could be used, 0 if that is not the problem.
 
     Halves of surrogate pairs that they quote of the row are escaped, so that all can be written and printed.
     """
@@ -35,10 +36,11 @@ class BadRow:
     field: str
     problem: str
     advice: str
+    fits: int = 0
 
     def __post_init__(self) -> None:
-        for name, text in asdict(self).items():
-            object.__setattr__(self, name, printable(text))
+        for name in ("place", "code", "field", "problem", "advice"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     def __str__(self) -> str:
         named = f"{self.field}: " if self.field else ""
@@ -49,12 +51,12 @@ class RowError(UserError):
     """Raised by code that looks at a row and does not know its place. Readers add the place. If none does, as for a
     prompt on the command line, it ends the stage like any mistake of the user."""
 
-    def __init__(self, code: str, field: str, problem: str, advice: str):
+    def __init__(self, code: str, field: str, problem: str, advice: str, fits: int = 0):
         super().__init__(f"{field}: {problem} ({code}). {advice}" if field else f"{problem} ({code}). {advice}")
-        self.code, self.field, self.problem, self.advice = code, field, problem, advice
+        self.code, self.field, self.problem, self.advice, self.fits = code, field, problem, advice, fits
 
     def at(self, place: str) -> BadRow:
-        return BadRow(place, self.code, self.field, self.problem, self.advice)
+        return BadRow(place, self.code, self.field, self.problem, self.advice, self.fits)
 
 
 def made_of(
@@ -93,6 +95,7 @@ class BadRows:
     examples: dict[str, list[str]] = field(default_factory=dict)
     first: dict[tuple[str, ...], list[BadRow]] = field(default_factory=dict)
     rows_by_problem: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    fits: Counter[tuple[str, ...]] = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
@@ -101,13 +104,15 @@ class BadRows:
     def add(self, row: BadRow) -> None:
         self.counts[row.code] += 1
         if self.log is not None:
-            self.log.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+            record = {name: value for name, value in asdict(row).items() if name != "fits"}
+            self.log.write(json.dumps(record, ensure_ascii=False) + "\n")
         shown = self.examples.setdefault(row.code, [])
         if len(shown) < EXAMPLES:
             shown.append(str(row))
-        problem = (row.code, row.field, row.problem, row.advice)
+        problem = (row.code, row.field, "" if row.fits else row.problem, row.advice)
         if problem in self.first or len(self.first) < PROBLEMS_KEPT:
             self.rows_by_problem[problem] += 1
+            self.fits[problem] = max(self.fits[problem], row.fits)
             known = self.first.setdefault(problem, [])
             insort(known, row, key=place_order)  # rows are encoded in another order than the file's
             del known[PLACES:]
@@ -116,7 +121,7 @@ class BadRows:
         """The first twenty problems in the order of file and line, each with its rows counted; then how many rows have
         others."""
         shown = sorted(self.first, key=lambda problem: place_order(self.first[problem][0]))[:LISTED]
-        lines = [_line(self.first[problem], self.rows_by_problem[problem]) for problem in shown]
+        lines = [_line(self.first[problem], self.rows_by_problem[problem], self.fits[problem]) for problem in shown]
         rest = self.total - sum(self.rows_by_problem[problem] for problem in shown)
         return [*lines, f"… and {rest:,} more."] if rest else lines
 
@@ -140,8 +145,11 @@ class BadRows:
         raise UserError("\n".join([head, *(f"  {line}" for line in self.lines()), advice]))
 
 
-def _line(first: list[BadRow], count: int) -> str:
+def _line(first: list[BadRow], count: int, fits: int = 0) -> str:
     """One problem in one line, at the places of its `first` rows: `2 rows, at a.jsonl:3, :9: chosen: is empty (…)`."""
+    if fits:
+        problem = f"{first[0].problem}; data.max_length={fits} would fit {'it' if count == 1 else f'all {count:,}'}"
+        first = [replace(first[0], problem=problem), *first[1:]]
     places, file = [], None
     for row in first:
         name, _, number = row.place.rpartition(":")

@@ -296,9 +296,8 @@ def get_field(row: dict, name: str, rules: RowRules) -> Any:
         if name in ("chosen", "rejected") and "label" in row and any(key in row for key in OTHER_NAMES["candidate"]):
             raise RowError("DATA-105", "", "has one answer and a label, not chosen and rejected", UNPAIRED)
         found = ", ".join(str(key) for key in list(row)[:20])
-        raise RowError(
-            "DATA-01", column, f"field missing; found the fields [{found[:200]}]", hint_for(row, name, rules)
-        )
+        problem = f"field missing; found the fields [{found[:200]}]"
+        raise RowError("DATA-01", column, problem, hint_for_all(row, name, rules) or hint_for(row, name, rules))
     value = row[column]
     if value is None:
         raise RowError("DATA-04", column, "is null", FIX)
@@ -312,6 +311,18 @@ def get_field(row: dict, name: str, rules: RowRules) -> Any:
         problem = "is a list of texts, want text or a list of messages"
         raise RowError("DATA-12", column, problem, "Give one text. Only rejected may be a list of several answers.")
     return value
+
+
+def hint_for_all(row: dict, name: str, rules: RowRules) -> str | None:
+    """The settings that map every column of a pair, if the row has other names for all of them that it lacks."""
+    lacking = [other for other in ("prompt", "chosen", "rejected") if rules.column(other) not in row]
+    named = {other: next((key for key in row if str(key).lower() in OTHER_NAMES[other]), None) for other in lacking}
+    if name not in lacking or len(lacking) < 2 or None in named.values() or len(set(named.values())) < len(lacking):
+        return None
+    more = next((key for key in ("input", "context") if key in row and key not in named.values()), None)
+    settings = [f"data.columns.{other}={key}" for other, key in named.items()]
+    settings += [f"data.columns.input={more}"] if more and "prompt" in named and not rules.columns.get("input") else []
+    return f"Set {' '.join(settings)}."
 
 
 def hint_for(row: dict, name: str, rules: RowRules) -> str:
@@ -358,8 +369,16 @@ OTHER_NAMES = {
         "better",
         "winner",
         "choosen",
+        "response_j",
+        "output",
+        "good",
+        "accept",
+        "chosen_answer",
     ),
-    "rejected": ("rejected_response", "dispreferred", "negative", "response_rejected", "worse", "loser", "reject"),
+    "rejected": (
+        *("rejected_response", "dispreferred", "negative", "response_rejected", "worse", "loser", "reject"),
+        *("response_k", "rejected_output", "bad", "rejected_answer"),
+    ),
     "candidates": ("solutions", "outputs", "completions", "responses", "generations"),
     "candidate": ("output", "completion", "response", "solution", "generation"),
     "answer": ("gold", "target", "label", "ground_truth"),
