@@ -153,7 +153,7 @@ def _harness(config: RunConfig, answers, folder: Path, label: str, weights: dict
         if not answers.loaded.machine.ranks.is_main:
             return None
         with at_once(stop, f"{folder}: the harness was stopped; its answers so far are kept.", "Give it again."):
-            found = run_harness(config, answers, folder, label, weights)
+            found = run_harness(answers, config.evaluation, config.quantization, folder, label, weights)
         write_items(folder, found, label)
         return found
 
