@@ -121,7 +121,7 @@ def _counted_like(stored: RunConfig, wanted: RunConfig) -> RunConfig:
     a process is given other pairs than it had, those launched."""
     from laddpo.hardware.planning import pairs_per_process
 
-    is_same_share = pairs_per_process(stored) == pairs_per_process(wanted)
+    is_same_share = pairs_per_process(stored.optim) == pairs_per_process(wanted.optim)
     began_with = stored.hardware.processes if is_same_share else here().world
     return _counted_for(wanted, wanted.hardware.processes or began_with)
 
