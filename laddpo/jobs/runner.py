@@ -21,10 +21,10 @@ from typing import Any
 from hydra._internal.hydra import Hydra
 
 import laddpo
-from laddpo.errors import EXIT_STOPPED, UserError
+from laddpo.errors import EXIT_STOPPED, Damaged, UserError
 from laddpo.results.of_jobs import JOB_FILE, JOB_KEYS
 from laddpo.settings.compose import compose_tree, settings_problems
-from laddpo.settings.of_a_run import AT_ONCE, read_command
+from laddpo.settings.of_a_run import AT_ONCE, COMMAND, read_command
 from laddpo.storage.atomic import read_json, write_json
 from laddpo.storage.locks import open_own
 from laddpo.storage.seals import read_checked
@@ -62,6 +62,8 @@ def overrides_to_resume(folder: Path, stage: str, given: list[str]) -> list[str]
     kept = read_command(folder)
     if not kept:
         return given
+    if "stage" not in kept:
+        raise Damaged(f"{folder / COMMAND}: is that of a run, not of a sweep.", "Restore it from a copy.")
     added = [text for text in given if text not in kept["overrides"]]
     other = [text for text in added if not text.lstrip("+").startswith(CHANGE_NO_RESULT)]
     if other or kept["stage"] != stage:

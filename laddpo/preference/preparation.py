@@ -138,7 +138,10 @@ def find_prepared(
     preference pairs, open_corpus for SFT examples."""
     fields = prepared_fields(parts, [find_source(part.source) for part in parts], encoder, rules)
     folder = prepared_folder(prepared_dir, name, fields)
-    manifest = read_manifest(folder, PreparedPairs.kind, PreparedExamples.kind, verify=False)
+    try:
+        manifest = read_manifest(folder, PreparedPairs.kind, PreparedExamples.kind, verify=False)
+    except UserError as error:  # by its name the folder holds these rows, whatever is in it
+        raise Damaged(f"{error}", f"Remove the folder {folder} and run again.") from error
     if manifest is None:
         return None
     _refuse_other_fields(folder, manifest, fields)

@@ -17,7 +17,8 @@ from laddpo.settings.compose import read_config
 from laddpo.settings.ranges import as_written, leaves
 from laddpo.settings.redaction import redact
 from laddpo.settings.schema import RunConfig
-from laddpo.storage import atomic, manifests
+from laddpo.storage import manifests
+from laddpo.storage.seals import read_checked, write_checked
 
 
 def begun_evaluation(asked: RunConfig) -> Path | None:
@@ -181,12 +182,12 @@ def override_key(override: str) -> str:
 
 
 def write_command(folder: Path, overrides: Iterable[str], **more: Any) -> None:
-    """command.json of a run, a sweep or a study: what the command line named when it began."""
+    """command.json of a run, a sweep or a study: what the command line named when it began, with a seal of its own."""
     named = [redact(text) for text in overrides if override_key(text) not in ("output_dir", "resume")]
-    atomic.write_json(folder / COMMAND, {**more, "overrides": named})
+    write_checked(folder / COMMAND, {**more, "overrides": named})
 
 
 def read_command(folder: Path) -> dict[str, Any]:
     """What `write_command` wrote; an earlier version wrote nothing."""
     path = folder / COMMAND
-    return atomic.read_json(path) if path.exists() else {}
+    return read_checked(path, ("overrides", "stage")) if path.exists() else {}
