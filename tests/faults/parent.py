@@ -79,7 +79,8 @@ class Parent:
     def arguments(self, stage: str, more: list[str]) -> list[str]:
         if more[:1] == [BARE]:
             return more[1:]
-        quick = [text for text in QUICK if stage_reads(stage, text)]
+        is_read = {"data.num_pairs": "data=onpolicy" not in more}
+        quick = [text for text in QUICK if stage_reads(stage, text) and is_read.get(text.partition("=")[0], True)]
         return [f"model.model_name_or_path={self.model}", *quick, *OF_STAGE.get(stage, []), *more]
 
     def composed(self, hydra, config_name, overrides, mode=RunMode.RUN):
@@ -174,6 +175,7 @@ class Parent:
                 resource.setrlimit(what, (most, most))
             points = crash_points.install(Path(request["folder"]), request.get("plan"))
             code = app.cli(stage, self.arguments(stage, more), main)
+            signal.pthread_sigmask(signal.SIG_BLOCK, POLITE)  # the stage is over: what follows is the bench's own
             points.write_calls(calls)
             sys.stdout.flush()
             sys.stderr.flush()

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from laddpo.settings.read_settings import stage_reads
 from laddpo.storage import manifests
 from laddpo.storage.seals import CheckedLines
 from tests.faults.bench import Bench, Outcome
@@ -80,7 +81,6 @@ FULL = ("adapter=full", *KEPT)
 SFT = ("sft.examples=chosen", "sft.diffusion_samples=null", *KEPT)
 ROUNDS = (
     "data=onpolicy",
-    "data.num_pairs=2048",
     "paths.data_dir=round_data",
     "rounds=2",
     "data.sampling.num_questions=8",
@@ -145,12 +145,14 @@ STORED = [Command("precompute", "precompute", []), Command("train", "train", [OU
 GO_ON = [again("train", "unfinished", *KEPT), *on("unfinished", "report")]
 RESUME_FULL = again("train", "full", *FULL)
 GO_ON_ROUNDS = again("train", "gathered", *ROUNDS, stand_ins=["any_grader"])
-SAMPLE = Command("prepare data=onpolicy", "prepare", [*ROUNDS, "rounds=1"], ["any_grader"])
+ASKED = [text for text in ROUNDS if stage_reads("prepare", text)]
+SAMPLE = Command("prepare data=onpolicy", "prepare", ASKED, ["any_grader"])
 SAMPLE_REST = Command(SAMPLE.name, "prepare", [*SAMPLE.overrides, "paths.data_dir=half_data"], ["any_grader"])
 RESUME_SWEEP = Command("train -m resume=", "train", SWEEP, ["jobs"])
 RESUME_STUDY = Command("study resume=", "study", STUDY, ["jobs"])
 PREPARED = [Command("prepare", "prepare", []), Command("plan", "plan", []), *STORED]
 UNFINISHED = ("unfinished", OTHER)
+SWEEP_FILES = ("command.json", "sweep.json", "*/job.json")
 KINDS = [
     Kind("run of train", RUN, OTHER, READERS, [RUN, OTHER]),
     Kind("adapter", "run/adapter", "other/adapter", [*READERS, *by_path("run/adapter")], [RUN, OTHER]),
@@ -205,9 +207,9 @@ KINDS = [
         ["*/parts/*/answers.jsonl"],
         same="round_data/samples",
     ),
-    Kind("sweep", "sweep", RUN, [RESUME_SWEEP, *on("sweep", "report")], ["sweep"], ["sweep.json", "*/job.json"]),
+    Kind("sweep", "sweep", RUN, [RESUME_SWEEP, *on("sweep", "report")], ["sweep"], SWEEP_FILES),
     Kind("job of a sweep", "sweep/0", OTHER, [RESUME_SWEEP, *on("sweep", "report")], ["sweep"]),
-    Kind("study", "study", RUN, [RESUME_STUDY], ["study"], ["*/job.json"]),
+    Kind("study", "study", RUN, [RESUME_STUDY], ["study"], ["command.json", "*/job.json"]),
     Kind("arm of a study", "study/default-42", OTHER, [RESUME_STUDY, *on("study/default-42", "report")], ["study"]),
     Kind("variance", "variance", OTHER, on("variance", "report"), ["variance", OTHER]),
 ]
@@ -222,7 +224,7 @@ def install(names: Sequence[str]) -> None:
 
         half = FunctionGrader("half of all", lambda text, answer: zlib.crc32(text.encode()) % 2 == 0)
         on_policy.pair_grader = lambda config, questions: half
-        on_policy._sampler = lambda config: _answers
+        on_policy._sampler = lambda config, questions: _answers
     if "jobs" in names:
         from laddpo.jobs import runner
 

@@ -244,6 +244,9 @@ def test_some_damages_are_noticed(artifacts, tally, tmp_path):
 
 BY_DESIGN = (  # (kind, command, file, damage), None for any: the command rightly finds this undone and does it again
     (None, None, manifests.MANIFEST, "deleted"),  # a folder without a manifest is unfinished, by definition
+    # prepare reads the tokenizer alone, whose files are those that the other model's manifest seals, too
+    (None, "prepare model=", manifests.MANIFEST, "swapped"),
+    (None, None, "command.json", "deleted"),  # earlier versions wrote none: config.yaml and the jobs' own are compared
     ("unfinished evaluation", None, "items.jsonl", "deleted"),  # no answer is there yet
     ("unfinished evaluation", None, "items.jsonl", "truncated"),  # at the end of a line: it was stopped earlier
     ("unfinished samples", None, "answers.jsonl", "deleted"),
@@ -251,6 +254,8 @@ BY_DESIGN = (  # (kind, command, file, damage), None for any: the command rightl
     ("sweep", "train -m resume=", "sweep.json", None),  # only written, from the jobs' folders
     ("sweep", "train -m resume=", "job.json", "deleted"),  # the job starts again, and says that its run is finished
     ("unfinished evaluation", "evaluate resume=", "config.yaml", None),  # only written
+    # answers of another evaluation: those of other problems stay in the file and are in no result, the rest is compared
+    ("unfinished evaluation", None, "items.jsonl", "swapped"),
     # a whole config.yaml of another unfinished folder: nothing binds it to this one, and going on compares its settings
     ("unfinished evaluation", "report run=", "config.yaml", "swapped"),
     ("unfinished run", "report run=", "config.yaml", "swapped"),
@@ -290,14 +295,14 @@ def verdict(folders: Folders, kind: Kind, command: Command, name: str, how: str,
         return "refused" if lines else f"refused without its name: {outcome.log[-300:]}"
     if outcome.status != 0:
         return f"exit code {outcome.status}: {outcome.log[-300:]}"
-    if kind.same and (different := [result for result in folders.differing(kind) if result not in undone]):
+    asked = (kind.name, command.name, named, how)
+    is_by_design = any(all(a in (b, None) for a, b in zip(row, asked, strict=True)) for row in BY_DESIGN)
+    different = [result for result in folders.differing(kind) if result not in undone] if kind.same else []
+    if different and not (is_by_design and different == [named]):
         return f"another result: {different}"
     if any(mark in line for mark in REPORTED for line in lines if named in line):
         return "noted"
-    asked = (kind.name, command.name, named, how)
-    if any(all(a in (b, None) for a, b in zip(row, asked, strict=True)) for row in BY_DESIGN):
-        return "made again"
-    return "silent"
+    return "made again" if is_by_design else "silent"
 
 
 def fill_row(folders: Folders, kind: Kind, command: Command, line, draw: random.Random, cells: int | None) -> None:
@@ -359,5 +364,5 @@ def test_every_file_that_is_left_is_sealed_or_listed(folders):
                 assert any(part in text for part in NOT_SEALED), f"{name}/{text} is read unchecked or useless"
 
 
-WITH_CHECKS = (manifests.MANIFEST, "config.yaml", "job.json", "sweep.json")
+WITH_CHECKS = (manifests.MANIFEST, "config.yaml", "command.json", "job.json", "sweep.json")
 CHEAP = ("run of train", "adapter", "prepared", "reference", "unfinished run", "its checkpoints")  # of two runs
