@@ -88,6 +88,18 @@ def test_one_run_gives_a_page_that_needs_nothing_else(tmp_path):
     assert ["exact match", "50.0%", "60.0%", "+10.0 points", "[+0.0, +10.0]", "100", "interval holds 0"] in page.rows
 
 
+def test_the_page_of_one_run_begins_with_its_result(tmp_path):
+    write_run(tmp_path / "a", 1.0, 2, 0.6)
+    code, out = report(tmp_path, f"run={tmp_path / 'a'}")
+    text = " ".join(Page(out / "report.html").words)
+    assert code == 0 and "Exact match 50.0% → 60.0%, +10 points [+0, +10] on 100 items." in text
+    write_run(tmp_path / "b", 1.0, 2, None)
+    assert cli("report", [f"run={tmp_path / 'b'}", f"output_dir={tmp_path / 'second'}"]) == 0
+    assert (
+        "→" not in " ".join(Page(tmp_path / "second" / "report.html").words).split("Settings")[0].split("Intervals")[0]
+    )
+
+
 def test_several_runs_are_sorted_by_the_metric_with_the_settings_that_differ(tmp_path):
     for name, beta, value in (("a", 0.5, 0.6), ("b", 1.0, 0.8), ("c", 2.0, 0.7)):
         write_run(tmp_path / name, beta, 2, value)
