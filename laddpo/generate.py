@@ -1,10 +1,10 @@
 """Answers to prompts, base beside tuned: to one on the command line, or to the lines of a file.
 
-    python -m laddpo.generate prompt="07+15-04="                              the configured model
-    python -m laddpo.generate run=outputs/train/<run> prompt="07+15-04="      base and tuned side by side
+    python -m laddpo.generate prompt="08+06+09="                              the configured model
+    python -m laddpo.generate run=outputs/train/<run> prompt="08+06+09="      base and tuned side by side
     python -m laddpo.generate run=outputs/train/<run> prompts=questions.txt   one prompt a line
 
-Writes generations.jsonl into the run's folder and prints the texts. Decoding is set by the evaluation group.
+Prints the texts and writes generations.jsonl into outputs/generate/<date-time>/. The evaluation group sets decoding.
 """
 
 from __future__ import annotations

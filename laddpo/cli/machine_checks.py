@@ -216,7 +216,8 @@ def check_start(config: RunConfig) -> Iterator[Finding]:
     done = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
     seconds = time.perf_counter() - started
     status = FAIL if done.returncode else WARN if seconds > 2 else OK
-    yield Finding("start", status, f"--help in {seconds:.1f} s", "the disk is slow or the installation is damaged")
+    fix = "the machine is busy or its disk is slow; if it stays so, install laddpo again"
+    yield Finding("start", status, f"--help in {seconds:.1f} s", fix)
 
 
 def check_loggers(config: RunConfig) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 Every function takes float64 tensors of one shape, elementwise over pairs: B_w, B_l (policy ELBO of the chosen and the
 rejected response, in nats, summed over tokens), the reference's R_w, R_l, the response lengths L_w, L_l in tokens, and
 beta. It returns the loss per pair. Values equal TRL's for the same numbers (TRL's formulas, with its log-probabilities
-replaced by ELBOs).
+replaced by ELBOs), except label smoothing in sigmoid and sigmoid_norm.
 
 A new loss is one function and one row. Settings, checks and the memory plan read the row, so nothing here imports torch
 when it is loaded.

@@ -58,7 +58,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def iid_fraction(key: NoiseKey, index: int, draws: int) -> int:
-    """Independent draws: what VRPO and every public implementation use."""
+    """Independent draws, as VRPO has them (arXiv 2505.19223)."""
     return int(NoiseKey(key.seed, key.pair_id, key.side, index).words("count", 1)[0])
 
 

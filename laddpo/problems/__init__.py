@@ -1,0 +1,1 @@
+"""Tasks with their problems, and graders that tell right answers from wrong ones."""

@@ -1,6 +1,6 @@
 """From the fields of a row to a PreferencePair or an Example: shapes of rows, and the checks on their texts.
 
-A shape is a function (row, columns, rules, warn) -> (prompt, chosen, rejected); SHAPES lists them. Each refuses what it
+A shape is a function (row, rules, warn) -> (prompt, chosen, rejected); SHAPES lists them. Each refuses what it
 cannot understand by raising RowError with the field, what was found, what was expected and what to do.
 """
 
