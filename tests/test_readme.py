@@ -1,9 +1,12 @@
-"""What the README shows works as it stands there."""
+"""What the README and docs/ show works as it is written there."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,21 +14,26 @@ import pytest
 from laddpo.cli.app import cli
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+}
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", "\n".join(PAGES.values()).replace("\\\n", " "), re.S)
 LINES = [
-    line.split("    #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README.replace("\\\n", " "), re.S)
-    for line in block.splitlines()
+    line.split("    #")[0].strip() for language, block in BLOCKS if language == "bash" for line in block.splitlines()
 ]
-# by whatever starts them: python, torchrun, accelerate, srun
-COMMANDS = sorted({found for line in LINES for found in re.findall(r"-m (laddpo\.\w[^&]*)", line)})
-EXTRAS = sorted({name for found in re.findall(r"pip install -e '\.\[([\w,]+)\]'", README) for name in found.split(",")})
+# by whatever starts them: python, torchrun, accelerate, srun, the console command
+COMMANDS = sorted(
+    {found for line in LINES for found in re.findall(r"-m (laddpo\.\w[^&]*)", line)}
+    | {f"laddpo.{found}" for line in LINES for found in re.findall(r"^laddpo ([a-z]\w* ?[^&]*)", line)}
+)
+EXTRAS = sorted({name for found in re.findall(r"'\.\[([\w,]+)\]'", "\n".join(LINES)) for name in found.split(",")})
 PLUGINS = {"joblib": "hydra_joblib_launcher", "submitit": "hydra_submitit_launcher", "optuna": "hydra_optuna_sweeper"}
 
 
 def test_the_python_example_gives_ln_2_before_training(monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (code,) = [block for language, block in BLOCKS if language == "python" and "accumulate_gradient" in block]
     exec(code, {})
     assert "0.6931" in capsys.readouterr().out
 
@@ -50,3 +58,21 @@ def test_every_command_composes(command, capsys):
     module, *arguments = shlex.split(command, comments=True)
     arguments = [argument for argument in arguments if argument not in ("--help", "--resolve")]
     assert cli(module.removeprefix("laddpo."), [*arguments, "--cfg", "job"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page):
+    """Code in backticks that looks like a path of the repository."""
+    named = re.findall(r"`((?:laddpo|tests|conf|docs|data/measurements)/[\w./-]+\.\w+)`", PAGES[page])
+    missing = [name for name in named if not (REPOSITORY / name).exists()]
+    assert not missing
+
+
+def test_the_documentation_builds_without_a_warning(tmp_path):
+    pytest.importorskip("material", reason="needs mkdocs-material (pip install -e '.[docs]')")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    assert {Path(page).stem for page in PAGES if page.startswith("docs/")} - {"index"} <= pages
