@@ -12,6 +12,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import laddpo
+from laddpo.cli.shorthand import FLAT
 from laddpo.errors import UserError, nearest
 from laddpo.settings.mistakes import config_groups, unresolved
 from laddpo.settings.of_a_run import AT_ONCE
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments"):
             flag = words[0].split("=")[0]
             known = [option for action in self._actions for option in action.option_strings]
-            guess = nearest(flag, known)
+            guess = nearest(flag, [*known, *(f"--{name.replace('_', '-')}" for name in FLAT)])
             hint = (
                 f"did you mean {guess}?"
                 if guess
