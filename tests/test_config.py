@@ -52,7 +52,10 @@ MISTAKES = {
     "an unknown launcher": (["hydra/launcher=nonsense"], ["hydra/launcher/nonsense"]),
     # grammar and types
     "a bare path": (["outputs/train/x"], ["'outputs/train/x' is not a setting", "run=outputs/train/x"]),
-    "a slice": (["data.dataset_split=train[:10]"], ["data.dataset_split is 'train[:10]' and data.source is 'arithmetic'"]),
+    "a slice": (
+        ["data.dataset_split=train[:10]"],
+        ["data.dataset_split is 'train[:10]' and data.source is 'arithmetic'"],
+    ),
     "a value with an equals sign": (["dpo.beta=a=b"], ["does not parse", "two pairs of quotes"]),
     "an unfinished list": (["evaluation.tasks=[gsm8k"], ["does not parse"]),
     "text for a number": (["optim.learning_rate=fast"], ["optim.learning_rate is 'fast'; expected a number"]),
