@@ -131,7 +131,7 @@ def test_a_compiler_that_fails_costs_its_own_row_alone(monkeypatch, tmp_path):
 def test_what_was_measured_is_written_before_the_next_part(monkeypatch, tmp_path):
     from laddpo.benchmarking import parts
 
-    def fails(config, machine):
+    def fails(bench):
         raise UserError("nano failed")
 
     monkeypatch.setitem(parts.PARTS, "nano", ("Twins", fails))
