@@ -244,8 +244,6 @@ def _grammar_mistake(text: str) -> str:
     if not equals:
         name = "data" if Path(text).is_file() else "run"
         return f"{text!r} is not a setting; expected key=value; {NAMED[name]} is named as {name}={text}."
-    if value.startswith("~"):
-        return f"{key} is {value!r}, which does not parse; write {key}=$HOME{value[1:]}."
     return (
         f"{key} is {value!r}, which does not parse; expected text, a number or a list like [a,b]; "
         f"text with spaces, brackets or = needs two pairs of quotes: '{key}=\"{value}\"'."
