@@ -53,8 +53,8 @@ def answer_prompts(config: RunConfig, texts: list[str], tuned: Path | None) -> d
     loaded = policy.load(config, find_machine(config))
     prompts = [user_prompt(text) for text in texts]
     names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-    answer = answerer(loaded, config.evaluation, config.data, config.seed).to(prompts, names)
-    size = config.evaluation.batch_size
+    answers_of = answerer(loaded, config.evaluation, config.data, config.seed)
+    answer, size = answers_of.to(prompts, names), answers_of.batch_size
     if tuned is None:
         return {"base": _answer_all(answer, prompts, size)}
     answers: dict[str, list[str]] = {}

@@ -24,14 +24,14 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from laddpo.errors import UserError, nearest
+from laddpo.preference.reading.splits import HUB_ID
 from laddpo.settings.habits import HABITS, SAME
 from laddpo.settings.mistakes import schema_types
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.read_settings import stage_reads
 
-FILE = ("config_file",)
+FILE = "config_file"
 FLAT = {**HABITS, **{name: name for name in SAME}}
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ROWS = re.compile(r"\.(jsonl?|ndjson|csv|parquet|arrow)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 PLAIN = re.compile(r"[\w./:+-]*", re.ASCII)
 
@@ -44,11 +44,11 @@ def expand(stage: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if word.startswith("--") and name in (*FILE, *FLAT):
+        if word.startswith("--") and name in (FILE, *FLAT):
             value = value if equals else next(words, None)
             if value is None:
-                raise UserError(f"{word}: has no value; expected one, as {word} {'x.yaml' if name in FILE else '...'}.")
-            found = of_file(stage, Path(value)) if name in FILE else [(word.split("=")[0], of_flat(name, value))]
+                raise UserError(f"{word}: has no value; expected one, as {word} {'x.yaml' if name == FILE else '...'}.")
+            found = of_file(stage, Path(value)) if name == FILE else [(word.split("=")[0], of_flat(name, value))]
         elif name in GROUPS and equals and not _is_option(name, value, argv):
             found = [(word, GROUPS[name](value))]
         else:
@@ -96,10 +96,9 @@ def of_file(stage: str, path: Path) -> Iterator[tuple[str, list[str]]]:
 
 def of_flat(name: str, value: Any) -> list[str]:
     """The settings that a flat key with this value means."""
-    value = yaml.safe_load(value) if isinstance(value, str) and name in SWITCHES else value
-    if name in SWITCHES:
-        return SWITCHES[name](value)
-    return [setting(FLAT[name], value)]
+    if name not in SWITCHES:
+        return [setting(FLAT[name], value)]
+    return SWITCHES[name](yaml.safe_load(value) if isinstance(value, str) else value)
 
 
 def setting(key: str, value: Any, is_text: bool = False) -> str:
