@@ -140,8 +140,11 @@ def find_prepared(
     folder = prepared_folder(prepared_dir, name, fields)
     try:
         manifest = read_manifest(folder, PreparedPairs.kind, PreparedExamples.kind, verify=False)
+    except Damaged:
+        raise
     except UserError as error:  # by its name the folder holds these rows, whatever is in it
-        raise Damaged(f"{error}", f"Remove the folder {folder} and run again.") from error
+        found = f"{folder / MANIFEST}: is no manifest of prepared rows."
+        raise Damaged(found, f"Remove the folder {folder} and run again.") from error
     if manifest is None:
         return None
     _refuse_other_fields(folder, manifest, fields)
