@@ -20,7 +20,7 @@ from laddpo.settings.schema import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Print the table; exit code 1 when a line says fail."""
-    findings = examine(config)
+    findings = examine(config.hardware, config.quantization, config.model, config.paths, config.logger)
     print(redact(table(findings)))
     if any(finding.status == FAIL for finding in findings):
         raise SystemExit(EXIT_FAULT)

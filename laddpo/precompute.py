@@ -22,14 +22,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Fill the store for the training pairs that the run visits and for its validation pairs."""
     import dataclasses
 
-    from laddpo.evaluation.base_and_tuned import training_sample
     from laddpo.hardware.machine import find_machine
-    from laddpo.hardware.planning import pairs_per_step
     from laddpo.inputs import policy, reference_values
     from laddpo.inputs.data import data_lengths
-    from laddpo.inputs.reference_values import visited_windows
+    from laddpo.inputs.reference_values import Reference
     from laddpo.processes.signals import stop_on_signal
-    from laddpo.training.lengths import total_steps
     from laddpo.training.pairs import open_prepared
 
     config = dataclasses.replace(config, auto=True)  # asked for by name: there is nothing to refuse
@@ -38,25 +35,37 @@ def main(config: RunConfig, run_folder: Path) -> None:
     machine = find_machine(config, data_lengths(prepared, config.dpo.diffusion_samples))
     print(f"machine: {machine}")
     loaded = policy.load(config, machine)
-    estimator = reference_values.reference_estimator(config)
-    store = reference_values.reference_store(config, prepared, loaded, estimator)
+    estimator = reference_values.reference_estimator(config.dpo, config.seed)
+    reference = Reference(config.paths.data_dir, config.auto, config.quantization, prepared, loaded)
+    store = reference.store(estimator)
     if config.verify:
         verify(loaded, store, estimator, prepared)
     else:
-        pairs, optim, hardware = prepared.train, config.optim, config.hardware
-        steps, per_step = total_steps(optim, hardware, len(pairs)), pairs_per_step(optim, hardware)
-        visited = visited_windows(config.seed, steps, len(pairs), per_step, config.dpo.mask_rounds)
-        windows = [([pairs[i] for i in indices], estimator.draw_indices(epoch)) for epoch, indices in visited]
         with stop_on_signal() as stop:
-            reference_values.complete_reference(config, loaded, store, estimator, windows, stop, "training pairs")
-            held_out = list(prepared.validation)[: config.evaluation.num_pairs]
-            reference_values.measured_items(config, prepared, loaded, held_out, stop, "validation pairs")
-            if config.evaluation.at_end:
-                seen = training_sample(config, prepared)
-                reference_values.measured_items(
-                    config, prepared, loaded, seen, stop, "training pairs of the evaluation"
-                )
+            fill(config, reference, store, estimator, stop)
     print(store.folder)
+
+
+def fill(config: RunConfig, reference, store, estimator, stop) -> None:
+    """Compute what the store lacks: for the pairs that training visits, and for those that are measured."""
+    from laddpo.evaluation.base_and_tuned import training_sample
+    from laddpo.hardware.planning import pairs_per_step
+    from laddpo.inputs.margins import evaluation_estimator
+    from laddpo.inputs.reference_values import visited_windows
+    from laddpo.training.lengths import total_steps
+
+    pairs, optim, hardware = reference.prepared.train, config.optim, config.hardware
+    steps, per_step = total_steps(optim, hardware, len(pairs)), pairs_per_step(optim, hardware)
+    visited = visited_windows(config.seed, steps, len(pairs), per_step, config.dpo.mask_rounds)
+    windows = [([pairs[i] for i in indices], estimator.draw_indices(epoch)) for epoch, indices in visited]
+    reference.complete(store, estimator, windows, stop, "training pairs")
+
+    of_evaluation = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
+    held_out = list(reference.prepared.validation)[: config.evaluation.num_pairs]
+    reference.items(held_out, of_evaluation, stop, "validation pairs")
+    if config.evaluation.at_end:
+        seen = training_sample(config.seed, reference.prepared)
+        reference.items(seen, of_evaluation, stop, "training pairs of the evaluation")
 
 
 def verify(loaded, store, estimator, prepared) -> None:

@@ -71,7 +71,7 @@ def measure_run(config: RunConfig, tuned: Path, prepared, loaded, parameters: li
         loaded.denoiser,
         parameters,
         pairs,
-        objective_of(config),
+        objective_of(config.dpo),
         settings=wanted.settings,
         draws=wanted.draws,
         evaluations=wanted.evaluations,

@@ -29,17 +29,17 @@ def test_the_table_has_a_line_for_each_finding_and_a_fix_for_each_that_is_not_ok
 def test_this_machine_is_examined_and_a_check_that_breaks_is_a_line_too(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
-    def check_moon(config):
+    def no_moon():
         raise OSError("no moon")
         yield
 
-    checks = [check for check in machine_checks.CHECKS if check.__name__ != "check_start"]
-    monkeypatch.setattr(machine_checks, "CHECKS", (*checks, check_moon))
-    findings = examine(compose())
+    monkeypatch.setattr(machine_checks, "check_start", no_moon)
+    config = compose()
+    findings = examine(config.hardware, config.quantization, config.model, config.paths, config.logger)
     assert {"python", "packages", "gpu", "quantization", "model", "data folder"} <= {
         finding.what for finding in findings
     }
-    assert findings[-1].what == "moon" and findings[-1].status == FAIL
+    assert findings[-1].what == "start" and findings[-1].status == FAIL
     assert "no moon" in findings[-1].found
 
 
@@ -53,14 +53,17 @@ def test_a_key_is_one_for_the_host_of_wandb(monkeypatch, tmp_path, host, status)
     if host:
         (tmp_path / "netrc").write_text(f"machine {host} login user password {'0a' * 20}\n")
         (tmp_path / "netrc").chmod(0o600)
-    (finding,) = machine_checks.check_loggers(compose(["logger=wandb", "logger.wandb_mode=online"]))
+    (finding,) = machine_checks.check_loggers(compose(["logger=wandb", "logger.wandb_mode=online"]).logger)
     assert finding.status == status
     assert ("a key is set" in finding.found) is (status == OK)
 
 
 def test_a_failed_line_ends_in_exit_code_one(monkeypatch, capsys):
-    monkeypatch.setattr(machine_checks, "CHECKS", (lambda config: [Finding("x", FAIL, "broken", "mend it")],))
+    def found(status, text, fix):
+        monkeypatch.setattr("laddpo.doctor.examine", lambda *groups: [Finding("x", status, text, fix)])
+
+    found(FAIL, "broken", "mend it")
     assert cli("doctor", []) == 1
     assert "mend it" in capsys.readouterr().out
-    monkeypatch.setattr(machine_checks, "CHECKS", (lambda config: [Finding("x", WARN, "slow", "wait")],))
+    found(WARN, "slow", "wait")
     assert cli("doctor", []) == 0

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +18,13 @@ from pathlib import Path
 from laddpo.models.foreign_logs import quiet_bitsandbytes
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.redaction import redact
-from laddpo.settings.schema import RunConfig
+from laddpo.settings.schema import (
+    HardwareSettings,
+    LoggerSettings,
+    ModelSettings,
+    PathSettings,
+    QuantizationSettings,
+)
 from laddpo.training.tracking import has_wandb_key
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -34,14 +40,29 @@ class Finding:
     fix: str = ""
 
 
-def examine(config: RunConfig) -> list[Finding]:
+def examine(
+    hardware: HardwareSettings,
+    quantization: QuantizationSettings,
+    model: ModelSettings,
+    paths: PathSettings,
+    logger: LoggerSettings,
+) -> list[Finding]:
     """All findings; a check that itself breaks becomes a finding too."""
+    checks = {
+        "python": check_python(),
+        "packages": check_packages(),
+        "gpu": check_gpu(hardware),
+        "quantization": check_quantization(quantization),
+        "model": check_model(model),
+        "folders": check_folders(paths, model),
+        "loggers": check_loggers(logger),
+        "start": check_start(),
+    }
     findings: list[Finding] = []
-    for check in CHECKS:
+    for name, check in checks.items():
         try:
-            findings += check(config)
+            findings += check
         except Exception as error:  # whatever is broken on this machine, the other lines are still wanted
-            name = check.__name__.removeprefix("check_").replace("_", " ")
             findings.append(Finding(name, FAIL, redact(f"{type(error).__name__}: {error}"), "see the message"))
     return findings
 
@@ -59,7 +80,7 @@ def table(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def check_python(config: RunConfig) -> Iterator[Finding]:
+def check_python() -> Iterator[Finding]:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     if "microsoft" in platform.release().lower():
         found += " (WSL)"
@@ -67,7 +88,7 @@ def check_python(config: RunConfig) -> Iterator[Finding]:
     yield Finding("python", OK if is_known else FAIL, found, "use Python 3.10 to 3.13")
 
 
-def check_packages(config: RunConfig) -> Iterator[Finding]:
+def check_packages() -> Iterator[Finding]:
     wrong, shown = [], []
     for requirement in _requirements():
         try:
@@ -98,12 +119,12 @@ def _requirements() -> list:
     ]
 
 
-def check_gpu(config: RunConfig) -> Iterator[Finding]:
+def check_gpu(hardware: HardwareSettings) -> Iterator[Finding]:
     torch = importlib.import_module("torch")
     driver = _driver_version()
     has_cuda = torch.cuda.is_available()
     build = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
-    is_wanted = config.hardware.device == "cuda"
+    is_wanted = hardware.device == "cuda"
     if not has_cuda:
         if driver and torch.version.cuda is None:
             fix = "torch is a CPU build; install the CUDA build (see pytorch.org) to use the GPU"
@@ -119,7 +140,7 @@ def check_gpu(config: RunConfig) -> Iterator[Finding]:
         major, minor = torch.cuda.get_device_capability(index)
         name = torch.cuda.get_device_name(index)
         found = f"{name}, {free:.1f} of {total:.1f} GiB free, capability {major}.{minor}, driver {driver}; {build}"
-        wanted = config.hardware.vram_gib
+        wanted = hardware.vram_gib
         if wanted is not None and free < wanted:
             yield Finding("gpu", WARN, found, f"hardware.vram_gib is {wanted:g}; close other programs, or set it lower")
         elif major < 8:
@@ -138,9 +159,9 @@ def _driver_version() -> str:
     return shown.stdout.splitlines()[0].strip() if shown.returncode == 0 and shown.stdout.strip() else ""
 
 
-def check_quantization(config: RunConfig) -> Iterator[Finding]:
+def check_quantization(quantization: QuantizationSettings) -> Iterator[Finding]:
     """Store a small matrix in 4 bits, multiply with it, compare."""
-    is_needed = config.quantization.load_in_4bit or config.quantization.load_in_8bit
+    is_needed = quantization.load_in_4bit or quantization.load_in_8bit
     try:
         torch = importlib.import_module("torch")
         quiet_bitsandbytes()
@@ -158,9 +179,9 @@ def check_quantization(config: RunConfig) -> Iterator[Finding]:
     yield Finding("quantization", OK if error < 0.2 else FAIL, found, "pip install -U bitsandbytes")
 
 
-def check_model(config: RunConfig) -> Iterator[Finding]:
+def check_model(model: ModelSettings) -> Iterator[Finding]:
     """Is the chosen model here, or is there a way to get it?"""
-    name = config.model.model_name_or_path
+    name = model.model_name_or_path
     for folder in (Path(name).expanduser(), CONF_DIR.parent / name):
         if folder.is_dir():
             has_weights = any(folder.glob("*.safetensors"))
@@ -182,14 +203,14 @@ def check_model(config: RunConfig) -> Iterator[Finding]:
         yield Finding("model", WARN, f"{name}: not in the hub cache {cache}", fix)
 
 
-def check_folders(config: RunConfig) -> Iterator[Finding]:
+def check_folders(paths: PathSettings, model: ModelSettings) -> Iterator[Finding]:
     """Can each folder be written to, and how much room is there?"""
     constants = importlib.import_module("huggingface_hub.constants")
-    name = config.model.model_name_or_path
+    name = model.model_name_or_path
     is_local = Path(name).expanduser().is_dir() or (CONF_DIR.parent / name).is_dir()
     folders = {
-        "data": Path(config.paths.data_dir),
-        "outputs": Path(config.paths.outputs_dir),
+        "data": Path(paths.data_dir),
+        "outputs": Path(paths.outputs_dir),
         "hub cache": Path(constants.HF_HUB_CACHE),
     }
     for what, folder in folders.items():
@@ -208,7 +229,7 @@ def check_folders(config: RunConfig) -> Iterator[Finding]:
         yield Finding(f"{what} folder", OK if free >= needed else WARN, f"{folder}: {free:.1f} GiB free", fix)
 
 
-def check_start(config: RunConfig) -> Iterator[Finding]:
+def check_start() -> Iterator[Finding]:
     """How long an error in the settings takes to answer: over two seconds feels broken, and points to a slow disk."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "laddpo.plan", "--help"]
@@ -220,12 +241,12 @@ def check_start(config: RunConfig) -> Iterator[Finding]:
     yield Finding("start", status, f"--help in {seconds:.1f} s", fix)
 
 
-def check_loggers(config: RunConfig) -> Iterator[Finding]:
-    if not config.logger.wandb:
+def check_loggers(logger: LoggerSettings) -> Iterator[Finding]:
+    if not logger.wandb:
         return
     has_key = has_wandb_key()
-    found = "a key is set" if has_key else f"no key; wandb_mode is {config.logger.wandb_mode}"
-    status = OK if has_key or config.logger.wandb_mode != "online" else WARN
+    found = "a key is set" if has_key else f"no key; wandb_mode is {logger.wandb_mode}"
+    status = OK if has_key or logger.wandb_mode != "online" else WARN
     yield Finding("wandb", status, found, "wandb login, or logger.wandb_mode=offline")
 
 
@@ -239,14 +260,4 @@ SHOWN_PACKAGES = (
     "datasets",
     "hydra-core",
     "safetensors",
-)
-CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
-    check_python,
-    check_packages,
-    check_gpu,
-    check_quantization,
-    check_model,
-    check_folders,
-    check_loggers,
-    check_start,
 )

@@ -194,7 +194,7 @@ def _scores(config: RunConfig, loaded, items, block: int, stop):
     from laddpo.inputs.reference_values import objective_of
 
     machine = loaded.machine
-    scored = (items, objective_of(config), block, machine.token_budget, machine.ranks, stop)
+    scored = (items, objective_of(config.dpo), block, machine.token_budget, machine.ranks, stop)
     return score_preferences(loaded.denoiser, *scored)
 
 
@@ -205,24 +205,28 @@ def _compare_accuracy(config: RunConfig, scores, pairs) -> dict:
     return _compare(ties, list(scores.accuracies), config.seed, groups, is_share=True, is_base_known=True)
 
 
-def training_sample(config: RunConfig, prepared) -> list:
+def training_sample(seed: int, prepared) -> list:
     """The first pairs that training visited: what it learned, beside what it carried over to held-out pairs."""
     from laddpo.core.noise import step_items
 
     count = len(prepared.train)
-    _, indices = step_items(config.seed, 0, count, min(count, TRAINING_SAMPLE))
+    _, indices = step_items(seed, 0, count, min(count, TRAINING_SAMPLE))
     return [prepared.train[i] for i in indices]
 
 
 def _measure_pairs(config: RunConfig, prepared, loaded, folder: Path, stop) -> Callable[[], tuple]:
     """The reference's values of held-out and training pairs, by the base model; gives the measure of the tuned one:
     entries of results.json, and the margins of the held-out pairs."""
-    from laddpo.inputs.reference_values import measured_items
+    from laddpo.inputs.margins import evaluation_estimator
+    from laddpo.inputs.reference_values import Reference
 
     held_out = list(prepared.validation)[: config.evaluation.num_pairs]
-    seen = training_sample(config, prepared)
-    items, block = measured_items(config, prepared, loaded, held_out, stop, "held-out pairs")
-    seen_items, _ = measured_items(config, prepared, loaded, seen, stop, "training pairs of the evaluation")
+    seen = training_sample(config.seed, prepared)
+    estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
+    reference = Reference(config.paths.data_dir, config.auto, config.quantization, prepared, loaded)
+    items = reference.items(held_out, estimator, stop, "held-out pairs")
+    seen_items = reference.items(seen, estimator, stop, "training pairs of the evaluation")
+    block = estimator.block
 
     def measure_tuned():
         results, margins = {}, None
@@ -241,7 +245,7 @@ def _measure_rows(config: RunConfig, prepared, loaded, folder: Path, stop) -> Ca
     count = config.evaluation.num_pairs
     sets = {
         "held_out_loss": (list(prepared.validation)[:count], prepared.validation.column("group")[:count]),
-        "training_rows_loss": (training_sample(config, prepared), None),
+        "training_rows_loss": (training_sample(config.seed, prepared), None),
     }
     items = {
         name: measured_rows(rows, config.evaluation.diffusion_samples, config.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from laddpo.core.noise import step_items
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import pair_item, stored_pair
 from laddpo.errors import RunFault, Stopped, UserError
-from laddpo.inputs.margins import WINDOW, evaluation_estimator
+from laddpo.inputs.margins import WINDOW
 from laddpo.inputs.policy import Loaded
 from laddpo.preference.encoding.encode import EncodedPair
 from laddpo.preference.prepared import PreparedPairs
@@ -26,7 +27,7 @@ from laddpo.processes.progress import Progress
 from laddpo.processes.ranks import ALONE, Ranks, share_out
 from laddpo.processes.signals import StopFlag
 from laddpo.settings.read_settings import command_of
-from laddpo.settings.schema import RunConfig
+from laddpo.settings.schema import DpoSettings, QuantizationSettings
 from laddpo.storage.reference_store import ReferenceStore, StoredPair
 
 PAIRS_PER_SHARD = 512
@@ -132,14 +133,13 @@ def _append(store: ReferenceStore, pending: list[tuple[StoredPair, int, np.ndarr
         store.append([pair for pair, _ in rows], first, np.stack([row for _, row in rows]))
 
 
-def training_estimator(config: RunConfig) -> ElboEstimator:
+def training_estimator(dpo: DpoSettings, seed: int) -> ElboEstimator:
     """The policy's draws during training."""
-    dpo = config.dpo
     return ElboEstimator(
         dpo.estimator,
         dpo.schedule,
         dpo.diffusion_samples,
-        config.seed,
+        seed,
         dpo.shared_counts,
         dpo.mask_rounds,
         shared_masks=dpo.shared_masks,
@@ -148,111 +148,108 @@ def training_estimator(config: RunConfig) -> ElboEstimator:
     )
 
 
-def reference_estimator(config: RunConfig) -> ElboEstimator:
+def reference_estimator(dpo: DpoSettings, seed: int) -> ElboEstimator:
     """The reference's draws: the policy's own, or an independent stream without common random numbers."""
-    policy = training_estimator(config)
-    return policy if config.dpo.common_random_numbers else dataclasses.replace(policy, stream="/reference")
+    policy = training_estimator(dpo, seed)
+    return policy if dpo.common_random_numbers else dataclasses.replace(policy, stream="/reference")
 
 
-def objective_of(config: RunConfig) -> DpoObjective:
-    """The preference loss of this run."""
-    dpo = config.dpo
+def objective_of(dpo: DpoSettings) -> DpoObjective:
+    """The preference loss of these settings."""
     return DpoObjective(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.sft_weight)
 
 
-def reference_fields(config: RunConfig, prepared: PreparedPairs, loaded: Loaded, estimator: ElboEstimator) -> dict:
-    """Everything that the reference's values depend on: the key of the store.
+@dataclass(frozen=True)
+class Reference:
+    """The reference model's values of prepared pairs: found in a store below `data_dir`, or computed with `loaded`.
 
-    Not among it: which rows, their order, the number of draws, batch, learning rate, beta, loss, LoRA, memory settings.
+    `loaded` must answer as the reference does. Where `auto` is false, values that lack are refused.
     """
-    quantization = config.quantization
-    stored = "none"
-    if quantization.load_in_4bit:
-        stored = (
-            f"{quantization.bnb_4bit_quant_type}, double {quantization.bnb_4bit_use_double_quant}, "
-            f"compute {quantization.bnb_4bit_compute_dtype or 'default'}"
-        )
-    elif quantization.load_in_8bit:
-        stored = f"int8, threshold {quantization.llm_int8_threshold}"
-    precision = loaded.machine.precision
-    if loaded.denoiser.autocast is not None:  # full fine-tuning: the same arithmetic rounds other things
-        precision = f"{precision} autocast over fp32 weights"
-    return {
-        "encoding": prepared.manifest["fields"]["encoding"],
-        "weights": loaded.weights,
-        "quantization": stored,
-        "precision": precision,
-        "draws": estimator.store_fields(),
-    }
 
+    data_dir: str
+    auto: bool
+    quantization: QuantizationSettings
+    prepared: PreparedPairs
+    loaded: Loaded
 
-def reference_store(
-    config: RunConfig, prepared: PreparedPairs, loaded: Loaded, estimator: ElboEstimator
-) -> ReferenceStore:
-    """The store that holds, or will hold, this run's reference values."""
-    stores = Path(config.paths.data_dir) / "reference"
-    return ReferenceStore.open(stores, reference_fields(config, prepared, loaded, estimator))
+    def store(self, estimator: ElboEstimator) -> ReferenceStore:
+        """The store that holds, or will hold, the values under this estimator's draws."""
+        return ReferenceStore.open(Path(self.data_dir) / "reference", self.fields(estimator))
 
+    def fields(self, estimator: ElboEstimator) -> dict:
+        """Everything that the values depend on: the key of the store.
 
-def complete_reference(
-    config: RunConfig,
-    loaded: Loaded,
-    store: ReferenceStore,
-    estimator: ElboEstimator,
-    windows: Sequence[tuple[list[EncodedPair], range]],
-    stop: StopFlag,
-    label: str,
-) -> None:
-    """Compute what the store lacks for these windows of pairs, saying how much that is."""
-    ranks = loaded.machine.ranks
-    absent = [
-        stored_pair(pair) for pairs, draws in windows for pair in pairs if store.missing(stored_pair(pair), draws)
-    ]
-    lacking = max(ranks.gather(len(absent)))  # another run may be adding to the store while the ranks look
-    total = sum(len(pairs) for pairs, _ in windows)
-    if not lacking:
-        print(f"reference, {label}: all {total} pairs are in {store.folder}")
-        return
-    if not config.auto:
-        raise UserError(
-            f"{store.folder}: {lacking} of {total} pairs ({label}) have no reference values yet and auto is false. "
-            f"Run {command_of('precompute')}, or set auto=true."
-        )
-    print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}")
-    print(f"reference, {label}: {store.why_missing(absent)}")
-    progress = Progress(total=total, unit="pairs", desc="reference", dynamic_ncols=True, disable=not ranks.is_main)
-    with progress:
-        fill_reference(
-            loaded.denoiser,
-            store,
-            windows,
-            estimator,
-            loaded.machine.token_budget,
-            stop,
-            PAIRS_PER_SHARD,
-            progress.update,
-            ranks,
-        )
-    if ranks.world > 1:
-        ranks.barrier()
-        store.refresh()
+        Not among it: which rows, their order, the number of draws, batch, learning rate, beta, loss, LoRA, memory
+        settings.
+        """
+        quantization, loaded = self.quantization, self.loaded
+        stored = "none"
+        if quantization.load_in_4bit:
+            stored = (
+                f"{quantization.bnb_4bit_quant_type}, double {quantization.bnb_4bit_use_double_quant}, "
+                f"compute {quantization.bnb_4bit_compute_dtype or 'default'}"
+            )
+        elif quantization.load_in_8bit:
+            stored = f"int8, threshold {quantization.llm_int8_threshold}"
+        precision = loaded.machine.precision
+        if loaded.denoiser.autocast is not None:  # full fine-tuning: the same arithmetic rounds other things
+            precision = f"{precision} autocast over fp32 weights"
+        return {
+            "encoding": self.prepared.manifest["fields"]["encoding"],
+            "weights": loaded.weights,
+            "quantization": stored,
+            "precision": precision,
+            "draws": estimator.store_fields(),
+        }
 
+    def complete(
+        self,
+        store: ReferenceStore,
+        estimator: ElboEstimator,
+        windows: Sequence[tuple[list[EncodedPair], range]],
+        stop: StopFlag,
+        label: str,
+    ) -> None:
+        """Compute what the store lacks for these windows of pairs, saying how much that is."""
+        loaded, ranks = self.loaded, self.loaded.machine.ranks
+        absent = [
+            stored_pair(pair) for pairs, draws in windows for pair in pairs if store.missing(stored_pair(pair), draws)
+        ]
+        lacking = max(ranks.gather(len(absent)))  # another run may be adding to the store while the ranks look
+        total = sum(len(pairs) for pairs, _ in windows)
+        if not lacking:
+            print(f"reference, {label}: all {total} pairs are in {store.folder}")
+            return
+        if not self.auto:
+            raise UserError(
+                f"{store.folder}: {lacking} of {total} pairs ({label}) have no reference values yet and auto is "
+                f"false. Run {command_of('precompute')}, or set auto=true."
+            )
+        print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}")
+        print(f"reference, {label}: {store.why_missing(absent)}")
 
-def measured_items(
-    config: RunConfig,
-    prepared: PreparedPairs,
-    loaded: Loaded,
-    pairs: Sequence[EncodedPair],
-    stop: StopFlag,
-    label: str,
-) -> tuple[list[Item], int]:
-    """Pairs with the reference's values under the evaluation's own draws; and the block size of these draws."""
-    estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
-    if not pairs:
-        return [], estimator.block
-    draws = estimator.draw_indices(0)
-    store = reference_store(config, prepared, loaded, estimator)
-    windows = [(list(pairs[start : start + WINDOW]), draws) for start in range(0, len(pairs), WINDOW)]
-    complete_reference(config, loaded, store, estimator, windows, stop, label)
-    items = [pair_item(pair, estimator, draws, store.values(stored_pair(pair), draws)) for pair in pairs]
-    return items, estimator.block
+        progress = Progress(total=total, unit="pairs", desc="reference", dynamic_ncols=True, disable=not ranks.is_main)
+        with progress:
+            fill_reference(
+                loaded.denoiser,
+                store,
+                windows,
+                estimator,
+                loaded.machine.token_budget,
+                stop,
+                PAIRS_PER_SHARD,
+                progress.update,
+                ranks,
+            )
+        if ranks.world > 1:
+            ranks.barrier()
+            store.refresh()
+
+    def items(self, pairs: Sequence[EncodedPair], estimator: ElboEstimator, stop: StopFlag, label: str) -> list[Item]:
+        """Pairs with the reference's values under an evaluation's own draws."""
+        if not pairs:
+            return []
+        draws, store = estimator.draw_indices(0), self.store(estimator)
+        windows = [(list(pairs[start : start + WINDOW]), draws) for start in range(0, len(pairs), WINDOW)]
+        self.complete(store, estimator, windows, stop, label)
+        return [pair_item(pair, estimator, draws, store.values(stored_pair(pair), draws)) for pair in pairs]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from laddpo.errors import UserError
@@ -14,8 +11,8 @@ from laddpo.inputs import policy
 from laddpo.inputs.policy import Loaded
 from laddpo.inputs.tuned import kept_names, what_is_left
 from laddpo.models import adapters, loading
-from laddpo.processes.ranks import whole
-from laddpo.settings.schema import AdapterSettings, RunConfig, keywords
+from laddpo.processes.ranks import Ranks, whole
+from laddpo.settings.schema import AdapterSettings, LoggerSettings, ModelSettings, keywords
 from laddpo.storage import atomic, manifests
 from laddpo.storage.checkpoint import step_folders, step_of
 from laddpo.storage.run_outputs import RunOutputs
@@ -28,61 +25,66 @@ SEALED = (  # of a finished run
 )
 
 
-@contextlib.contextmanager
+def open_trackers(
+    logger: LoggerSettings, folder: Path, settings: Mapping[str, Any], resume_step: int | None, ranks: Ranks
+) -> Trackers:
+    """The trackers that `logger` switches on, of rank 0 alone. `settings`: all of the run's, for people who compare."""
+    wanted = keywords(logger) if logger.wandb else {"tensorboard": logger.tensorboard}
+    return Trackers(folder, wanted if ranks.is_main else {}, settings, resume_step=resume_step)
+
+
 def run_outputs(
-    config: RunConfig,
+    adapter: AdapterSettings,
+    model: ModelSettings,
     folder: Path,
     loaded: Loaded,
-    resume_step: int | None,
-    validation: Validation | None = None,
-    pins: Mapping[str, Any] | None = None,
-    more_fields: Mapping[str, object] = MappingProxyType({}),
-) -> Iterator[RunOutputs]:
-    """Where the loop writes: weights, metrics, sample answers, and the trackers, closed at the end. `more_fields` go
-    into the manifest of the weights."""
-    is_full = config.adapter.kind == "full"
-    best, last = kept_names(config.adapter)
+    trackers: Trackers,
+    validation: Validation,
+    fields: Mapping[str, Any],
+    *,
+    keeps_weights: bool = True,
+) -> RunOutputs:
+    """Where the loop writes: weights, metrics, sample answers, and the trackers.
+
+    `fields` go into the manifest of the weights; `pins` among them into checkpoints, too.
+    """
+    is_full = adapter.kind == "full"
+    best, last = kept_names(adapter)
     ranks = loaded.machine.ranks
 
     def save(name: str, step: int) -> None:
-        if config.dry_run:
+        if not keeps_weights:
             return
         state = None
         if loaded.machine.is_sharded:  # every rank gives its part
             state = whole(loaded.model.state_dict() if is_full else adapters.adapter_state(loaded.model), ranks.is_main)
         if not ranks.is_main:
             return
+
         with atomic.replaced_folder(folder / name) as target:
             if is_full:
                 files = loading.save_model(loaded.model, target, state=state)
-                files += loading.copy_tokenizer(policy.model_path(config.model), config.model.revision, target)
+                files += loading.copy_tokenizer(policy.model_path(model), model.revision, target)
             else:
                 files = adapters.save_adapter(loaded.model, target, state)
-            fields = {"step": step, "base": loaded.weights, "pins": dict(pins or {}), **more_fields}
-            manifests.write_manifest(target, "weights", fields, files, **manifests.provenance())
+            content = {"step": step, "base": loaded.weights, **fields}
+            manifests.write_manifest(target, "weights", content, files, **manifests.provenance())
 
-    logger = config.logger
-    settings = keywords(logger) if logger.wandb else {"tensorboard": logger.tensorboard}
-    if not ranks.is_main:
-        settings = {}
-    with Trackers(folder, settings, dataclasses.asdict(config), resume_step=resume_step) as trackers:
+    def show(step: int, text: str) -> None:
+        if not ranks.is_main:
+            return
+        atomic.write_text(folder / "samples" / f"step_{step:07d}.txt", text + "\n")
+        trackers.text(step, "samples", text)
 
-        def show(step: int, text: str) -> None:
-            if not ranks.is_main:
-                return
-            atomic.write_text(folder / "samples" / f"step_{step:07d}.txt", text + "\n")
-            trackers.text(step, "samples", text)
-
-        if validation is not None:
-            validation.show = show
-        yield RunOutputs(
-            folder,
-            save_best=lambda step: save(best, step),
-            save_last=lambda step: save(last, step),
-            track=lambda metrics, step: trackers.scalars(step, metrics),
-            writes=ranks.is_main,
-            pins=pins or {},
-        )
+    validation.show = show
+    return RunOutputs(
+        folder,
+        save_best=lambda step: save(best, step),
+        save_last=lambda step: save(last, step),
+        track=lambda metrics, step: trackers.scalars(step, metrics),
+        writes=ranks.is_main,
+        pins=fields["pins"],
+    )
 
 
 def check_weights(adapter: AdapterSettings, folder: Path) -> None:

@@ -7,6 +7,7 @@ What differs between pairs and rows is in the first steps: laddpo/training/rows.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,9 @@ from laddpo.hardware.machine import Machine
 from laddpo.hardware.planning import Lengths, pairs_per_step
 from laddpo.inputs import pins, policy, reference_values
 from laddpo.inputs.data import data_lengths
+from laddpo.inputs.margins import evaluation_estimator
 from laddpo.inputs.policy import Loaded
+from laddpo.inputs.reference_values import Reference
 from laddpo.inputs.tuned import tuned_weights
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.processes.ranks import Ranks
@@ -46,7 +49,7 @@ from laddpo.storage.reference_store import ReferenceStore
 from laddpo.storage.run_outputs import RunOutputs
 from laddpo.training.faults import fault_reports, step_zero_check
 from laddpo.training.lengths import total_steps, warmup_note
-from laddpo.training.outputs import SEALED, check_weights, resume_step, run_outputs
+from laddpo.training.outputs import SEALED, check_weights, open_trackers, resume_step, run_outputs
 from laddpo.training.pairs import check_enough, open_prepared
 from laddpo.training.validation import LOSS, Validation, open_validation
 
@@ -148,22 +151,29 @@ def fill_reference(run: Run) -> ReferenceStore:
     if not config.dry_run:
         warmup_note(config.optim, settings)
 
-    estimator = reference_values.reference_estimator(config)
-    store = reference_values.reference_store(config, run.data.prepared, run.loaded, estimator)
+    estimator = reference_values.reference_estimator(config.dpo, config.seed)
+    reference = reference_of(run)
+    store = reference.store(estimator)
     windows = [
         ([pairs[i] for i in indices], estimator.draw_indices(epoch))
         for epoch, indices in reference_values.visited_windows(
             config.seed, settings.total_steps, len(pairs), settings.items_per_step, config.dpo.mask_rounds
         )
     ]
-    reference_values.complete_reference(config, run.loaded, store, estimator, windows, run.stop, "training pairs")
+    reference.complete(store, estimator, windows, run.stop, "training pairs")
     return store
+
+
+def reference_of(run: Run) -> Reference:
+    """The reference's values of the run's pairs."""
+    config = run.config
+    return Reference(config.paths.data_dir, config.auto, config.quantization, run.data.prepared, run.loaded)
 
 
 def build_task(run: Run, store: ReferenceStore) -> Training:
     """DPO on the run's pairs against the stored reference, with what its loop takes."""
     config, machine, pairs = run.config, run.machine, run.data.items
-    objective = reference_values.objective_of(config)
+    objective = reference_values.objective_of(config.dpo)
     validation = validation_of_pairs(run, objective)
     parameters = policy.make_trainable(config, run.loaded)
     optimizer = optimizer_of(config, parameters)
@@ -175,7 +185,7 @@ def build_task(run: Run, store: ReferenceStore) -> Training:
         parameters,
         pairs,
         store,
-        reference_values.training_estimator(config),
+        reference_values.training_estimator(config.dpo, config.seed),
         objective,
         machine.token_budget,
         backward,
@@ -227,9 +237,10 @@ def validation_of_pairs(run: Run, objective: DpoObjective) -> Validation:
     """Validation on the held-out pairs, with their reference values."""
     config, prepared = run.config, run.data.prepared
     pairs = list(prepared.validation)[: config.evaluation.num_pairs]
-    found = reference_values.measured_items(config, prepared, run.loaded, pairs, run.stop, "validation pairs")
+    estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
+    items = reference_of(run).items(pairs, estimator, run.stop, "validation pairs")
     prompts = list({pair.group: pair.prompt_ids for pair in pairs}.values())
-    return validation_of(run, prompts, items=found[0], block=found[1], objective=objective)
+    return validation_of(run, prompts, items=items, block=estimator.block, objective=objective)
 
 
 def validation_of(run: Run, prompts: Sequence[np.ndarray] = (), **measured: Any) -> Validation:
@@ -255,12 +266,15 @@ def check_step_zero(run: Run, training: Training) -> None:
 
 def run_loop(run: Run, training: Training, of_weights: Mapping[str, object] | None = None) -> Ended:
     """All steps of the run. `of_weights` is written to the manifests of its weights."""
-    validation = training.validation
-    at_step = resume_step(run.folder) if run.is_resumed else None
+    config, folder, ranks, validation = run.config, run.folder, run.ranks, training.validation
+    at_step = resume_step(folder) if run.is_resumed else None
+    fields = {"pins": dict(run.pins), **(of_weights or {})}
     with (
-        run_outputs(run.config, run.folder, run.loaded, at_step, validation, run.pins, of_weights or {}) as outputs,
-        fault_reports(run.folder, training.parameters, run.config.seed, run.ranks),
+        open_trackers(config.logger, folder, dataclasses.asdict(config), at_step, ranks) as trackers,
+        fault_reports(folder, training.parameters, config.seed, ranks),
     ):
+        kept = (config.adapter, config.model, folder, run.loaded)
+        outputs = run_outputs(*kept, trackers, validation, fields, keeps_weights=not config.dry_run)
         state = train_loop(
             training.task,
             training.parameters,
@@ -273,7 +287,7 @@ def run_loop(run: Run, training: Training, of_weights: Mapping[str, object] | No
             scaler=gradient_scaler(run.machine),
             unit=training.unit,
             watch=training.watch,
-            ranks=run.ranks,
+            ranks=ranks,
         )
     return Ended(state, outputs)
 

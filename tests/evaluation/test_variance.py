@@ -82,7 +82,7 @@ def page_of(pairs, found, rows: list[dict], studies: dict) -> dict:
 def test_rows_named_as_presets_draw_as_those_presets_do(name):
     config = compose([f"dpo={name}", "dpo.diffusion_samples=4"])
     expected = dataclasses.replace(SETTINGS[name].estimator, seed=config.seed)
-    assert training_estimator(config) == expected
+    assert training_estimator(config.dpo, config.seed) == expected
     assert SETTINGS[name].common == config.dpo.common_random_numbers
 
 
