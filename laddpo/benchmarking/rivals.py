@@ -143,7 +143,7 @@ class TrlLike(Rival):
     def _hidden_states(self, rows: Tensor, present: Tensor) -> Tensor:
         """The input of the head at every position; the head itself sees one. # [2n, longest, width]"""
         seen = []
-        last_norm = self.model.model["transformer"]["ln_f"]
+        last_norm = self.model.last_norm
         handle = last_norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
         try:
             one = torch.zeros(1, dtype=torch.int64, device=rows.device)

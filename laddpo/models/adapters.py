@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from laddpo.errors import UserError
 from laddpo.models import lora
 from laddpo.models.adapter_settings import ADAPTER_FILES, missing_file, read_adapter_settings, require_own_rank
-from laddpo.models.families import find_family
+from laddpo.models.families import family_of
 from laddpo.models.foreign import tensor_shapes
 from laddpo.models.foreign_logs import quiet_bitsandbytes
 from laddpo.models.linears import ALL_LINEAR, match_linears, unknown_target
@@ -241,26 +241,26 @@ def adapted_modules(model) -> list[str]:
 
 def block_linears(model) -> list[str]:
     """Names of the linear layers inside the blocks: where an adapter may be, and what quantisation replaces."""
-    block = find_family({"architectures": [type(model).__name__]}, "model").block
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.match(rf"{block}\.\w+$", n)]
+    block = family_of(model)[1].layout.block
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.match(rf"{block}\.", n)]
 
 
 def _anchored(model, target_modules: str | Sequence[str]) -> str | list[str]:
     """What PEFT shall match: a regular expression anchored in the blocks, or full names when blocks differ."""
-    family = find_family({"architectures": [type(model).__name__]}, "model")
+    layout = family_of(model)[1].layout
     linears = block_linears(model)
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     chosen: set[str] = set()
     for pattern in patterns:
         matched = match_linears(pattern, linears)
         if not matched:
-            raise UserError(unknown_target(pattern))
+            raise UserError(unknown_target(pattern, layout))
         chosen.update(matched)
     if not chosen:
-        raise UserError(unknown_target(""))
+        raise UserError(unknown_target("", layout))
     last = sorted({name.rsplit(".", 1)[1] for name in chosen})
     if chosen == {name for name in linears if name.rsplit(".", 1)[1] in last}:
-        return rf"{family.block}\.({'|'.join(last)})"
+        return rf"{layout.block}\.(.*\.)?({'|'.join(last)})"
     return sorted(chosen)
 
 
@@ -285,7 +285,7 @@ def _read_adapter_config(folder: Path, model):
         raise UserError(f"{file}: target_modules {wanted!r} matches {min(outside)}; expected layers of blocks only.")
     matched = [name for name in matched if name in linears]
     if not matched:
-        raise UserError(unknown_target(str(wanted)))
+        raise UserError(unknown_target(str(wanted), family_of(model)[1].layout))
     config.target_modules = _anchored(model, [re.escape(name) for name in matched])
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # the names say it all
     return config

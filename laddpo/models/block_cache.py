@@ -72,12 +72,11 @@ class BlockCache:
 
     def _run(self, items: Tensor, ids: Tensor, columns: Tensor) -> Tensor:
         """Run the tokens at `columns` against everything stored, and store their own keys and values. # [a, Q, D]"""
-        parts = self.model.model["transformer"]
-        x = parts["wte"](ids)
-        rotation = self.model._rotation((columns - self.pads[items, None]).clamp(min=0))
+        x = self.model.get_input_embeddings()(ids)
+        rotation = self.model.rotation((columns - self.pads[items, None]).clamp(min=0), x.dtype)
         mask = None if self.is_real is None else self.is_real[items][:, None, None]  # [a, 1, 1, W]
         where = (items[:, None], columns)
-        for number, block in enumerate(parts["blocks"]):
+        for number, block in enumerate(self.model.blocks):
             query, key, value = block.project(x, *rotation)
             if number == len(self.layers):
                 shape = (len(self.prompts), self.width, *key.shape[2:])
@@ -91,8 +90,8 @@ class BlockCache:
                 enable_gqa=block.num_key_value_groups > 1,
             )
             x = block.finish(x, attended.transpose(1, 2).flatten(2))
-        return parts["ln_f"](x)
+        return self.model.last_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states. [R, D] -> [R, V]"""
-        return self.model.model["transformer"]["ff_out"](hidden)
+        return self.model.logits(hidden)

@@ -6,7 +6,6 @@ Checkpointing is exact; compilation fuses the token-wise parts and agrees to rou
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 
 def checkpoint_blocks(model, enabled: bool = True) -> None:
@@ -26,7 +25,7 @@ def checkpoint_blocks(model, enabled: bool = True) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     if hasattr(model, "disable_input_require_grads"):
         model.disable_input_require_grads()  # a hook that only reentrant checkpoints need
-    assert all(block.gradient_checkpointing for block in model_blocks(model)), "checkpointing did not switch on"
+    assert all(block.gradient_checkpointing for block in model.blocks), "checkpointing did not switch on"
 
 
 def compile_blocks(model) -> None:
@@ -37,14 +36,9 @@ def compile_blocks(model) -> None:
     rounding: log-likelihoods by about 1e-7 relative, gradients by 1e-6.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
-    for block in model_blocks(model):
+    for block in model.blocks:
         block.project = torch.compile(block.project, dynamic=True)
         block.finish = torch.compile(block.finish, dynamic=True)
-
-
-def model_blocks(model) -> nn.ModuleList:
-    """The blocks, in order."""
-    return model.model["transformer"]["blocks"]
 
 
 MOST_COMPILATIONS = 64  # beyond torch's own limit of 8 blocks would silently run uncompiled

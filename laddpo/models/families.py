@@ -1,50 +1,63 @@
 """Which model families this program can train, decided by the `architectures` entry of a checkpoint's config.json.
 
 Not by `model_type`: LLaDA-MoE says `llada` too and is another network. Unknown and known-unsupported ones are refused
-by name before any weight is read.
+by name before any weight is read. A row says all that differs between families; the network itself is imported when it
+is needed, so that settings and plans can ask without torch.
 """
 
 from __future__ import annotations
 
-import re
+import functools
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from laddpo.errors import UserError
-from laddpo.models.foreign import Kind
-from laddpo.models.linears import BLOCKS
-from laddpo.models.llada import LLaDAConfig, LLaDAModelLM
-from laddpo.models.llada_config import AUTO_MAP, CONFIG_FIELDS, INERT, SWITCHES
+from laddpo.models.linears import LLADA, LLAMA, LLAMA_MOE, Layout
+
+MASK_TOKENS = ("<|mdm_mask|>", "[MDM_MASK]", "<|mask|>", "<[MASK]>")  # names of the mask where no file says which it is
 
 
 @dataclass(frozen=True)
 class Family:
-    """A supported network. `head`: module that must never be quantised or wrapped; `block`: regex of its blocks;
-    `fields`: what is taken from its config.json.
+    """A supported network. `network`: module of its class, and the class.
 
-    What other programs need in a config.json: `code`, the public repository and the classes in it that `auto_map`
-    names; `switches`, the values of the original's switches that this program computes with; `inert`, its other fields.
+    `reads_before`: how many positions before a token its score is read. `mask_token_id`: that of every checkpoint,
+    where neither config nor tokenizer tells it. `has_qkv_bias`, `has_head_norms`: small parts that plans count.
+    `code`: the public repository and the classes in it that `auto_map` of a written config.json names, for programs
+    that run a checkpoint's own code. This one never does.
     """
 
-    config_class: type
-    model_class: type
-    head: str
-    block: str
-    fields: Mapping[str, Kind]
-    code: tuple[str, Mapping[str, str]]
-    switches: Mapping[str, Any]
-    inert: Mapping[str, Any]
+    network: tuple[str, str]
+    layout: Layout
+    reads_before: int = 0
+    mask_token_id: int | None = None
+    has_qkv_bias: bool = False
+    has_head_norms: bool = False
+    code: tuple[str, Mapping[str, str]] | None = None
+
+    @functools.cached_property
+    def model_class(self) -> type:
+        module, name = self.network
+        return getattr(importlib.import_module(f"laddpo.models.{module}"), name)
+
+    @property
+    def config_class(self) -> type:
+        """Says what is taken from a config.json (`fields`), the original's switches with the values that are computed
+        with (`switches`), and its other fields (`inert`)."""
+        return self.model_class.config_class
 
     def auto_map(self) -> dict[str, str]:
-        """Where a program that runs a checkpoint's own code finds it. This program never does."""
-        repository, classes = self.code
+        """Where a program that runs a checkpoint's own code finds it; empty where no public code is known."""
+        repository, classes = self.code or ("", {})
         return {auto: f"{repository}--{name}" for auto, name in classes.items()}
 
 
 def family_of(model) -> tuple[str, Family]:
     """The architecture and family of a model; sharding gives its class another name."""
-    return next((name, family) for name, family in FAMILIES.items() if isinstance(model, family.model_class))
+    names = [kind.__name__ for kind in type(model).__mro__]
+    return next((name, FAMILIES[name]) for name in names if name in FAMILIES)
 
 
 def find_family(config: Mapping[str, Any], where: str) -> Family:
@@ -56,32 +69,60 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
     reason = UNSUPPORTED.get(architecture, f"model_type {config.get('model_type')!r:.60} is not known here")
     raise UserError(
         f"{where}: the architecture is {architecture:.60} ({reason}); supported: {', '.join(FAMILIES)}. "
-        "Choose a LLaDA checkpoint, or add a row to FAMILIES in laddpo/models/families.py with a model whose forward "
-        "takes `lengths`, `rows` and `targets`."
+        "Choose a checkpoint of one of these, or add a row to FAMILIES in laddpo/models/families.py with a network as "
+        "in laddpo/models/llama.py."
     )
 
 
+_MOE = Family(("llama", "LLaDAMoEModelLM"), LLAMA_MOE, has_head_norms=True)
 FAMILIES = {
     "LLaDAModelLM": Family(
-        LLaDAConfig,
-        LLaDAModelLM,
-        head="model.transformer.ff_out",
-        block=rf"{re.escape(BLOCKS)}\.\d+",
-        fields=CONFIG_FIELDS,
-        code=("GSAI-ML/LLaDA-8B-Instruct", AUTO_MAP),
-        switches=SWITCHES,
-        inert=INERT,
+        ("llada", "LLaDAModelLM"),
+        LLADA,
+        code=(
+            "GSAI-ML/LLaDA-8B-Instruct",
+            {
+                "AutoConfig": "configuration_llada.LLaDAConfig",
+                "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+                "AutoModel": "modeling_llada.LLaDAModelLM",
+            },
+        ),
     ),
+    "ILLaDAForCausalLM": Family(
+        ("llama", "ILLaDAForCausalLM"),
+        LLAMA,
+        mask_token_id=5,
+        code=(
+            "GSAI-ML/iLLaDA-8B-Instruct",
+            {
+                "AutoConfig": "configuration_illada.ILLaDAConfig",
+                "AutoModel": "modeling_illada.ILLaDAModel",
+                "AutoModelForCausalLM": "modeling_illada.ILLaDAForCausalLM",
+            },
+        ),
+    ),
+    "DreamModel": Family(
+        ("llama", "DreamModel"),
+        LLAMA,
+        reads_before=1,
+        has_qkv_bias=True,
+        code=(
+            "Dream-org/Dream-v0-Instruct-7B",
+            {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+        ),
+    ),
+    "LLaDAMoEModelLM": _MOE,
+    "LLaDAMoEModel": _MOE,
+    "A2DQwen3LMHeadModel": Family(("llama", "A2DQwen3LMHeadModel"), LLAMA, has_head_norms=True),
+    "A2DQwen2LMHeadModel": Family(("llama", "A2DQwen2LMHeadModel"), LLAMA, has_qkv_bias=True),
+    "A2DLlamaLMHeadModel": Family(("llama", "A2DLlamaLMHeadModel"), LLAMA),
 }
 
 UNSUPPORTED = {
-    "LLaDAMoEModelLM": "LLaDA-MoE, a mixture of experts that says model_type llada as well",
-    "LLaDAMoEModel": "LLaDA-MoE, a mixture of experts that says model_type llada as well",
     "LLaDA2MoeModelLM": "LLaDA2, block diffusion: its likelihood is another one",
+    "SDARForCausalLM": "SDAR, block diffusion: its likelihood is another one",
     "LLaDAVModelLM": "LLaDA-V, which reads images",
     "LlavaLLaDAModelLM": "LLaDA-V, which reads images",
-    "DreamModel": "Dream, whose logits are shifted by one position",
-    "DreamBaseModel": "Dream, whose logits are shifted by one position",
     "LlamaForCausalLM": "an autoregressive Llama, or iLLaDA under Llama's key names",
     "Qwen2ForCausalLM": "an autoregressive model",
     "Qwen3ForCausalLM": "an autoregressive model",

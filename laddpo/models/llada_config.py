@@ -13,6 +13,72 @@ from transformers.configuration_utils import PreTrainedConfig
 from laddpo.errors import UserError
 from laddpo.models.foreign import FLAG, MOST_ID, Kind, listed, number, only, optional, text, whole
 
+# The original's switches that decide what is computed, each with the one value that this model computes with.
+SWITCHES = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_dropout": 0.0,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "embedding_dropout": 0.0,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "residual_dropout": 0.0,
+    "rope": True,
+    "rope_full_precision": True,
+    "scale_logits": False,
+    "tie_word_embeddings": False,
+    "weight_tying": False,
+}
+# The original's other fields, as LLaDA-8B has them: without effect on what this model computes.
+INERT = {
+    "alibi_bias_max": 8.0,
+    "attention_layer_norm_with_affine": True,
+    "flash_attention": False,
+    "init_cutoff_factor": None,
+    "init_device": "meta",
+    "multi_query_attention": None,
+    "precision": "amp_bf16",
+    "use_cache": False,
+}
+# Fields whose null is no switch: the allowed values, and how to say so.
+NULL_OR = {"clip_qkv": ((), "null"), "multi_query_attention": ((False,), "false or null")}
+# The fields that are taken from a checkpoint's config.json. Other spellings (hidden_size for d_model), classes, kernels
+# and files that it may name are not.
+CONFIG_FIELDS: dict[str, Kind] = {
+    "architectures": listed(text(100)),
+    "d_model": whole(1, 2**17),
+    "n_heads": whole(1, 2**12),
+    "n_kv_heads": optional(whole(1, 2**12)),
+    "n_layers": whole(1, 2**10),
+    "mlp_hidden_size": optional(whole(1, 2**20)),
+    "mlp_ratio": whole(1, 2**10),
+    "vocab_size": whole(1, 2**24),
+    "embedding_size": optional(whole(1, 2**24)),
+    "max_sequence_length": whole(1, 2**30),
+    "rope_theta": number(0, 1e15),
+    "rms_norm_eps": number(0, 0.1),
+    "init_fn": text(100),
+    "init_std": number(0, 100),
+    **dict.fromkeys(("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id"), optional(whole(0, MOST_ID))),
+    **{name: optional(only(value)) for name, value in SWITCHES.items()},
+    **{name: optional(only(*allowed)) if allowed else only(None) for name, (allowed, _) in NULL_OR.items()},
+    # of another place for every token, which the original does not compute either
+    "rope_scaling": only(None),
+    # read by nothing here, and kept for whoever reads our config.json
+    "alibi_bias_max": optional(number(0, 1e6)),
+    "attention_layer_norm_with_affine": optional(FLAG),
+    "flash_attention": optional(FLAG),
+    "init_cutoff_factor": optional(number(0, 1e6)),
+    "precision": optional(text(100)),
+    "use_cache": optional(FLAG),
+}
+
 
 class LLaDAConfig(PreTrainedConfig):
     """The fields of a hub LLaDA config.json that mean anything; the rest travels along untouched.
@@ -22,6 +88,7 @@ class LLaDAConfig(PreTrainedConfig):
     """
 
     model_type = "llada"
+    fields, switches, inert = CONFIG_FIELDS, SWITCHES, INERT
     attribute_map = {  # noqa: RUF012 - transformers' own spelling
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
@@ -73,6 +140,11 @@ class LLaDAConfig(PreTrainedConfig):
         special = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         super().__init__(**special, **kwargs)
 
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
 
 def refuse_dead_options(config: LLaDAConfig) -> None:
     """Raise `UserError` for every field that asks for a computation this model does not do."""
@@ -99,75 +171,3 @@ def refuse_dead_options(config: LLaDAConfig) -> None:
         )
     if problems:
         raise UserError(*problems)
-
-
-# The original's switches that decide what is computed, each with the one value that this model computes with.
-SWITCHES = {
-    "activation_type": "silu",
-    "alibi": False,
-    "attention_dropout": 0.0,
-    "attention_layer_norm": False,
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "embedding_dropout": 0.0,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "residual_dropout": 0.0,
-    "rope": True,
-    "rope_full_precision": True,
-    "scale_logits": False,
-    "tie_word_embeddings": False,
-    "weight_tying": False,
-}
-# The original's other fields, as LLaDA-8B has them: without effect on what this model computes.
-INERT = {
-    "alibi_bias_max": 8.0,
-    "attention_layer_norm_with_affine": True,
-    "flash_attention": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "multi_query_attention": None,
-    "precision": "amp_bf16",
-    "use_cache": False,
-}
-# Fields whose null is no switch: the allowed values, and how to say so.
-NULL_OR = {"clip_qkv": ((), "null"), "multi_query_attention": ((False,), "false or null")}
-AUTO_MAP = {
-    "AutoConfig": "configuration_llada.LLaDAConfig",
-    "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-    "AutoModel": "modeling_llada.LLaDAModelLM",
-}
-# The fields that are taken from a checkpoint's config.json. Other spellings (hidden_size for d_model), classes, kernels
-# and files that it may name are not.
-CONFIG_FIELDS: dict[str, Kind] = {
-    "architectures": listed(text(100)),
-    "d_model": whole(1, 2**17),
-    "n_heads": whole(1, 2**12),
-    "n_kv_heads": optional(whole(1, 2**12)),
-    "n_layers": whole(1, 2**10),
-    "mlp_hidden_size": optional(whole(1, 2**20)),
-    "mlp_ratio": whole(1, 2**10),
-    "vocab_size": whole(1, 2**24),
-    "embedding_size": optional(whole(1, 2**24)),
-    "max_sequence_length": whole(1, 2**30),
-    "rope_theta": number(0, 1e15),
-    "rms_norm_eps": number(0, 0.1),
-    "init_fn": text(100),
-    "init_std": number(0, 100),
-    **dict.fromkeys(("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id"), optional(whole(0, MOST_ID))),
-    **{name: optional(only(value)) for name, value in SWITCHES.items()},
-    **{name: optional(only(*allowed)) if allowed else only(None) for name, (allowed, _) in NULL_OR.items()},
-    # of another place for every token, which the original does not compute either
-    "rope_scaling": only(None),
-    # read by nothing here, and kept for whoever reads our config.json
-    "alibi_bias_max": optional(number(0, 1e6)),
-    "attention_layer_norm_with_affine": optional(FLAG),
-    "flash_attention": optional(FLAG),
-    "init_cutoff_factor": optional(number(0, 1e6)),
-    "precision": optional(text(100)),
-    "use_cache": optional(FLAG),
-}

@@ -26,11 +26,10 @@ from laddpo.models.checkpoint_files import (
     require_safetensors,
     weight_files,
 )
-from laddpo.models.families import family_of, find_family
+from laddpo.models.families import FAMILIES, MASK_TOKENS, family_of, find_family
 from laddpo.models.foreign import checked, read_settings
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
 from laddpo.models.tokenizers import build_tokenizer
-from laddpo.preference.encoding.special_text import MASK_TOKEN
 from laddpo.processes.ranks import placed_like
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import require_sealed, sealed_digests
@@ -85,11 +84,11 @@ def load_model(
     return model.eval()
 
 
-def new_model(config, seed: int):
+def new_model(config, seed: int, architecture: str = "LLaDAModelLM"):
     """A model with random weights drawn from `seed`, without changing the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return find_family({"architectures": ["LLaDAModelLM"]}, "new model").model_class(config).eval()
+        return FAMILIES[architecture].model_class(config).eval()
 
 
 def load_tokenizer(path: str, revision: str | None = None):
@@ -114,15 +113,18 @@ def copy_tokenizer(path: str, revision: str | None, target: Path) -> list[str]:
     return [file.name for file in files]
 
 
-def mask_token_id(model_config, tokenizer=None) -> int:
-    """The id of the mask token: the config's, else the id of `<|mdm_mask|>` in the tokenizer."""
-    found = getattr(model_config, "mask_token_id", None)
-    if found is None and tokenizer is not None and MASK_TOKEN in tokenizer.get_vocab():
-        found = tokenizer.convert_tokens_to_ids(MASK_TOKEN)
-    if found is None or not 0 <= found < model_config.embedding_size:
+def mask_token_id(model, tokenizer=None) -> int:
+    """The id of the mask token: the config's, else the tokenizer's mask token, else that of a known name, else the one
+    of the model's family."""
+    config, known = model.config, tokenizer.get_vocab() if tokenizer is not None else {}
+    named = next((name for name in (getattr(tokenizer, "mask_token", None), *MASK_TOKENS) if name in known), None)
+    found = getattr(config, "mask_token_id", None)
+    if found is None:
+        found = known[named] if named is not None else family_of(model)[1].mask_token_id
+    if found is None or not 0 <= found < config.embedding_size:
         raise UserError(
-            f"the mask token id is {found} (config.json: mask_token_id; tokenizer: {MASK_TOKEN}); expected an id below "
-            f"{model_config.embedding_size}. Write mask_token_id into the checkpoint's config.json."
+            f"the mask token id is {found} (config.json: mask_token_id; tokenizer: mask_token, {', '.join(MASK_TOKENS)}"
+            f"); expected an id below {config.embedding_size}. Write mask_token_id into the checkpoint's config.json."
         )
     return found
 
@@ -131,7 +133,7 @@ def read_config(folder: Path):
     """The checked config of a checkpoint folder and its family. It reads only the fields of its family."""
     content, path = original_config(folder), folder / "config.json"
     family = find_family(content, str(path))
-    return family.config_class.from_dict(checked(path, content, family.fields)), family
+    return family.config_class.from_dict(checked(path, content, family.config_class.fields)), family
 
 
 def original_config(folder: Path) -> dict[str, Any]:
@@ -190,10 +192,10 @@ def config_content(model) -> dict[str, Any]:
     }
     for place in ("_name_or_path", "transformers_version"):
         given.pop(place, None)
-    switches = {name: value for name, value in family.switches.items() if given.get(name) is None}
+    switches = {name: value for name, value in family.config_class.switches.items() if given.get(name) is None}
     dtype = str(model.dtype).removeprefix("torch.")
     content = {
-        **family.inert,
+        **family.config_class.inert,
         **given,
         **switches,
         "architectures": [architecture],
@@ -212,7 +214,7 @@ def keep_original_fields(folder: Path, base: Path) -> None:
     Names of code and kernels stay behind: `auto_map`, and what begins with an underscore.
     """
     original, content = original_config(base), atomic.read_json(folder / "config.json")
-    inert = find_family(content, str(folder)).inert
+    inert = find_family(content, str(folder)).config_class.inert
     kept = {name: value for name, value in original.items() if name not in content or name in inert}
     kept = {name: value for name, value in kept.items() if name not in NOT_COPIED and not name.startswith("_")}
     atomic.write_json(folder / "config.json", {**content, **kept})

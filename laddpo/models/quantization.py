@@ -22,7 +22,7 @@ def quantization_config(quantization: dict[str, Any] | None, family: Family, dty
     """BitsAndBytesConfig for the config group, or None when nothing is quantised. The head and embedding never are.
 
     Unpacked weights are multiplied in `dtype` unless bnb_4bit_compute_dtype says otherwise. The head is skipped by its
-    FULL name: the blocks' down-projections share its last name, `ff_out`.
+    FULL name: in LLaDA the blocks' down-projections share its last name, `ff_out`.
     """
     settings = dict(quantization or {})
     if not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
@@ -36,7 +36,7 @@ def quantization_config(quantization: dict[str, Any] | None, family: Family, dty
     known = {key: value for key, value in settings.items() if key in QUANTIZATION_FIELDS and value is not None}
     if settings.get("load_in_4bit"):
         known["bnb_4bit_compute_dtype"] = dtype if compute is None else compute
-    return BitsAndBytesConfig(llm_int8_skip_modules=[family.head], **known)
+    return BitsAndBytesConfig(llm_int8_skip_modules=[family.layout.head], **known)
 
 
 def quantized_linear(linear: nn.Linear, quantizer) -> nn.Module:
@@ -89,7 +89,7 @@ def settle_quantized(model: nn.Module, family: Family) -> None:
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            in_block = re.match(family.block, name) is not None
+            in_block = re.match(family.layout.block, name) is not None
             is_quantized = isinstance(module, Linear4bit | Linear8bitLt)
             assert in_block == is_quantized, f"{name} must be quantised exactly when it is in a block"
             if is_quantized:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from laddpo.core.elbo import PackedSequences
-from laddpo.models.blocks import model_blocks
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.processes.ranks import Ranks
 
@@ -29,7 +28,7 @@ def shard_model(model, ranks: Ranks, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (ranks.world,))
-    for module in (*model_blocks(model), model):
+    for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # a plain sum, on gloo too
