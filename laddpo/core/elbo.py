@@ -30,6 +30,7 @@ class PackedSequences:
 
     T tokens, M masked tokens over all sequences: input_ids [T], position_ids [T] (from 0 in each sequence), lengths
     (sum T), rows [M] (flat indices of the masked tokens, ascending), targets [M] (the true tokens there).
+    `scores_first`: the first token of a sequence is among them, as after an empty prompt.
     """
 
     input_ids: Tensor
@@ -37,6 +38,7 @@ class PackedSequences:
     lengths: list[int]
     rows: Tensor
     targets: Tensor
+    scores_first: bool = False
 
 
 class Denoiser(Protocol):
@@ -68,7 +70,8 @@ def pack_sequences(
     positions = np.concatenate([np.arange(length) for length in lengths])
     stacked = [np.concatenate(part) for part in (ids, rows, targets)]
     input_ids, rows_, targets_ = (torch.from_numpy(part).to(device, non_blocking=True) for part in stacked)
-    return PackedSequences(input_ids, torch.from_numpy(positions).to(device), lengths, rows_, targets_)
+    scores_first = any(not len(sequence.prompt_ids) and 0 in sequence.draw.masked for sequence in sequences)
+    return PackedSequences(input_ids, torch.from_numpy(positions).to(device), lengths, rows_, targets_, scores_first)
 
 
 def draw_logps(denoiser: Denoiser, sequences: Sequence[MaskedSequence]) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from laddpo.core.optim import OPTIMIZERS
-from laddpo.models.linears import BLOCK_LINEARS
+from laddpo.models.linears import ROLES
 
 GIB = 2**30
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -24,7 +24,11 @@ BUDGET_STEP = 64  # tokens
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the transformer. `vocab_size` counts the rows of embedding and head."""
+    """Sizes of the transformer. `vocab_size` counts the rows of embedding and head, `is_tied` that they are one.
+
+    `head_dim` None: d_model / n_heads. `n_experts` 0: an MLP; else experts of `mlp_hidden_size`, of which a token takes
+    `experts_per_token`.
+    """
 
     d_model: int
     n_layers: int
@@ -32,27 +36,66 @@ class Shape:
     n_kv_heads: int
     mlp_hidden_size: int
     vocab_size: int
+    head_dim: int | None = None
+    is_tied: bool = False
+    n_experts: int = 0
+    experts_per_token: int = 0
+    has_qkv_bias: bool = False
+    has_head_norms: bool = False
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def query_width(self) -> int:
+        return self.head_width * self.n_heads
 
     @property
     def kv_width(self) -> int:
-        return self.d_model // self.n_heads * self.n_kv_heads
+        return self.head_width * self.n_kv_heads
 
-    def linear(self, name: str) -> tuple[int, int]:
+    @property
+    def active_mlp(self) -> int:
+        """Width of the MLP that one token goes through."""
+        return self.mlp_hidden_size * (self.experts_per_token if self.n_experts else 1)
+
+    def linear(self, role: str) -> tuple[int, int]:
         """(inputs, outputs) of a block's linear layer."""
-        width, mlp = self.d_model, self.mlp_hidden_size
-        outputs = {"k_proj": self.kv_width, "v_proj": self.kv_width, "ff_proj": mlp, "up_proj": mlp}
-        return (mlp if name == "ff_out" else width), outputs.get(name, width)
+        width, mlp, query = self.d_model, self.mlp_hidden_size, self.query_width
+        outputs = {"q": query, "k": self.kv_width, "v": self.kv_width, "gate": mlp, "up": mlp}
+        return {"o": query, "down": mlp}.get(role, width), outputs.get(role, width)
+
+    def copies(self, role: str) -> int:
+        """How many linear layers of a block have this role."""
+        return self.n_experts if self.n_experts and role in ("gate", "up", "down") else 1
 
     @property
     def block_parameters(self) -> int:
         """Weights of the linear layers of one block."""
-        return sum(a * b for a, b in map(self.linear, BLOCK_LINEARS))
+        return sum(a * b * self.copies(role) for role in ROLES for a, b in [self.linear(role)])
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of the linear layers that one token goes through."""
+        chosen = {role: self.experts_per_token if self.copies(role) > 1 else 1 for role in ROLES}
+        return sum(a * b * chosen[role] for role in ROLES for a, b in [self.linear(role)])
+
+    @property
+    def block_extras(self) -> int:
+        """A block's other weights: two norms, biases, norms of heads, the router."""
+        biases = self.has_qkv_bias * (self.query_width + 2 * self.kv_width)
+        return 2 * self.d_model + biases + self.has_head_norms * 2 * self.head_width + self.n_experts * self.d_model
+
+    @property
+    def vocabulary_parameters(self) -> int:
+        """Weights of embedding and head."""
+        return (1 if self.is_tied else 2) * self.vocab_size * self.d_model
 
     @property
     def parameters(self) -> int:
-        """Weights of the whole model: blocks with two norms each, last norm, embedding and head."""
-        width = self.d_model
-        return self.n_layers * (self.block_parameters + 2 * width) + width + 2 * self.vocab_size * width
+        """Weights of the whole model: blocks, last norm, embedding and head."""
+        return self.n_layers * (self.block_parameters + self.block_extras) + self.d_model + self.vocabulary_parameters
 
 
 @dataclass(frozen=True)
@@ -69,7 +112,7 @@ class Setup:
     precision: str = "bf16"
     quantization: str = "none"
     rank: int | None = 16
-    targets: tuple[str, ...] = BLOCK_LINEARS
+    targets: tuple[str, ...] = ROLES
     optimizer: str = "adamw"
     checkpointing: bool = False
     offload: bool = False
@@ -87,7 +130,8 @@ class Setup:
         """Trained parameters, all float32."""
         if self.is_full:
             return self.shape.parameters
-        return self.shape.n_layers * self.rank * sum(sum(self.shape.linear(name)) for name in self.targets)
+        shape = self.shape
+        return shape.n_layers * self.rank * sum(sum(shape.linear(role)) * shape.copies(role) for role in self.targets)
 
 
 @dataclass(frozen=True)
@@ -195,8 +239,9 @@ def _weights(setup: Setup) -> int:
     blocks = shape.n_layers * shape.block_parameters
     stored = blocks * (element if setup.quantization == "none" else STORED_BYTES[setup.quantization])
     if setup.quantization == "int8":  # one float32 scale for each row
-        stored += 4 * shape.n_layers * sum(shape.linear(name)[1] for name in BLOCK_LINEARS)
-    outside = shape.parameters - blocks - (shape.vocab_size * shape.d_model if setup.embeddings_on_cpu else 0)
+        stored += 4 * shape.n_layers * sum(shape.linear(role)[1] * shape.copies(role) for role in ROLES)
+    is_on_cpu = setup.embeddings_on_cpu and not shape.is_tied
+    outside = shape.parameters - blocks - (shape.vocab_size * shape.d_model if is_on_cpu else 0)
     return round(stored + outside * element)
 
 
@@ -206,7 +251,7 @@ def _gathered(setup: Setup) -> int:
     if setup.shards == 1:
         return 0
     shape = setup.shape
-    outside, block = 2 * shape.vocab_size * shape.d_model, shape.block_parameters
+    outside, block = shape.vocabulary_parameters, shape.block_parameters
     element = 4 if setup.is_full else ELEMENT_BYTES[setup.precision]
     return element * (outside + 2 * block) + (4 * (outside + block) if setup.is_full else 0)
 
@@ -219,8 +264,9 @@ def _optimizer(setup: Setup) -> int:
         return 8 * setup.trained - 4 * (2 - kind.matrix_moments) * in_blocks
     small = 0
     if not setup.is_full:
-        sizes = [setup.rank * n for name in setup.targets for n in setup.shape.linear(name)]
-        small = setup.shape.n_layers * sum(size for size in sizes if size < 4096)
+        shape = setup.shape
+        sizes = [(setup.rank * n, shape.copies(role)) for role in setup.targets for n in shape.linear(role)]
+        small = shape.n_layers * sum(size * copies for size, copies in sizes if size < 4096)
     return round(8 * small + 2 * (setup.trained - small) * (1 + 4 / 256))
 
 
@@ -234,7 +280,7 @@ def _buffers(setup: Setup, load: Load) -> int:
 def _saved_activations(setup: Setup, load: Load) -> int:
     """What autograd keeps until the backward pass, and the rotary angles, which all blocks share."""
     shape = setup.shape
-    rotation = 4 * shape.d_model // shape.n_heads + 3 * 8  # cos and sin, half a head each; ids, positions, their order
+    rotation = 4 * shape.head_width + 3 * 8  # cos and sin, half a head each; ids, positions, their order
     inputs = (shape.n_layers + 1) * shape.d_model * _stream_bytes(setup)
     per_token = inputs if setup.checkpointing else shape.n_layers * _block_bytes(setup, load)
     kept = 0 if setup.offload else per_token * load.tokens
@@ -245,19 +291,26 @@ def _saved_activations(setup: Setup, load: Load) -> int:
 def _block_bytes(setup: Setup, load: Load) -> int:
     """Bytes that one block keeps for each token."""
     shape, element = setup.shape, ELEMENT_BYTES[setup.precision]
-    width, mlp = shape.d_model, shape.mlp_hidden_size
+    width, mlp, query = shape.d_model, shape.active_mlp, shape.query_width
     wide = 4 if setup.device == "cpu" else _stream_bytes(setup)  # without a fused kernel a norm's input is kept wide
     norms = 2 * width * wide + 2 * 4 + (2 * width * wide if setup.is_full else 0)
     is_widened = setup.device == "cpu" and setup.is_full and setup.precision != "fp32"  # models/attention.py
     kept = wide if is_widened else element
-    attention = 2 * (width + shape.kv_width) * kept + 4 * shape.n_heads
+    attention = 2 * (query + shape.kv_width) * kept + 4 * shape.n_heads
+    if shape.has_head_norms:
+        norms += (query + shape.kv_width) * wide * (2 if setup.is_full else 1) + 4 * (shape.n_heads + shape.n_kv_heads)
     if setup.device == "cpu" and load.mixed:  # outputs of runs of equal lengths are joined into a copy
-        attention += width * element
-    trained = BLOCK_LINEARS if setup.is_full else setup.targets
-    into_attention = width * element * bool({"q_proj", "k_proj", "v_proj"} & set(trained))
-    into_mlp = width * element * bool({"ff_proj", "up_proj"} & set(trained))
-    gated = mlp * element * (3 if "ff_out" in trained else 2)
-    low_rank = 0 if setup.is_full else setup.rank * len(setup.targets) * element
+        attention += query * element
+    trained = ROLES if setup.is_full else setup.targets
+    into_attention = width * element * bool({"q", "k", "v"} & set(trained))
+    into_mlp = width * element * bool({"gate", "up"} & set(trained))
+    gated = mlp * element * (3 if "down" in trained else 2)
+    passes = {role: shape.experts_per_token if shape.copies(role) > 1 else 1 for role in ROLES}
+    low_rank = 0 if setup.is_full else setup.rank * sum(passes[role] for role in setup.targets) * element
+    if shape.n_experts:  # probabilities and choices; each expert's input and its output before it is weighted
+        into_mlp *= shape.experts_per_token
+        routing = 4 * shape.n_experts + 28 * shape.experts_per_token
+        gated += shape.experts_per_token * width * element + routing
     return norms + attention + into_attention + into_mlp + gated + low_rank
 
 
@@ -280,7 +333,7 @@ def _in_block(setup: Setup, load: Load) -> dict[str, int]:
     """The backward pass of a block's gated product: its gradients, unpacked weights, what is recomputed."""
     shape, element = setup.shape, ELEMENT_BYTES[setup.precision]
     width, mlp = shape.d_model, shape.mlp_hidden_size
-    workspace = load.tokens * 2 * mlp * element
+    workspace = load.tokens * 2 * shape.active_mlp * element
     if setup.checkpointing or setup.offload:  # the block's own activations are back
         recomputed = _block_bytes(setup, load)
         if _stream_bytes(setup) == 4 and setup.checkpointing and not setup.offload:
@@ -320,7 +373,7 @@ def _update_workspace(setup: Setup) -> int:
         return 0
     if setup.device == "cuda":
         return 4 * setup.trained // setup.shards
-    linears = map(setup.shape.linear, BLOCK_LINEARS)
+    linears = map(setup.shape.linear, ROLES)
     largest = max(a * b for a, b in linears) if setup.is_full else setup.rank * max(map(max, linears))
     return 8 * max(largest, setup.shape.vocab_size * setup.shape.d_model if setup.is_full else 0)
 
@@ -353,7 +406,7 @@ REMEDIES: tuple[tuple[Callable[[Setup], bool], str, dict], ...] = (
     (lambda s: s.optimizer == "adamw", "optim=adamw_8bit", {"optimizer": "adamw_8bit"}),
     (lambda s: s.device == "cuda" and not s.offload, "hardware.offload_activations=true", {"offload": True}),
     (
-        lambda s: s.device == "cuda" and not s.is_full and not s.embeddings_on_cpu,
+        lambda s: s.device == "cuda" and not s.is_full and not s.embeddings_on_cpu and not s.shape.is_tied,
         "hardware.embeddings_on_cpu=true",
         {"embeddings_on_cpu": True},
     ),

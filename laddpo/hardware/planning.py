@@ -29,9 +29,10 @@ from laddpo.hardware.memory import (
     predict_memory,
 )
 from laddpo.hardware.speed import Device, Work, predicted_seconds
-from laddpo.models.linears import BLOCK_LINEARS, linear_names, match_linears
+from laddpo.models.families import FAMILIES
+from laddpo.models.linears import ROLES, match_linears
 from laddpo.processes.ranks import launched
-from laddpo.settings.schema import AdapterSettings, HardwareSettings, OptimSettings, RunConfig
+from laddpo.settings.schema import AdapterSettings, HardwareSettings, ModelSettings, OptimSettings, RunConfig, keywords
 from laddpo.storage.atomic import read_json
 
 CONTEXT_BYTES = int(0.5 * GIB)  # what CUDA and its libraries take beside every tensor
@@ -90,7 +91,7 @@ def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2,
     elif quantization.load_in_8bit:
         stored = "int8"
     return Setup(
-        shape=model_shape(config),
+        shape=model_shape(config.model),
         device=device,
         precision=precision,
         quantization=stored,
@@ -106,12 +107,16 @@ def memory_setup(config: RunConfig, device: str, precision: str, sides: int = 2,
     )
 
 
-def model_shape(config: RunConfig) -> Shape:
-    """The sizes of the configured model."""
-    shape = config.model.shape
-    return Shape(
-        shape.d_model, shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.mlp_hidden_size, shape.vocab_size
-    )
+def model_shape(model: ModelSettings) -> Shape:
+    """The sizes of the configured model, with what its family adds to them."""
+    sizes, family = keywords(model.shape), FAMILIES[model.architecture]
+    del sizes["max_sequence_length"]
+    return Shape(**sizes, has_qkv_bias=family.has_qkv_bias, has_head_norms=family.has_head_norms)
+
+
+def model_linears(model: ModelSettings) -> list[str]:
+    """Full names of the linear layers that an adapter may be on."""
+    return FAMILIES[model.architecture].layout.names(max(1, model.shape.n_layers), model.shape.n_experts)
 
 
 def gradient_groups(config: RunConfig, sides: int = 2) -> int:
@@ -138,10 +143,10 @@ def stored_adapter(folder: Path, path: str | None = None) -> AdapterSettings:
 
 def adapter_targets(config: RunConfig) -> tuple[str, ...]:
     """The kinds of linear layers that carry an adapter. A pattern that picks single blocks counts for all of them."""
-    adapter, linears = held_adapter(config), linear_names(config.model.shape.n_layers)
+    adapter, linears = held_adapter(config), model_linears(config.model)
     matched = [] if adapter.kind == "full" else match_linears(adapter.target_modules, linears)
-    kinds = {name.rpartition(".")[2] for name in matched}
-    return tuple(name for name in BLOCK_LINEARS if name in kinds) or BLOCK_LINEARS
+    roles = set(map(FAMILIES[config.model.architecture].layout.role, matched))
+    return tuple(role for role in ROLES if role in roles) or ROLES
 
 
 def choose_plan(

@@ -44,10 +44,10 @@ class Work:
 def forward_flops(setup: Setup, work: Work) -> float:
     """FLOPs of one forward pass over all of `work`: blocks, attention and, on masked rows, the head."""
     shape = setup.shape
-    blocks = 2 * shape.n_layers * shape.block_parameters
+    blocks = 2 * shape.n_layers * shape.active_parameters
     if not setup.is_full:
-        blocks += 2 * setup.trained
-    attention = 4 * shape.n_layers * shape.d_model * work.length
+        blocks += 2 * setup.trained * shape.active_parameters // shape.block_parameters
+    attention = 4 * shape.n_layers * shape.query_width * work.length
     return work.tokens * (blocks + attention) + work.masked * 2 * shape.vocab_size * shape.d_model
 
 

@@ -12,14 +12,13 @@ from typing import Any
 
 from laddpo.errors import UserError
 from laddpo.hardware.machine import Machine, check_machine
-from laddpo.hardware.planning import model_shape
+from laddpo.hardware.planning import model_linears, model_shape
 from laddpo.inputs.data import encoder_for
 from laddpo.inputs.pins import check_adapter, model_path
 from laddpo.models import adapters, loading
 from laddpo.models.blocks import checkpoint_blocks, compile_blocks
 from laddpo.models.denoiser import TransformerDenoiser
-from laddpo.models.linears import linear_names
-from laddpo.models.llada_config import LLaDAConfig
+from laddpo.models.families import FAMILIES, family_of
 from laddpo.models.offload import keep_embeddings_on_host
 from laddpo.models.sharding import ShardedDenoiser, shard_model
 from laddpo.settings.schema import QuantizationSettings, RunConfig, keywords
@@ -83,7 +82,7 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
         attention=machine.attention,
     )
     model.requires_grad_(False)
-    _check_shape(config, model.config)
+    _check_shape(config, model)
     weights = {"base": loading.weights_fingerprint(path, revision), "adapter": "none"}
     if config.adapter.path:
         attach_adapter(config, model)
@@ -92,7 +91,7 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
         keep_embeddings_on_host(model)
     if machine.is_sharded:
         _shard(config, model, machine)
-    mask_token_id = loading.mask_token_id(model.config, tokenizer)
+    mask_token_id = loading.mask_token_id(model, tokenizer)
     return Loaded(model, tokenizer, _denoiser(model, mask_token_id, machine, is_full), machine, weights)
 
 
@@ -116,19 +115,16 @@ def new_model(config: RunConfig, machine: Machine) -> Loaded:
             f"model.shape.vocab_size is {shape['vocab_size']} but the tokenizer of {config.model.model_name_or_path} "
             f"has {len(tokenizer)} tokens; expected at least as many rows. Raise model.shape.vocab_size."
         )
-    model_config = LLaDAConfig(
-        **shape,
-        mask_token_id=tokenizer.convert_tokens_to_ids(loading.MASK_TOKEN),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model = loading.new_model(
+        loading.new_config(config.model.architecture, shape, **special), config.seed, config.model.architecture
     )
-    model = loading.new_model(model_config, config.seed)
+    model.config.mask_token_id = loading.mask_token_id(model, tokenizer)
     if machine.is_sharded:
         _shard(config, model, machine)
     else:
         model.to(machine.device)
-    denoiser = _denoiser(model, model_config.mask_token_id, machine, config.adapter.kind == "full")
+    denoiser = _denoiser(model, model.config.mask_token_id, machine, config.adapter.kind == "full")
     weights = {"base": f"random weights of seed {config.seed}", "adapter": "none"}
     return Loaded(model, tokenizer, denoiser, machine, weights)
 
@@ -191,8 +187,8 @@ def make_trainable(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
 def check_adapter_fits(config: RunConfig) -> None:
     """`adapter.path` against the shape of the model, before there is a model."""
     if config.adapter.path:
-        shape = model_shape(config)
-        linears = {name: shape.linear(name.rpartition(".")[2]) for name in linear_names(shape.n_layers)}
+        shape, layout = model_shape(config.model), FAMILIES[config.model.architecture].layout
+        linears = {name: shape.linear(layout.role(name)) for name in model_linears(config.model)}
         adapters.check_adapter_files(Path(config.adapter.path), linears)
 
 
@@ -209,13 +205,24 @@ def _check_vocabulary(config: RunConfig, tokenizer) -> None:
         )
 
 
-def _check_shape(config: RunConfig, found) -> None:
-    """The sizes in conf/model/*.yaml, which `plan` believes, against the checkpoint's own."""
+def _check_shape(config: RunConfig, model) -> None:
+    """The family and the sizes in conf/model/*.yaml, which `plan` believes, against the checkpoint's own."""
+    settings, found = config.model, model.config
+    architecture, family = family_of(model)
+    has = {
+        f"shape.{field.name}": (getattr(settings.shape, field.name), getattr(found, field.name, field.default))
+        for field in dataclasses.fields(settings.shape)
+    }
+    has["shape.is_tied"] = (settings.shape.is_tied, bool(found.tie_word_embeddings))
+    if settings.shape.head_dim is None:
+        has["shape.head_dim"] = (settings.shape.d_model // settings.shape.n_heads, found.head_dim)
+    if FAMILIES[settings.architecture] is not family:
+        has = {"architecture": (settings.architecture, architecture)}
     problems = [
-        f"model.shape.{field.name} is {wanted} but {config.model.model_name_or_path} has {getattr(found, field.name)}. "
-        f"Correct it in conf/model/{config.model.name}.yaml or on the command line."
-        for field in dataclasses.fields(config.model.shape)
-        if (wanted := getattr(config.model.shape, field.name)) != getattr(found, field.name)
+        f"model.{name} is {wanted} but {settings.model_name_or_path} has {value}. Correct it in "
+        f"conf/model/{settings.name}.yaml or on the command line."
+        for name, (wanted, value) in has.items()
+        if wanted != value
     ]
     if problems:
         raise UserError(*problems)

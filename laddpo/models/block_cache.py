@@ -37,7 +37,7 @@ class BlockCache:
         self.layers: list[tuple[Tensor, Tensor]] = []  # of each block: keys and values [N, W, kv heads, head_dim]
 
     def hidden(self, items: Tensor, answers: Tensor, starts: Tensor, is_first: Tensor) -> Tensor:
-        """Final hidden states of the current block of `items`. # [A, block, D]
+        """Final hidden states from which the current block of `items` is scored. # [A, block, D]
 
         `items` [A] are rows of the batch, `answers` [A, G] what they hold, `starts` [A] where their block begins in the
         answer, `is_first` [A] whether this is the block's first step, which renews what is stored.
@@ -50,7 +50,7 @@ class BlockCache:
                 continue
             where = columns(starts[at])  # [a, Q]
             states = self._run(items[at], ids[at].gather(1, where), where)
-            block = self.prompt_width + starts[at, None] - where[:, :1]  # where the block begins among the columns
+            block = self._first(starts[at]) - where[:, :1]  # where the block's scores begin among the columns
             within = block + torch.arange(self.block_length, device=ids.device)
             states = states.gather(1, within[..., None].expand(-1, -1, states.shape[-1]))
             if out is None:
@@ -61,13 +61,17 @@ class BlockCache:
     def _all(self, starts: Tensor) -> Tensor:
         return torch.arange(self.width, device=starts.device).expand(len(starts), -1)
 
+    def _first(self, starts: Tensor) -> Tensor:
+        """The column from which the score of a block's first token is read. # [a, 1]"""
+        return self.prompt_width + starts[:, None] - self.model.reads_before
+
     def _open(self, starts: Tensor) -> Tensor:
         """Columns that are computed again: the block, and for "prefix" all that follows. # [a, Q]
 
         Items at different blocks have different numbers of columns left; the last one is repeated, harmlessly.
         """
-        first = self.prompt_width + starts[:, None]
-        count = self.block_length if self.kind == "dual" else self.width - int(first.min())
+        first, before = self._first(starts), self.model.reads_before
+        count = self.block_length + before if self.kind == "dual" else self.width - int(first.min())
         return (first + torch.arange(count, device=starts.device)).clamp(max=self.width - 1)
 
     def _run(self, items: Tensor, ids: Tensor, columns: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from laddpo.errors import UserError
 from laddpo.models.offload import offloaded_activations
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ class TransformerDenoiser:
 
     def token_logps(self, packed: PackedSequences) -> Tensor:
         """log p(target) at every masked token, differentiable. # float32 [M], float64 for a float64 model"""
+        if packed.scores_first and self.model.reads_before:
+            raise UserError(
+                "a response follows an empty prompt, and this model reads the score of a token before it: its first "
+                "token has none. Give every prompt at least one token."
+            )
         wants_offload = self.offload and torch.is_grad_enabled()
         with (
             torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None),

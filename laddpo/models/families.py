@@ -16,8 +16,6 @@ from typing import Any
 from laddpo.errors import UserError
 from laddpo.models.linears import LLADA, LLAMA, LLAMA_MOE, Layout
 
-MASK_TOKENS = ("<|mdm_mask|>", "[MDM_MASK]", "<|mask|>", "<[MASK]>")  # names of the mask where no file says which it is
-
 
 @dataclass(frozen=True)
 class Family:

@@ -26,10 +26,11 @@ from laddpo.models.checkpoint_files import (
     require_safetensors,
     weight_files,
 )
-from laddpo.models.families import FAMILIES, MASK_TOKENS, family_of, find_family
+from laddpo.models.families import FAMILIES, family_of, find_family
 from laddpo.models.foreign import checked, read_settings
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
 from laddpo.models.tokenizers import build_tokenizer
+from laddpo.preference.encoding.special_text import MASK_TOKENS
 from laddpo.processes.ranks import placed_like
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import require_sealed, sealed_digests
@@ -82,6 +83,17 @@ def load_model(
     if quantizer is not None:
         settle_quantized(model, family)
     return model.eval()
+
+
+def new_config(architecture: str, shape: Mapping[str, Any], **special: int | None):
+    """The config of a new model. `shape`: the sizes of `model.shape`; `special`: ids of special tokens, by their names
+    in a config.json."""
+    kind = FAMILIES[architecture].config_class
+    sizes = {name: size for name, size in shape.items() if size is not None}
+    sizes["tie_word_embeddings"] = sizes.pop("is_tied", False)
+    if not sizes.get("n_experts"):
+        sizes = {name: size for name, size in sizes.items() if name not in ("n_experts", "experts_per_token")}
+    return kind(**{kind.attribute_map.get(name, name): size for name, size in sizes.items()}, **special)
 
 
 def new_model(config, seed: int, architecture: str = "LLaDAModelLM"):

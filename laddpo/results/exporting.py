@@ -92,10 +92,10 @@ def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list
     check = None
     if source.is_full:
         model = loading.load_model(str(source.folder), dtype=dtype, device=device)
-        mask = loading.mask_token_id(model.config, tokenizer)
+        mask = loading.mask_token_id(model, tokenizer)
     else:
         model = loading.load_model(path, revision, dtype=dtype, device=device)
-        mask = loading.mask_token_id(model.config, tokenizer)
+        mask = loading.mask_token_id(model, tokenizer)
         before = probe_logits(model, probes, mask)
         adapters.attach_lora(model, path=str(source.folder))
         tuned = probe_logits(model, probes, mask)

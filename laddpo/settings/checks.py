@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterator
 from laddpo.core.draws import ESTIMATORS
 from laddpo.core.losses import LOSSES
 from laddpo.errors import UserError
-from laddpo.models.linears import linear_names, match_linears, unknown_target
+from laddpo.models.families import FAMILIES
+from laddpo.models.linears import match_linears, unknown_target
 from laddpo.preference.sources import SOURCES
 from laddpo.problems.tasks import TASKS, embedded
 from laddpo.settings.data_checks import file_problems, onpolicy_problems, unread_settings
@@ -89,10 +90,11 @@ def _weights(config: RunConfig) -> Iterator[str]:
             f"adapter.r is {adapter.r} and {model.name} is {width} wide (model.shape.d_model); every linear layer has "
             f"that on one side, so no higher rank means anything; set adapter.r={width} or lower, or adapter=full."
         )
-    linears = linear_names(max(1, model.shape.n_layers))
+    layout = FAMILIES[model.architecture].layout
+    linears = layout.names(max(1, model.shape.n_layers), model.shape.n_experts)
     if is_new and not match_linears(adapter.target_modules, linears):
-        yield unknown_target(adapter.target_modules)
-    if model.shape.d_model % model.shape.n_heads:
+        yield unknown_target(adapter.target_modules, layout)
+    if model.shape.head_dim is None and model.shape.d_model % model.shape.n_heads:
         yield (
             f"model.shape.d_model is {model.shape.d_model}; expected a multiple of "
             f"model.shape.n_heads={model.shape.n_heads}; see the model's config.json."

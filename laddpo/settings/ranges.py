@@ -19,6 +19,7 @@ from laddpo.core.losses import LOSSES
 from laddpo.core.noise import COUNT_SCHEDULES
 from laddpo.core.optim import OPTIMIZERS, SCHEDULES
 from laddpo.errors import nearest
+from laddpo.models.families import FAMILIES
 from laddpo.preference.embedded.arithmetic import HABITS
 from laddpo.preference.reading.rows import SHAPES
 from laddpo.preference.sources import SOURCES
@@ -151,6 +152,7 @@ YES_OR_NAME = ("evaluation.suppress_eos", "data.sampling.suppress_eos")  # true 
 # Names by setting: a table of options itself, where it can be read without torch, else its names. evaluation.tasks is
 # not here: the harness knows thousands more, so laddpo/settings/checks.py looks at evaluation.harness first.
 CHOICES: dict[str, Collection[str]] = {
+    "model.architecture": FAMILIES,
     # validation numbers of which more is better, and the loss
     "best_metric": (
         "auto",
@@ -241,7 +243,13 @@ RANGES: dict[str, Range] = {
             "mlp_hidden_size",
             "vocab_size",
             "max_sequence_length",
+            "head_dim",
         )
+    },
+    **{
+        f"{part}.shape.{size}": at_least(0, "0 is a model without experts")
+        for part in ("model", "benchmark")
+        for size in ("n_experts", "experts_per_token")
     },
     "adapter.r": at_least(1, "8 to 64 is usual"),
     "adapter.lora_alpha": more_than(0, "twice adapter.r is usual"),

@@ -25,7 +25,11 @@ from laddpo.settings.stage_schema import (
 
 @dataclass
 class ModelShape:
-    """Sizes of the transformer, for `plan`; checked against config.json when the model is loaded."""
+    """Sizes of the transformer, for `plan`; checked against config.json when the model is loaded.
+
+    `head_dim` null: d_model / n_heads. `is_tied`: the head is the embedding. `n_experts` 0: an MLP; else experts of
+    `mlp_hidden_size`, of which a token takes `experts_per_token`.
+    """
 
     d_model: int = MISSING
     n_layers: int = MISSING
@@ -34,6 +38,10 @@ class ModelShape:
     mlp_hidden_size: int = MISSING
     vocab_size: int = MISSING
     max_sequence_length: int = MISSING
+    head_dim: int | None = None
+    is_tied: bool = False
+    n_experts: int = 0
+    experts_per_token: int = 0
 
 
 @dataclass
@@ -63,6 +71,7 @@ class Recommended:
 @dataclass
 class ModelSettings:
     name: str = MISSING
+    architecture: str = "LLaDAModelLM"
     model_name_or_path: str = MISSING
     revision: str | None = None
     shape: ModelShape = field(default_factory=ModelShape)

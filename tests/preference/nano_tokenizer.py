@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from laddpo.preference.encoding.special_text import MASK_TOKEN
+from laddpo.preference.encoding.special_text import MASK_TOKENS
 from laddpo.storage.atomic import write_json
 
-BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", MASK_TOKEN  # eos is also the padding, as in LLaDA
+BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", MASK_TOKENS[0]  # eos is also the padding, as in LLaDA
 START_HEADER, END_HEADER, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 SPECIAL_TOKENS = (BOS, EOS, MASK, START_HEADER, END_HEADER, END_OF_TURN)
 MERGED_WORDS = ("\n\n", "user", "assistant", "system")

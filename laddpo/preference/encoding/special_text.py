@@ -15,7 +15,7 @@ from typing import Any
 from laddpo.errors import UserError
 from laddpo.preference.reading.bad_rows import RowError
 
-MASK_TOKEN = "<|mdm_mask|>"  # where the tokenizer declares none, as LLaDA's
+MASK_TOKENS = ("<|mdm_mask|>", "[MDM_MASK]", "<|mask|>", "<[MASK]>")  # where the tokenizer declares none, as LLaDA's
 
 
 class PlainTokenizer:
@@ -32,7 +32,7 @@ class PlainTokenizer:
 
         described = json.loads(backend.to_str())
         described["truncation"] = described["padding"] = None
-        markers = {*role_markers, MASK_TOKEN, tokenizer.special_tokens_map.get("mask_token")}
+        markers = {*role_markers, *MASK_TOKENS, tokenizer.special_tokens_map.get("mask_token")}
         self.special_ids: dict[str, int] = {}
         for token in described["added_tokens"]:
             token["special"] = token["special"] or token["content"] in markers
