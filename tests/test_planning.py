@@ -24,7 +24,7 @@ from laddpo.hardware.planning import (
     prepared_lengths,
 )
 from laddpo.hardware.speed import Device, Work, duration, forward_flops, predicted_seconds, training_passes
-from laddpo.models.linears import BLOCK_LINEARS
+from laddpo.models.linears import ROLES
 from laddpo.settings.compose import compose
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -128,10 +128,10 @@ def test_buffers_are_those_of_the_loss():
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [
-        ("all-linear", BLOCK_LINEARS),
-        ("q_proj", ("q_proj",)),
-        ("q_proj|v_proj", ("q_proj", "v_proj")),
-        ("blocks[.][0-3][.]ff_.*", ("ff_proj", "ff_out")),
+        ("all-linear", ROLES),
+        ("q_proj", ("q",)),
+        ("q_proj|v_proj", ("q", "v")),
+        ("blocks[.][0-3][.]ff_.*", ("gate", "down")),
     ],
 )
 def test_the_plan_counts_the_layers_that_carry_an_adapter(pattern, names):

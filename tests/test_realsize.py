@@ -113,7 +113,7 @@ def test_a_compiler_that_fails_costs_its_own_row_alone(monkeypatch, tmp_path):
         def fail(*_):
             raise RuntimeError("no C compiler was found\nlong story")
 
-        for block in blocks.model_blocks(model):
+        for block in model.blocks:
             block.project = fail
 
     monkeypatch.setattr(blocks, "compile_blocks", broken)

@@ -34,7 +34,9 @@ class SamplerSettings:
     where every block takes one step.
     `remasking` decides what a step commits: the most probable tokens ("low_confidence": above temperature 0 an unlikely
     draw is drawn again, so answers vary little), the positions that the model is surest of, whatever token was drawn
-    there ("certainty"), or "random" ones.
+    there ("certainty"), or "random" ones. "maskgit_plus", "entropy" and "topk_margin" are Dream's: they rank by the
+    probability of the token, the entropy and the margin between the two best, draw among the 50 most probable tokens,
+    and commit the share of the open tokens that Dream's times from 1 to 0.001 say, the last step all.
     """
 
     gen_length: int = 32
@@ -60,8 +62,13 @@ class SamplerSettings:
         return {False: "no", True: "confidence"}.get(self.suppress_eos, self.suppress_eos)
 
     def commits_per_step(self) -> list[int]:
-        """How many tokens each step of one block commits: as equal as possible, the earlier steps one more."""
+        """How many tokens each step of one block commits; steps without any are left out.
+
+        As equal as possible, the earlier steps one more; or by Dream's times.
+        """
         steps = self.steps // (self.gen_length // self.block_length)
+        if REMASKING[self.remasking].is_timed:
+            return timed_commits(self.block_length, steps)
         base, more = divmod(self.block_length, steps)
         return [count for step in range(steps) if (count := base + (step < more))]
 
@@ -220,6 +227,10 @@ class _Batch:
         """
         suppression = SUPPRESSION[self.settings.suppression]
         logits.index_fill_(1, self.forbidden, -torch.inf)
+        order = REMASKING[self.settings.remasking]
+        if order.top_k is not None:
+            least = logits.topk(min(order.top_k, logits.shape[1])).values[:, -1:]
+            logits.masked_fill_(logits < least, -torch.inf)
         kept = logits[:, self.never]  # these ids cannot be chosen, yet count in the probabilities of the others
         logits.index_fill_(1, self.never, -torch.inf)
         generators = [self.generators[i] for i in self.active]
@@ -227,7 +238,7 @@ class _Batch:
         logits[:, self.never] = kept
         if suppression.committed_last:
             logits.index_fill_(1, self.stops, -torch.inf)
-        confidence = REMASKING[self.settings.remasking](logits, tokens, generators, rows_per_item)
+        confidence = order.confidence(logits, tokens, generators, rows_per_item)
         if suppression.committed_last:
             confidence = confidence.masked_fill(torch.isin(tokens, self.stops), -torch.inf)
         return tokens, confidence
@@ -290,6 +301,17 @@ def _certainty(logits: Tensor, tokens: Tensor, generators, rows_per_item: list[i
     return logits.amax(-1) - logits.logsumexp(-1)
 
 
+def _negative_entropy(logits: Tensor, tokens: Tensor, generators, rows_per_item: list[int]) -> Tensor:
+    probabilities = logits.softmax(-1)
+    return (probabilities * (probabilities + 1e-10).log()).sum(-1)
+
+
+def _margin(logits: Tensor, tokens: Tensor, generators, rows_per_item: list[int]) -> Tensor:
+    """Between the probabilities of the two best tokens."""
+    first, second = logits.softmax(-1).topk(2).values.unbind(-1)
+    return first - second
+
+
 def _random(logits: Tensor, tokens: Tensor, generators, rows_per_item: list[int]) -> Tensor:
     return torch.cat(
         [
@@ -325,8 +347,35 @@ SUPPRESSION = {
     "logits": Suppression(eos_is_never_emitted=True),
 }
 
-REMASKING: dict[str, Callable[[Tensor, Tensor, list[torch.Generator], list[int]], Tensor]] = {
-    "low_confidence": _low_confidence,
-    "certainty": _certainty,
-    "random": _random,
+
+@dataclass(frozen=True)
+class Order:
+    """Which open positions are committed first: those of the highest `confidence`. `top_k`: tokens that are drawn from
+    and count in it, None for all. `is_timed`: how many a step commits follows Dream's times."""
+
+    confidence: Callable[[Tensor, Tensor, list[torch.Generator], list[int]], Tensor]
+    top_k: int | None = None
+    is_timed: bool = False
+
+
+def timed_commits(block_length: int, steps: int) -> list[int]:
+    """Of the tokens that are open at time t, the share 1 - s / t by the next time s; all at the last step. Times go
+    evenly from 1 to 0.001 (Dream's generation)."""
+    times = np.linspace(1, 1e-3, steps + 1, dtype=np.float32)
+    commits, left = [], block_length
+    for step in range(steps):
+        count = left if step == steps - 1 else int(left * (1 - times[step + 1] / times[step]))
+        commits.append(count)
+        left -= count
+    return [count for count in commits if count]
+
+
+DREAM = {"top_k": 50, "is_timed": True}  # what Dream's generation does where nothing is said
+REMASKING = {
+    "low_confidence": Order(_low_confidence),
+    "certainty": Order(_certainty),
+    "random": Order(_random),
+    "maskgit_plus": Order(_low_confidence, **DREAM),
+    "entropy": Order(_negative_entropy, **DREAM),
+    "topk_margin": Order(_margin, **DREAM),
 }

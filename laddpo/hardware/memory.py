@@ -27,7 +27,7 @@ class Shape:
     """Sizes of the transformer. `vocab_size` counts the rows of embedding and head, `is_tied` that they are one.
 
     `head_dim` None: d_model / n_heads. `n_experts` 0: an MLP; else experts of `mlp_hidden_size`, of which a token takes
-    `experts_per_token`.
+    `experts_chosen`.
     """
 
     d_model: int
@@ -39,7 +39,7 @@ class Shape:
     head_dim: int | None = None
     is_tied: bool = False
     n_experts: int = 0
-    experts_per_token: int = 0
+    experts_chosen: int = 0
     has_qkv_bias: bool = False
     has_head_norms: bool = False
 
@@ -58,7 +58,7 @@ class Shape:
     @property
     def active_mlp(self) -> int:
         """Width of the MLP that one token goes through."""
-        return self.mlp_hidden_size * (self.experts_per_token if self.n_experts else 1)
+        return self.mlp_hidden_size * (self.experts_chosen if self.n_experts else 1)
 
     def linear(self, role: str) -> tuple[int, int]:
         """(inputs, outputs) of a block's linear layer."""
@@ -78,7 +78,7 @@ class Shape:
     @property
     def active_parameters(self) -> int:
         """Those of the linear layers that one token goes through."""
-        chosen = {role: self.experts_per_token if self.copies(role) > 1 else 1 for role in ROLES}
+        chosen = {role: self.experts_chosen if self.copies(role) > 1 else 1 for role in ROLES}
         return sum(a * b * chosen[role] for role in ROLES for a, b in [self.linear(role)])
 
     @property
@@ -305,12 +305,12 @@ def _block_bytes(setup: Setup, load: Load) -> int:
     into_attention = width * element * bool({"q", "k", "v"} & set(trained))
     into_mlp = width * element * bool({"gate", "up"} & set(trained))
     gated = mlp * element * (3 if "down" in trained else 2)
-    passes = {role: shape.experts_per_token if shape.copies(role) > 1 else 1 for role in ROLES}
+    passes = {role: shape.experts_chosen if shape.copies(role) > 1 else 1 for role in ROLES}
     low_rank = 0 if setup.is_full else setup.rank * sum(passes[role] for role in setup.targets) * element
     if shape.n_experts:  # probabilities and choices; each expert's input and its output before it is weighted
-        into_mlp *= shape.experts_per_token
-        routing = 4 * shape.n_experts + 28 * shape.experts_per_token
-        gated += shape.experts_per_token * width * element + routing
+        into_mlp *= shape.experts_chosen
+        routing = 4 * shape.n_experts + 28 * shape.experts_chosen
+        gated += shape.experts_chosen * width * element + routing
     return norms + attention + into_attention + into_mlp + gated + low_rank
 
 

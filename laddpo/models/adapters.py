@@ -260,7 +260,7 @@ def _anchored(model, target_modules: str | Sequence[str]) -> str | list[str]:
         raise UserError(unknown_target("", layout))
     last = sorted({name.rsplit(".", 1)[1] for name in chosen})
     if chosen == {name for name in linears if name.rsplit(".", 1)[1] in last}:
-        return rf"{layout.block}\.(.*\.)?({'|'.join(last)})"
+        return rf"{layout.block}\.({'|'.join(layout.patterns(last))})"
     return sorted(chosen)
 
 

@@ -50,6 +50,11 @@ class Layout:
             for expert in range(n_experts if "{}" in name else 1)
         ]
 
+    def patterns(self, last: Sequence[str]) -> list[str]:
+        """Regular expressions for the linear layers of a block whose names end so, by name."""
+        named = sorted((name.rpartition(".")[2], name) for name in self.linears if name.rpartition(".")[2] in last)
+        return [re.escape(name).replace(re.escape("{}"), r"\d+") for _, name in named]
+
     def role(self, name: str) -> str:
         """What the linear layer of this name does, by its last part. Example: o_proj -> o."""
         last = [linear.rpartition(".")[2] for linear in self.linears]

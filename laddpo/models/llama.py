@@ -156,7 +156,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: LlamaLikeConfig):
         super().__init__()
-        self.chosen = config.experts_per_token
+        self.chosen = config.experts_chosen
         self.gate = Router(config.d_model, config.n_experts)
         self.experts = nn.ModuleList(GatedMLP(config) for _ in range(config.n_experts))
 

@@ -146,7 +146,7 @@ class LLaDAMoEConfig(LlamaLikeConfig):
         "mlp_hidden_size": "expert_intermediate_size",
         "intermediate_size": "expert_intermediate_size",
         "n_experts": "num_experts",
-        "experts_per_token": "num_experts_per_tok",
+        "experts_chosen": "num_experts_per_tok",
     }
     has_head_norms = True
 
@@ -188,9 +188,9 @@ def refuse_impossible(config: LlamaLikeConfig) -> None:
             f"model config: num_attention_heads {config.n_heads} is no multiple of num_key_value_heads "
             f"{config.n_kv_heads}; change one."
         )
-    if config.n_experts and config.experts_per_token > config.n_experts:
+    if config.n_experts and config.experts_chosen > config.n_experts:
         problems.append(
-            f"model config: num_experts_per_tok is {config.experts_per_token}, of {config.n_experts} experts; expected "
+            f"model config: num_experts_per_tok is {config.experts_chosen}, of {config.n_experts} experts; expected "
             "no more than there are. Correct one."
         )
     if problems:

@@ -92,7 +92,7 @@ def new_config(architecture: str, shape: Mapping[str, Any], **special: int | Non
     sizes = {name: size for name, size in shape.items() if size is not None}
     sizes["tie_word_embeddings"] = sizes.pop("is_tied", False)
     if not sizes.get("n_experts"):
-        sizes = {name: size for name, size in sizes.items() if name not in ("n_experts", "experts_per_token")}
+        sizes = {name: size for name, size in sizes.items() if name not in ("n_experts", "experts_chosen")}
     return kind(**{kind.attribute_map.get(name, name): size for name, size in sizes.items()}, **special)
 
 

@@ -151,6 +151,7 @@ LISTS = {
 YES_OR_NAME = ("evaluation.suppress_eos", "data.sampling.suppress_eos")  # true and false, too
 # Names by setting: a table of options itself, where it can be read without torch, else its names. evaluation.tasks is
 # not here: the harness knows thousands more, so laddpo/settings/checks.py looks at evaluation.harness first.
+REMASKING_NAMES = ("low_confidence", "certainty", "random", "maskgit_plus", "entropy", "topk_margin")
 CHOICES: dict[str, Collection[str]] = {
     "model.architecture": FAMILIES,
     # validation numbers of which more is better, and the loss
@@ -188,8 +189,8 @@ CHOICES: dict[str, Collection[str]] = {
     "hardware.sharding": ("auto", "none", "fsdp"),
     "evaluation.suppress_eos": ("no", "confidence", "logits"),
     "data.sampling.suppress_eos": ("no", "confidence", "logits"),
-    "evaluation.remasking": ("low_confidence", "certainty", "random"),
-    "data.sampling.remasking": ("low_confidence", "certainty", "random"),
+    "evaluation.remasking": REMASKING_NAMES,
+    "data.sampling.remasking": REMASKING_NAMES,
     "data.sampling.block_cache": ("none", "prefix", "dual"),
     "evaluation.block_cache": ("none", "prefix", "dual"),
     "evaluation.harness": ("none", "lm_eval"),
@@ -249,7 +250,7 @@ RANGES: dict[str, Range] = {
     **{
         f"{part}.shape.{size}": at_least(0, "0 is a model without experts")
         for part in ("model", "benchmark")
-        for size in ("n_experts", "experts_per_token")
+        for size in ("n_experts", "experts_chosen")
     },
     "adapter.r": at_least(1, "8 to 64 is usual"),
     "adapter.lora_alpha": more_than(0, "twice adapter.r is usual"),

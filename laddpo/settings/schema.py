@@ -28,7 +28,7 @@ class ModelShape:
     """Sizes of the transformer, for `plan`; checked against config.json when the model is loaded.
 
     `head_dim` null: d_model / n_heads. `is_tied`: the head is the embedding. `n_experts` 0: an MLP; else experts of
-    `mlp_hidden_size`, of which a token takes `experts_per_token`.
+    `mlp_hidden_size`, of which a token takes `experts_chosen`.
     """
 
     d_model: int = MISSING
@@ -41,7 +41,7 @@ class ModelShape:
     head_dim: int | None = None
     is_tied: bool = False
     n_experts: int = 0
-    experts_per_token: int = 0
+    experts_chosen: int = 0
 
 
 @dataclass

@@ -417,6 +417,6 @@ def test_certainty_ranks_positions_by_their_likeliest_token_whatever_was_drawn()
 
     logits = torch.log(torch.tensor([[0.9, 0.1], [0.6, 0.4]]))
     drawn = torch.tensor([1, 0])  # the unlikely token at the position that is surest
-    sure = REMASKING["certainty"](logits, drawn, [], [2]).exp()
-    likely = REMASKING["low_confidence"](logits, drawn, [], [2]).exp()
+    sure = REMASKING["certainty"].confidence(logits, drawn, [], [2]).exp()
+    likely = REMASKING["low_confidence"].confidence(logits, drawn, [], [2]).exp()
     assert sure.tolist() == pytest.approx([0.9, 0.6]) and likely.tolist() == pytest.approx([0.1, 0.6])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laddpo.models.adapters import attach_lora, trainable_parameters
-from laddpo.models.blocks import checkpoint_blocks, compile_blocks, model_blocks
+from laddpo.models.blocks import checkpoint_blocks, compile_blocks
 from laddpo.models.llada import LLaDABlock
 
 
@@ -53,7 +53,7 @@ def test_checkpointing_switches_off_again(tiny_model):
     model = tiny_model()
     checkpoint_blocks(model)
     checkpoint_blocks(model, enabled=False)
-    assert not any(block.gradient_checkpointing for block in model_blocks(model))
+    assert not any(block.gradient_checkpointing for block in model.blocks)
     assert not model.get_input_embeddings()._forward_hooks, "transformers' hook would make every input need a gradient"
 
 

@@ -12,11 +12,11 @@ def test_llada_is_found_by_its_architecture():
     assert family.model_class is LLaDAModelLM
 
 
-def test_llada_moe_is_refused_although_it_says_the_same_model_type():
-    with pytest.raises(
-        UserError, match=r"here: the architecture is LLaDAMoEModelLM \(LLaDA-MoE.*supported: LLaDAModelLM"
-    ):
-        find_family({"architectures": ["LLaDAMoEModelLM"], "model_type": "llada"}, "here")
+def test_the_architecture_decides_and_not_the_model_type():
+    moe = find_family({"architectures": ["LLaDAMoEModelLM"], "model_type": "llada"}, "here")
+    assert moe.model_class is not LLaDAModelLM
+    with pytest.raises(UserError, match=r"here: the architecture is LLaDAVModelLM \(LLaDA-V.*supported: LLaDAModelLM"):
+        find_family({"architectures": ["LLaDAVModelLM"], "model_type": "llada"}, "here")
 
 
 @pytest.mark.parametrize("content", [{}, {"architectures": None}, {"architectures": [], "model_type": "llada"}])

@@ -195,17 +195,14 @@ def test_the_mask_token_comes_from_config_or_tokenizer_or_is_asked_for(tiny_mode
         def get_vocab(self):
             return {"<|mdm_mask|>": 7}
 
-        def convert_tokens_to_ids(self, token):
-            return self.get_vocab()[token]
-
-    config = tiny_model().config
-    assert mask_token_id(config) == 59
-    config.mask_token_id = None
-    assert mask_token_id(config, Tokenizer()) == 7
+    model = tiny_model()
+    assert mask_token_id(model) == 59
+    model.config.mask_token_id = None
+    assert mask_token_id(model, Tokenizer()) == 7
     for value in (None, 60):
-        config.mask_token_id = value
+        model.config.mask_token_id = value
         with pytest.raises(UserError, match=f"the mask token id is {value}"):
-            mask_token_id(config)
+            mask_token_id(model)
 
 
 def test_a_tokenizer_needs_no_weights(tmp_path):
