@@ -307,10 +307,10 @@ def _block_bytes(setup: Setup, load: Load) -> int:
     gated = mlp * element * (3 if "down" in trained else 2)
     passes = {role: shape.experts_chosen if shape.copies(role) > 1 else 1 for role in ROLES}
     low_rank = 0 if setup.is_full else setup.rank * sum(passes[role] for role in setup.targets) * element
-    if shape.n_experts:  # probabilities and choices; each expert's input and its output before it is weighted
+    if shape.n_experts:  # what is routed, probabilities and choices; each expert's input, and its unweighted output
         into_mlp *= shape.experts_chosen
         routing = 4 * shape.n_experts + 28 * shape.experts_chosen
-        gated += shape.experts_chosen * width * element + routing
+        gated += (shape.experts_chosen + (2 if setup.is_full else 1)) * width * element + routing
     return norms + attention + into_attention + into_mlp + gated + low_rank
 
 
@@ -333,7 +333,9 @@ def _in_block(setup: Setup, load: Load) -> dict[str, int]:
     """The backward pass of a block's gated product: its gradients, unpacked weights, what is recomputed."""
     shape, element = setup.shape, ELEMENT_BYTES[setup.precision]
     width, mlp = shape.d_model, shape.mlp_hidden_size
-    workspace = load.tokens * 2 * shape.active_mlp * element
+    # experts come one after the other; what goes in and out of all chosen ones is there at once
+    gradients = 3 * shape.experts_chosen * width if shape.n_experts else 2 * mlp
+    workspace = load.tokens * gradients * element
     if setup.checkpointing or setup.offload:  # the block's own activations are back
         recomputed = _block_bytes(setup, load)
         if _stream_bytes(setup) == 4 and setup.checkpointing and not setup.offload:

@@ -174,7 +174,10 @@ class Experts(nn.Module):
             expert(part) for expert, part in zip(self.experts, inputs, strict=True) if len(part) or _trains(expert)
         ]
         weighted = torch.cat(outputs) * weights.flatten()[order, None]
-        return torch.zeros_like(flat).index_add(0, tokens, weighted).view_as(x)
+        by_token = weighted[order.argsort()].unflatten(
+            0, (-1, self.chosen)
+        )  # no scattered sum: that has no fixed order
+        return by_token.sum(1).view_as(x)
 
 
 def _trains(module: nn.Module) -> bool:

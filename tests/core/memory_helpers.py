@@ -8,11 +8,11 @@ from laddpo.core.draws import MaskedDraw, MaskedSequence
 
 
 def masked_sequences(lengths: list[int], vocabulary: int, masked_share: float = 0.5) -> list[MaskedSequence]:
-    """One response after another, without prompts, whose first tokens are masked."""
+    """One response after another, each behind a prompt of one token, whose first tokens are masked."""
     rng = np.random.default_rng(0)
     sequences = []
     for length in lengths:
-        masked = np.arange(max(1, int(masked_share * length)))
+        masked = np.arange(max(1, int(masked_share * (length - 1))))
         ids = rng.integers(0, vocabulary, length).astype(np.int32)
-        sequences.append(MaskedSequence(np.empty(0, np.int32), ids, MaskedDraw(0, masked, 2.0)))
+        sequences.append(MaskedSequence(ids[:1], ids[1:], MaskedDraw(0, masked, 2.0)))
     return sequences
