@@ -5,30 +5,25 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from laddpo.settings.needs import OF_PARTS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def write_tiny_model(folder: Path, shape: Mapping[str, int]) -> Path:
+def write_tiny_model(folder: Path, shape: Mapping[str, Any], architecture: str = "LLaDAModelLM") -> Path:
     """Random weights of a fixed seed in `shape`, saved in `folder`."""
-    from laddpo.models.llada_config import LLaDAConfig
-    from laddpo.models.loading import load_tokenizer, new_model, save_model
+    from laddpo.models.loading import load_tokenizer, new_config, new_model, save_model
 
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(REPOSITORY / "data" / "llada_nano" / name, folder)
     tokenizer = load_tokenizer(str(folder))
-    config = LLaDAConfig(
-        **shape,
-        vocab_size=len(tokenizer),
-        mask_token_id=tokenizer.convert_tokens_to_ids("<|mdm_mask|>"),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    save_model(new_model(config, seed=3), folder)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    special["mask_token_id"] = tokenizer.convert_tokens_to_ids("<|mdm_mask|>")
+    config = new_config(architecture, {**shape, "vocab_size": len(tokenizer)}, **special)
+    save_model(new_model(config, 3, architecture), folder)
     return folder
 
 

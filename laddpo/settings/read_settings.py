@@ -32,6 +32,7 @@ EVERYWHERE = {
     "hardware.": "describes the machine, which is the same for all stages",
     "paths.": "where everything lies, the same for all stages",
     "model.name": "names folders and appears in messages",
+    "model.architecture": "says what network it is; it is compared with the weights wherever these are loaded",
     "model.shape.": "describes the model; it is compared with the weights wherever these are loaded",
 }
 LENGTH = (
