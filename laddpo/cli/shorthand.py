@@ -24,6 +24,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from laddpo.errors import UserError, nearest
+from laddpo.models.families import FAMILIES
 from laddpo.preference.reading.splits import HUB_ID
 from laddpo.settings.habits import HABITS, SAME
 from laddpo.settings.mistakes import schema_types
@@ -122,23 +123,36 @@ def of_model(value: str) -> list[str]:
     if value in (known := _ids("model", "model_name_or_path")):
         return [f"model={known[value]}"]
     folder = Path(value).expanduser()
-    shape = _shape(folder) if folder.is_dir() else None
-    alike = [name for name, content in _options("model") if shape and content["model"].get("shape") == shape]
+    stated = _stated(folder) if folder.is_dir() else {}
+    alike = [
+        name
+        for name, content in _options("model")
+        if stated and {"architecture": "LLaDAModelLM", **_flat(content["model"])}.items() >= stated.items()
+    ]
     place = [setting("model.model_name_or_path", value), setting("model.name", folder.name)]
     if alike:
         return [f"model={alike[0]}", *place]
-    return ["model=llada_8b", *place, *(f"model.shape.{name}={size}" for name, size in (shape or {}).items())]
+    return ["model=llada_8b", *place, *(setting(f"model.{name}", found) for name, found in stated.items())]
 
 
-def _shape(folder: Path) -> dict[str, int] | None:
-    """The sizes in a folder's config.json, or None if they are not all there."""
+def _stated(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says of the model, under the names of the group; nothing if it is not all there."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        sizes = {**content, "n_kv_heads": content.get("n_kv_heads") or content["n_heads"]}
-        sizes["vocab_size"] = content.get("embedding_size") or content["vocab_size"]
-        return {name: int(sizes[name]) for name in SIZES}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        architecture = content["architectures"][0]
+        sizes = FAMILIES[architecture].sizes(content)
+        usual = {"head_dim": sizes["d_model"] // sizes["n_heads"], "is_tied": False, "n_experts": 0}
+        sizes = {name: size for name, size in sizes.items() if usual.get(name) != size}
+        if not sizes.keys() >= set(SIZES):
+            return {}
+        return {"architecture": architecture, **{f"shape.{name}": size for name, size in sizes.items()}}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        return {}
+
+
+def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {f"shape.{name}": size for name, size in (model.get("shape") or {}).items()}
+    return {name: value for name, value in {**model, **sizes}.items() if not isinstance(value, Mapping)}
 
 
 def _options(group: str) -> Iterator[tuple[str, dict]]:

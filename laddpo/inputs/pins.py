@@ -47,7 +47,7 @@ def make(config: RunConfig, data: str | None = None, from_scratch: bool = False)
     folder = loading.checkpoint_folder(path, revision)
     spoken = {**encoder.fields(), "bos": encoder.bos_id}
     pins: Pins = {
-        "tokenizer": atomic.file_sha256(folder / "tokenizer.json"),
+        "tokenizer": loading.tokenizer_digest(folder),
         "template": manifests.fingerprint({name: spoken[name] for name in ("template", "terminator", "bos")}),
         "adapter": "none",
     }

@@ -214,6 +214,8 @@ def _check_shape(config: RunConfig, model) -> None:
         for field in dataclasses.fields(settings.shape)
     }
     has["shape.is_tied"] = (settings.shape.is_tied, bool(found.tie_word_embeddings))
+    if settings.shape.max_sequence_length < found.max_sequence_length:  # positions that may be used, of those it knows
+        del has["shape.max_sequence_length"]
     if settings.shape.head_dim is None:
         has["shape.head_dim"] = (settings.shape.d_model // settings.shape.n_heads, found.head_dim)
     if FAMILIES[settings.architecture] is not family:

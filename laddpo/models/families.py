@@ -10,25 +10,45 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from laddpo.errors import UserError
 from laddpo.models.linears import LLADA, LLAMA, LLAMA_MOE, Layout
+
+SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "max_sequence_length",
+         "head_dim", "is_tied", "n_experts", "experts_chosen")  # fmt: skip
+LLAMA_NAMES = {  # of sizes: this program's names, and those of a config.json in Llama's spelling
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "n_layers": "num_hidden_layers",
+    "mlp_hidden_size": "intermediate_size",
+    "max_sequence_length": "max_position_embeddings",
+    "embedding_size": "vocab_size",
+    "is_tied": "tie_word_embeddings",
+}
+MOE_NAMES = {
+    **LLAMA_NAMES,
+    "mlp_hidden_size": "expert_intermediate_size",
+    "n_experts": "num_experts",
+    "experts_chosen": "num_experts_per_tok",
+}
 
 
 @dataclass(frozen=True)
 class Family:
     """A supported network. `network`: module of its class, and the class.
 
-    `reads_before`: how many positions before a token its score is read. `mask_token_id`: that of every checkpoint,
-    where neither config nor tokenizer tells it. `has_qkv_bias`, `has_head_norms`: small parts that plans count.
-    `code`: the public repository and the classes in it that `auto_map` of a written config.json names, for programs
-    that run a checkpoint's own code. This one never does.
+    `names`: of sizes in its config.json, where they are not this program's. `reads_before`: how many positions before a
+    token its score is read. `mask_token_id`: that of every checkpoint, where neither config nor tokenizer tells it.
+    `has_qkv_bias`, `has_head_norms`: small parts that plans count. `code`: the public repository and the classes in it
+    that `auto_map` of a written config.json names, for programs that run a checkpoint's own code. This one never does.
     """
 
     network: tuple[str, str]
     layout: Layout
+    names: Mapping[str, str] = field(default_factory=lambda: LLAMA_NAMES)
     reads_before: int = 0
     mask_token_id: int | None = None
     has_qkv_bias: bool = False
@@ -45,6 +65,13 @@ class Family:
         """Says what is taken from a config.json (`fields`), the original's switches with the values that are computed
         with (`switches`), and its other fields (`inert`)."""
         return self.model_class.config_class
+
+    def sizes(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The sizes that a config.json of this family states, under the names of `model.shape`."""
+        found = {name: config.get(self.names.get(name, name)) for name in SIZES}
+        found["n_kv_heads"] = found["n_kv_heads"] or found["n_heads"]
+        found["vocab_size"] = config.get("embedding_size") or found["vocab_size"]
+        return {name: size for name, size in found.items() if size is not None}
 
     def auto_map(self) -> dict[str, str]:
         """Where a program that runs a checkpoint's own code finds it; empty where no public code is known."""
@@ -72,11 +99,12 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
     )
 
 
-_MOE = Family(("llama", "LLaDAMoEModelLM"), LLAMA_MOE, has_head_norms=True)
+_MOE = Family(("llama", "LLaDAMoEModelLM"), LLAMA_MOE, names=MOE_NAMES, has_head_norms=True)
 FAMILIES = {
     "LLaDAModelLM": Family(
         ("llada", "LLaDAModelLM"),
         LLADA,
+        names={},
         code=(
             "GSAI-ML/LLaDA-8B-Instruct",
             {

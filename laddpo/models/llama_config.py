@@ -11,6 +11,7 @@ from types import MappingProxyType
 from transformers.configuration_utils import PreTrainedConfig
 
 from laddpo.errors import UserError
+from laddpo.models.families import LLAMA_NAMES, MOE_NAMES
 from laddpo.models.foreign import FLAG, MOST_ID, Kind, either, listed, number, only, optional, text, whole
 
 _NONE_OR_0 = only(None, 0.0)
@@ -64,16 +65,7 @@ class LlamaLikeConfig(PreTrainedConfig):
     `num_key_value_heads` None means num_attention_heads, `head_dim` None means hidden_size / num_attention_heads.
     """
 
-    attribute_map = {  # noqa: RUF012 - transformers' own spelling
-        "d_model": "hidden_size",
-        "n_heads": "num_attention_heads",
-        "n_kv_heads": "num_key_value_heads",
-        "n_layers": "num_hidden_layers",
-        "mlp_hidden_size": "intermediate_size",
-        "max_sequence_length": "max_position_embeddings",
-        "embedding_size": "vocab_size",
-        "init_std": "initializer_range",
-    }
+    attribute_map = {**LLAMA_NAMES, "init_std": "initializer_range"}  # noqa: RUF012
     fields, switches, inert = FIELDS, MappingProxyType({}), MappingProxyType({})
     has_qkv_bias = False
     has_head_norms = False  # of queries and keys, before the rotation
@@ -142,11 +134,9 @@ class LLaDAMoEConfig(LlamaLikeConfig):
     model_type = "lladamoe"
     fields = MOE_FIELDS
     attribute_map = {  # noqa: RUF012
-        **{name: given for name, given in LlamaLikeConfig.attribute_map.items() if name != "mlp_hidden_size"},
-        "mlp_hidden_size": "expert_intermediate_size",
+        **MOE_NAMES,
+        "init_std": "initializer_range",
         "intermediate_size": "expert_intermediate_size",
-        "n_experts": "num_experts",
-        "experts_chosen": "num_experts_per_tok",
     }
     has_head_norms = True
 

@@ -29,7 +29,7 @@ from laddpo.models.checkpoint_files import (
 from laddpo.models.families import FAMILIES, family_of, find_family
 from laddpo.models.foreign import checked, read_settings
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
-from laddpo.models.tokenizers import build_tokenizer
+from laddpo.models.tokenizers import build_tokenizer, tokenizer_files
 from laddpo.preference.encoding.special_text import MASK_TOKENS
 from laddpo.processes.ranks import placed_like
 from laddpo.storage import atomic, manifests
@@ -90,9 +90,10 @@ def new_config(architecture: str, shape: Mapping[str, Any], **special: int | Non
     in a config.json."""
     kind = FAMILIES[architecture].config_class
     sizes = {name: size for name, size in shape.items() if size is not None}
-    sizes["tie_word_embeddings"] = sizes.pop("is_tied", False)
     if not sizes.get("n_experts"):
         sizes = {name: size for name, size in sizes.items() if name not in ("n_experts", "experts_chosen")}
+    if not sizes.get("is_tied"):
+        sizes.pop("is_tied", None)
     return kind(**{kind.attribute_map.get(name, name): size for name, size in sizes.items()}, **special)
 
 
@@ -107,11 +108,6 @@ def load_tokenizer(path: str, revision: str | None = None):
     """The tokenizer of a checkpoint (its own code is never run). Needs no weights."""
     folder = checkpoint_folder(path, revision, SMALL_FILES)
     require_sealed(folder, *READ_FOR_TOKENIZER)
-    if not (folder / "tokenizer.json").exists():
-        raise UserError(
-            f"{folder}: has no tokenizer.json; expected a fast tokenizer beside the model. "
-            "Copy the tokenizer's files into that folder."
-        )
     return build_tokenizer(folder)
 
 
@@ -120,9 +116,16 @@ def copy_tokenizer(path: str, revision: str | None, target: Path) -> list[str]:
     folder = checkpoint_folder(path, revision, SMALL_FILES)
     require_sealed(folder, *TOKENIZER_FILES)
     files = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern))]
+    files += [file for file in tokenizer_files(folder) if file not in files]
     for file in files:
         atomic.write_bytes(target / file.name, file.read_bytes())
     return [file.name for file in files]
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """The sha256 of the files that say how text becomes ids."""
+    digests = [atomic.file_sha256(file) for file in tokenizer_files(folder)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def mask_token_id(model, tokenizer=None) -> int:

@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer out of its files: tokenizer.json, and the known fields of the files beside it.
 
-The class is always the one that runs tokenizer.json unchanged. A class, code or further files that the settings name
-are not looked at.
+The class is always the one that runs tokenizer.json unchanged; Dream has none, and Qwen2's is built from vocab.json and
+merges.txt. A class, code or further files that the settings name are not looked at.
 """
 
 from __future__ import annotations
@@ -30,25 +30,48 @@ from laddpo.models.foreign import (
 
 TOKENIZER, SETTINGS, SPECIAL_TOKENS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+OF_QWEN2 = ("vocab.json", "merges.txt")
+QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer")
 
 
 def build_tokenizer(folder: Path):
     """The tokenizer of the files in `folder`. Raises `UserError` for files that are not whole or not of their kind."""
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-    settings = _settings(folder)
+    settings, is_whole = _settings(folder), (folder / TOKENIZER).exists()
+    if not is_whole:
+        _require_qwen2(folder)
     try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER), **settings)
+        if is_whole:
+            backend = {"tokenizer_file": str(folder / TOKENIZER)}
+        else:
+            vocab, merges = (str(folder / name) for name in OF_QWEN2)
+            backend = {"tokenizer_object": Qwen2Tokenizer(vocab=vocab, merges=merges).backend_tokenizer}
+        tokenizer = PreTrainedTokenizerFast(**backend, **settings)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the library behind it raises bare exceptions, and panics as none
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {reason}). {TOKENIZER} and {SETTINGS} "
-            "must be whole and of one checkpoint; copy them again."
+            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {reason}). {TOKENIZER} (or "
+            f"{' and '.join(OF_QWEN2)}) and {SETTINGS} must be whole and of one checkpoint; copy them again."
         ) from error
     tokenizer.name_or_path = str(folder)
     return tokenizer
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that say how text becomes ids."""
+    return [folder / TOKENIZER] if (folder / TOKENIZER).exists() else [folder / name for name in OF_QWEN2]
+
+
+def _require_qwen2(folder: Path) -> None:
+    kind = read_settings(folder / SETTINGS).get("tokenizer_class") if (folder / SETTINGS).exists() else None
+    if kind not in QWEN2_CLASSES or not all(file.exists() for file in tokenizer_files(folder)):
+        raise UserError(
+            f"{folder}: has no {TOKENIZER}; expected a fast tokenizer beside the model, or {' and '.join(OF_QWEN2)} of "
+            "a Qwen2 tokenizer. Copy the tokenizer's files into that folder."
+        )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
