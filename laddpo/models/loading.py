@@ -112,13 +112,20 @@ def load_tokenizer(path: str, revision: str | None = None):
 
 
 def copy_tokenizer(path: str, revision: str | None, target: Path) -> list[str]:
-    """Copy a checkpoint's tokenizer files byte for byte beside weights made from it. Returns their names."""
+    """Copy a checkpoint's tokenizer files byte for byte beside weights made from it. Returns their names.
+
+    Settings that name code (`auto_map`) lose that name: the code stays behind.
+    """
     folder = checkpoint_folder(path, revision, SMALL_FILES)
     require_sealed(folder, *TOKENIZER_FILES)
     files = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern))]
     files += [file for file in tokenizer_files(folder) if file not in files]
     for file in files:
-        atomic.write_bytes(target / file.name, file.read_bytes())
+        settings = read_settings(file) if file.name == "tokenizer_config.json" else {}
+        if settings.pop("auto_map", None) is None:
+            atomic.write_bytes(target / file.name, file.read_bytes())
+        else:
+            atomic.write_json(target / file.name, settings)
     return [file.name for file in files]
 
 

@@ -20,6 +20,7 @@ from laddpo.inputs.pins import check_adapter, model_path, require_inputs_of
 from laddpo.inputs.policy import check_adapter_fits
 from laddpo.inputs.tuned import tuned_weights
 from laddpo.models import adapters, loading
+from laddpo.models.families import find_family
 from laddpo.preference.reading.pairs import user_prompt
 from laddpo.results.model_card import CardFacts, card_text, licences
 from laddpo.settings.schema import RunConfig
@@ -117,7 +118,7 @@ def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list
             f"{min(changed, default='none, but the logits differ')}); expected the same bytes. The disk or memory may "
             "be faulty: export again to another disk."
         )
-    return files, CardFacts(dtype=dtype, check=check_words(check, dtype), tensors=len(digests))
+    return files, CardFacts(dtype=dtype, check=check_words(check, dtype), tensors=len(digests), **_family_facts(folder))
 
 
 def export_adapter(config: RunConfig, source: Source, folder: Path) -> tuple[list[str], CardFacts]:
@@ -134,7 +135,14 @@ def export_adapter(config: RunConfig, source: Source, folder: Path) -> tuple[lis
     content["revision"] = config.model.revision
     atomic.write_json(folder / settings, content)
     atomic.write_bytes(folder / weights, (source.folder / weights).read_bytes())
-    return [settings, weights], CardFacts(dtype="fp32", check="", tensors=0, is_adapter=True)
+    base = loading.checkpoint_folder(model_path(config.model), config.model.revision, ["config.json"])
+    return [settings, weights], CardFacts(dtype="fp32", check="", tensors=0, is_adapter=True, **_family_facts(base))
+
+
+def _family_facts(folder: Path) -> dict[str, str]:
+    """What a card must know of the model of a checkpoint to say which programs load it."""
+    content = loading.original_config(folder)
+    return {"architecture": content["architectures"][0], "public_code": find_family(content, str(folder)).code[0]}
 
 
 def stored_dtype(folder: Path) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +13,10 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from laddpo.inputs.pins import model_path
 from laddpo.preference.reading.splits import HUB_ID, has_file_name
 from laddpo.results.tables import before_after_rows, markdown
+from laddpo.results.using import use_section
 from laddpo.settings.data_checks import sft_examples
 from laddpo.settings.redaction import redact
 from laddpo.settings.schema import RunConfig
@@ -30,6 +30,8 @@ class CardFacts:
     check: str
     tensors: int
     is_adapter: bool = False
+    architecture: str | None = None
+    public_code: str | None = None  # the hub repository that has the architecture's modelling code
 
 
 def card_text(
@@ -59,7 +61,7 @@ def card_text(
         f"{what} {inline(name)}, a masked-diffusion language model, {made}.",
         _origin(config, facts, sealed, base, step, name, licence, is_sft, is_foreign),
         _metrics(results),
-        "## Use\n\n" + _use(facts.is_adapter, name),
+        "## Use\n\n" + _use(config, facts, one_line(name), is_foreign),
         "## Settings\n\n" + fenced(_settings(config, is_foreign), "yaml"),
     ]
     return redact("\n\n".join(section for section in sections if section)) + "\n"
@@ -98,7 +100,7 @@ def _front_matter(
     config: RunConfig, facts: CardFacts, name: str, licence: list[str], is_sft: bool, is_foreign: bool
 ) -> str:
     content: dict[str, Any] = {"license": licence[0] if len(licence) == 1 else licence or "other"}
-    if "/" in name and not Path(config.model.model_name_or_path).expanduser().exists():
+    if "/" in name and not Path(model_path(config.model)).expanduser().exists():
         content["base_model"] = one_line(name)
         content["base_model_relation"] = "adapter" if facts.is_adapter else "finetune"
     if not is_foreign and _is_on_hub(config):
@@ -169,9 +171,11 @@ def _settings(config: RunConfig, is_foreign: bool) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_without_places(tree)))
 
 
-def _use(is_adapter: bool, base: str) -> str:
-    text = ADAPTER_USE if is_adapter else MERGED_USE
-    return text.replace('"BASE"', json.dumps(base)).replace("BASE", shlex.quote(one_line(base)).replace("`", ""))
+def _use(config: RunConfig, facts: CardFacts, base: str, is_foreign: bool) -> str:
+    is_arithmetic = config.data.source == "arithmetic" and not is_foreign
+    prompt = "08+06+09=" if is_arithmetic else "What is the capital of France?"
+    template = "auto" if is_foreign else config.data.template
+    return use_section(base, facts.architecture, facts.public_code, facts.is_adapter, prompt, template)
 
 
 def _without_places(value: Any) -> Any:
@@ -183,20 +187,3 @@ def _without_places(value: Any) -> Any:
 
 
 SETTINGS = ("seed", "adapter", "quantization", "data", "dpo", "sft", "optim", "evaluation")
-MERGED_USE = """```python
-from laddpo.models.loading import load_model, load_tokenizer
-
-model, tokenizer = load_model("<this folder>"), load_tokenizer("<this folder>")
-```
-
-Or as a base for every stage: `python -m laddpo.generate model.model_name_or_path=<this folder> prompt="…"`."""
-
-ADAPTER_USE = """```python
-from laddpo.models.adapters import attach_lora
-from laddpo.models.loading import load_model
-
-model = load_model("BASE")
-attach_lora(model, path="<this folder>")
-```
-
-Or merged: `python -m laddpo.export model.model_name_or_path=BASE adapter.path=<this folder>`."""
