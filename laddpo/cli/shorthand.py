@@ -129,7 +129,7 @@ def of_model(value: str) -> list[str]:
         for name, content in _options("model")
         if stated and {"architecture": "LLaDAModelLM", **_flat(content["model"])}.items() >= stated.items()
     ]
-    place = [setting("model.model_name_or_path", value), setting("model.name", folder.name)]
+    place = [setting("model.model_name_or_path", value), setting("model.name", folder.name or folder.resolve().name)]
     if alike:
         return [f"model={alike[0]}", *place]
     return ["model=llada_8b", *place, *(setting(f"model.{name}", found) for name, found in stated.items())]
