@@ -209,8 +209,10 @@ class Reference:
         windows: Sequence[tuple[list[EncodedPair], range]],
         stop: StopFlag,
         label: str,
+        *,
+        says_why: bool = True,
     ) -> None:
-        """Compute what the store lacks for these windows of pairs, saying how much that is."""
+        """Compute what the store lacks for these windows of pairs, saying how much that is, and why."""
         loaded, ranks = self.loaded, self.loaded.machine.ranks
         absent = [
             stored_pair(pair) for pairs, draws in windows for pair in pairs if store.missing(stored_pair(pair), draws)
@@ -226,7 +228,8 @@ class Reference:
                 f"false. Run {command_of('precompute')}, or set auto=true."
             )
         print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}")
-        print(f"reference, {label}: {store.why_missing(absent)}")
+        if says_why:
+            print(f"reference, {label}: {store.why_missing(absent)}")
 
         progress = Progress(total=total, unit="pairs", desc="reference", dynamic_ncols=True, disable=not ranks.is_main)
         with progress:
@@ -251,5 +254,5 @@ class Reference:
             return []
         draws, store = estimator.draw_indices(0), self.store(estimator)
         windows = [(list(pairs[start : start + WINDOW]), draws) for start in range(0, len(pairs), WINDOW)]
-        self.complete(store, estimator, windows, stop, label)
+        self.complete(store, estimator, windows, stop, label, says_why=False)  # other draws than training's, always
         return [pair_item(pair, estimator, draws, store.values(stored_pair(pair), draws)) for pair in pairs]
