@@ -316,7 +316,7 @@ def finish(run: Run, training: Training, ended: Ended) -> list[str]:
     if settings.best_metric and state.best_value is not None and math.isfinite(state.best_value):
         said.append(f"kept step {state.best_step}: {settings.best_metric} = {state.best_value:.4g}")
         if state.best_step == 0:
-            said.append("no evaluation beat the base model: what is kept is untrained; the last weights lie beside it")
+            said.append("no evaluation beat step 0: the weights before training are kept, the last ones beside them")
     if config.evaluation.at_end:
         evaluate_at_end(run, said.append)
     return [*said, f"adapter, metrics, checkpoints and plots: {run.folder}"]
