@@ -45,25 +45,18 @@ def main(config: RunConfig, run_folder: Path) -> None:
 def answer_prompts(config: RunConfig, texts: list[str], tuned: Path | None) -> dict[str, list[str]]:
     """The answers of the base, and with `tuned` those of the tuned model, by name."""
     from laddpo.evaluation.answering import answerer
-    from laddpo.hardware.machine import find_machine
-    from laddpo.inputs import policy
-    from laddpo.inputs.tuned import base_model, use_weights
+    from laddpo.inputs.both_models import open_both
     from laddpo.preference.reading.pairs import user_prompt
 
-    loaded = policy.load(config, find_machine(config))
+    both = open_both(config, tuned)
+    answers = answerer(both.loaded, config.evaluation, config.data, config.seed)
     prompts = [user_prompt(text) for text in texts]
     names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-    answers_of = answerer(loaded, config.evaluation, config.data, config.seed)
-    answer, size = answers_of.to(prompts, names), answers_of.batch_size
-    if tuned is None:
-        return {"base": _answer_all(answer, prompts, size)}
-    answers: dict[str, list[str]] = {}
-    policy.make_trainable(config, loaded)
-    with base_model(config.model, config.adapter, loaded):
-        answers["base"] = _answer_all(answer, prompts, size)
-    use_weights(config.adapter, loaded, tuned)
-    answers["tuned"] = _answer_all(answer, prompts, size)
-    return answers
+    found: dict[str, list[str]] = {}
+    for name in both.names:
+        with both.weights_of(name):
+            found[name] = answers.texts(prompts, names)
+    return found
 
 
 def wanted_prompts(config: RunConfig) -> list[str]:
@@ -87,10 +80,6 @@ def wanted_prompts(config: RunConfig) -> list[str]:
     raise UserError(
         'neither prompt nor prompts is set; expected prompt="a question" or prompts=<file, one prompt a line>.'
     )
-
-
-def _answer_all(answer, prompts: list, size: int) -> list[str]:
-    return [given.text for start in range(0, len(prompts), size) for given in answer(prompts[start : start + size])]
 
 
 if __name__ == "__main__":

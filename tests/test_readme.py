@@ -31,11 +31,21 @@ EXTRAS = sorted({name for found in re.findall(r"'\.\[([\w,]+)\]'", "\n".join(LIN
 PLUGINS = {"joblib": "hydra_joblib_launcher", "submitit": "hydra_submitit_launcher", "optuna": "hydra_optuna_sweeper"}
 
 
-def test_the_python_example_gives_ln_2_before_training(monkeypatch, capsys):
+def test_the_python_examples_run_in_the_order_of_their_page(tmp_path, monkeypatch, capsys):
+    """The loop of one's own is run where the shipped model lies, and begins at ln 2."""
+    examples = re.findall(r"```python\n(.*?)```", PAGES["docs/python.md"], re.S)
+    assert len(examples) == 4
+    *of_the_api, loop = examples
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for code in of_the_api:
+        exec(code, names)
+    assert len(names["texts"]) == 2 and not names["model"].has_base
     monkeypatch.chdir(REPOSITORY)
-    (code,) = [block for language, block in BLOCKS if language == "python" and "accumulate_gradient" in block]
-    exec(code, {})
-    assert "0.6931" in capsys.readouterr().out
+    capsys.readouterr()
+    exec(loop, {})
+    losses = [float(line.split("[")[1].rstrip("]")) for line in capsys.readouterr().out.splitlines()]
+    assert f"{losses[0]:.4f}" == "0.6931" and losses[0] > losses[1] > losses[2]
 
 
 def test_every_way_of_starting_a_stage_is_seen():

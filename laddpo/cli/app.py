@@ -83,7 +83,7 @@ def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
     try:
         show_everything()
         of_this_process()
-        return _run(stage, list(argv), main)
+        return run_command(stage, list(argv), main)
     except UserError as error:
         _print_problems(error)
         return error.exit_code
@@ -95,9 +95,7 @@ def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
         _print_into_nothing()
         return EXIT_FAULT
     except OSError as error:
-        cannot_write = error.errno in CANNOT_WRITE
-        message = disk_message(Path(error.filename or os.curdir), error) if cannot_write else cannot_use(error)
-        if message is None:
+        if (message := of_system(error)) is None:
             _print_traceback()
             return EXIT_FAULT
         _print_problems(UserError(message))
@@ -107,6 +105,12 @@ def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
             return _interrupted()
         _print_traceback()
         return EXIT_FAULT
+
+
+def of_system(error: OSError) -> str | None:
+    """The message for a full disk, or for a file or folder that the user may not use; None for other errors."""
+    is_full = error.errno in CANNOT_WRITE
+    return disk_message(Path(error.filename or os.curdir), error) if is_full else cannot_use(error)
 
 
 def show_everything() -> None:
@@ -142,7 +146,13 @@ def _came_of_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _run(stage: str, argv: list[str], main: Main | None) -> int:
+def main_of(stage: str) -> Main:
+    """What the stage does with its settings and its folder."""
+    return importlib.import_module(f"laddpo.{stage}").main
+
+
+def run_command(stage: str, argv: list[str], main: Main | None) -> int:
+    """The exit code of a command that ends well; `UserError` and other errors are raised."""
     argv, rewritten = expand(stage, argv)
     for note in rewritten:
         print(f"note: {visible(redact(note))}", file=sys.stderr)
@@ -188,7 +198,7 @@ def _run(stage: str, argv: list[str], main: Main | None) -> int:
             notes = other_decoding(config, args.overrides) if is_of_run else unlikely_settings(config, stage)
             for note in notes:
                 print(f"note: {visible(note)}", file=sys.stderr)
-        return _call(main or importlib.import_module(f"laddpo.{stage}").main, config, folder)
+        return _call(main or main_of(stage), config, folder)
 
 
 def shown_problems(stage: str, tree: DictConfig) -> list[str]:

@@ -137,6 +137,11 @@ class Answerer:
 
         return answer
 
+    def texts(self, prompts: Sequence[Prompt], names: Sequence[str]) -> list[str]:
+        """The texts of the answers to all these prompts."""
+        answer, size = self.to(prompts, names), self.batch_size
+        return [given.text for start in range(0, len(prompts), size) for given in answer(prompts[start : start + size])]
+
 
 def answerer(loaded: Loaded, evaluation: EvaluationSettings, data: DataSettings, seed: int) -> Answerer:
     """The model with the encoding of the data and the decoding of the evaluation."""

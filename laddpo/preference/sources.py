@@ -7,7 +7,7 @@ source is its functions and one row; settings read the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -90,8 +90,13 @@ def open_corpus(name: str) -> Source:
     return source.corpus or examples_of(source)
 
 
-def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iterator[PreferencePair | BadRow]:
-    """Pairs of local files or of the hub, in the shape of `shape` or else of `request.format`."""
+def read_pairs(
+    request: Request,
+    log: ReadLog,
+    shape: str | None = None,
+    rows: Iterable[tuple[str, dict] | BadRow] | None = None,
+) -> Iterator[PreferencePair | BadRow]:
+    """Pairs of local files or of the hub, or of `rows`, in the shape of `shape` or else of `request.format`."""
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
     shape = shape or shape_name(request.format)
     readable = [*PAIR_COLUMNS, *OPTIONAL]
@@ -111,7 +116,10 @@ def read_pairs(request: Request, log: ReadLog, shape: str | None = None) -> Iter
             except RowError as error:  # the row's other pairs may be good
                 yield error.at(place)
 
-    return made_of(raw_rows(request, log, [n for n in readable if n in PAIR_COLUMNS or rules.columns.get(n)]), pairs)
+    names = [n for n in readable if n in PAIR_COLUMNS or rules.columns.get(n)]
+    if rows is None:
+        return made_of(raw_rows(request, log, names), pairs)
+    return made_of(accounted(rows, names, request.columns, "the pairs", log.warn), pairs)
 
 
 def read_examples(request: Request, log: ReadLog, shape: str | None = None) -> Iterator[Example | BadRow]:
