@@ -17,6 +17,7 @@ STAGES = {  # in the order in which a person needs them
     "train": "DPO on preference pairs; prepares them first if needed",
     "evaluate": "base against tuned on test problems and held-out pairs",
     "generate": "answers to prompts, base beside tuned",
+    "chat": "a conversation with a model, base beside tuned",
     "report": "one HTML page of a run, of several runs or of a sweep",
     "export": "merged weights or the adapter, with a model card",
     "plan": "memory and hours, before anything is loaded",

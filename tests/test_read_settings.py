@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,9 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "generate": ("generate", [*LOOK[1:], "prompt=hello"]),
     "generate, file": ("generate", [*LOOK[1:], "prompts={asked}"]),
     "generate, run": ("generate", ["run={train}", "prompt=hello"]),
+    "chat": ("chat", [*LOOK[1:], "chat.turns=1"]),
+    "chat, adapter.path": ("chat", [*LOOK[1:], "adapter.path={train}/adapter", "base=true"]),
+    "chat, run": ("chat", ["run={train}"]),
     "variance, run": (
         "variance",
         ["run={train, rows}", "variance.pairs=2", "variance.gradient_pairs=2", "variance.evaluations=3",
@@ -129,6 +133,7 @@ class Lab:
 
         def main(config: RunConfig, folder: Path) -> None:
             seen.append(config)
+            sys.stdin = io.StringIO("hello\n")
             importlib.import_module(f"laddpo.{stage}").main(config, folder)
 
         said = io.StringIO()
@@ -149,6 +154,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         for name in ("training_plot", "evaluation_plot"):
             patch.setattr(plots, name, lambda *arguments, **options: None)
         patch.setattr(report, "variance_plot", lambda *arguments: None)
+        patch.setattr(sys, "stdin", None)  # chat is given one of its own
         patch.setattr(run_pages, "panel_plots", lambda *arguments, **options: [])
         yield Lab(tmp_path_factory.mktemp("read_settings"))
 

@@ -24,7 +24,7 @@ def asked(stage: str, *overrides: str) -> list:
     return got
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "generate", "variance", "export"])
+@pytest.mark.parametrize("stage", ["evaluate", "generate", "chat", "variance", "export"])
 def test_what_a_finished_run_decides_is_refused_by_name(stage, run, capsys):
     assert asked(stage, run, "model=llada_nano", "adapter.r=64", "dpo.beta=0.7", "adapter.kind=lora") == []
     err = capsys.readouterr().err
@@ -33,7 +33,7 @@ def test_what_a_finished_run_decides_is_refused_by_name(stage, run, capsys):
     assert "hardware.*, paths.*" in err and err.count("error:") == 1
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "generate", "variance", "export"])
+@pytest.mark.parametrize("stage", ["evaluate", "generate", "chat", "variance", "export"])
 def test_what_a_run_has_anyway_may_be_repeated(stage, run):
     ((config, folder),) = asked(stage, run, "model=llada_mini", "adapter.r=8", "seed=42", "logger=none")
     assert (config.model.name, config.data.source, config.adapter.r) == ("llada_mini", "onpolicy", 8)

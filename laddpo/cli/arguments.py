@@ -133,6 +133,7 @@ SETTINGS = {
     "runs": "several of them: [outputs/train/a,outputs/train/b]",
     "prompt": "a text to answer",
     "prompts": "a file with one prompt on each line",
+    "base": "true: the base model answers beside the tuned one",
     "data.rounds": "rounds=3: sample, prepare and train three times over",
     "dry_run": "true: two steps on the longest batch, then stop",
     "resume": "true, or a folder: continue what was stopped",

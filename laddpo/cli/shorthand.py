@@ -67,7 +67,7 @@ def quoted(word: str) -> str:
     kind = schema_types().get(key, "")
     if not (equals and value and kind.startswith("str")) or (len(value) > 1 and value[0] == value[-1] in "'\""):
         return word
-    if key == "prompt" and value != "null":
+    if key in ("prompt", "chat.system") and value != "null":
         return setting(key, value, is_text=True)
     try:
         OverridesParser.create().parse_override(word)

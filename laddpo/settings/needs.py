@@ -75,7 +75,7 @@ def _generates(stage: str, config: RunConfig) -> bool:
     own_questions = "onpolicy" in sources_of(config) and data.dataset_name is None and data.problems == "arithmetic"
     if _is_corpus(stage, config):
         return data.problems == "arithmetic" or _asks(stage, config, "has_difficulty")
-    has_pairs = stage not in ("evaluate", "generate", "export")
+    has_pairs = stage not in ("evaluate", "generate", "chat", "export")
     return (has_pairs and ("arithmetic" in sources_of(config) or own_questions)) or _asks(
         stage, config, "has_difficulty"
     )

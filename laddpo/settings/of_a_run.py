@@ -160,6 +160,7 @@ def _patterns(names: Sequence[str]) -> list[str]:
 MAY_CHANGE = {
     "evaluate": ("evaluation", "decoding"),
     "generate": ("evaluation", "decoding", "prompt", "prompts"),
+    "chat": ("evaluation", "decoding", "chat", "base"),
     "variance": ("variance", "evaluation", "decoding"),
     "export": ("export",),
 }
@@ -168,7 +169,7 @@ WAY_OF_ANSWERING = (
     *("confidence_threshold", "block_cache"),
 )
 PLACES_OF_BASE = ("model.model_name_or_path", "model.revision")  # what lies there is compared by its fingerprint
-AT_ONCE = ("generate", "variance", "benchmark")  # stages that keep nothing that could be resumed
+AT_ONCE = ("generate", "chat", "variance", "benchmark")  # stages that keep nothing that could be resumed
 OF_EVERY_STAGE = ("hardware", "paths", "logger", "output_dir", "resume", "auto", "verify", "run", "hydra")
 IN_PIECES = ("evaluation", "decoding", "hardware", "paths", "hydra")  # of these only what the command line names
 

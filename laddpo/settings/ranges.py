@@ -231,6 +231,7 @@ RANGES: dict[str, Range] = {
     "save_total_limit": at_least(1, "2 keeps the newest and the one before it"),
     "logging_steps": at_least(1, "1 logs every step"),
     "rounds": at_least(1, "1 trains once"),
+    "chat.turns": at_least(0, "0 answers each message alone, null keeps all that fits"),
     "stopping.patience": at_least(1, "null never stops early"),
     "stopping.max_chosen_fall": more_than(0, "null never stops for it"),
     **{

@@ -67,6 +67,7 @@ READS: dict[str, tuple[str, ...]] = {
     "evaluate": (*LOADED, *ENCODING, *DIFFICULTY, "evaluation.", "-evaluation.at_end", "-evaluation.every_steps",
                  "-evaluation.samples", "run", "verify"),
     "generate": (*LOADED, *ENCODING, *ANSWERS, "run", "verify", "prompt", "prompts"),
+    "chat": (*LOADED, *ENCODING, *ANSWERS, "run", "verify", "base", "chat."),
     "variance": (*ROWS, "variance.", "evaluation.tasks", "run", "verify"),
     "export": (*MODEL, "adapter.path", *ENCODING, "export.", "run"),
     "report": ("report.", "run", "runs"),

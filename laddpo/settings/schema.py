@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 from laddpo.settings.stage_schema import (
     CardSpeed,
+    ChatSettings,
     ExportSettings,
     ReportSettings,
     StepSetting,
@@ -367,6 +368,7 @@ class RunConfig:
     benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
+    chat: ChatSettings = field(default_factory=ChatSettings)
     variance: VarianceSettings = field(default_factory=VarianceSettings)
     study: StudySettings = field(default_factory=StudySettings)
     seed: int = 42
@@ -385,6 +387,7 @@ class RunConfig:
     runs: list[str] = field(default_factory=list)
     prompt: str | None = None
     prompts: str | None = None
+    base: bool = False
     paths: PathSettings = field(default_factory=PathSettings)
     stopping: StoppingSettings = field(default_factory=StoppingSettings)
 

@@ -21,6 +21,14 @@ class ExportSettings:
 
 
 @dataclass
+class ChatSettings:
+    """Only read by `python -m laddpo.chat`."""
+
+    system: str | None = None
+    turns: int | None = None
+
+
+@dataclass
 class ReportSettings:
     """Only read by `python -m laddpo.report`."""
 
