@@ -86,7 +86,9 @@ def messages(is_terminal: bool) -> Iterator[str]:
 
 def command(text: str, talk, with_base: bool) -> bool:
     """Do what a line with a slash says; whether the base is shown from now on."""
-    if text == "/reset":
+    if text == "/help":
+        _say(COMMANDS)
+    elif text == "/reset":
         talk.said = ()
         _say("what was said is forgotten.")
     elif text == "/base":

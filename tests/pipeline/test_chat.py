@@ -75,7 +75,7 @@ def test_the_base_answers_beside_the_tuned_model_when_it_is_asked_for(tuned, cha
     assert words != base
     beside = [*shown(f"  base  {base}"), *shown(f" tuned  {words}")]
     assert chat("hello", more=("base=true",))[:2] == (0, beside)
-    code, out, err = chat("hello", "/reset", "/base", "hello", "", "/base", "/reset", "hello")
+    code, out, err = chat("hello", "/reset", "/base", "hello", "", "/help", "/base", "/reset", "hello")
     assert (code, out) == (0, [*shown(words), *beside, *shown(words)])
     assert "shown beside the tuned one" in err and "no longer shown" in err and err.count("forgotten") == 2
 
