@@ -56,15 +56,9 @@ def load(
     words = words_of(flat(given, settings or {}, more))
     config = settings_of("generate", words)
 
-    from laddpo.inputs import pins, policy
-    from laddpo.inputs.both_models import open_both
-    from laddpo.inputs.tuned import tuned_weights
+    from laddpo.inputs.both_models import checked_weights, open_both
 
-    tuned = tuned_weights(config.adapter, Path(config.run)) if config.run else None
-    policy.check_before_loading(config)
-    if tuned:
-        pins.require_inputs_of(tuned, config)
-    return Model(words, config, open_both(config, tuned, adapter_is_tuned=True))
+    return Model(words, config, open_both(config, checked_weights(config), adapter_is_tuned=True))
 
 
 def fit(

@@ -33,15 +33,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
     from laddpo.evaluation.answering import answerer
     from laddpo.evaluation.conversation import Conversation
-    from laddpo.inputs import pins, policy
-    from laddpo.inputs.both_models import open_both
-    from laddpo.inputs.tuned import tuned_weights
+    from laddpo.inputs.both_models import checked_weights, open_both
 
-    tuned = tuned_weights(config.adapter, Path(config.run)) if config.run else None
-    policy.check_before_loading(config)
-    if tuned:
-        pins.require_inputs_of(tuned, config)
-    both = open_both(config, tuned, adapter_is_tuned=True)
+    both = open_both(config, checked_weights(config), adapter_is_tuned=True)
     answers = answerer(both.loaded, config.evaluation, config.data, config.seed)
     talk = Conversation(both, answers, config.chat.system, config.chat.turns)
     try:
@@ -53,7 +47,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
 def converse(talk, with_base: bool) -> None:
     """Each message to its answers. At a terminal a mistake is told and the next message awaited; elsewhere it ends."""
     is_terminal = sys.stdin is not None and sys.stdin.isatty()
-    _say(f"{talk.both.model.name}{f', {talk.both.tuned}' if talk.both.tuned else ''}. {COMMANDS}")
+    _say(f"{talk.both.model.name}{f', {talk.both.weights}' if talk.both.weights else ''}. {COMMANDS}")
     for text in messages(is_terminal):
         try:
             if text == "/quit":

@@ -22,15 +22,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
     """Answer every prompt with the base and, with `run`, with the tuned model."""
     texts = wanted_prompts(config)
 
-    from laddpo.inputs import pins, policy
-    from laddpo.inputs.tuned import tuned_weights
+    from laddpo.inputs.both_models import checked_weights
     from laddpo.storage import atomic
     from laddpo.storage.folders import owned
 
-    tuned = tuned_weights(config.adapter, Path(config.run)) if config.run else None
-    policy.check_before_loading(config)
-    if tuned:
-        pins.require_inputs_of(tuned, config)
+    tuned = checked_weights(config)
     with owned(run_folder, "generations", config.resume != "false"):
         answers = answer_prompts(config, texts, tuned)
         rows = [{"prompt": text, **{name: found[i] for name, found in answers.items()}} for i, text in enumerate(texts)]

@@ -48,6 +48,8 @@ def values_of(words: Sequence[str]) -> RunConfig:
 
 def run_here(stage: str, words: Sequence[str]) -> Path:
     """Do what `laddpo <stage> <words>` does; the folder that it worked in."""
+    if any(word.startswith("hydra") for word in words):
+        raise UserError("settings of hydra (sweeps, launchers) are for the command line. Leave them out.")
     folders: list[Path] = []
 
     def main(config: RunConfig, folder: Path) -> None:

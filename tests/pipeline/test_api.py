@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 import laddpo
 from laddpo.cli.app import cli
 from laddpo.cli.in_process import flat, values_of, words_of
-from laddpo.errors import UserError
+from laddpo.errors import Stopped, UserError
 from laddpo.storage.reference_store import ReferenceStore
 from tests.pipeline.conftest import QUICK, SHAPE, Stages
 from tests.tiny import REPOSITORY, write_tiny_model
@@ -142,6 +146,24 @@ def test_fit_on_rows_gives_the_bytes_of_train(home):
     assert by_adapter.has_base and by_adapter.score(ROWS[:4], **asked) == model.score(ROWS[:4], **asked)
 
 
+def test_a_fit_that_is_interrupted_raises_stopped_and_is_resumed(home):
+    place = home.folder / "interrupted"
+    asked = {**HERE, "optim.max_train_steps": 60, "evaluation.at_end": False, **places(home)}
+
+    def interrupt() -> None:
+        while not (place / "checkpoints" / "step_0000002").exists():
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watch = threading.Thread(target=interrupt, daemon=True)
+    watch.start()
+    with pytest.raises(Stopped, match="resume="):
+        laddpo.fit(ROWS, asked, output_dir=place)
+    watch.join()
+    run = laddpo.fit(ROWS, asked, resume=place)
+    assert run.folder == place and run.metrics[-1]["step"] == 60 and (place / "manifest.json").exists()
+
+
 def test_a_run_of_all_weights_is_switched_with_its_base(home):
     settings = {**HERE, "adapter": "full", "optim.max_train_steps": 2, "evaluation.at_end": False}
     run = laddpo.fit(home.folder / "rows.jsonl", settings, **places(home))
@@ -188,6 +210,7 @@ def test_what_only_a_caller_can_get_wrong_is_refused_by_name(home, tuned):
         "pairs is empty": lambda: laddpo.fit([]),
         "pairs[1]: is str, want a dictionary": lambda: laddpo.fit([ROWS[0], "text"]),
         "pairs[0]: cannot be written as JSON: a value is set": lambda: laddpo.fit([{"prompt": {1}}]),
+        "settings of hydra": lambda: laddpo.fit(ROWS, {"hydra.mode": "MULTIRUN"}),
         "pairs was given beside data": lambda: laddpo.fit(ROWS, data="hh_rlhf"),
         "dpo.beta was given twice": lambda: laddpo.fit(ROWS, {"dpo": {"beta": 1}}, dpo__beta=2),
         "dpo.beta is <object": lambda: laddpo.fit(ROWS, dpo__beta=object()),
