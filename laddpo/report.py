@@ -18,7 +18,8 @@ from laddpo.settings.schema import RunConfig
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Report on the folders that `run` and `runs` name."""
-    from laddpo.results.run_pages import find_runs, report_page
+    from laddpo.results.run_pages import report_page
+    from laddpo.results.runs import find_runs
     from laddpo.storage import atomic
     from laddpo.storage.folders import owned
 

@@ -110,14 +110,14 @@ def stages(config, monkeypatch, tmp_path) -> dict[str, Callable[[Path], None]]:
     from laddpo.hardware import machine
     from laddpo.inputs import policy
     from laddpo.jobs import sweep
-    from laddpo.results import run_pages
+    from laddpo.results import runs
 
     for owner, name, value in [
         (policy, "check_before_loading", lambda config: None),
         (evaluate, "open_tasks", lambda config: []),
         (variance, "moved_weights", lambda config: tmp_path),
         (machine, "find_machine", lambda *arguments: None),
-        (run_pages, "find_runs", lambda folders: []),
+        (runs, "find_runs", lambda folders: []),
         (sweep, "planned_jobs", lambda *arguments: []),
         (sweep, "check_jobs", lambda *arguments: None),
     ]:

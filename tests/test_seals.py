@@ -45,7 +45,7 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "hardware.planning": "the kernel's estimate of free memory",
     "preference.reading.splits": "descriptions of a user's data set, which nothing of ours seals",
     "preference.prepared": "report.json after read_manifest of the folder",
-    "results.run_pages": "timing.jsonl is not sealed; state.json names what a log must be",
+    "results.runs": "timing.jsonl is not sealed; state.json names what a log must be",
     "storage.atomic": "the reading functions themselves",
     "storage.json_lines": "the log itself, which `cut` compares with what a checkpoint says",
     "storage.manifests": "the manifest itself, and its files while they are compared",

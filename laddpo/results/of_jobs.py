@@ -61,7 +61,8 @@ def as_settings(overrides: Iterable[str]) -> dict[str, str]:
 def picture_sweep(folder: Path, records: list[dict[str, Any]]) -> None:
     """sweep.md and plots/sweep.png over the results of finished jobs: the first of RESULT_COLUMNS that any has."""
     metric = ranking_metric(record["results"] for record in records if record["exit_code"] == EXIT_DONE)
-    from laddpo.results.sweeps import SweepJob, sweep_plot, sweep_table
+    from laddpo.results.sweep_plots import sweep_plot
+    from laddpo.results.sweeps import SweepJob, sweep_table
     from laddpo.results.tables import sweep_markdown
 
     jobs = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from laddpo.results.figures import (
     say_nothing,
     tidy,
 )
+from laddpo.results.panels import DETAIL_PANELS, PANELS, Curve, Panel
 from laddpo.results.stats import wilson_interval
 from laddpo.results.tables import is_share
 
@@ -30,30 +30,6 @@ if TYPE_CHECKING:
 
 VALIDATION = "validation/"  # prefix of a metric of the validation pairs
 SMOOTH_FROM = 60  # logged steps above which a curve gets its moving average
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One metric as a line: its name in metrics.jsonl, how it is called in the legend, how it looks."""
-
-    metric: str
-    label: str
-    color: str = DARK
-    style: str = "-"
-    marker: str = ""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Curves over one axis. `level` is a rule to compare with; `is_exact` values are never smoothed; `is_log` takes a
-    log axis where the values spread over more than a factor of ten."""
-
-    title: str
-    unit: str
-    curves: tuple[Curve, ...]
-    level: float | None = None
-    is_log: bool = False
-    is_exact: bool = False
 
 
 @drawn
@@ -307,27 +283,3 @@ def _draw_margins(axes: Axes, base: Sequence[float] | None, tuned: np.ndarray) -
     axes.set_ylabel("pairs", fontsize=8)
     axes.set_ylim(0, axes.get_ylim()[1] * 1.3)  # room for the legend
     axes.legend(fontsize=8, frameon=False)
-
-
-PANELS: tuple[Panel, ...] = (
-    Panel("Loss", "nats", (Curve("loss", "training"),)),
-    Panel("Reward accuracy", "share of pairs", (Curve("rewards/accuracies", "training"),), level=0.5),
-    Panel("Reward margin", "reward", (Curve("rewards/margins", "training"),), level=0.0),
-    Panel(
-        "Reward drift",
-        "reward",
-        (Curve("rewards/chosen", "chosen"), Curve("rewards/rejected", "rejected", ACCENT, "--")),
-        level=0.0,
-    ),
-    Panel("Exact match", "share of problems", (Curve("exact_match", "training"),)),
-    Panel("Standard error of the ELBO", "nats", (Curve("elbo/std_error", "training"),), is_log=True),
-    Panel("Gradient norm", "before clipping", (Curve("grad_norm", "training"),), is_log=True),
-    Panel("Learning rate", "", (Curve("learning_rate", "training"),), is_exact=True),
-)
-
-DETAIL_PANELS: tuple[Panel, ...] = (
-    Panel("ELBO", "nats", (Curve("logps/chosen", "chosen"), Curve("logps/rejected", "rejected", ACCENT, "--"))),
-    Panel("ELBO minus reference, both sides", "nats", (Curve("kl", "training"),), level=0.0),
-    Panel("Speed", "tokens per second", (Curve("speed/tokens_per_s", "training"),)),
-    Panel("Peak memory", "GiB", (Curve("memory/peak_gib", "training"),), is_exact=True),
-)

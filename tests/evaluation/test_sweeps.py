@@ -5,7 +5,8 @@ import struct
 import pytest
 
 from laddpo.results.figures import DPI
-from laddpo.results.sweeps import SweepJob, number_text, sweep_plot, sweep_table
+from laddpo.results.sweep_plots import sweep_plot
+from laddpo.results.sweeps import SweepJob, number_text, sweep_table
 from laddpo.results.tables import sweep_markdown
 
 

@@ -19,7 +19,7 @@ import pytest
 from laddpo.errors import UserError
 from laddpo.models import adapters
 from laddpo.preference.prepared import PreparedPairs
-from laddpo.results.run_pages import read_run
+from laddpo.results.runs import read_run
 from laddpo.settings.compose import read_config
 from laddpo.storage import json_lines, manifests
 from laddpo.storage.checkpoint import newest_checkpoint, step_folders

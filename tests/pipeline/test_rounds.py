@@ -10,7 +10,7 @@ import pytest
 from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.results.of_jobs import find_results, objective
-from laddpo.results.run_pages import find_runs
+from laddpo.results.runs import find_runs
 from laddpo.settings.read_settings import stage_reads
 
 QUICK = [
