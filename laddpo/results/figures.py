@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 110
+PAGE_DPI = 165  # of pictures that a page shows in several widths
 DARK, PALE, ACCENT, RULE = "#16324f", "#9fb6cc", "#d9822b", "#777777"
 
 
@@ -63,10 +64,24 @@ def new_figure(width_inches: float, height_inches: float, title: str) -> Figure:
     return figure
 
 
-def save_png(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path, dpi: int = DPI) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=dpi)
     write_bytes(path, buffer.getvalue())
+
+
+def cell_colors(share: float) -> tuple[str, str]:
+    """Colours of a heat map's cell and of the number on it: dark blue for 0, yellow for 1.
+
+    Lightness rises all along cividis: the order survives a greyscale print and every kind of colour blindness.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    rgb = colormaps["cividis"](share)[:3]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return to_hex(rgb), "#000000" if luminance > 0.179 else "#ffffff"  # equal contrast with both (WCAG 2)
 
 
 def say_nothing(axes: Axes, words: str) -> None:

@@ -7,7 +7,6 @@ itself fits a phone.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from laddpo.errors import visible
+from laddpo.results.figures import cell_colors
 from laddpo.results.sweeps import SweepCell, SweepTable, number_text
 from laddpo.results.tables import shortened
 
@@ -40,33 +40,27 @@ def _macros() -> Any:
 html = _macros()  # html.table(header, rows), html.section(title, block, ...): a block each
 
 
-def picture(path: Path, description: str) -> Markup:
-    """A PNG inside the page."""
+def picture(path: Path, description: str, caption: str = "") -> Markup:
+    """A PNG inside the page, with a caption below."""
     data = base64.b64encode(path.read_bytes()).decode("ascii") if path.is_file() else ""
-    return html.picture(data, description)
+    return html.picture(data, description, caption)
 
 
 def wide_picture(path: Path, description: str) -> Markup:
+    """A picture that scrolls within its frame on a phone."""
     return html.wide(picture(path, description))
 
 
-def gallery(pictures: Sequence[tuple[str, Path]]) -> Markup:
-    return html.gallery([picture(path, title) for title, path in pictures])
-
-
 def heat_table(sweep: SweepTable) -> Markup:
-    """A sweep over two keys as a table whose cells are greyer the better they are; all of the best are framed."""
+    """A sweep over two keys as a table whose cells are brighter the better they are; all of the best are framed."""
     rows, columns = (sweep.values_of(key) for key in sweep.keys)
     cells = {cell.values: cell for cell in sweep.cells}
-    known = [cell.mean for cell in sweep.cells if cell.mean is not None]
 
     def shown(cell: SweepCell | None) -> dict[str, Any]:
         if cell is None or cell.mean is None:
-            return {"words": cell.state_text if cell else "", "grey": None, "is_best": False, "spread": ""}
-        share = (cell.mean - min(known)) / (max(known) - min(known)) if len(set(known)) > 1 else 0.4
-        grey = round(240 - 170 * (share if sweep.is_higher_better else 1 - share))
-        best = cell in sweep.winners
-        return {"words": number_text(cell.mean), "grey": grey, "is_best": best, "spread": cell.spread_text}
+            return {"words": cell.state_text if cell else "", "colors": None, "is_best": False, "detail": ""}
+        best, colors = cell in sweep.winners, cell_colors(sweep.share(cell))
+        return {"words": number_text(cell.mean), "colors": colors, "is_best": best, "detail": cell.detail}
 
     lines = [(number_text(row), [shown(cells.get((row, column))) for column in columns]) for row in rows]
     down, across = (key.rsplit(".", 1)[-1] for key in sweep.keys)

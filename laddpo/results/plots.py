@@ -12,6 +12,7 @@ import numpy as np
 from laddpo.results.figures import (
     ACCENT,
     DARK,
+    PAGE_DPI,
     PALE,
     RULE,
     drawn,
@@ -23,12 +24,13 @@ from laddpo.results.figures import (
 )
 from laddpo.results.panels import DETAIL_PANELS, PANELS, Curve, Panel
 from laddpo.results.stats import wilson_interval
-from laddpo.results.tables import is_share
+from laddpo.results.tables import is_share, is_tied
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 VALIDATION = "validation/"  # prefix of a metric of the validation pairs
+ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
 SMOOTH_FROM = 60  # logged steps above which a curve gets its moving average
 
 
@@ -66,27 +68,51 @@ def panel_plots(
     *,
     timing: Sequence[Mapping[str, Any]] = (),
     best_step: int | None = None,
-) -> list[tuple[str, Path]]:
-    """The same panels as files of their own, for pages that arrange them: (title, path) of each."""
+) -> list[tuple[Panel, Path]]:
+    """The same panels as files of their own, for pages that arrange them. Curves that never change are left out."""
     series = _series([*rows, *timing])
     made = []
     for panel in (*PANELS, *DETAIL_PANELS):
-        if any(curve.metric in series for curve in _with_validation(panel)):
+        if any(_changes(series[curve.metric][1]) for curve in _logged(panel, series)):
             name = "".join(letter if letter.isalnum() else "_" for letter in panel.title.lower())
             with only_a_picture(path := folder / f"{name}.png"):
-                figure = new_figure(4.4, 3.0, "")
+                figure = new_figure(4.6, 2.9, "")
                 _draw_panel(figure.subplots(), panel, series, best_step)
-                save_png(figure, path)
-                made.append((panel.title, path))
+                save_png(figure, path, PAGE_DPI)
+                made.append((panel, path))
     return made
+
+
+def constant_curves(
+    rows: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, Any]] = ()
+) -> list[tuple[Panel, str]]:
+    """The panels that `panel_plots` leaves out, with their value: a number for each curve."""
+    series = _series([*rows, *timing])
+    found = []
+    for panel in (*PANELS, *DETAIL_PANELS):
+        curves = _logged(panel, series)
+        if curves and not any(_changes(series[curve.metric][1]) for curve in curves):
+            values = [(curve.label, f"{series[curve.metric][1][-1]:.4g}") for curve in curves]
+            found.append(
+                (panel, ", ".join(f"{label} {value}" if len(curves) > 1 else value for label, value in values))
+            )
+    return found
+
+
+def _logged(panel: Panel, series: Mapping) -> list[Curve]:
+    return [curve for curve in _with_validation(panel) if curve.metric in series]
+
+
+def _changes(values: np.ndarray) -> bool:
+    return bool(np.ptp(values) > 1e-9 * np.abs(values).max())
 
 
 @drawn
 def margins_plot(tuned: Sequence[float], path: Path) -> None:
     """The distribution of the tuned model's reward margins alone."""
-    figure = new_figure(4.8, 3.6, "")
+    figure = new_figure(4.6, 2.9, "")
     _draw_margins(figure.subplots(), None, np.asarray(tuned, dtype=float))
-    save_png(figure, path)
+    save_png(figure, path, PAGE_DPI)
 
 
 @drawn
@@ -103,21 +129,25 @@ def evaluation_plot(
     An entry has base, tuned, difference, interval and items (what `stats.compare` gives); where it brings no interval
     of its own for base or tuned, a proportion gets Wilson's. Other numbers than shares are left to the table. Margins
     are drawn where given; base margins that are all 0 (the base is its own reference) are a line of text, not drawn.
+    The base's accuracy is not drawn either if it is ties alone. One pair has no distribution.
     """
     entries = {name: entry for name, entry in results.items() if isinstance(entry, Mapping)}
     shown = {name: entry for name, entry in entries.items() if is_share(name, entry)}
-    has_margins = tuned_margins is not None and len(tuned_margins) > 0
-    figure = new_figure(max(4.8, 1.7 * len(shown) + 2.6) + (5.0 if has_margins else 0), 4.2, title)
-    widths = [max(4.8, 1.7 * len(shown) + 2.6), 5.0]
-    axes = figure.subplots(1, 2, width_ratios=widths) if has_margins else [figure.subplots()]
-    _draw_before_after(axes[0], shown)
+    has_margins = tuned_margins is not None and len(tuned_margins) > 1
+    width, height = 5.0, max(2.0, 0.85 * len(shown) + 0.75)
+    figure = new_figure(width + (5.0 if has_margins else 0), max(height, 3.4) if has_margins else height, title)
+    axes = figure.subplots(1, 2, width_ratios=[width, 5.0]) if has_margins else [figure.subplots()]
+    _draw_before_after(axes[0], shown, [name for name in shown if is_tied(name, results)])
     if has_margins:
         _draw_margins(axes[1], base_margins, np.asarray(tuned_margins, dtype=float))
-    save_png(figure, path)
+    save_png(figure, path, PAGE_DPI)
 
 
 def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Metric name -> (steps, values), sorted by step; a step logged twice keeps its last value."""
+    """Metric name -> (steps, values), sorted by step; a step logged twice keeps its last value.
+
+    An accuracy of 0.5 at margin 0 is left out: before the first update the model ties with itself on every pair.
+    """
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         for name, value in row.items():
@@ -126,6 +156,7 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np
                 and isinstance(value, (int, float))
                 and not isinstance(value, bool)
                 and math.isfinite(value)
+                and not (name.endswith(ACCURACY) and value == 0.5 and row.get(name.replace(ACCURACY, MARGIN)) == 0)
             ):
                 found.setdefault(name, {})[row["step"]] = float(value)
     return {
@@ -213,25 +244,31 @@ def _draw_band(axes: Axes, series: Mapping) -> None:
     axes.fill_between(common, loss - half_width, loss + half_width, color=PALE, alpha=0.45, linewidth=0, label=label)
 
 
-def _draw_before_after(axes: Axes, entries: Mapping[str, Mapping[str, Any]]) -> None:
+def _draw_before_after(axes: Axes, entries: Mapping[str, Mapping[str, Any]], tied: Sequence[str]) -> None:
+    """Two bars for each entry, one below the other, so that the picture is narrow enough for a phone."""
     if not entries:
         say_nothing(axes, "no share to compare")
         return
     tidy(axes, "Base and tuned, 95% intervals")
-    for offset, which, face, hatch in ((-0.2, "base", "white", "///"), (0.2, "tuned", DARK, "")):
-        values = [entry[which] for entry in entries.values()]
-        bounds = [_bounds(entry, which) for entry in entries.values()]
-        errors = np.abs(np.array(bounds).T - np.array(values))  # [low/high, metrics]
-        places = np.arange(len(values)) + offset
-        axes.bar(places, values, 0.36, facecolor=face, edgecolor=DARK, hatch=hatch, linewidth=1, label=which)
-        axes.errorbar(places, values, errors, fmt="none", ecolor=ACCENT, elinewidth=2, capsize=4, capthick=2)
-        for x, value, (_, high) in zip(places, values, bounds, strict=True):
-            axes.text(x, high + 0.015, f"{value:.1%}", ha="center", va="bottom", fontsize=8.5)
-    axes.set_xticks(range(len(entries)), [_entry_label(name, entry) for name, entry in entries.items()], fontsize=8.5)
-    axes.set_xlim(-0.65, len(entries) - 0.35)
-    axes.set_ylim(0, 1.24)  # room for the legend above a bar of 100%
-    axes.set_yticks(np.arange(0, 1.01, 0.2), [f"{share:.0%}" for share in np.arange(0, 1.01, 0.2)])
-    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
+    for offset, which, face, hatch in ((1, "base", "white", "///"), (2, "tuned", DARK, "")):
+        for row, (name, entry) in enumerate(entries.items()):
+            place, value = 3 * row + offset, entry[which]
+            if which == "base" and name in tied:
+                axes.text(0.01, place, "no preference: margin 0 on every pair", fontsize=8.5, va="center")
+                continue
+            low, high = _bounds(entry, which)
+            errors = [[abs(value - low)], [abs(high - value)]]
+            axes.barh(place, value, 0.8, facecolor=face, edgecolor=DARK, hatch=hatch, linewidth=1)
+            axes.errorbar(value, place, xerr=errors, ecolor=ACCENT, elinewidth=2, capsize=4, capthick=2)
+            axes.text(max(high, value) + 0.015, place, f"{value:.1%}", va="center", fontsize=9)
+    for row, (name, entry) in enumerate(entries.items()):
+        axes.text(0, 3 * row + 0.25, _entry_label(name, entry, name in tied), fontsize=9, va="center", weight="bold")
+    places = [3 * row + offset for row in range(len(entries)) for offset in (1, 2)]
+    axes.set_yticks(places, ["base", "tuned"] * len(entries), fontsize=9)
+    axes.set_ylim(3 * len(entries) - 0.4, -0.35)
+    axes.set_xlim(0, 1.15)  # room for the number beside a bar of 100%
+    axes.set_xticks(np.arange(0, 1.01, 0.2), [f"{share:.0%}" for share in np.arange(0, 1.01, 0.2)], fontsize=8.5)
+    axes.grid(False)
 
 
 def _bounds(entry: Mapping[str, Any], which: str) -> tuple[float, float]:
@@ -241,15 +278,16 @@ def _bounds(entry: Mapping[str, Any], which: str) -> tuple[float, float]:
     return wilson_interval(entry[which] * entry["items"], entry["items"]) if entry.get("items") else (entry[which],) * 2
 
 
-def _entry_label(name: str, entry: Mapping[str, Any]) -> str:
-    lines = [name.replace("_", " ")]
-    if "difference" in entry and "interval" in entry:
-        lines.append(f"{100 * entry['difference']:+.1f} points")
+def _entry_label(name: str, entry: Mapping[str, Any], is_tied: bool) -> str:
+    """`exact match: +30.2 points [+25.2, +35.5], 400 items`"""
+    parts = []
+    if "difference" in entry and "interval" in entry and not is_tied:
         bounds = entry["interval"]
-        lines.append("interval unknown" if bounds is None else "[{:+.1f}, {:+.1f}]".format(*(100 * b for b in bounds)))
+        shown = ", interval unknown" if bounds is None else " [{:+.1f}, {:+.1f}]".format(*(100 * b for b in bounds))
+        parts.append(f"{100 * entry['difference']:+.1f} points{shown}")
     if "items" in entry:
-        lines.append(f"{entry['items']} items")
-    return "\n".join(lines)
+        parts.append(f"{entry['items']:,} items")
+    return f"{name.replace('_', ' ')}: {', '.join(parts)}" if parts else name.replace("_", " ")
 
 
 def _draw_margins(axes: Axes, base: Sequence[float] | None, tuned: np.ndarray) -> None:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from laddpo.errors import UserError, nearest
-from laddpo.results.of_jobs import (
-    FINAL,
-    VALIDATION,
-    is_higher_better,
-    unmeasured,
-)
-from laddpo.results.page import gallery, heat_table, html, wide_picture
-from laddpo.results.plots import evaluation_plot, margins_plot, panel_plots
+from laddpo.results.meanings import explained
+from laddpo.results.of_jobs import FINAL, VALIDATION, is_higher_better, unmeasured
+from laddpo.results.page import heat_table, html, picture, wide_picture
+from laddpo.results.run_blocks import change_text, headline, metric_text, run_blocks
 from laddpo.results.runs import Run
 from laddpo.results.sweep_plots import sweep_plot
 from laddpo.results.sweeps import SweepJob, SweepTable, number_text, sweep_table
-from laddpo.results.tables import before_after_rows, example_pairs, is_share, sweep_rows
+from laddpo.results.tables import sweep_rows
 from laddpo.settings.schema import ReportSettings
 
 HEAT_KEYS = ("dpo.beta", "dpo.diffusion_samples")
+FACTS = {"step kept": "Weights of step {}", "peak GiB": "peak {} GiB", "minutes": "{} minutes"}
+END = "Intervals are 95%; base is the model before training."
 
 
 def chosen_metric(found: Sequence[Run], wanted: str | None) -> str | None:
@@ -46,35 +44,41 @@ def chosen_metric(found: Sequence[Run], wanted: str | None) -> str | None:
 def report_page(found: Sequence[Run], settings: ReportSettings, plots: Path) -> str:
     """The page; its pictures are also written into `plots`."""
     metric = chosen_metric(found, settings.metric)
-    ordered = _sorted(found, metric)
-    end = "Intervals are 95%; base is the model before training."
     if len(found) == 1:
-        (run,) = found
-        of_run = _run_rows if run.is_finished else _rest_rows
-        result = html.section("Result", html.table(*of_run(found, metric)))
-        blocks = [result, html.section(run.name, *_run_blocks(run, settings.examples, plots))]
-        state = "" if run.is_finished else f"This run is {run.state}. "
-        return html.page(run.name, headline(run, metric) + state + end, blocks)
-
+        return _page_of_one(found[0], metric, settings, plots)
+    ordered = _sorted(found, metric)
     blocks = [_overview(ordered, found, metric), _comparison(found, metric, plots) if metric else ""]
     for run in ordered:
-        parts = _run_blocks(run, settings.examples, plots / run.name.replace("/", "_"))
+        parts = run_blocks(run, settings.examples, plots / run.name.replace("/", "_"))
         blocks.append(html.folded(_heading(run), parts, is_open=run is ordered[0]))
     unfinished = sum(not run.is_finished for run in found)
     summary = f"Sorted by {metric}. " if metric else ""
     summary += f"{unfinished} of {len(found)} unfinished, listed separately. " if unfinished else ""
-    return html.page(f"{len(found)} runs", summary + end, blocks)
+    return html.page(f"{len(found)} runs", _best_of(ordered, metric), summary + END, blocks)
 
 
-def headline(run: Run, metric: str | None) -> str:
-    """The result in one sentence, if base and tuned were compared: `Exact match 58.5% → 88.8%, +30.2 points [...]. `"""
-    entry = run.results.get(metric) if metric else None
-    if not (run.is_finished and isinstance(entry, Mapping) and entry.get("interval") and "tuned" in entry):
-        return ""
-    scale, unit = (100, " points") if is_share(metric, entry) else (1, "")
-    difference, low, high = (f"{scale * value:+.3g}" for value in (entry["difference"], *entry["interval"]))
-    name = metric.replace("_", " ").capitalize()
-    return f"{name} {_change(run, metric)}, {difference}{unit} [{low}, {high}] on {entry['items']:,} items. "
+def _page_of_one(run: Run, metric: str | None, settings: ReportSettings, plots: Path) -> str:
+    """The result as a sentence, then base and tuned beside each other; what was not compared has one row of numbers."""
+    answer = headline(run, metric)
+    header, (row,) = (_run_rows if run.is_finished else _rest_rows)([run], metric)
+    blocks = [html.section("Result" if answer else run.name, *run_blocks(run, settings.examples, plots))]
+    if not answer:
+        state = "" if run.is_finished else f"This run is {run.state}. "
+        return html.page(run.name, "", state + END, [html.section("Result", html.table(header, [row])), *blocks])
+    facts = [FACTS[name].format(cell) for name, cell in zip(header, row, strict=True) if name in FACTS]
+    return html.page(run.name, answer, f"{', '.join(facts)}. {END}" if facts else END, blocks)
+
+
+def _best_of(ordered: Sequence[Run], metric: str | None) -> str:
+    """The best run's result in a sentence; that it was chosen by this very result is said."""
+    ranked = [run for run in ordered if run.rank(metric) is not None]
+    answer = headline(ranked[0], metric) if ranked else ""
+    if len(ranked) < 2 or not answer:
+        return answer
+    return (
+        f"Best of {len(ranked)} finished runs, {_heading(ranked[0])}: {answer}The best of several looks better than it "
+        "is: confirm it with another seed."
+    )
 
 
 def _heading(run: Run) -> str:
@@ -96,7 +100,8 @@ def _overview(ordered: Sequence[Run], found: Sequence[Run], metric: str | None) 
     if rest:
         why = f"Not ranked: no final {metric.replace('_', ' ')}." if metric else "Not ranked: no result is final."
         blocks += [html.paragraph(why), html.table(*_rest_rows(rest, metric))]
-    return html.section("Runs", *blocks)
+    header = [name for rows in (_run_rows(ranked, metric), _rest_rows(rest, metric)) for name in rows[0]]
+    return html.section("Runs", *blocks, html.words(explained(header)))
 
 
 def _varied(found: Sequence[Run]) -> list[str]:
@@ -116,7 +121,7 @@ def _rest_rows(found: Sequence[Run], metric: str | None) -> tuple[list[str], lis
         if any(run.value(name) is not None for run in found):
             header.append(f"{name.replace('_', ' ')}{' so far' if name.startswith('validation/') else ''}")
             for run, row in zip(found, rows, strict=True):
-                row.append(_change(run, name))
+                row.append(change_text(run, name))
     return header, rows
 
 
@@ -128,15 +133,15 @@ def _run_rows(found: Sequence[Run], metric: str | None) -> tuple[list[str], list
     header = ["run", *(key.rsplit(".", 1)[-1].replace("_", " ") for key in varied)]
     for name in shown:
         header += [name.replace("_", " "), "interval"] if name == metric else [name.replace("_", " ")]
-    header += ["loss", "chosen fall", "step kept", "peak GiB", "minutes"]
+    header += ["validation loss", "chosen fall", "step kept", "peak GiB", "minutes"]
     rows = []
     for run in found:
         row = [run.name, *(str(run.overrides.get(key, "-")) for key in varied)]
         for name in shown:
-            row.append(_change(run, name))
+            row.append(change_text(run, name))
             if name == metric:
                 low_high = run.interval(name)
-                row.append("-" if low_high is None else "{} to {}".format(*(_number(name, x) for x in low_high)))
+                row.append("-" if low_high is None else "{} to {}".format(*(metric_text(name, x) for x in low_high)))
         row += [_logged(run, "validation/loss"), _logged(run, "validation/chosen_fall")]
         kept = run.fields.get("best_step", run.fields.get("step"))
         peak = max((r["memory/peak_gib"] for r in run.timing if "memory/peak_gib" in r), default=None)
@@ -150,18 +155,6 @@ def _run_rows(found: Sequence[Run], metric: str | None) -> tuple[list[str], list
     empty = [i for i in range(1, len(header)) if all(row[i] == "-" for row in rows)]
     header, *rows = ([cell for i, cell in enumerate(row) if i not in empty] for row in (header, *rows))
     return header, rows
-
-
-def _change(run: Run, name: str) -> str:
-    entry = run.results.get(name)
-    if isinstance(entry, Mapping) and "tuned" in entry:
-        return f"{_number(name, entry['base'])} → {_number(name, entry['tuned'])}"
-    value = run.value(name)
-    return "-" if value is None else _number(name, value)
-
-
-def _number(name: str, value: float) -> str:
-    return f"{value:.1%}" if is_share(name, {"base": value, "tuned": value}) else number_text(float(value))
 
 
 def _logged(run: Run, name: str) -> str:
@@ -182,11 +175,21 @@ def _comparison(found: Sequence[Run], metric: str, plots: Path) -> str:
     sweep_plot(whole, plots / "sweep.png")
     blocks = [html.table(*sweep_rows(whole), 0)] if len(whole.cells) < len(found) else []
     if len(whole.keys) == 2:
-        blocks.append(heat_table(whole))
-    elif set(HEAT_KEYS) < set(whole.keys):
-        blocks += _heat_over_others(jobs, whole, plots)
-    blocks.append(wide_picture(plots / "sweep.png", f"{metric} over {' and '.join(whole.keys)}"))
+        blocks += [heat_table(whole), html.paragraph(_legend(whole))]
+    else:
+        blocks += _heat_over_others(jobs, whole, plots) if set(HEAT_KEYS) < set(whole.keys) else []
+        show = picture if len(whole.keys) == 1 else wide_picture  # many settings need room for their names
+        shown = show(plots / "sweep.png", f"{metric} over {' and '.join(whole.keys)}")
+        blocks.append(html.gallery([shown], True) if show is picture else shown)
     return html.section(f"{metric.replace('_', ' ')} over {', '.join(whole.keys)}", *blocks)
+
+
+def _legend(table: SweepTable) -> str:
+    """How to read a heat map."""
+    measured = "on validation" if table.metric in VALIDATION else "in the final evaluation"
+    jobs = sum(job.is_ranked for cell in table.cells for job in cell.jobs)
+    best = table.tie_text or "★ is the best"
+    return f"Brighter is better. {best}: {table.metric.replace('_', ' ')} {measured}, among {jobs} finished jobs."
 
 
 def _heat_over_others(jobs: Sequence[SweepJob], whole: SweepTable, plots: Path) -> list[str]:
@@ -196,46 +199,4 @@ def _heat_over_others(jobs: Sequence[SweepJob], whole: SweepTable, plots: Path) 
     sweep_plot(heat, plots / "heat_map.png")
     others = ", ".join(key for key in whole.keys if key not in HEAT_KEYS)
     words = html.paragraph(f"Each cell is the mean over {others}.")
-    return [words, heat_table(heat), wide_picture(plots / "heat_map.png", "heat map")]
-
-
-def _run_blocks(run: Run, example_count: int, plots: Path) -> list[str]:
-    """Result, curves, margins, answers and settings of one run."""
-    blocks = [html.table(*before_after_rows(run.results))]
-    if blocks[0]:
-        evaluation_plot(run.results, plots / "evaluation.png")
-        blocks.append(wide_picture(plots / "evaluation.png", "base and tuned with intervals"))
-    if margins := run.margins():
-        margins_plot(margins, plots / "margins.png")
-        blocks.append(gallery([("reward margins of held-out pairs", plots / "margins.png")]))
-    if buckets := run.results.get("by_length"):
-        rows = [
-            [
-                "{} to {}".format(*bucket["tokens"]),
-                str(bucket["pairs"]),
-                f"{bucket['reward_accuracy']:.1%}",
-                f"{bucket['margin']:.3f}",
-            ]
-            for bucket in buckets
-        ]
-        header = ["tokens, chosen and rejected", "pairs", "reward accuracy", "margin"]
-        blocks.append(html.folded("By length", [html.table(header, rows)]))
-    if run.metrics:
-        best = run.fields.get("best_step") or None
-        curves = panel_plots(run.metrics, plots, timing=run.timing, best_step=best)
-        blocks += [html.heading("Training"), gallery(curves)]
-    blocks += _example_blocks(run, example_count)
-    shown = [[key, str(value)] for key, value in run.settings.items()]
-    blocks.append(html.folded("Settings", [html.table(["setting", "value"], shown)]))
-    return blocks
-
-
-def _example_blocks(run: Run, count: int) -> list[str]:
-    records = run.answers()
-    blocks = []
-    for task in dict.fromkeys(record["task"] for record in records) if count else ():
-        sides = [[r for r in records if r["task"] == task and r["model"] == model] for model in ("base", "tuned")]
-        pairs = example_pairs(*sides, count)
-        if pairs:
-            blocks.append(html.folded(f"Answers to {task}, differing ones first", [html.examples(pairs)]))
-    return blocks
+    return [words, heat_table(heat), html.paragraph(_legend(heat))]

@@ -15,6 +15,7 @@ from laddpo.storage import atomic, json_lines, manifests
 from laddpo.storage.seals import CheckedLines, read_checked, read_checked_text, sealed_file
 
 FINISHED = "finished"
+ROUNDS_FILE = "rounds.json"
 NOT_COMPARED = ("output_dir", "resume", "run", "runs", "paths.", "logger.", "export.", "report.", "auto")
 
 
@@ -113,6 +114,12 @@ def read_run(folder: Path) -> Run:
         fields=sealed["fields"] if is_ours else {},
         state=FINISHED if is_finished else "not finished",
     )
+
+
+def read_rounds(folder: Path) -> dict[str, Any]:
+    """rounds.json of a run of several rounds that has ended, else {}."""
+    path = sealed_file(folder, ROUNDS_FILE)
+    return atomic.read_json(path) if path.exists() else {}
 
 
 def _of_evaluation(folder: Path, evaluation: Path, name: str) -> Path:

@@ -6,9 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from laddpo.results.figures import ACCENT, DARK, PALE, drawn, new_figure, save_png, say_nothing, tidy
+from laddpo.results.figures import DARK, PALE, cell_colors, drawn, new_figure, save_png, say_nothing, tidy
 from laddpo.results.sweeps import SweepCell, SweepTable, number_text
 
 if TYPE_CHECKING:
@@ -32,62 +30,40 @@ def sweep_plot(table: SweepTable, path: Path, *, title: str = "") -> None:
         _draw_line(figure.subplots(), table)
     else:
         lines = sum(_label_lines(table, cell).count("\n") + 1 for cell in table.cells)
-        figure = new_figure(7.0, max(2.6, 0.2 * lines + 0.2 * len(table.cells) + 1.5), title)
+        figure = new_figure(7.0 if len(keys) > 1 else 5.2, max(2.6, 0.2 * lines + 0.2 * len(table.cells) + 1.5), title)
         _draw_dots(figure.subplots(), table)
     save_png(figure, path)
 
 
 def _draw_heat_map(figure: Figure, table: SweepTable) -> None:
-    """First swept key down, second across; darker is larger; a cell without a finished job says how its jobs ended."""
-    row_key, column_key = table.keys
-    rows, columns = table.values_of(row_key), table.values_of(column_key)
-    means = np.full((len(rows), len(columns)), np.nan)
-    for cell in table.cells:
-        if cell.mean is not None:
-            means[rows.index(cell.values[0]), columns.index(cell.values[1])] = cell.mean
-    axes = figure.subplots()
-    axes.set_facecolor("#f3f3f3")
-    image = axes.imshow(np.ma.masked_invalid(means), cmap="Greys", aspect="auto", **_grey_range(means))
-    for cell in table.cells:
-        row, column = rows.index(cell.values[0]), columns.index(cell.values[1])
-        text = textwrap.fill(cell.state_text, 14) if cell.mean is None else number_text(cell.mean)
-        if cell.spread_text:
-            text += f"\n{cell.spread_text}"
-        is_dark = cell.mean is not None and image.norm(cell.mean) > 0.55
-        weight = "bold" if cell in table.winners else "normal"
-        axes.text(
-            column,
-            row,
-            text,
-            ha="center",
-            va="center",
-            fontsize=9,
-            color="white" if is_dark else "black",
-            weight=weight,
-        )
-    for winner in table.winners:
-        from matplotlib.patches import Rectangle
+    """First swept key down, second across; brighter is better; a cell without a finished job says how its
+    jobs ended."""
+    from matplotlib.patches import Rectangle
 
-        row, column = rows.index(winner.values[0]), columns.index(winner.values[1])
-        axes.add_patch(Rectangle((column - 0.49, row - 0.49), 0.98, 0.98, fill=False, edgecolor=ACCENT, linewidth=2.5))
-    axes.set_xticks(range(len(columns)), [str(number_text(value)) for value in columns], fontsize=9)
-    axes.set_yticks(range(len(rows)), [str(number_text(value)) for value in rows], fontsize=9)
-    axes.set_xlabel(column_key, fontsize=9)
-    axes.set_ylabel(row_key, fontsize=9)
-    framed = f"framed: best, {len(table.winners)} tie" if len(table.winners) > 1 else "framed: best"
-    axes.set_title(f"{table.metric} ({framed})" if table.winners else table.metric, fontsize=10, loc="left")
+    rows, columns = (table.values_of(key) for key in table.keys)
+    axes = figure.subplots()
+    for cell in table.cells:
+        column, row = columns.index(cell.values[1]), rows.index(cell.values[0])
+        is_best = cell in table.winners
+        words, (face, ink) = textwrap.fill(cell.state_text, 14), ("#f3f3f3", "#000000")
+        if cell.mean is not None:
+            words, (face, ink) = number_text(cell.mean), cell_colors(table.share(cell))
+            words = "\n".join(filter(None, (f"★ {words}" if is_best else words, cell.detail)))
+        frame = {"edgecolor": "black", "linewidth": 2.5, "zorder": 2} if is_best else {"edgecolor": "white"}
+        axes.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, facecolor=face, **frame))
+        look = {"ha": "center", "va": "center", "fontsize": 9, "weight": "bold" if is_best else "normal"}
+        axes.text(column, row, words, color=ink, zorder=3, **look)
+    axes.set_xticks(range(len(columns)), [number_text(value) for value in columns], fontsize=9)
+    axes.set_yticks(range(len(rows)), [number_text(value) for value in rows], fontsize=9)
+    axes.set_xlim(-0.52, len(columns) - 0.48)
+    axes.set_ylim(len(rows) - 0.48, -0.52)
+    axes.tick_params(length=0)
+    axes.set_ylabel(table.keys[0], fontsize=9)
+    axes.set_xlabel(table.keys[1], fontsize=9)
+    marked = f"★ best, {len(table.winners)} tie" if len(table.winners) > 1 else "★ best"
+    axes.set_title(f"{table.metric} ({marked})" if table.winners else table.metric, fontsize=10, loc="left")
     for side in axes.spines.values():
         side.set_visible(False)
-
-
-def _grey_range(means: np.ndarray) -> dict[str, float]:
-    """Limits that leave the palest cell light grey rather than white, and equal cells mid-grey."""
-    known = means[np.isfinite(means)]
-    if not len(known) or known.min() == known.max():
-        centre = float(known[0]) if len(known) else 0.0
-        return {"vmin": centre - 1, "vmax": centre + 2}
-    span = float(known.max() - known.min())
-    return {"vmin": float(known.min()) - 0.25 * span, "vmax": float(known.max()) + 0.25 * span}
 
 
 def _draw_line(axes: Axes, table: SweepTable) -> None:
@@ -102,7 +78,7 @@ def _draw_line(axes: Axes, table: SweepTable) -> None:
     for value, cell in zip(x, cells, strict=True):
         weight = "bold" if cell in table.winners else "normal"
         top = cell.mean if cell.interval is None else cell.interval[1]
-        text = number_text(cell.mean)
+        text = _marked(table, cell)
         axes.annotate(text, (value, top), (0, 5), textcoords="offset points", ha="center", fontsize=8.5, weight=weight)
     if x and min(x) > 0 and max(x) / min(x) >= 8:
         axes.set_xscale("log")
@@ -110,6 +86,10 @@ def _draw_line(axes: Axes, table: SweepTable) -> None:
     axes.minorticks_off()
     axes.set_xlabel(table.keys[0], fontsize=9)
     axes.margins(x=0.12, y=0.15)
+
+
+def _marked(table: SweepTable, cell: SweepCell) -> str:
+    return f"★ {number_text(cell.mean)}" if cell in table.winners else number_text(cell.mean)
 
 
 def _title(table: SweepTable) -> str:
@@ -134,7 +114,7 @@ def _draw_dots(axes: Axes, table: SweepTable) -> None:
             axes.hlines(row, *cell.interval, color=PALE, linewidth=6)
         axes.plot(cell.mean, row, "o", color=DARK)
         axes.annotate(
-            number_text(cell.mean), (cell.mean, row), (0, 6), textcoords="offset points", fontsize=8, ha="center"
+            _marked(table, cell), (cell.mean, row), (0, 6), textcoords="offset points", fontsize=8, ha="center"
         )
     axes.set_yticks(range(len(cells)), [_label_lines(table, cell) for cell in cells], fontsize=8.5)
     axes.set_ylim(len(cells) - 0.4, -0.75)

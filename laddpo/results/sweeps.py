@@ -57,6 +57,13 @@ class SweepCell:
         return f"±{mean_with_error(runs).std_error:.2g}, {len(runs)} runs"
 
     @property
+    def detail(self) -> str:
+        """What stands below its mean: how far runs spread, or one run's own interval."""
+        if self.mean is None or self.interval is None or self.spread_text:
+            return self.spread_text
+        return "[{}, {}]".format(*map(number_text, self.interval))
+
+    @property
     def state_text(self) -> str:
         """How its jobs ended, where none of them is ranked: "failed (exit code 1)", "not started"."""
         return ", ".join(dict.fromkeys(job.state or "no value" for job in self.jobs)) if self.mean is None else ""
@@ -86,6 +93,14 @@ class SweepTable:
         """The best cell and those that equal it to the last digit, in the order of the table."""
         best = self.best
         return tuple(cell for cell in self.cells if best is not None and cell.mean == best.mean)
+
+    def share(self, cell: SweepCell) -> float:
+        """How good a ranked cell is: from 0 (the worst) to 1 (the best); 1/2 where all are equal."""
+        known = [other.mean for other in self.cells if other.mean is not None]
+        if max(known) == min(known):
+            return 0.5
+        share = (cell.mean - min(known)) / (max(known) - min(known))
+        return share if self.is_higher_better else 1 - share
 
     @property
     def unranked(self) -> list[SweepJob]:

@@ -37,6 +37,16 @@ def is_share(name: str, entry: Mapping[str, Any]) -> bool:
     return is_inside and any(word in name for word in ("match", "accuracy", "accuracies", "rate", "share"))
 
 
+def is_tied(name: str, results: Mapping[str, Any]) -> bool:
+    """Whether the base's reward accuracy is ties alone: as its own reference it has margin 0 on every pair, which
+    counts one half. That is no measured result."""
+    entry = results[name]
+    if not name.startswith("reward_accuracy") or entry.get("base") != 0.5:
+        return False
+    margin = results.get("reward_margin")
+    return entry.get("base_interval") == [0.5, 0.5] or (isinstance(margin, Mapping) and margin.get("base") == 0)
+
+
 def sweep_markdown(table: SweepTable) -> str:
     """A sweep as a Markdown table of what is ranked, best first; then a tie of the best, and the jobs that are not
     ranked."""

@@ -18,8 +18,6 @@ from laddpo.settings.schema import RunConfig
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import CheckedLines, sealed_file
 
-ROUNDS_FILE = "rounds.json"
-
 TrainRun = Callable[[RunConfig, Path, bool, StopFlag], None]  # settings, folder, is_resumed, stop
 
 
@@ -69,6 +67,8 @@ def _require_whole(config: RunConfig, place: Path) -> None:
 def finish_rounds(folder: Path, count: int, seed: int) -> None:
     """The last round's adapter as the run's own, the table of rounds, and the manifest that links them."""
     from laddpo.inputs.policy import ADAPTER
+    from laddpo.results.rounds import rounds_plot, rounds_text
+    from laddpo.results.runs import ROUNDS_FILE
     from laddpo.training.outputs import SEALED
 
     places = [folder / f"round_{number}" for number in range(1, count + 1)]
@@ -82,6 +82,8 @@ def finish_rounds(folder: Path, count: int, seed: int) -> None:
     atomic.write_json(folder / ROUNDS_FILE, content)
     text = rounds_text(content)
     atomic.write_text(folder / "rounds.md", text + "\n")
+    if "against_base" in content:
+        rounds_plot(content, folder / "plots" / "rounds.png", title=folder.name)
     fields = {"rounds": [record["manifest"] for record in records]}
     if "pins" in records[0]["manifest"]:
         fields["pins"] = records[0]["manifest"]["pins"]
@@ -201,28 +203,6 @@ def compare_rounds(folder: Path, count: int, seed: int) -> dict[str, Any]:
         "against_round_before": [paired(a, b) for a, b in zip(before, after, strict=True)],
         "last_against_first": paired(after[0], after[-1]),
     }
-
-
-def rounds_text(content: dict[str, Any]) -> str:
-    """The table of rounds, and in words whether more than one was worth it."""
-    from laddpo.results.tables import markdown, points_text
-
-    if "against_base" not in content:
-        return f"{len(content['rounds'])} rounds; nothing was answered to compare them by (evaluation.tasks)."
-    rows = [["0 (base)", f"{content['against_base'][0]['base']:.1%}", "", ""]]
-    for number, (total, gain) in enumerate(
-        zip(content["against_base"], content["against_round_before"], strict=True), 1
-    ):
-        gains = (points_text(entry["difference"], *entry["interval"]) for entry in (total, gain))
-        rows.append([str(number), f"{total['tuned']:.1%}", *gains])
-    table = markdown(["round", "exact match", "over the base", "over the round before"], rows)
-    last = content["last_against_first"]
-    low, high = last["interval"]
-    verdict = "more rounds helped" if low > 0 else "more rounds hurt" if high < 0 else "the interval includes 0"
-    count = len(content["rounds"])
-    gain = points_text(last["difference"], low, high)
-    words = f"{count} rounds against 1: {gain} points on {last['items']} problems: {verdict}."
-    return f"{table}\n\n{words}"
 
 
 ANSWERED = (  # what an evaluation says of answers, of which field of a record, whether that is a share

@@ -8,17 +8,17 @@ import sys
 import numpy as np
 import pytest
 
-from laddpo.results.figures import DPI
+from laddpo.results.figures import DPI, PAGE_DPI
 from laddpo.results.plots import evaluation_plot, training_plot
 from laddpo.results.stats import compare
 
 
-def size_inches(path) -> tuple[float, float]:
+def size_inches(path, dpi: int = DPI) -> tuple[float, float]:
     """Width and height of a PNG, from its header."""
     head = path.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", head[16:24])
-    return width / DPI, height / DPI
+    return width / dpi, height / dpi
 
 
 def metric_rows(steps: int) -> list[dict]:
@@ -83,7 +83,8 @@ def test_an_evaluation_picture_gains_a_panel_with_margins(tmp_path):
     results = {"exact_match": binary_entry(), "reward_accuracy": binary_entry(), "items_path": "items.jsonl"}
     evaluation_plot(results, tmp_path / "bars.png")
     evaluation_plot(results, tmp_path / "both.png", base_margins=[0.0] * 50, tuned_margins=np.linspace(-1, 2, 50))
-    assert size_inches(tmp_path / "both.png")[0] == pytest.approx(size_inches(tmp_path / "bars.png")[0] + 5, abs=0.02)
+    bars, both = (size_inches(tmp_path / name, PAGE_DPI)[0] for name in ("bars.png", "both.png"))
+    assert both == pytest.approx(bars + 5, abs=0.02)
 
 
 def test_margins_that_are_all_equal_are_drawn_without_a_warning(tmp_path):

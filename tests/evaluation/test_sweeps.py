@@ -1,10 +1,11 @@
 """Sweeps as tables and pictures: pooled seeds, numeric order, every shape of grid."""
 
 import struct
+from itertools import pairwise
 
 import pytest
 
-from laddpo.results.figures import DPI
+from laddpo.results.figures import DPI, cell_colors
 from laddpo.results.sweep_plots import sweep_plot
 from laddpo.results.sweeps import SweepJob, number_text, sweep_table
 from laddpo.results.tables import sweep_markdown
@@ -104,9 +105,10 @@ def test_a_tie_of_the_best_is_said_and_all_of_them_are_framed(tmp_path, monkeypa
     assert sweep_markdown(table).splitlines()[-1] == table.tie_text + "."
     titles, frames = [], []
     monkeypatch.setattr(Axes, "set_title", lambda axes, text, **kwargs: titles.append(text))
-    monkeypatch.setattr(Axes, "add_patch", lambda axes, patch: frames.append(patch.get_xy()))
+    monkeypatch.setattr(Axes, "add_patch", lambda axes, patch: frames.append(patch.get_linewidth()))
     sweep_plot(table, tmp_path / "p.png")
-    assert titles == ["exact_match (framed: best, 2 tie)"] and len(frames) == 2
+    assert titles == ["exact_match (★ best, 2 tie)"]
+    assert len(frames) == 4 and sum(width > 2 for width in frames) == 2
     alone = sweep_table(jobs[:1] + jobs[2:], "exact_match")
     assert alone.tie_text == "" and "tie" not in sweep_markdown(alone)
 
@@ -118,3 +120,24 @@ def test_rows_that_differ_in_many_settings_leave_the_picture_its_room(tmp_path):
     sweep_plot(sweep_table(jobs, "exact_match"), tmp_path / "p.png")
     width, height = size_inches(tmp_path / "p.png")
     assert width == pytest.approx(7, abs=0.02) and height > 3.5, "three lines for each of three"
+
+
+def test_colours_of_cells_read_in_grey_and_their_numbers_are_legible():
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    shown = [[luminance(color) for color in cell_colors(share / 20)] for share in range(21)]
+    assert all(before[0] < after[0] for before, after in pairwise(shown)), "brighter is always better"
+    contrasts = [(max(pair) + 0.05) / (min(pair) + 0.05) for pair in shown]
+    assert min(contrasts) >= 4.5, "what WCAG asks of text"
+
+
+def test_the_best_is_brightest_whichever_way_is_better():
+    jobs = [SweepJob({"a": a, "b": 1}, float(a), (a - 0.5, a + 0.5)) for a in (1, 2, 3)]
+    table = sweep_table(jobs, "held_out_loss", is_higher_better=False)
+    assert [table.share(cell) for cell in table.cells] == [1.0, 0.5, 0.0]
+    assert [cell.detail for cell in table.cells] == ["[0.5, 1.5]", "[1.5, 2.5]", "[2.5, 3.5]"]
+    equal = sweep_table([SweepJob({"a": a}, 0.5) for a in (1, 2)], "m")
+    assert [equal.share(cell) for cell in equal.cells] == [0.5, 0.5] and equal.cells[0].detail == ""

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from laddpo.cli.app import cli
+from laddpo.results import plots
+from laddpo.results.meanings import MEANINGS
 from laddpo.results.page import heat_table
+from laddpo.results.panels import PANELS
 from laddpo.results.sweeps import SweepJob, sweep_table
 from laddpo.storage.atomic import write_json
 from laddpo.storage.json_lines import JsonLines
@@ -23,10 +26,17 @@ class Page(HTMLParser):
         super().__init__()
         self.tags, self.rows, self.images, self.links, self.words = [], [], [], [], []
         self.in_cell = False
+        self.open, self.unframed_tables, self.captions, self.meta = [], 0, [], {}
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        if tag == "meta":
+            self.meta |= {dict(attrs).get("name"): dict(attrs).get("content")}
+        if tag == "table":
+            self.unframed_tables += ("div", "frame") not in self.open
+        if tag not in ("meta", "img", "br"):
+            self.open.append((tag, dict(attrs).get("class")))
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -38,9 +48,13 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         self.in_cell = self.in_cell and tag not in ("td", "th")
+        while self.open and self.open.pop()[0] != tag:
+            pass
 
     def handle_data(self, data):
         self.words.append(data)
+        if ("figcaption", None) in self.open:
+            self.captions.append(data)
         if self.in_cell:
             self.rows[-1][-1] += data
 
@@ -50,7 +64,8 @@ def write_run(folder: Path, beta: float, draws: int, tuned: float | None, text: 
     evaluation = folder / "evaluation"
     evaluation.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"seed: 1\ndpo:\n  beta: {beta}\n  diffusion_samples: {draws}\n")
-    rows = [{"step": s, "loss": 0.7 - s / 100, "validation/loss": 0.6, "grad_norm": 1.0} for s in range(1, 4)]
+    same = {"validation/loss": 0.6, "learning_rate": 1e-5}
+    rows = [{"step": s, "loss": 0.7 - s / 100, "grad_norm": 1.0 + s, **same} for s in range(1, 4)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "timing.jsonl").write_text(json.dumps({"step": 1, "seconds": 60.0}) + "\n")
     if tuned is not None:
@@ -62,7 +77,8 @@ def write_run(folder: Path, beta: float, draws: int, tuned: float | None, text: 
             for m, t in (("base", "8"), ("tuned", text))
         ]
         (evaluation / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-        (evaluation / "pairs.jsonl").write_text(json.dumps({"id": "a", "margin": 0.5}) + "\n")
+        pairs = [{"id": name, "margin": margin} for name, margin in (("a", 0.5), ("b", 1.5))]
+        (evaluation / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
 def report(tmp_path, *overrides):
@@ -98,6 +114,82 @@ def test_the_page_of_one_run_begins_with_its_result(tmp_path):
     assert (
         "→" not in " ".join(Page(tmp_path / "second" / "report.html").words).split("Settings")[0].split("Intervals")[0]
     )
+
+
+def test_a_page_fits_a_phone_and_explains_its_names(tmp_path):
+    write_run(tmp_path / "a", 1.0, 2, 0.6)
+    _, out = report(tmp_path, f"run={tmp_path / 'a'}")
+    page = Page(out / "report.html")
+    assert page.meta["viewport"].startswith("width=device-width") and page.tags.count("table") >= 3
+    assert page.unframed_tables == 0, "a wide table scrolls in its own frame"
+    assert "figure img{width:100%" in "".join(page.words)
+    loss, norm = (next(p.meaning for p in PANELS if p.title == title) for title in ("Loss", "Gradient norm"))
+    assert page.captions == [loss, norm], "what each curve shows, those that matter first"
+    assert page.tags.count("dt") == 1 and MEANINGS["exact match"] in page.words
+
+
+def test_curves_that_never_change_are_one_line(tmp_path):
+    write_run(tmp_path / "a", 1.0, 2, 0.6)
+    _, out = report(tmp_path, f"run={tmp_path / 'a'}")
+    page = Page(out / "report.html")
+    assert "Did not change: learning rate 1e-05" in page.words
+    assert not (out / "plots" / "learning_rate.png").exists() and (out / "plots" / "gradient_norm.png").exists()
+    assert next(row for row in page.rows if row[0] == "Learning rate")[1] == "1e-05"
+
+
+def test_one_pair_has_no_histogram(tmp_path):
+    write_run(tmp_path / "a", 1.0, 2, 0.6)
+    (tmp_path / "a" / "evaluation" / "pairs.jsonl").write_text('{"id": "a", "margin": 0.5}\n')
+    code, out = report(tmp_path, f"run={tmp_path / 'a'}")
+    assert code == 0 and not (out / "plots" / "margins.png").exists()
+
+
+def test_a_base_that_ties_with_itself_is_not_drawn_as_a_result(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    bars = []
+    draw = Axes.barh
+    monkeypatch.setattr(Axes, "barh", lambda *args, **named: (bars.append(args[2]), draw(*args, **named)))
+    write_run(tmp_path / "a", 1.0, 2, 0.6)
+    known = {"base": 0.5, "base_interval": [0.5, 0.5], "tuned": 0.75, "tuned_interval": [0.6, 0.9]}
+    results = {"reward_accuracy": {**known, "difference": 0.25, "interval": [0.1, 0.4], "items": 8}}
+    (tmp_path / "a" / "evaluation" / "results.json").write_text(json.dumps(results))
+    rows = [{"step": s, "rewards/accuracies": 0.5 + s / 8, "rewards/margins": float(s)} for s in range(3)]
+    (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, out = report(tmp_path, f"run={tmp_path / 'a'}")
+    page = Page(out / "report.html")
+    assert bars == [0.75]
+    assert "Reward accuracy 75.0% [60.0%, 90.0%] on 8 items; chance is 50%. " in page.words
+    row = ["reward accuracy", "ties", "75.0%", "+25.0 points", "[+10.0, +40.0]", "8"]
+    assert row in page.rows and any(words.startswith("ties: ") for words in page.words)
+    steps, _ = plots._series(rows)["rewards/accuracies"]
+    assert list(steps) == [1, 2], "nor is the tie before the first update"
+
+
+def test_rounds_have_a_picture_a_table_and_the_curves_of_each(tmp_path):
+    write_run(tmp_path / "a", 1.0, 2, 0.6)
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    for number in (1, 2):
+        write_run(tmp_path / "a" / f"round_{number}", 1.0, 2, 0.6)
+    gains = [
+        {"base": 0.25, "tuned": t, "difference": t - 0.25, "interval": [0.1, 0.4], "items": 80} for t in (0.5, 0.625)
+    ]
+    content = {"rounds": [{}, {}], "against_base": gains, "against_round_before": gains, "last_against_first": gains[1]}
+    (tmp_path / "a" / "rounds.json").write_text(json.dumps(content))
+    _, out = report(tmp_path, f"run={tmp_path / 'a'}")
+    page = Page(out / "report.html")
+    assert ["2", "62.5%", "+37.5 [+10.0, +40.0]", "+37.5 [+10.0, +40.0]"] in page.rows
+    assert {"rounds.png", "round_1", "round_2"} <= {path.name for path in (out / "plots").iterdir()}
+    assert {"Rounds", "Round 1", "Round 2"} <= set(page.words) and is_self_contained(page)
+
+
+def test_a_page_of_several_begins_with_the_best_and_says_that_it_was_chosen(tmp_path):
+    for name, value in (("a", 0.6), ("b", 0.8)):
+        write_run(tmp_path / name, value, 2, value)
+    _, out = report(tmp_path, f"runs=[{tmp_path / 'a'},{tmp_path / 'b'}]")
+    (answer,) = (words for words in Page(out / "report.html").words if words.startswith("Best of "))
+    assert answer.startswith("Best of 2 finished runs, b, dpo.beta=0.8: Exact match 50.0% → 80.0%")
+    assert "confirm it with another seed" in answer
 
 
 def test_several_runs_are_sorted_by_the_metric_with_the_settings_that_differ(tmp_path):
@@ -156,6 +248,7 @@ def test_a_sweep_has_a_heat_map_over_beta_and_samples_and_says_what_failed(tmp_p
     assert [row[0] for row in page.rows[at + 1 : at + 4]] == ["0.5", "1", "2"]
     assert page.rows[at + 2][2] == "failed (exit code 1)"
     assert page.rows[at + 3][3] == "0.82"
+    assert any(words.startswith("Brighter is better. ★ is the best: exact match in") for words in page.words)
     assert (out / "plots" / "sweep.png").is_file()
     assert "1 of 9 unfinished" in " ".join(page.words)
 

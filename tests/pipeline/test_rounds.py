@@ -96,6 +96,7 @@ def test_the_run_of_rounds_is_a_run_with_the_last_adapter_and_a_table(two_rounds
     assert found == content["against_base"][1]
     table = (run / "rounds.md").read_text()
     assert "2 rounds against 1:" in table and "over the base" in table
+    assert (run / "plots" / "rounds.png").is_file()
     assert cli("evaluate", [f"run={run}", f"output_dir={run.parent / 'again'}", "logger=none"]) == 0
     again = read(run.parent / "again" / "results.json")
     for name, entry in results.items():
