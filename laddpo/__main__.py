@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import laddpo
 from laddpo.errors import EXIT_DONE, EXIT_USER, nearest
+from laddpo.processes.terminal import hanging
 
 STAGES = {  # in the order in which a person needs them
     "train": "DPO on preference pairs; prepares them first if needed",
@@ -29,6 +30,12 @@ STAGES = {  # in the order in which a person needs them
     "study": "several settings over several seeds, with intervals",
     "benchmark": "time and memory against what users would otherwise run",
 }
+
+EXAMPLES = (
+    ("laddpo train", "a whole run on the embedded task, minutes on a CPU"),
+    ("laddpo train data=my_pairs.jsonl model=llada_8b", "your own pairs: prompt, chosen, rejected"),
+    ("laddpo <stage> --help", "what a stage does, its groups and settings"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,16 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def usage() -> str:
     """The stages and how to learn more."""
     width = max(map(len, STAGES))
-    lines = "\n".join(f"  {name:<{width}}  {words}" for name, words in STAGES.items())
+    examples = "\n".join(hanging(f"{command:<54}", words) for command, words in EXAMPLES)
+    lines = "\n".join(hanging(f"  {name:<{width}}  ", words) for name, words in STAGES.items())
     return f"""laddpo {laddpo.__version__}: Direct Preference Optimization for masked-diffusion language models
 
 usage: laddpo <stage> [group=option ...] [group.setting=value ...]
 
 {lines}
 
-laddpo train                                          a whole run on the embedded task, minutes on a CPU
-laddpo train data=my_pairs.jsonl model=llada_8b       your own pairs: prompt, chosen, rejected
-laddpo <stage> --help                                 what a stage does, its groups and settings"""
+{examples}"""
 
 
 def mistake(word: str) -> str:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 import laddpo
 from laddpo.cli.shorthand import FLAT
 from laddpo.errors import UserError, nearest
+from laddpo.processes.terminal import hanging
 from laddpo.settings.mistakes import config_groups, unresolved
 from laddpo.settings.of_a_run import AT_ONCE
 from laddpo.settings.read_settings import EVERYWHERE, READS, matches
@@ -87,14 +88,15 @@ def help_text(stage: str, hydra: Hydra) -> str:
     groups = [group for group in sorted(config_groups(hydra)) if group in CHOSEN or _reads_group(stage, group)]
     width = max(map(len, (*groups, *SETTINGS)))
     options = "\n".join(
-        f"  {group:<{width}}  {', '.join(sorted(loader.get_group_options(group, ObjectType.CONFIG)))}"
+        hanging(f"  {group:<{width}}  ", ", ".join(sorted(loader.get_group_options(group, ObjectType.CONFIG))))
         for group in groups
     )
     settings = "\n".join(
-        f"  {name:<{width}}  {words}"
+        hanging(f"  {name:<{width}}  ", words)
         for name, words in SETTINGS.items()
         if matches(name, READS[stage]) or (name in EVERYWHERE and not (name == "resume" and stage in AT_ONCE))
     )
+    flags = "\n".join(hanging(f"  {flag:<21}  ", words) for flag, words in FLAGS.items())
     return f"""{described(stage)}
 
 usage: python -m laddpo.{stage} [group=option ...] [group.setting=value ...]
@@ -106,12 +108,7 @@ Settings outside of groups:
 {settings}
 
 Flags:
-  --cfg job [--resolve]  print the settings instead of running
-  --info defaults        print which yaml files are composed
-  --config-dir FOLDER    add your own folder of groups
-  --config-name NAME     another root file than config.yaml
-  -m, --multirun         one job, in its own process, for each combination of values
-  --version              print the version"""
+{flags}"""
 
 
 def _reads_group(stage: str, group: str) -> bool:
@@ -127,6 +124,15 @@ def described(stage: str) -> str:
     return text or f"laddpo.{stage}"
 
 
+FLAGS = {
+    "--config-file FILE": "a flat YAML file, as learning_rate: 1e-5; its keys also work as --learning_rate 1e-5",
+    "--cfg job [--resolve]": "print the settings instead of running",
+    "--info defaults": "print which yaml files are composed",
+    "--config-dir FOLDER": "add your own folder of groups",
+    "--config-name NAME": "another root file than config.yaml",
+    "-m, --multirun": "one job, in its own process, for each combination of values",
+    "--version": "print the version",
+}
 CHOSEN = ("model", "hardware", "experiment")  # groups that a stage takes though it may read few of their settings
 SETTINGS = {
     "run": "the folder of a finished run",

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from laddpo.models.foreign_logs import quiet_bitsandbytes
+from laddpo.processes.terminal import hanging
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.redaction import redact
 from laddpo.settings.schema import (
@@ -72,9 +73,9 @@ def table(findings: list[Finding]) -> str:
     width = max(len(finding.what) for finding in findings)
     lines = []
     for finding in findings:
-        lines.append(f"{finding.status:<4}  {finding.what:<{width}}  {finding.found}")
+        lines.append(hanging(f"{finding.status:<4}  {finding.what:<{width}}  ", finding.found))
         if finding.fix and finding.status != OK:
-            lines.append(f"{'':<4}  {'':<{width}}  -> {finding.fix}")
+            lines.append(hanging(f"{'':<4}  {'':<{width}}  -> ", finding.fix))
     counts = {status: sum(finding.status == status for finding in findings) for status in (OK, WARN, FAIL)}
     lines.append(", ".join(f"{count} {status}" for status, count in counts.items()))
     return "\n".join(lines)
@@ -231,14 +232,17 @@ def check_folders(paths: PathSettings, model: ModelSettings) -> Iterator[Finding
 
 def check_start() -> Iterator[Finding]:
     """How long an error in the settings takes to answer: over two seconds feels broken, and points to a slow disk."""
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), sum(os.times()[2:4])
     command = [sys.executable, "-m", "laddpo.plan", "--help"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])}
     done = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
-    seconds = time.perf_counter() - started
-    status = FAIL if done.returncode else WARN if seconds > 2 else OK
-    fix = "the machine is busy or its disk is slow; if it stays so, install laddpo again"
-    yield Finding("start", status, f"--help in {seconds:.1f} s", fix)
+    seconds, cpu = time.perf_counter() - started, sum(os.times()[2:4]) - cpu
+    load, count = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    found = f"--help in {seconds:.1f} s, {cpu:.1f} s of them computing"
+    if is_busy := load > count:
+        found += f"; machine is busy: {load:.0f} processes want {count} CPUs"
+    status = FAIL if done.returncode else WARN if seconds > SLOW_START_S and not is_busy else OK
+    yield Finding("start", status, found, START_FIXES[done.returncode != 0])
 
 
 def check_loggers(logger: LoggerSettings) -> Iterator[Finding]:
@@ -250,6 +254,8 @@ def check_loggers(logger: LoggerSettings) -> Iterator[Finding]:
     yield Finding("wandb", status, found, "wandb login, or logger.wandb_mode=offline")
 
 
+SLOW_START_S = 2.0
+START_FIXES = {False: "the disk is slow: install laddpo on a local one", True: "pip install -e . again"}
 MODEL_GIB = 17  # LLaDA-8B in bf16
 SHOWN_PACKAGES = (
     "torch",

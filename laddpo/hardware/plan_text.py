@@ -20,6 +20,7 @@ from laddpo.hardware.planning import (
     work_of,
 )
 from laddpo.hardware.speed import duration, exchange_seconds, predicted_seconds
+from laddpo.processes.terminal import hanging
 from laddpo.settings.schema import RunConfig
 
 
@@ -35,7 +36,7 @@ def plan_text(config: RunConfig, lengths: Lengths, pairs: int | None) -> str:
     width = max(len(name) for name, _ in parts)
     for name, size in parts:
         note = f"of {gib(available)} {where}" if name == "usable" else _note(name, choice)
-        lines.append(f"  {name:<{width}}  {size / GIB:9.3f} GiB{'  ' + note if note else ''}")
+        lines.append(hanging(f"  {name:<{width}}  {size / GIB:9.3f} GiB{'  ' if note else ''}", note or ""))
     if device == "cuda":
         lines.append(f"  not counted: {gib(CONTEXT_BYTES)} that CUDA itself takes on the card")
     lines += ["", *_budget_lines(config, choice, lengths)]

@@ -20,6 +20,7 @@ from laddpo.preference.onpolicy import sampling_lines
 from laddpo.preference.reading.bad_rows import CODES, EXAMPLES, BadRow, BadRows
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.reading.splits import NO_SPLIT
+from laddpo.processes import terminal
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 SAMPLES = 3
@@ -128,11 +129,15 @@ def report_table(report: Mapping[str, Any]) -> str:
         cut = report["cut"]
         lines.append(f"  cut      {cut['rows']:>8,}  {cut['tokens']:,} prompt tokens in all; e.g. {cut['examples'][0]}")
     names = list(QUANTILES)
-    lines.append("  tokens of          " + "".join(f"{name:>8}" for name in ("mean", *names)))
-    for name, values in report["lengths"].items():
-        if values:
-            shown = f"{values['mean']:>8.1f}" + "".join(f"{values[quantile]:>8,}" for quantile in names)
-            lines.append(f"  {name:19}{shown}")
+    header = ["  tokens of", "mean", *names]
+    shown = [
+        [f"  {name}", f"{values['mean']:.1f}", *(f"{values[quantile]:,}" for quantile in names)]
+        for name, values in report["lengths"].items()
+        if values
+    ]
+    wide = "\n".join(f"{first:<21}" + "".join(f"{cell:>8}" for cell in rest) for first, *rest in (header, *shown))
+    narrow = [[f"  tokens of {first.strip()}", *rest] for first, *rest in shown]
+    lines.append(wide if terminal.fits(wide) else terminal.stacked(header, narrow))
     facts = [
         ("duplicates", "rows that repeat another row"),
         ("contradictions", "rows whose preference another row reverses"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from laddpo.errors import EXIT_DONE, EXIT_STOPPED
+from laddpo.processes import terminal
 from laddpo.storage.atomic import read_json, write_text
 from laddpo.storage.json_lines import JsonLines
 from laddpo.storage.seals import sealed_file
@@ -106,9 +107,11 @@ def jobs_table(records: list[dict[str, Any]]) -> str:
         numbers = [_shown(record["results"].get(name)) for name in shown]
         rows.append([str(record["job"]), varied, state, *numbers])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
+    shown = "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+    narrow = [[f"job {job}", *rest] for job, *rest in rows[1:]]
+    return shown if terminal.fits(shown) else terminal.stacked(rows[0], narrow)
 
 
 def _shown(value: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laddpo.errors import visible
+from laddpo.processes import terminal
 from laddpo.results.sweeps import SweepCell, SweepTable, number_text
 
 Record = Mapping[str, Any]
@@ -81,7 +82,8 @@ def example_pairs(base: Sequence[Record], tuned: Sequence[Record], count: int) -
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first to the left and the others to the right, under a ruled header."""
+    """Columns of text, the first to the left and the others to the right, under a ruled header. A terminal that is too
+    narrow for them gets each row in lines of its own."""
     table = [[visible(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
 
@@ -91,7 +93,8 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(cells).rstrip()
 
     rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([line(table[0]), rule, *map(line, table[1:])])
+    shown = "\n".join([line(table[0]), rule, *map(line, table[1:])])
+    return shown if terminal.fits(shown) else terminal.stacked(table[0], table[1:])
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
