@@ -1,6 +1,7 @@
 """Trackers: what reaches TensorBoard and W&B offline, one run id after resume, failures that stop nothing."""
 
 import json
+import shlex
 import struct
 import sys
 import threading
@@ -10,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from laddpo.training import tracking
-from laddpo.training.tracking import Trackers, wandb_id
+from laddpo.training.tracking import Trackers, log_results, wandb_id
 
 BOTH = {"tensorboard": True, "wandb": True, "wandb_project": "laddpo-test", "wandb_mode": "offline"}
 
@@ -145,8 +146,29 @@ def test_without_a_key_wandb_runs_offline_and_says_so(tmp_path, monkeypatch):
     said = []
     with Trackers(tmp_path, {"wandb": True, "wandb_mode": "online"}, {}, say=said.append) as trackers:
         trackers.scalars(1, {"loss": 1.0})
-    assert len(said) == 1 and "no API key" in said[0] and "wandb sync" in said[0]
+    assert len(said) == 2 and "no API key" in said[0]
+    place = shlex.split(said[1].partition("wandb sync ")[2])[0]
+    assert place == str(next(tmp_path.glob("wandb/offline-run-*")).absolute())
     assert [row["loss"] for row in wandb_history(tmp_path)] == [1.0]
+
+
+def test_tensorboard_gets_the_main_settings_and_final_results_in_the_runs_own_folder(tmp_path):
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    config = {"dpo": {"beta": 2.0, "loss": "ipo"}, "optim": {"betas": [0.9, 0.99], "eps": None}, "seed": 3, "run": "a"}
+    with Trackers(tmp_path, {"tensorboard": True}, config) as trackers:
+        trackers.scalars(1, {"loss": 1.0})
+    log_results(tmp_path, True, {"exact_match": {"base": 0.5, "tuned": 0.75}, "pairs": {}}, 7)
+    assert [path for path in (tmp_path / "tensorboard").iterdir() if path.is_dir()] == [], "no run below the run"
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    kept = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hparams = plugin_data_pb2.HParamsPluginData.FromString(kept).session_start_info.hparams
+    assert {name: value.number_value or value.string_value for name, value in hparams.items()} == {
+        "dpo.beta": 2.0, "dpo.loss": "ipo", "optim.betas": "[0.9, 0.99]", "seed": 3.0,
+    }  # fmt: skip
+    assert {"_hparams_/experiment", "_hparams_/session_end_info"} <= set(events.summary_metadata)
+    assert tensorboard_scalars(tmp_path) == {"loss": [(1, 1.0)], "result/exact_match": [(7, 0.75)]}
 
 
 def test_trackers_that_are_off_import_nothing_and_write_nothing(tmp_path, monkeypatch):

@@ -28,8 +28,9 @@ from laddpo.processes.ranks import ALONE, Ranks, share_out
 from laddpo.processes.signals import StopFlag
 from laddpo.settings.read_settings import command_of
 from laddpo.settings.schema import DpoSettings, QuantizationSettings
-from laddpo.storage.reference_store import ReferenceStore, StoredPair
+from laddpo.storage.reference_store import NOTHING_STORED, ReferenceStore, StoredPair
 
+TRAINING = "training pairs"
 PAIRS_PER_SHARD = 512
 
 
@@ -209,8 +210,6 @@ class Reference:
         windows: Sequence[tuple[list[EncodedPair], range]],
         stop: StopFlag,
         label: str,
-        *,
-        says_why: bool = True,
     ) -> None:
         """Compute what the store lacks for these windows of pairs, saying how much that is, and why."""
         loaded, ranks = self.loaded, self.loaded.machine.ranks
@@ -227,9 +226,11 @@ class Reference:
                 f"{store.folder}: {lacking} of {total} pairs ({label}) have no reference values yet and auto is "
                 f"false. Run {command_of('precompute')}, or set auto=true."
             )
-        print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}")
-        if says_why:
-            print(f"reference, {label}: {store.why_missing(absent)}")
+        meaning = "" if len(store) else " (log-likelihoods before training, which later runs reuse)"
+        print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}{meaning}")
+        why = store.why_missing(absent)
+        if why != NOTHING_STORED and (label == TRAINING or len(store)):  # other pairs have other settings anyway
+            print(f"reference, {label}: {why}")
 
         progress = Progress(total=total, unit="pairs", desc="reference", dynamic_ncols=True, disable=not ranks.is_main)
         with progress:
@@ -254,5 +255,5 @@ class Reference:
             return []
         draws, store = estimator.draw_indices(0), self.store(estimator)
         windows = [(list(pairs[start : start + WINDOW]), draws) for start in range(0, len(pairs), WINDOW)]
-        self.complete(store, estimator, windows, stop, label, says_why=False)  # other draws than training's, always
+        self.complete(store, estimator, windows, stop, label)
         return [pair_item(pair, estimator, draws, store.values(stored_pair(pair), draws)) for pair in pairs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from laddpo.errors import UserError
 from laddpo.models.families import Family
 from laddpo.models.foreign import checked, mapped, read_settings, tensor_shapes, text
+from laddpo.processes.progress import Progress, is_terminal
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 WEIGHTS = "*.safetensors"
@@ -23,8 +25,10 @@ def checkpoint_folder(path: str, revision: str | None = None, patterns: list[str
         return local
     from huggingface_hub import snapshot_download
 
+    bars = None if is_terminal(sys.stderr) else Progress  # the hub's own says nothing there, for hours
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns or SMALL_FILES))
+        files = patterns or SMALL_FILES
+        return Path(snapshot_download(path, revision=revision, allow_patterns=files, tqdm_class=bars))
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         at = f" at revision {revision}" if revision else ""

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from laddpo.models.foreign import checked, read_settings
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
 from laddpo.models.tokenizers import build_tokenizer, tokenizer_files
 from laddpo.preference.encoding.special_text import MASK_TOKENS
+from laddpo.processes.progress import is_terminal
 from laddpo.processes.ranks import placed_like
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import require_sealed, sealed_digests
@@ -346,11 +348,11 @@ def _explained_imports(attention: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_small_loads(folder: Path) -> Iterator[None]:
-    """No progress bar for what loads in a moment."""
+    """No progress bar for what loads in a moment, and no frames of one in a log file."""
     from transformers.utils import logging as progress
 
-    small = sum(f.stat().st_size for f in weight_files(folder)) < 2**30 and progress.is_progress_bar_enabled()
-    if small:
+    small = sum(f.stat().st_size for f in weight_files(folder)) < 2**30 or not is_terminal(sys.stderr)
+    if small := small and progress.is_progress_bar_enabled():
         progress.disable_progress_bar()
     try:
         yield

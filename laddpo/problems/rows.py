@@ -17,6 +17,7 @@ from laddpo.preference.reading.files import ReadLog, missing_file, read_rows
 from laddpo.preference.reading.locate import folder_files
 from laddpo.preference.reading.splits import choose_files, has_configurations
 from laddpo.preference.report import unread_lines
+from laddpo.processes.progress import quiet_datasets
 from laddpo.processes.ranks import here
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -140,6 +141,7 @@ def hub_rows(source: str, subset: str | None, split: str, revision: str | None) 
     try:
         from datasets import load_dataset
 
+        quiet_datasets()
         return list(load_dataset(source, subset, split=split, revision=revision))
     except Exception as error:  # the library raises a dozen kinds, for no network, no such name and no such split alike
         raise UserError(

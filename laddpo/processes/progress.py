@@ -14,7 +14,7 @@ class Progress(tqdm):
     """tqdm's bar. If the output is no terminal, it prints a line every ten seconds and one at the end, no frames."""
 
     def __init__(self, *args: Any, **named: Any):
-        self.is_plain = not _is_terminal(named.get("file") or sys.stderr)
+        self.is_plain = not is_terminal(named.get("file") or sys.stderr)
         if self.is_plain:
             is_counted = named.get("total") is not None or hasattr(args[0] if args else None, "__len__")
             named |= {"bar_format": COUNTED if is_counted else UNCOUNTED, "mininterval": SECONDS, "delay": SECONDS}
@@ -24,7 +24,7 @@ class Progress(tqdm):
     @staticmethod
     def status_printer(file):
         """How a state is written to `file`."""
-        if _is_terminal(file):
+        if is_terminal(file):
             return tqdm.status_printer(file)
         last = ""
 
@@ -52,8 +52,17 @@ class Progress(tqdm):
         super().close()
 
 
-def _is_terminal(file: Any) -> bool:
+def is_terminal(file: Any) -> bool:
+    """Whether frames of a bar can be drawn over one another there."""
     return bool(getattr(file, "isatty", lambda: False)())
+
+
+def quiet_datasets() -> None:
+    """Switch off the bars of the package `datasets`, which draws frames into log files."""
+    if not is_terminal(sys.stderr):
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
 
 
 COUNTED = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed} elapsed, {remaining} left{postfix}"

@@ -27,6 +27,7 @@ from laddpo.storage.folders import refuse_others
 
 SIDES = ("chosen", "rejected")
 FORMAT = 1
+NOTHING_STORED = "nothing is stored yet"
 
 
 def token_digest(*token_ids: np.ndarray) -> str:
@@ -111,7 +112,7 @@ class ReferenceStore:
                 fields = manifests.unsealed(manifest)["fields"]
                 candidates.append((manifests.differing_fields(fields, self.fields), manifest.parent.name))
         if not candidates:
-            return "nothing is stored yet"
+            return NOTHING_STORED
         differences, name = min(candidates, key=lambda candidate: len(candidate[0]))
         return f"a new store; the nearest, {name}, was made with other settings: {'; '.join(differences)}"
 

@@ -78,6 +78,6 @@ def step_zero_check(task: DpoTask, settings: LoopSettings, precision: str, is_pa
             "python -m laddpo.precompute verify=true, or remove its folder."
         )
     print(
-        f"step 0: loss {float(losses.mean()):.6f} (at margin 0: {at_zero:.6f}), largest |policy - reference| "
-        f"{float(difference.max()):.2g} nats over {draws.numel()} draws"
+        f"check before training: model and reference differ by at most {float(difference.max()):.2g} nats over "
+        f"{draws.numel()} draws; loss {float(losses.mean()):.6f}, expected {at_zero:.6f}"
     )

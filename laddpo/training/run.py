@@ -51,6 +51,7 @@ from laddpo.training.faults import fault_reports, step_zero_check
 from laddpo.training.lengths import total_steps, warmup_note
 from laddpo.training.outputs import SEALED, check_weights, open_trackers, resume_step, run_outputs
 from laddpo.training.pairs import check_enough, open_prepared
+from laddpo.training.tracking import log_results
 from laddpo.training.validation import LOSS, Validation, open_validation
 
 
@@ -179,7 +180,7 @@ def build_task(run: Run, store: ReferenceStore) -> Training:
     optimizer = optimizer_of(config, parameters)
 
     backward = machine.choice.setup.backward
-    print(f"backward: {backward} ({machine.choice.reason})")
+    print(f"gradient: {backward} ({machine.choice.reason})")
     task = DpoTask(
         run.loaded.denoiser,
         parameters,
@@ -194,7 +195,7 @@ def build_task(run: Run, store: ReferenceStore) -> Training:
 
     settings = loop_settings(config, len(pairs), validation.best_metric)
     steps = f"{settings.total_steps} steps of {min(settings.items_per_step, len(pairs))} pairs from {len(pairs)}"
-    print(f"DPO: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}")
+    print(f"DPO: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, draws {config.dpo.diffusion_samples}")
     step_tokens = settings.items_per_step * run.data.lengths.longest_pair
     memory = StepMemory(machine, run.loaded.model, optimizer, step_tokens)
     return Training(task, parameters, optimizer, settings, validation, watch=memory.watch)
@@ -325,7 +326,10 @@ def finish(run: Run, training: Training, ended: Ended) -> list[str]:
 def evaluate_at_end(run: Run, say: Callable[[str], None]) -> None:
     """evaluation/ of the run: base against tuned on its test tasks and held-out rows."""
     tuned, place = tuned_weights(run.config.adapter, run.folder), run.folder / "evaluation"
-    base_and_tuned.evaluate_run(run.config, tuned, place, run.data.prepared, run.loaded, run.stop, run.data.tasks, say)
+    asked = (run.data.prepared, run.loaded, run.stop, run.data.tasks, say)
+    results = base_and_tuned.evaluate_run(run.config, tuned, place, *asked)
+    if run.ranks.is_main:
+        log_results(run.folder, run.config.logger.tensorboard, results, resume_step(run.folder), say)
 
 
 def seal(run: Run, kind: str, fields: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import numbers
 import os
 import queue
 import secrets
+import shlex
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,11 @@ from laddpo.settings.redaction import redact
 from laddpo.storage.atomic import write_text
 
 EVENTS_WAITING = 10_000  # logged steps that may wait for a slow tracker before it is given up
+MAIN_SETTINGS = ("model.name", "data.source", "dpo", "optim", "adapter.kind", "adapter.r", "hardware.precision", "seed")
+COMPARED = (  # columns of results on TensorBoard's HPARAMS page
+    *("loss", "validation/loss", "validation/exact_match", "validation/rewards/accuracies"),
+    *("result/exact_match", "result/reward_accuracy", "result/held_out_loss"),
+)
 WANDB_ID_FILE = "wandb_id.txt"
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -120,13 +126,21 @@ class _Feed(threading.Thread):
 
 
 class TensorBoardTracker:
-    """Event files in <run folder>/tensorboard."""
+    """Event files in <run folder>/tensorboard, with the main settings for its HPARAMS page.
+
+    `SummaryWriter.add_hparams` would open a run of its own below the folder; the same summaries are written here into
+    the run's own file.
+    """
 
     def __init__(self, folder: Path, settings: Mapping, config: Mapping, resume_step: int | None, say: Say):
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
         purge_step = None if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=purge_step, flush_secs=10)
+        begin, start, self._end = hparams(main_settings(config), dict.fromkeys(COMPARED, 0))
+        for summary in (begin, start):
+            self._writer.file_writer.add_summary(summary)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -137,7 +151,41 @@ class TensorBoardTracker:
         self._writer.add_text(name, indented, step)
 
     def close(self) -> None:
+        self._writer.file_writer.add_summary(self._end)
         self._writer.close()
+
+
+def main_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the HPARAMS page compares runs by: MAIN_SETTINGS of the config, by dotted name, as numbers and texts."""
+    found: dict[str, Any] = {}
+    for name in MAIN_SETTINGS:
+        value: Any = config
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        settings = (
+            {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, Mapping) else {name: value}
+        )
+        for key, inner in settings.items():
+            if inner is not None:
+                found[key] = inner if isinstance(inner, (bool, int, float, str)) else str(inner)
+    return found
+
+
+def log_results(folder: Path, is_wanted: bool, results: Mapping[str, Any], step: int, say: Say = print) -> None:
+    """The final evaluation in TensorBoard, as result/exact_match and so on. results.json is the record."""
+    values = {
+        name: entry["tuned"] for name, entry in results.items() if isinstance(entry, Mapping) and "tuned" in entry
+    }
+    if not (is_wanted and values):
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(folder / TENSORBOARD_FOLDER)) as writer:
+            for name, value in values.items():
+                writer.add_scalar(f"result/{name}", value, step)
+    except Exception as error:  # as of every tracker: the run has its results without it
+        say(f"logger.tensorboard has no final results: {redact(f'{type(error).__name__}: {error}')}")
 
 
 class WandbTracker:
@@ -157,7 +205,7 @@ class WandbTracker:
         if mode == "online" and not has_wandb_key():
             say(
                 f"logger.wandb: no API key in WANDB_API_KEY or the netrc file; logging offline to {folder / 'wandb'}. "
-                f"`wandb login` then `wandb sync` sends it; logger.wandb_mode=offline chooses this silently."
+                "`wandb login` stores a key; logger.wandb_mode=offline chooses this without a note."
             )
             mode = "offline"
         self._run = wandb.init(
@@ -175,6 +223,7 @@ class WandbTracker:
                 disable_code=True, disable_git=True, console="off", quiet=True, silent=mode != "online", init_timeout=60
             ),
         )
+        self._say, self._is_offline = say, mode == "offline"
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -186,7 +235,10 @@ class WandbTracker:
         self._run.log({name: self._wandb.Html(shown, inject=False), "step": step})
 
     def close(self) -> None:
+        place = Path(self._run.sync_dir).absolute()
         self._run.finish()
+        if self._is_offline:
+            self._say(f"W&B kept this run offline. To send it: wandb sync {shlex.quote(str(place))}")
 
 
 def wandb_id(folder: Path) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from laddpo.errors import UserError, nearest
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.reading.strict_json import one_line
+from laddpo.processes.progress import quiet_datasets
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_FILE = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
@@ -66,6 +67,7 @@ def load_split(dataset_name: str, split: str, revision: str | None, config: str 
             f"or set data.dataset_name to a local file."
         ) from error
     wanted = f"{dataset_name}@{revision or 'newest'}, split {split}" + (f", configuration {config}" if config else "")
+    quiet_datasets()
     try:
         return load_dataset(dataset_name, *([config] if config else []), split=split, revision=revision)
     except Exception as error:  # the hub client has many ways to say that it could not reach or find something
