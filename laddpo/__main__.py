@@ -7,6 +7,7 @@ laddpo train --help
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,16 +41,24 @@ EXAMPLES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code; a stage that is run ends the process itself."""
-    stage, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # the reader (| head) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def _main(argv: list[str]) -> int:
+    stage, *rest = argv or [""]
     if stage in STAGES:
         from laddpo.cli.app import run_stage
 
         run_stage(stage, argv=rest)
-    if stage == "--version":
-        print(f"laddpo {laddpo.__version__}")
+    if stage in ("--version", "-V", "version"):
+        print(f"laddpo {laddpo.__version__}", flush=True)
         return EXIT_DONE
     if stage in ("", "-h", "--help", "help"):
-        print(usage())
+        print(usage(), flush=True)
         return EXIT_DONE
     print(f"error: {mistake(stage)}", file=sys.stderr)
     return EXIT_USER

@@ -58,7 +58,7 @@ def fill(config: RunConfig, reference, store, estimator, stop) -> None:
     steps, per_step = total_steps(optim, hardware, len(pairs)), pairs_per_step(optim, hardware)
     visited = visited_windows(config.seed, steps, len(pairs), per_step, config.dpo.mask_rounds)
     windows = [([pairs[i] for i in indices], estimator.draw_indices(epoch)) for epoch, indices in visited]
-    reference.complete(store, estimator, windows, stop, "training pairs")
+    reference.complete(store, estimator, windows, stop, reference_values.TRAINING)
 
     of_evaluation = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
     held_out = list(reference.prepared.validation)[: config.evaluation.num_pairs]

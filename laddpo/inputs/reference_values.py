@@ -229,7 +229,7 @@ class Reference:
         meaning = "" if len(store) else " (log-likelihoods before training, which later runs reuse)"
         print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}{meaning}")
         why = store.why_missing(absent)
-        if why != NOTHING_STORED and (label == TRAINING or len(store)):  # other pairs have other settings anyway
+        if label == TRAINING and why != NOTHING_STORED:  # evaluations have draws of their own
             print(f"reference, {label}: {why}")
 
         progress = Progress(total=total, unit="pairs", desc="reference", dynamic_ncols=True, disable=not ranks.is_main)

@@ -235,13 +235,27 @@ def _unknown_option(group: str, value: Any, options: list[str]) -> str:
     if value is None:
         return f"{group} is null; {known}; choose one, or leave {group} out."
     guess = nearest(value, options)
-    hint = f"did you mean {group}={guess}?" if guess else f"choose one, or add {group}/{value}.yaml by --config-dir."
+    others = f"choose one{OTHERS.get(group, '')}, or add {group}/{value}.yaml by --config-dir."
+    hint = f"did you mean {group}={guess}?" if guess else others
     return f"{group} is {str(value)!r}; {known}; {hint}"
+
+
+BARE = {"resume": "resume=true", "help": "--help", "version": "--version", "dry_run": "dry_run=true"}
+OTHERS = {  # what else is taken, as the command line is read (cli/shorthand.py)
+    "model": ", name a masked-diffusion model of the hub (model=org/name) or a folder (model=/path)",
+    "data": ", name a file, a folder or a dataset of the hub (data=my_pairs.jsonl, data=org/name)",
+}
 
 
 def _grammar_mistake(text: str) -> str:
     key, equals, value = text.partition("=")
     if not equals:
+        if text in BARE or text in schema_types():
+            return f"{text!r} is not a setting; write {BARE.get(text, f'{text}=<value>')}."
+        if "/" not in text and not Path(text).exists():
+            return (
+                f"{text!r} is not a setting; expected key=value, as dpo.beta=0.5 or prompt='a text'; --help lists them."
+            )
         name = "data" if Path(text).is_file() else "run"
         return f"{text!r} is not a setting; expected key=value; {NAMED[name]} is named as {name}={text}."
     return (

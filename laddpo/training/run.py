@@ -161,7 +161,7 @@ def fill_reference(run: Run) -> ReferenceStore:
             config.seed, settings.total_steps, len(pairs), settings.items_per_step, config.dpo.mask_rounds
         )
     ]
-    reference.complete(store, estimator, windows, run.stop, "training pairs")
+    reference.complete(store, estimator, windows, run.stop, reference_values.TRAINING)
     return store
 
 
