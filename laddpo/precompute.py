@@ -51,14 +51,14 @@ def fill(config: RunConfig, reference, store, estimator, stop) -> None:
     from laddpo.evaluation.base_and_tuned import training_sample
     from laddpo.hardware.planning import pairs_per_step
     from laddpo.inputs.margins import evaluation_estimator
-    from laddpo.inputs.reference_values import visited_windows
+    from laddpo.inputs.reference_values import TRAINING, visited_windows
     from laddpo.training.lengths import total_steps
 
     pairs, optim, hardware = reference.prepared.train, config.optim, config.hardware
     steps, per_step = total_steps(optim, hardware, len(pairs)), pairs_per_step(optim, hardware)
     visited = visited_windows(config.seed, steps, len(pairs), per_step, config.dpo.mask_rounds)
     windows = [([pairs[i] for i in indices], estimator.draw_indices(epoch)) for epoch, indices in visited]
-    reference.complete(store, estimator, windows, stop, reference_values.TRAINING)
+    reference.complete(store, estimator, windows, stop, TRAINING)
 
     of_evaluation = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
     held_out = list(reference.prepared.validation)[: config.evaluation.num_pairs]
