@@ -64,6 +64,8 @@ def fill(config: RunConfig, reference, store, estimator, stop) -> None:
     held_out = list(reference.prepared.validation)[: config.evaluation.num_pairs]
     reference.items(held_out, of_evaluation, stop, "validation pairs")
     if config.evaluation.at_end:
+        test = list(reference.prepared.test)[: config.evaluation.num_pairs]
+        reference.items(test, of_evaluation, stop, "test pairs")
         seen = training_sample(config.seed, reference.prepared)
         reference.items(seen, of_evaluation, stop, "training pairs of the evaluation")
 

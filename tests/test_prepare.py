@@ -12,7 +12,7 @@ from laddpo.evaluation.answering import question_in
 from laddpo.inputs.data import difficulty_of
 from laddpo.inputs.policy import _check_vocabulary, model_path
 from laddpo.models.loading import load_tokenizer
-from laddpo.preference.prepared import PreparedPairs
+from laddpo.preference.prepared import SPLITS, PreparedPairs
 from laddpo.problems.tasks import ARC_INSTRUCTION, GSM8K_INSTRUCTION, MATH500_INSTRUCTION
 from laddpo.settings.compose import compose
 from laddpo.settings.read_settings import stage_reads
@@ -43,7 +43,8 @@ def test_every_setting_of_the_data_reaches_the_source_or_the_rules():
         "data.dataset_name=org/a", "data.dataset_split=s", "data.revision=v", "data.format=implicit",
         "data.dataset_config=c",
         "data.max_line_bytes=5000", "data.follow_symlinks=true", "data.allow_empty_prompt=true", "data.allow_nul=true",
-        "data.habit=smaller_from_larger", "data.validation_fraction=0.3", "data.random_sample_size=11",
+        "data.habit=smaller_from_larger", "data.validation_fraction=0.3", "data.test_fraction=0.2", "data.test_split=t",
+        "data.random_sample_size=11",
         "data.on_bad_row=skip", "data.max_bad_fraction=0.5",
         "data.duplicates=drop", "data.fail_on_leak=true", "data.columns.system=s", "data.columns.answer=gold",
         "data.terms=4", "data.width=3", "data.operand_max=100", "seed=5",
@@ -57,7 +58,7 @@ def test_every_setting_of_the_data_reaches_the_source_or_the_rules():
     assert parts[0].request.columns["answer"] == "gold"
     for made, plain, ours in (
         (parts[0].request, plain_parts[0].request, {"grader", "preference_dir", "num_examples", "mistake_share"}),
-        (rules, plain_rules, set()),
+        (rules, plain_rules, {"needs_test", "needs_test_split"}),  # of the command line
     ):
         same = {field for field in vars(made) if getattr(made, field) == getattr(plain, field)}
         assert same <= ours
@@ -73,7 +74,7 @@ def test_sources_are_mixed_in_proportion_to_their_weights(tmp_path):
     code, folder = run_prepare(tmp_path, "data=mixture", f"data.mixture={parts}")
     assert code == 0 and folder.name.startswith("mixture-")
     prepared = PreparedPairs.load(folder)
-    texts = [record["prompt"][0]["content"][0] for split in ("train", "validation") for record in prepared.texts(split)]
+    texts = [record["prompt"][0]["content"][0] for split in SPLITS for record in prepared.texts(split)]
     assert Counter(texts) == {"a": 20, "b": 10}  # b is the scarce one
     assert [source["weight"] for source in prepared.manifest["fields"]["sources"]] == [1.0, 0.5]
     assert read_json(folder / "report.json")["rows"]["not_sampled"] == 10
@@ -137,7 +138,7 @@ def test_graded_candidates_become_pairs_of_right_over_wrong(tmp_path, capsys):
     settings = [f"data.dataset_name={path}", "data.validation_fraction=0"]  # the pairs have one question
     code, folder = run_prepare(tmp_path, "data=gsm8k_candidates", *settings)
     assert code == 0
-    records = [record for split in ("train", "validation") for record in PreparedPairs.load(folder).texts(split)]
+    records = [record for split in SPLITS for record in PreparedPairs.load(folder).texts(split)]
     assert {(r["chosen"], r["rejected"], r["answer"]) for r in records} == {
         ("it is 42", "41", "42"),
         ("#### 42", "41", "42"),
@@ -195,11 +196,12 @@ def test_a_hub_dataset_leaves_its_commit_in_the_manifest(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     code, folder = run_prepare(tmp_path, "data=jsonl", "data.dataset_name=org/pairs", "data.dataset_split=test")
-    assert code == 0 and asked == [("org/pairs", {"split": "test", "revision": None})]
+    assert code == 0 and asked == [("org/pairs", {"split": "test", "revision": None})]  # train and test are one split
     assert read_json(folder / "manifest.json")["fields"]["commits"] == {"org/pairs[test]": commit}
     assert any(commit in warning for warning in read_json(folder / "report.json")["warnings"])
     code, pinned = run_prepare(tmp_path, "data=jsonl", "data.dataset_name=org/pairs", f"data.revision={commit}")
-    assert read_json(pinned / "manifest.json")["fields"]["commits"] == {"org/pairs[train]": commit}
+    commits = read_json(pinned / "manifest.json")["fields"]["commits"]
+    assert commits == {"org/pairs[train]": commit, "org/pairs[test]": commit}
     assert not any("without data.revision" in warning for warning in read_json(pinned / "report.json")["warnings"])
 
 

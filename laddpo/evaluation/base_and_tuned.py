@@ -50,7 +50,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     from laddpo.evaluation.answering import answer_task, answerer
     from laddpo.preference.prepared import PreparedExamples
     from laddpo.results.plots import evaluation_plot
-    from laddpo.results.tables import before_after_table, examples_text
+    from laddpo.results.tables import before_after_table, examples_text, held_out_note
     from laddpo.storage import atomic, manifests
     from laddpo.storage.seals import CheckedLines
 
@@ -93,6 +93,8 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     evaluation_plot(results, folder / "plots" / "evaluation.png", tuned_margins=margins, title=tuned.parent.name)
     say("")
     say(before_after_table(results))
+    if note := held_out_note(results):
+        say(note)
     say(f"\nresults, answers and plots: {folder}")
     return results
 
@@ -220,7 +222,7 @@ def _measure_pairs(config: RunConfig, prepared, loaded, folder: Path, stop) -> C
     from laddpo.inputs.margins import evaluation_estimator
     from laddpo.inputs.reference_values import Reference
 
-    held_out = list(prepared.validation)[: config.evaluation.num_pairs]
+    held_out = list(prepared.result_rows(config.evaluation.num_pairs))
     seen = training_sample(config.seed, prepared)
     estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
     reference = Reference(config.paths.data_dir, config.auto, config.quantization, prepared, loaded)
@@ -231,7 +233,8 @@ def _measure_pairs(config: RunConfig, prepared, loaded, folder: Path, stop) -> C
     def measure_tuned():
         results, margins = {}, None
         if held_out:
-            results, margins = _measure_held_out(config, loaded, items, block, held_out, folder, stop)
+            measured = (items, block, held_out, prepared.result_split)
+            results, margins = _measure_held_out(config, loaded, *measured, folder, stop)
         seen_scores = _scores(config, loaded, seen_items, block, stop)
         return {**results, "reward_accuracy_on_training_pairs": _compare_accuracy(config, seen_scores, seen)}, margins
 
@@ -242,9 +245,9 @@ def _measure_rows(config: RunConfig, prepared, loaded, folder: Path, stop) -> Ca
     """The loss per token of the base model on held-out and training rows; gives the measure of the tuned one."""
     from laddpo.evaluation.heldout import measured_rows, row_losses
 
-    count = config.evaluation.num_pairs
+    held_out = prepared.result_rows(config.evaluation.num_pairs)
     sets = {
-        "held_out_loss": (list(prepared.validation)[:count], prepared.validation.column("group")[:count]),
+        "held_out_loss": (list(held_out), held_out.column("group")),
         "training_rows_loss": (training_sample(config.seed, prepared), None),
     }
     items = {
@@ -269,8 +272,9 @@ def _measure_rows(config: RunConfig, prepared, loaded, folder: Path, stop) -> Ca
     return measure_tuned
 
 
-def _measure_held_out(config: RunConfig, loaded, items, block: int, pairs, folder: Path, stop):
-    """Entries of results.json for the held-out pairs, and the margins of the tuned model."""
+def _measure_held_out(config: RunConfig, loaded, items, block: int, pairs, split: str, folder: Path, stop):
+    """Entries of results.json for the held-out pairs, and the margins of the tuned model. `split` is theirs."""
+    from laddpo.evaluation.own_pairs import held_out_facts, likelihood_results
     from laddpo.inputs.margins import length_buckets
     from laddpo.storage import atomic
 
@@ -284,6 +288,9 @@ def _measure_held_out(config: RunConfig, loaded, items, block: int, pairs, folde
     errors = scores.margin_draw_error
     if errors is not None:
         results["reward_margin"]["draw_std_error"] = float((errors**2).mean() ** 0.5)
+    ties = int((scores.margins == 0).sum())
+    if facts := held_out_facts(split, groups, config.best_metric, config.evaluation.tasks, ties):
+        results |= {**likelihood_results(scores, pairs, config.seed), "held_out": facts}
     results["pairs"] = {name.removeprefix("validation/"): value for name, value in scores.metrics().items()}
     results["by_length"] = length_buckets(scores)
     rows = [

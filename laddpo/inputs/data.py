@@ -35,6 +35,7 @@ def request_of(
         dataset_name=part.dataset_name,
         dataset_split=part.dataset_split,
         dataset_config=part.dataset_config,
+        test_split=part.test_split,
         revision=part.revision,
         columns=keywords(part.columns),
         format=part.format,

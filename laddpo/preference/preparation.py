@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ import numpy as np
 
 from laddpo.errors import Damaged, UserError, choose, visible
 from laddpo.preference.encoding.encode import TextEncoder
+from laddpo.preference.held_out import (
+    check_held_out,
+    leave_out_trained,
+    none_held_out,
+    own_test_rows,
+    require_test_split,
+)
 from laddpo.preference.leaks import EvaluationPrompts, count_leaks, refuse_leaks
 from laddpo.preference.prepared import (
     REJECTED,
@@ -33,7 +40,7 @@ from laddpo.preference.reading.bad_rows import BadRow, BadRows, RowError
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.reading.pairs import prompt_rows
 from laddpo.preference.report import ReportBuilder, leak_lines, note_lines, report_figure, report_table
-from laddpo.preference.selection import choose_rows, choose_validation
+from laddpo.preference.selection import choose_rows, choose_splits
 from laddpo.preference.sources import Request, Source, open_corpus, open_source
 from laddpo.preference.spool import Spool
 from laddpo.processes.progress import Progress
@@ -41,7 +48,6 @@ from laddpo.storage.atomic import atomic_file
 from laddpo.storage.manifests import MANIFEST, differing_fields, fingerprint, read_manifest
 
 BATCH_ROWS = 256
-FEW_HELD_OUT = 30  # validation pairs below which their figures say little
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,17 @@ class Rules:
     """What happens to rows between reading and training.
 
     `random_sample_size` rows (None: all) are taken before anything else; prompts with a share of `validation_fraction`
-    are kept for validation; `on_bad_row` is error or skip, and skip stops above `max_bad_fraction`; `duplicates` is
-    keep or drop; `fail_on_leak` stops when a prompt is also in an evaluation set.
+    are kept for validation, and a share of `test_fraction` for the test. `needs_test`: the test must hold some.
+    `needs_test_split`: the data must have their own split for it. `on_bad_row` is error or skip, and skip stops above
+    `max_bad_fraction`; `duplicates` is keep or drop; `fail_on_leak` stops when a prompt is also in an evaluation set.
     """
 
     seed: int = 0
     random_sample_size: int | None = None
     validation_fraction: float = 0.0
+    test_fraction: float = 0.0
+    needs_test: bool = False
+    needs_test_split: bool = False
     on_bad_row: str = "error"
     max_bad_fraction: float = 1.0
     duplicates: str = "keep"
@@ -81,6 +91,8 @@ class Rules:
             raise UserError(f"data.random_sample_size is {self.random_sample_size}; expected at least 1, or null.")
         if not 0.0 <= self.validation_fraction < 1.0:
             raise UserError(f"data.validation_fraction is {self.validation_fraction}; expected 0 up to (not with) 1.")
+        if not 0.0 <= self.test_fraction < 1.0:
+            raise UserError(f"data.test_fraction is {self.test_fraction}; expected 0 up to (not with) 1.")
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,8 @@ def _prepare(
     """
     find_source = open_source if kind is PreparedPairs else open_corpus
     sources = [find_source(part.source) for part in parts]
+    for part in parts if rules.needs_test_split else ():
+        require_test_split(part.request)
     job = _Job(kind, parts, sources, encoder, rules, evaluation_prompts or {}, progress)
     fields = prepared_fields(parts, sources, encoder, rules)
     folder = prepared_folder(prepared_dir, name, fields)
@@ -165,6 +179,7 @@ def prepared_fields(
         "seed": rules.seed,
         "random_sample_size": rules.random_sample_size,
         "validation_fraction": rules.validation_fraction,
+        **({"test_fraction": rules.test_fraction} if rules.test_fraction else {}),
         "on_bad_row": rules.on_bad_row,
         "duplicates": rules.duplicates,
     }
@@ -179,11 +194,16 @@ def _found(job: _Job, folder: Path, fields: Mapping[str, Any], show: Callable[[s
     """A folder that was prepared before, with the notes of its report, once it may be used."""
     found = job.prepared.load(folder)
     _refuse_other_fields(folder, found.manifest, fields)
-    show(f"{folder}: already prepared, {len(found.train):,} rows for training, {len(found.validation):,} held out")
+    test = f", {len(found.test):,} for the test" if len(found.test) else ""
+    show(
+        f"{folder}: already prepared, {len(found.train):,} rows for training, {len(found.validation):,} held out{test}"
+    )
     for line in note_lines(found.report()):
         show(line)
     if _wants_validation(job) and not len(found.validation):
         show("  note            0  pairs are held out for validation: prepared by an earlier version")
+    if job.rules.needs_test and not len(found.test):
+        raise none_held_out("test", job.rules.test_fraction, len(found), found.report()["prompts"])
     _refuse_too_many_bad(job, found)
     _look_for_leaks(job, found, show)
     return found
@@ -244,11 +264,11 @@ def _make(job: _Job, folder: Path, fields: Mapping[str, Any]) -> dict:
 
 def _read_rows(job: _Job, spool: Spool, report: ReportBuilder, log: ReadLog) -> None:
     """Every row into the spool or among the bad ones; a part without a row that can be used is refused by name."""
-    usable, bad = [0] * len(job.parts), [BadRows() for _ in job.parts]
-    rows = (
-        (part, row)
-        for part, (source, asked) in enumerate(zip(job.sources, job.parts, strict=True))
-        for row in source.read(asked.request, log)
+    parts, needs = list(zip(job.sources, job.parts, strict=True)), job.rules.needs_test_split
+    usable, bad = [0] * (len(parts) + 1), [BadRows() for _ in (*parts, "test rows")]
+    rows = chain(
+        ((part, row) for part, (source, asked) in enumerate(parts) for row in source.read(asked.request, log)),
+        ((len(parts), row) for source, asked in parts for row in own_test_rows(source, asked.request, log, needs)),
     )
     for part, row in Progress(rows, desc="reading", unit=" rows", disable=not job.progress, mininterval=0.5):
         report.rows["read"] += 1
@@ -259,7 +279,7 @@ def _read_rows(job: _Job, spool: Spool, report: ReportBuilder, log: ReadLog) -> 
             spool.add(row, part)
             usable[part] += 1
     report.bad.stop_if_too_many(job.rules.on_bad_row, job.rules.max_bad_fraction, report.rows["read"])
-    empty = [part for part, rows_of_it in enumerate(usable) if not rows_of_it]
+    empty = [part for part, rows_of_it in enumerate(usable[:-1]) if not rows_of_it]
     if empty:
         raise UserError(*(_no_row(job, part, bad[part].lines() or list(log.warnings)) for part in empty))
 
@@ -277,8 +297,14 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
     """Sample, split, encode and write what the spool holds."""
     spool.sort()
     chosen = choose_rows(spool, [part.weight for part in job.parts], job.rules.seed, job.rules.random_sample_size, log)
-    is_validation = choose_validation(spool, chosen, job.rules.seed, job.rules.validation_fraction, log)
-    report.rows["not_sampled"] = len(spool) - len(chosen)
+    own_test = np.flatnonzero(spool.parts == len(job.parts))
+    test = leave_out_trained(spool, chosen, own_test, report)
+    shares = (job.rules.validation_fraction, 0.0 if len(test) else job.rules.test_fraction)
+    split = np.zeros(len(spool), dtype=np.int8)
+    split[chosen] = choose_splits(spool, chosen, job.rules.seed, *shares, log)
+    split[test] = SPLITS.index("test")
+    report.rows["not_sampled"] = len(spool) - len(chosen) - len(own_test)
+    chosen = np.union1d(chosen, test)
     repeats = spool.repeats(chosen)
     leaks, unknown = count_leaks(spool.groups[chosen], job.evaluation_prompts)
     report.facts = {
@@ -291,18 +317,20 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
     }
     if job.rules.fail_on_leak:
         refuse_leaks(leaks)
-    held_out, is_repeat = np.zeros((2, len(spool)), dtype=bool)
-    held_out[chosen], is_repeat[chosen] = is_validation, repeats
+    is_repeat = np.zeros(len(spool), dtype=bool)
+    is_repeat[chosen] = repeats
     rows = spool.read(chosen)
     with Progress(total=len(chosen), desc="encoding", unit=" rows", disable=not job.progress, mininterval=0.5) as bar:
         while batch := list(islice(rows, BATCH_ROWS)):
-            _encode_batch(job, spool, batch, held_out, is_repeat, report, writer)
+            _encode_batch(job, spool, batch, split, is_repeat, report, writer)
             bar.update(len(batch))
     report.bad.stop_if_too_many(job.rules.on_bad_row, job.rules.max_bad_fraction, report.rows["read"])
     if not report.rows["kept"]:
         raise UserError("No row is left to train on:", *report.dropped_examples(), *report.bad.lines())
     if _wants_validation(job):
-        _check_held_out(report.rows["validation"], report, job.rules, log)
+        check_held_out("validation", job.rules.validation_fraction, report, log, is_needed=True)
+    if job.rules.test_fraction or len(own_test):
+        check_held_out("test", job.rules.test_fraction, report, log, is_needed=job.rules.needs_test)
 
 
 def _wants_validation(job: _Job) -> bool:
@@ -310,28 +338,11 @@ def _wants_validation(job: _Job) -> bool:
     return job.prepared is PreparedPairs and job.rules.validation_fraction > 0
 
 
-def _check_held_out(held_out: int, report: ReportBuilder, rules: Rules, log: ReadLog) -> None:
-    """Refuse a validation split without a pair, unless that was asked for; count one of few pairs."""
-    if not held_out:
-        same = " All of them have one prompt, and the split is by prompt." if report.facts["prompts"] == 1 else ""
-        raise UserError(
-            f"data.validation_fraction is {rules.validation_fraction:g}, and of the {report.rows['kept']:,} pairs kept "
-            f"none is held out for validation (DATA-88).{same} Set data.validation_fraction=0 to train without "
-            "validation, raise it, or give pairs of more prompts."
-        )
-    if held_out < FEW_HELD_OUT:
-        log.warn(
-            f"pairs held out for validation, fewer than {FEW_HELD_OUT}: figures of them are coarse; raise "
-            "data.validation_fraction or give more pairs",
-            held_out,
-        )
-
-
 def _encode_batch(
     job: _Job,
     spool: Spool,
     batch: list,
-    held_out: np.ndarray,
+    splits: np.ndarray,
     is_repeat: np.ndarray,
     report: ReportBuilder,
     writer: PreparedWriter,
@@ -345,8 +356,8 @@ def _encode_batch(
         elif job.rules.duplicates == "drop" and is_repeat[row.index]:
             report.drop(BadRow(row.place, "DATA-83", "", "repeats another row", "Set data.duplicates=keep to keep it."))
         else:
-            place_by_source = job.sources[spool.parts[row.index]].split_of
-            split = place_by_source(row.prompt) if place_by_source else SPLITS[int(held_out[row.index])]
+            place_by_source = job.sources[min(spool.parts[row.index], len(job.sources) - 1)].split_of
+            split = place_by_source(row.prompt) if place_by_source else SPLITS[int(splits[row.index])]
             row_id = spool.row_id(row.index)
             texts = dict(zip(job.prepared.sides, row.responses, strict=True))
             record = {"id": row_id, "prompt": prompt_rows(outcome.prompt), **texts, "split": split, "group": row.group}

@@ -39,34 +39,34 @@ from laddpo.storage.manifests import MANIFEST, provenance, read_manifest, write_
 from laddpo.storage.temporaries import make_folder, remove_orphans, temporary_beside
 
 TOKENS, REPORT, FIGURE, REJECTED = "tokens.safetensors", "report.json", "report.png", "rejected.jsonl"
-SPLITS = ("train", "validation")
+SPLITS = ("train", "validation", "test")
 
 
 class PairRows(Sequence):
     """Rows of one split as EncodedPair, read from disk when asked for."""
 
     def __init__(self, prepared: Prepared, rows: np.ndarray):
-        self._prepared, self._rows = prepared, rows
+        self._prepared, self.indices = prepared, rows
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.indices)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return [self._prepared.row(int(row)) for row in self._rows[index]]
-        return self._prepared.row(int(self._rows[index]))
+            return [self._prepared.row(int(row)) for row in self.indices[index]]
+        return self._prepared.row(int(self.indices[index]))
 
     def lengths(self) -> np.ndarray:
         """int64 [rows, sequences]: tokens of prompt and of each response, without reading the tokens."""
-        return self._prepared.lengths()[self._rows]
+        return self._prepared.lengths()[self.indices]
 
     def column(self, name: str) -> list:
         """`id`, `group` or `answer` of every row."""
-        return [self._prepared.columns[name][row] for row in self._rows]
+        return [self._prepared.columns[name][row] for row in self.indices]
 
 
 class Prepared:
-    """A finished folder. `train` and `validation` behave like lists of encoded rows."""
+    """A finished folder. `train`, `validation` and `test` behave like lists of encoded rows."""
 
     kind, rows_file, sides = "", "", ()
 
@@ -82,7 +82,8 @@ class Prepared:
         ids, self._offsets = map_tokens(folder / TOKENS)
         self._ids = ids.view(np.ndarray)  # a memory map still, without the cost of its class at every slice
         split = np.array([SPLITS.index(name) for name in self.columns["split"]])
-        self.train, self.validation = (PairRows(self, np.flatnonzero(split == side)) for side in range(len(SPLITS)))
+        sides = (PairRows(self, np.flatnonzero(split == side)) for side in range(len(SPLITS)))
+        self.train, self.validation, self.test = sides
 
     @classmethod
     def load(cls, folder: Path, verify: bool = True):
@@ -97,6 +98,15 @@ class Prepared:
 
     def __len__(self) -> int:
         return len(self.columns["id"])
+
+    @property
+    def result_split(self) -> str:
+        """The split that the table of results is measured on: test, or validation if no row is held out for a test."""
+        return "test" if len(self.test) else "validation"
+
+    def result_rows(self, count: int | None) -> PairRows:
+        """The rows of `result_split`, at most `count` of them."""
+        return PairRows(self, getattr(self, self.result_split).indices[:count])
 
     @property
     def content(self) -> str:

@@ -118,7 +118,9 @@ def report_table(report: Mapping[str, Any]) -> str:
     lines = [
         f"{rows['read']:,} rows read = {rows['kept']:,} kept + {rows['bad']:,} bad + {rows['dropped']:,} dropped + "
         f"{rows['not_sampled']:,} not sampled; {rows['cut']:,} of the kept were cut",
-        f"{rows['train']:,} for training, {rows['validation']:,} for validation, from {report['prompts']:,} prompts",
+        f"{rows['train']:,} for training, {rows['validation']:,} for validation, "
+        + (f"{rows['test']:,} for the test, " if rows.get("test") else "")
+        + f"from {report['prompts']:,} prompts",
     ]
     if "sampling" in report:
         lines += sampling_lines(report["sampling"])

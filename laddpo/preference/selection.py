@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from laddpo.preference.prepared import SPLITS
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.spool import Spool, keyed_position
 
@@ -17,9 +18,10 @@ def choose_rows(
     """Indices of the rows to use, in content order.
 
     One source gives all its rows or `random_sample_size` of them. Several give rows in proportion to their weights, as
-    many as the scarcest allows (or `random_sample_size` in all): no row is ever used twice to fill a share.
+    many as the scarcest allows (or `random_sample_size` in all): no row is ever used twice to fill a share. Rows of
+    parts without a weight, which are test rows, are left alone.
     """
-    counts = np.bincount(spool.parts, minlength=len(weights)).tolist()
+    counts = np.bincount(spool.parts, minlength=len(weights))[: len(weights)].tolist()
     exact = [Fraction(weight) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
     total = min(int(count / share) for count, share in zip(counts, shares, strict=True))
@@ -37,19 +39,35 @@ def choose_rows(
     return np.sort(np.concatenate(chosen))
 
 
-def choose_validation(spool: Spool, rows: np.ndarray, seed: int, fraction: float, log: ReadLog) -> np.ndarray:
-    """bool [rows]: held out for validation. All rows of a prompt go the same way.
+def choose_splits(
+    spool: Spool, rows: np.ndarray, seed: int, validation_fraction: float, test_fraction: float, log: ReadLog
+) -> np.ndarray:
+    """int8 [rows]: index into SPLITS of each row. All rows of a prompt go the same way.
 
-    A prompt is held out when its keyed position falls below `fraction`, so a prompt keeps its side when rows are added.
-    Where that leaves one side empty, the prompt nearest the edge changes sides. A single prompt is trained on.
+    A prompt has a keyed position. Below `validation_fraction` it is held out for validation, and in the last
+    `test_fraction` for the test, so a prompt keeps its side when rows are added. Each share above 0 gets at least one
+    prompt, the one nearest to its edge, as long as one is left to train on.
     """
     groups, member = np.unique(spool.groups[rows], return_inverse=True)
     positions = np.array([keyed_position(seed, f"group/{int(group):016x}") for group in groups], dtype=np.uint64)
-    is_held_out = positions < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
-    if fraction > 0 and len(groups) > 1 and is_held_out.all() | ~is_held_out.any():
+    split = np.zeros(len(groups), dtype=np.int8)
+    is_held_out = positions < edge_of(validation_fraction)
+    if validation_fraction > 0 and len(groups) > 1 and is_held_out.all() | ~is_held_out.any():
         edge = int(np.argmax(positions) if is_held_out.all() else np.argmin(positions))
         is_held_out[edge] = not is_held_out[edge]
-    if fraction > 0 and len(groups) == 1:
+    if validation_fraction > 0 and len(groups) == 1:
         is_held_out[:] = False
         log.warn("rows that all have the same prompt, so that none is held out for validation", len(rows))
-    return is_held_out[member]
+    split[is_held_out] = SPLITS.index("validation")
+
+    rest = np.flatnonzero(~is_held_out)
+    rest = rest[np.argsort(positions[rest], kind="stable")]
+    if test_fraction > 0 and len(rest) > 1:
+        wanted = int((positions[rest] >= edge_of(1 - test_fraction)).sum())
+        split[rest[len(rest) - min(max(wanted, 1), len(rest) - 1) :]] = SPLITS.index("test")
+    return split[member]
+
+
+def edge_of(share: float) -> np.uint64:
+    """The position below which a share of all prompts lies."""
+    return np.uint64(min(int(share * 2**64), 2**64 - 1))

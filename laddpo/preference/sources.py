@@ -19,7 +19,7 @@ from laddpo.preference.onpolicy import sampled_pairs
 from laddpo.preference.reading.bad_rows import BadRow, RowError, made_of
 from laddpo.preference.reading.files import ReadLog, content_sha256, read_rows
 from laddpo.preference.reading.hub import hub_rows
-from laddpo.preference.reading.locate import locate
+from laddpo.preference.reading.locate import has_split, locate
 from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, RowIds, example_of, pair_of
 from laddpo.preference.reading.rows import SHAPES, WITHOUT_PROMPT, RowRules, mapped_text, one_pair_each
 from laddpo.preference.reading.unread import OPTIONAL, accounted, refuse_unread_columns
@@ -30,8 +30,9 @@ class Request:
     """What is asked of a source; each uses the part that concerns it.
 
     Rows of files and of the hub: `dataset_name` (path, name in `preference_dir`, or hub id), `dataset_split`,
-    `dataset_config`, `revision`, `columns`, `format` (a shape of rows, or auto), limits. Generated rows: `num_pairs`,
-    `difficulty`, `habit`, `seed`, and the share that validation gets; for a corpus `num_examples` and `mistake_share`.
+    `test_split`, `dataset_config`, `revision`, `columns`, `format` (a shape of rows, or auto), limits. Generated rows:
+    `num_pairs`, `difficulty`, `habit`, `seed`, and the share that validation gets; for a corpus `num_examples` and
+    `mistake_share`.
     Graded candidates: `candidates_name` (files of candidates, if they are not in the rows of their questions),
     `pairs_per_question`, `grader`; sampled answers also `balance_lengths`.
     """
@@ -39,6 +40,7 @@ class Request:
     dataset_name: str | None = None
     dataset_split: str | None = None
     dataset_config: str | None = None
+    test_split: str | None = None
     revision: str | None = None
     columns: Mapping[str, str | None] = field(default_factory=dict)
     format: str = "auto"
@@ -58,6 +60,18 @@ class Request:
     balance_lengths: bool = True
     num_examples: int = 20_000
     mistake_share: float = 0.0
+
+    @property
+    def has_test_split(self) -> bool:
+        """Whether `test_split` is another split than the one that is read, and the data have it or may have it."""
+        if (
+            not self.test_split
+            or not self.dataset_name
+            or self.test_split in (self.dataset_split or "train").split("+")
+        ):
+            return False
+        where = (self.dataset_name, self.preference_dir, self.follow_symlinks, self.test_split, self.dataset_config)
+        return has_split(*where)
 
 
 @dataclass(frozen=True)
@@ -230,8 +244,13 @@ def rows_identity(request: Request) -> dict:
         "allow_empty_prompt": request.allow_empty_prompt,
         "allow_nul": request.allow_nul,
     }
+    test = replace(request, dataset_split=request.test_split) if request.has_test_split else None
     if files:
+        if test:
+            fields["test_files"] = sorted(content_sha256(path) for path in local_files(test, ReadLog()))
         return {**fields, "files": sorted(content_sha256(path) for path in files)}
+    if test:
+        fields["test_split"] = request.test_split
     hub = {"dataset": request.dataset_name, "split": request.dataset_split or "train", "revision": request.revision}
     if request.dataset_config is not None:
         hub["config"] = request.dataset_config
@@ -313,10 +332,11 @@ def arithmetic_split(prompt: Prompt) -> str:
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 TEXT_COLUMNS = (*PAIR_COLUMNS, "response", MESSAGES)
-ROWS_READ = (
+OF_ROWS = (
     *("dataset_name", "dataset_split", "dataset_config", "revision", "columns", "max_line_bytes", "follow_symlinks"),
     *("allow_empty_prompt", "allow_nul"),
 )
+ROWS_READ = (*OF_ROWS, "test_split", "test_fraction")
 PAIRS_READ = (*ROWS_READ, *(f"columns.{name}" for name in ("chosen", "rejected", "system", "input")))
 SOURCES: dict[str, Source] = {
     "arithmetic": Source(
@@ -355,7 +375,7 @@ SOURCES: dict[str, Source] = {
         onpolicy_pairs,
         onpolicy_identity,
         is_graded=True,
-        reads=(*ROWS_READ, "pairs_per_question", "questions", "sampling", "grader", "balance_lengths"),
+        reads=(*OF_ROWS, "test_fraction", "pairs_per_question", "questions", "sampling", "grader", "balance_lengths"),
         needs_grader=True,
     ),
 }

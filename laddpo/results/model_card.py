@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from laddpo.inputs.pins import model_path
 from laddpo.preference.reading.splits import HUB_ID, has_file_name
-from laddpo.results.tables import before_after_rows, markdown
+from laddpo.results.tables import before_after_rows, held_out_note, markdown
 from laddpo.results.using import use_section
 from laddpo.settings.data_checks import sft_examples
 from laddpo.settings.redaction import redact
@@ -158,6 +158,7 @@ def _metrics(results: Mapping[str, Any]) -> str:
     if not rows:
         return "## Metrics\n\nNot evaluated."
     note = "Base against tuned with paired 95% intervals, as `python -m laddpo.evaluate` measured them."
+    note = " ".join(filter(None, [note, held_out_note(results)]))
     tasks = {e["task"]["name"]: e["task"] for e in results.values() if isinstance(e, Mapping) and "task" in e}
     details = "".join(f"\n- {inline(n)}: " + ", ".join(f"{k} {inline(shown_path(str(v)))}" for k, v in t.items()
                       if k != "name") for n, t in tasks.items())  # fmt: skip

@@ -11,6 +11,7 @@ from laddpo.results.sweeps import SweepCell, SweepTable, number_text
 
 Record = Mapping[str, Any]
 
+FEW_PAIRS = 30  # below which the figures of a table say little
 EXAMPLE_CHARACTERS = 600  # of one text in the side-by-side examples
 
 
@@ -30,6 +31,24 @@ def before_after_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return header, rows
+
+
+def held_out_note(results: Mapping[str, Any]) -> str:
+    """What the pairs of a result are, in a sentence or two; empty if results.json does not say."""
+    facts = results.get("held_out")
+    if not facts:
+        return ""
+    pairs = f"{facts['pairs']:,} {facts['split']} pair{'s' * (facts['pairs'] != 1)}"
+    prompts = f"{facts['prompts']:,} prompt{'s' * (facts['prompts'] != 1)}"
+    said = f"Measured on {pairs} of {prompts}. Neither training nor the choice of the checkpoint saw them."
+    if facts["chose_checkpoint"]:
+        said = (
+            f"Measured on {pairs} of {prompts}, which chose the checkpoint: on new pairs expect less. Hold pairs out "
+        )
+        said += "for a test with data.test_fraction=0.1."
+    if facts["ties"]:
+        said += f" {facts['ties']:,} of them tie with the base: a tie is no win and counts half."
+    return said + (" So few pairs give coarse figures." if facts["pairs"] < FEW_PAIRS else "")
 
 
 def is_share(name: str, entry: Mapping[str, Any]) -> bool:

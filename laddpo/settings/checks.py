@@ -169,6 +169,11 @@ def _data(config: RunConfig) -> Iterator[str]:
             f"data.mixture lists {len(data.mixture)} sources and data.source is {data.source!r}, which reads one; "
             "use data=mixture, or data.mixture=[]."
         )
+    if data.validation_fraction + data.test_fraction > 1:
+        yield (
+            f"data.test_fraction is {data.test_fraction:g} and data.validation_fraction is "
+            f"{data.validation_fraction:g}; together they leave nothing to train on; lower one of them."
+        )
     yield from _mixture_parts(config)
     yield from onpolicy_problems(config)
     if data.source == "arithmetic" and data.operand_max >= 10**data.width:

@@ -124,14 +124,15 @@ def file_problems(config: RunConfig, given: Collection[str]) -> Iterator[str]:
             )
 
 
-OF_EACH_PART = ("dataset_name", "dataset_split", "dataset_config", "revision", "columns", "format")
+OF_EACH_PART = ("dataset_name", "dataset_split", "dataset_config", "test_split", "revision", "columns", "format")
 OWN_ROWS = "write data=jsonl to read rows of your own"
 OWN_ANSWERS = "write data=onpolicy to make pairs of the model's own answers"
 CANDIDATES = "write data=gsm8k_candidates to make pairs of candidates"
 # By setting or group of settings that only some rows of SOURCES read, the most special first: what was probably wanted.
 # What is not here concerns every source, or is read elsewhere too: evaluation and sft pose problems of operand_max.
 WANTED = {
-    **dict.fromkeys(("dataset_name", "dataset_split", "dataset_config", "revision"), OWN_ROWS),
+    **dict.fromkeys(("dataset_name", "dataset_split", "dataset_config", "test_split", "revision"), OWN_ROWS),
+    "test_fraction": OWN_ROWS,
     **dict.fromkeys(("columns.candidates", "columns.candidate"), CANDIDATES),
     **dict.fromkeys([f"columns.{name}" for name in ("chosen", "rejected", "system", "input")], OWN_ROWS),
     **dict.fromkeys(("columns", "format", "max_line_bytes", "follow_symlinks"), OWN_ROWS),

@@ -260,6 +260,7 @@ RANGES: dict[str, Range] = {
     "data.max_length": at_least(1, "1024 is usual"),
     "data.random_sample_size": at_least(1, "null takes every row"),
     "data.validation_fraction": at_least(0, "0.05 is usual", 0.9),
+    "data.test_fraction": at_least(0, "0.1 is usual, 0 holds nothing out for a test", 0.9),
     "data.max_bad_fraction": at_least(0, "1 never stops because of skipped rows", 1),
     "data.max_line_bytes": at_least(1024, "16777216 is usual"),
     "data.pairs_per_question": at_least(1, "4 is usual; more weigh questions with many candidates more"),

@@ -134,6 +134,7 @@ class MixturePart:
     format: str = "auto"
     weight: float = 1.0
     dataset_config: str | None = None
+    test_split: str | None = None
 
 
 @dataclass
@@ -187,6 +188,8 @@ class DataSettings:
     truncation: str = "error"
     random_sample_size: int | None = None
     validation_fraction: float = 0.05
+    test_fraction: float = 0.0
+    test_split: str | None = None
     on_bad_row: str = "error"
     max_bad_fraction: float = 1.0
     duplicates: str = "keep"

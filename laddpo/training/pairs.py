@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laddpo.settings.read_settings import command_of
+from laddpo.settings.data_checks import is_read
+from laddpo.settings.read_settings import command_of, given_overrides
 from laddpo.settings.schema import MixturePart, RunConfig
 
 if TYPE_CHECKING:
@@ -108,6 +109,19 @@ def check_enough(config: RunConfig, prepared) -> None:
         )
 
 
+def say_what_is_measured(config: RunConfig, prepared) -> None:
+    """One line for data whose answers no task grades: what the table at the end is measured on."""
+    from laddpo.processes.ranks import here
+
+    if config.evaluation.tasks or not config.evaluation.at_end or not here().is_main or config.dry_run:
+        return
+    count = len(prepared.result_rows(config.evaluation.num_pairs))
+    print(
+        f"result: {count:,} {prepared.result_split} pairs, base against tuned. No task grades answers to these "
+        "prompts; evaluation=gsm8k, for instance, would add one."
+    )
+
+
 def _arguments(config: RunConfig) -> tuple:
     """What the settings mean to laddpo/preference: folder, name, parts, encoder, rules."""
     from laddpo.inputs.data import encoder_for, request_of
@@ -120,6 +134,9 @@ def _arguments(config: RunConfig) -> tuple:
         seed=config.seed,
         random_sample_size=data.random_sample_size,
         validation_fraction=data.validation_fraction,
+        test_fraction=(share := data.test_fraction if is_read("data.test_fraction", config) else 0.0),
+        needs_test=share > 0 and _is_given("data.test_fraction"),
+        needs_test_split=_is_given("data.test_split"),
         on_bad_row=data.on_bad_row,
         max_bad_fraction=data.max_bad_fraction,
         duplicates=data.duplicates,
@@ -135,6 +152,10 @@ def _arguments(config: RunConfig) -> tuple:
     ]
     encoder = encoder_for(config.data, load_tokenizer(model_path(config.model), config.model.revision))
     return Path(config.paths.data_dir) / "prepared", data.source, parts, encoder, rules
+
+
+def _is_given(key: str) -> bool:
+    return any(text.startswith(f"{key}=") for text in given_overrides.get())
 
 
 def _graded_mixture(config: RunConfig) -> list[tuple[MixturePart, Grader | None]]:
@@ -159,6 +180,7 @@ def _only_part(config: RunConfig) -> MixturePart:
         data.columns,
         data.format,
         dataset_config=data.dataset_config,
+        test_split=data.test_split,
     )
 
 

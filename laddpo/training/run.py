@@ -50,7 +50,7 @@ from laddpo.storage.run_outputs import RunOutputs
 from laddpo.training.faults import fault_reports, step_zero_check
 from laddpo.training.lengths import total_steps, warmup_note
 from laddpo.training.outputs import SEALED, check_weights, open_trackers, resume_step, run_outputs
-from laddpo.training.pairs import check_enough, open_prepared
+from laddpo.training.pairs import check_enough, open_prepared, say_what_is_measured
 from laddpo.training.tracking import log_results
 from laddpo.training.validation import LOSS, Validation, open_validation
 
@@ -119,6 +119,7 @@ def open_pairs(config: RunConfig) -> RunData:
 
     prepared = open_prepared(config)
     check_enough(config, prepared)
+    say_what_is_measured(config, prepared)
     lengths = data_lengths(prepared, config.dpo.diffusion_samples)
     return RunData(prepared.train, prepared.content, lengths, prepared, tasks)
 

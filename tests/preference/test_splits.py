@@ -246,7 +246,8 @@ def prepare(tmp_path, *settings):
 
 def test_prepare_lists_what_it_leaves_in_the_console_and_in_the_report(tmp_path, capsys):
     root = make(tmp_path / "set", HUB)
-    assert prepare(tmp_path, f"data.dataset_name={root}", "data.validation_fraction=0") == 0
+    settings = ["data.validation_fraction=0", "data.test_fraction=0", "data.test_split=null"]
+    assert prepare(tmp_path, f"data.dataset_name={root}", *settings) == 0
     assert "files of split test: " in capsys.readouterr().out
     (report,) = (tmp_path / "made").glob("prepared/*/report.json")
     assert read_json(report)["files_not_read"] == {str(root / HUB[1]): "test"}

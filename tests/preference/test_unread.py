@@ -14,7 +14,7 @@ from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.preparation import Part, Rules, prepare_pairs
-from laddpo.preference.prepared import PreparedPairs
+from laddpo.preference.prepared import SPLITS, PreparedPairs
 from laddpo.preference.reading.bad_rows import CODES, BadRow
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.sources import Request, open_corpus, open_source
@@ -203,7 +203,7 @@ def test_instruction_and_input_are_joined_from_the_command_line(tmp_path, capsys
     assert cli("prepare", [*asked, *paths]) == 0
     (folder,) = (tmp_path / "data" / "prepared").iterdir()
     prepared = PreparedPairs.load(folder)
-    said = [record["prompt"][0]["content"] for split in ("train", "validation") for record in prepared.texts(split)]
+    said = [record["prompt"][0]["content"] for split in SPLITS for record in prepared.texts(split)]
     assert sorted(said) == ["Add 0.\n\nto 1", "Add 1.", "Add 2.\n\nto 3"]
     warnings, shown = prepared.report()["warnings"], capsys.readouterr().out
     assert warnings["column 'n' is not used"] == 3

@@ -227,7 +227,7 @@ CODES: dict[str, str] = {
     "DATA-74": "text, or text and template together, spell a special token",
     "DATA-75": "the row is longer than data.max_length",
     "DATA-79": "a text is too long to be tokenised",
-    "DATA-88": "no pair is held out for validation",
+    "DATA-88": "no pair is held out",
     "DATA-91": "the path has a form that is not allowed",
     "DATA-83": "the row repeats another",
     "DATA-87": "the prompt is one that a model will be tested on",
@@ -238,6 +238,7 @@ CODES: dict[str, str] = {
     "DATA-102": "messages are stored as text",
     "DATA-103": "there are two system texts",
     "DATA-104": "no row has the column that a setting names",
+    "DATA-107": "the prompt of a test row is also trained on",
     "DATA-105": "an answer has a label instead of a counterpart",
     "DATA-106": "the response repeats a tag that the template opens",
 }

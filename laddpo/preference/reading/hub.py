@@ -10,6 +10,11 @@ from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.reading.strict_json import one_line
 from laddpo.processes.progress import quiet_datasets
 
+
+class NoSuchSplit(UserError):
+    """The dataset is there, and the split that was asked for is not."""
+
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_FILE = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 
@@ -76,7 +81,9 @@ def load_split(dataset_name: str, split: str, revision: str | None, config: str 
                 "needs a loading script, which is never run (DATA-93). Download its data files and give their path."
             )
             raise UserError(f"{wanted}: {problem}.") from error
-        raise UserError(_other_name(dataset_name, split, config, str(error)) or _unavailable(wanted, error)) from error
+        if problem := _other_name(dataset_name, split, config, str(error)):
+            raise (NoSuchSplit if "data.dataset_split" in problem else UserError)(problem) from error
+        raise UserError(_unavailable(wanted, error)) from error
 
 
 def _unavailable(wanted: str, error: BaseException) -> str:

@@ -18,6 +18,7 @@ from laddpo.preference.reading.splits import (
     check_shards,
     choose_files,
     contradicted_split,
+    described_splits,
     has_file_name,
     splits_by_name,
 )
@@ -54,6 +55,18 @@ def locate(
         raise file_error(
             where, "DATA-43", f"could not be looked at: {error.strerror}", "Check data.dataset_name."
         ) from error
+
+
+def has_split(
+    dataset_name: str, preference_dir: Path | None, follow_symlinks: bool, split: str, config: str | None
+) -> bool:
+    """Whether a folder, or a pattern, has files of this split beside others. A hub id may have it: true."""
+    path, files = _find(dataset_name, preference_dir, ReadLog(), follow_symlinks)
+    if path is None or path in files:
+        return path is None
+    root = path if path.is_dir() else path.parent
+    splits = (described_splits(root, files, config) if path.is_dir() else {}) or splits_by_name(root, files)
+    return split in splits and len(splits) > 1
 
 
 def _find(
