@@ -7,22 +7,22 @@ source is its functions and one row; settings read the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from laddpo.errors import UserError, choose
+from laddpo.errors import choose
 from laddpo.preference.candidates import Grader, candidate_pairs
 from laddpo.preference.embedded import arithmetic
-from laddpo.preference.examples import COLUMNS, MESSAGES, chosen_sides, read_example
+from laddpo.preference.examples import COLUMNS, chosen_sides, read_example
 from laddpo.preference.onpolicy import sampled_pairs
 from laddpo.preference.reading.bad_rows import BadRow, RowError, made_of
 from laddpo.preference.reading.files import ReadLog, content_sha256, read_rows
-from laddpo.preference.reading.hub import hub_rows
-from laddpo.preference.reading.locate import has_split, locate
+from laddpo.preference.reading.locate import has_split
 from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, RowIds, example_of, pair_of
 from laddpo.preference.reading.rows import SHAPES, WITHOUT_PROMPT, RowRules, mapped_text, one_pair_each
 from laddpo.preference.reading.unread import OPTIONAL, accounted, refuse_unread_columns
+from laddpo.preference.requested import local_files, raw_rows, with_guesses
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ def read_pairs(
     rows: Iterable[tuple[str, dict] | BadRow] | None = None,
 ) -> Iterator[PreferencePair | BadRow]:
     """Pairs of local files or of the hub, or of `rows`, in the shape of `shape` or else of `request.format`."""
+    if shape is None and rows is None:
+        request = with_guesses(request, log, is_pair=True)
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
     shape = shape or shape_name(request.format)
     readable = [*PAIR_COLUMNS, *OPTIONAL]
@@ -138,6 +140,8 @@ def read_pairs(
 
 def read_examples(request: Request, log: ReadLog, shape: str | None = None) -> Iterator[Example | BadRow]:
     """SFT examples of local files or of the hub: a response, a conversation, or the chosen side of a pair."""
+    if shape is None:
+        request = with_guesses(request, log, is_pair=False)
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
     to_pair = SHAPES[shape or shape_name(request.format)]
     readable = [*COLUMNS, *OPTIONAL]
@@ -189,35 +193,6 @@ def onpolicy_identity(request: Request) -> dict:
         "balance_lengths": request.balance_lengths,
         "seed": request.seed,
     }
-
-
-def raw_rows(
-    request: Request, log: ReadLog, names: Sequence[str] = ("prompt", "answer")
-) -> Iterator[tuple[str, dict] | BadRow]:
-    """Rows of the files that the name means, else of the hub; `names` are our names of the columns that will be used,
-    by default those of questions."""
-    files = local_files(request, log)
-    if files:
-        kind = "json" if request.format == "json" else None
-        columns = {name: request.columns.get(name) or name for name in names}
-        text = [columns[name] for name in TEXT_COLUMNS if name in columns]
-        rows = read_rows(files, request.max_line_bytes, log, kind, text, columns.values())
-    else:
-        rows = hub_rows(request.dataset_name, request.dataset_split, request.revision, log, request.dataset_config)
-    return accounted(rows, names, request.columns, request.dataset_name, log.warn)
-
-
-def local_files(request: Request, log: ReadLog) -> list[Path]:
-    if not request.dataset_name:
-        raise UserError("data.dataset_name is not set. Give a local path, or a hub id such as org/name.")
-    return locate(
-        request.dataset_name,
-        request.preference_dir,
-        log,
-        request.follow_symlinks,
-        request.dataset_split,
-        request.dataset_config,
-    )
 
 
 def same_kind(kind: bool | None, fields: dict, rules: RowRules) -> bool:
@@ -331,7 +306,6 @@ def arithmetic_split(prompt: Prompt) -> str:
 
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
-TEXT_COLUMNS = (*PAIR_COLUMNS, "response", MESSAGES)
 OF_ROWS = (
     *("dataset_name", "dataset_split", "dataset_config", "revision", "columns", "max_line_bytes", "follow_symlinks"),
     *("allow_empty_prompt", "allow_nul"),

@@ -72,7 +72,7 @@ def open_questions(config: RunConfig) -> list:
     from laddpo.preference.reading.files import ReadLog
     from laddpo.preference.reading.rows import RowRules
     from laddpo.preference.report import unread_lines
-    from laddpo.preference.sources import raw_rows
+    from laddpo.preference.requested import raw_rows
     from laddpo.processes.ranks import here
 
     data, sampling = config.data, config.data.sampling

@@ -123,7 +123,7 @@ def test_a_file_becomes_a_table_on_test_pairs_in_one_command(kind, stages, capsy
     assert (run / "evaluation" / "plots" / "evaluation.png").stat().st_size > 5000
 
     note = held_out_note(results)
-    assert stages.run("report", f"run={run}", f"output_dir={stages.folder / 'page'}") == 0
+    assert cli("report", [f"run={run}", f"output_dir={stages.folder / 'page'}"]) == 0
     assert note in (stages.folder / "page" / "report.html").read_text()
     assert stages.run("export", f"run={run}", f"output_dir={stages.folder / 'out'}", "export.adapter_only=true") == 0
     assert note in (stages.folder / "out" / "README.md").read_text()

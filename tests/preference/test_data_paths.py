@@ -13,7 +13,8 @@ from laddpo.generate import wanted_prompts
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.preparation import Part, Rules, prepare_pairs
 from laddpo.preference.reading.files import ReadLog
-from laddpo.preference.sources import Request, open_source, raw_rows
+from laddpo.preference.requested import raw_rows
+from laddpo.preference.sources import Request, open_source
 from laddpo.problems.grading import FunctionGrader
 from laddpo.problems.rows import task_rows
 from laddpo.problems.tasks import TaskOptions, load_task

@@ -63,7 +63,6 @@ def test_a_row_of_any_shape_gives_its_response(tmp_path, row, asked, wanted):
 
 BAD = [
     ({"prompt": "p"}, {}, ("response", "DATA-01", "data.columns.response")),
-    ({"prompt": "p", "output": "a"}, {}, ("response", "DATA-01", "data.columns.response=output")),
     ({"prompt": "p", "response": ""}, {}, ("response", "DATA-07")),
     ({"prompt": "p", "response": 3}, {}, ("response", "DATA-12")),
     ({"response": "a"}, {}, ("prompt", "DATA-01")),

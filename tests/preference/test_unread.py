@@ -90,13 +90,6 @@ REFUSED = {  # case: row, settings, code, field, words of the advice
     "a message as text": ({**TEXTS, "chosen": "{'content': 'c', 'role': 'assistant'}"}, {}, "DATA-102", "chosen", ""),
     "an array as text": ({**TEXTS, "chosen": f"array({TALK['chosen']})"}, {}, "DATA-102", "chosen", ""),
     "from and value as text": ({**TEXTS, "chosen": "[{'from': 'gpt', 'value': 'c'}]"}, {}, "DATA-102", "chosen", ""),
-    "instruction and input": (
-        {"instruction": "p", "input": "q", "chosen": "c", "rejected": "r"},
-        {},
-        "DATA-01",
-        "prompt",
-        "data.columns.prompt=instruction and data.columns.input=input",
-    ),
     "input beside messages": (
         {**TALK, "input": "q"},
         {"columns": {"input": "input"}},

@@ -238,6 +238,7 @@ CODES: dict[str, str] = {
     "DATA-102": "messages are stored as text",
     "DATA-103": "there are two system texts",
     "DATA-104": "no row has the column that a setting names",
+    "DATA-108": "several columns may be meant",
     "DATA-107": "the prompt of a test row is also trained on",
     "DATA-105": "an answer has a label instead of a counterpart",
     "DATA-106": "the response repeats a tag that the template opens",

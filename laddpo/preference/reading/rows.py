@@ -13,6 +13,7 @@ from typing import Any
 
 from laddpo.errors import nearest
 from laddpo.preference.reading.bad_rows import RowError
+from laddpo.preference.reading.guesses import OTHER_NAMES, hint_for, hint_for_all, hint_for_texts
 from laddpo.preference.reading.pairs import ROLES, Message, Prompt, fold
 from laddpo.preference.reading.texts import FIX, check_text, is_blank, kind_of
 from laddpo.preference.reading.unread import refuse_stored_messages, refuse_unread_keys
@@ -313,77 +314,11 @@ def get_field(row: dict, name: str, rules: RowRules) -> Any:
     return value
 
 
-def hint_for_all(row: dict, name: str, rules: RowRules) -> str | None:
-    """The settings that map every column of a pair, if the row has other names for all of them that it lacks."""
-    lacking = [other for other in ("prompt", "chosen", "rejected") if rules.column(other) not in row]
-    named = {other: next((key for key in row if str(key).lower() in OTHER_NAMES[other]), None) for other in lacking}
-    if name not in lacking or len(lacking) < 2 or None in named.values() or len(set(named.values())) < len(lacking):
-        return None
-    more = next((key for key in ("input", "context") if key in row and key not in named.values()), None)
-    settings = [f"data.columns.{other}={key}" for other, key in named.items()]
-    settings += [f"data.columns.input={more}"] if more and "prompt" in named and not rules.columns.get("input") else []
-    return f"Set {' '.join(settings)}."
-
-
-def hint_for(row: dict, name: str, rules: RowRules) -> str:
-    """What to do about a column that a row lacks."""
-    guess = next((key for key in row if str(key).lower() in OTHER_NAMES.get(name, ())), None)
-    guess = name if name in row else guess or nearest(rules.column(name), map(str, row))
-    chosen = row.get(rules.column("chosen"))
-    if guess is None and name == "prompt" and isinstance(chosen, str):
-        return hint_for_texts(chosen)
-    if guess is None and name == "prompt" and isinstance(chosen, list):
-        return "Add the field, or set data.format=implicit where chosen and rejected hold the prompt as messages."
-    if guess is None:
-        return f"Add the field, or set data.columns.{name}."
-    more = next((key for key in ("input", "context") if key in row and key != guess), None)
-    if name == "prompt" and more and not rules.columns.get("input"):
-        return f"Set data.columns.prompt={guess} and data.columns.input={more}, which joins the two."
-    return f"Set data.columns.{name}={guess}."
-
-
-def hint_for_texts(chosen: str) -> str:
-    """What to do about texts without a prompt: only marked turns show where it ends."""
-    if chosen.startswith("\n\nHuman:"):
-        return "These are dialogues of Anthropic/hh-rlhf: use data=hh_rlhf."
-    return (
-        "Give the prompt a field of its own, or name it by data.columns.prompt. Where chosen and rejected begin with "
-        "the prompt, move it there: text does not show where it ends. For answers to no prompt at all write an empty "
-        "one into each row and set data.allow_empty_prompt=true."
-    )
-
-
 TOOL_TURN = "Turns of tools cannot be used: write the result into a user turn, or remove the row."
 UNPAIRED = (
     "Unpaired rows cannot be trained on yet. Make pairs of them: where a prompt has both labels, write one row with "
     "the prompt, a completion of label true as chosen and one of label false as rejected."
 )
-OTHER_NAMES = {
-    "prompt": ("question", "instruction", "input", "query", "problem", "prompts", "context"),
-    "chosen": (
-        "chosen_response",
-        "preferred",
-        "accepted",
-        "positive",
-        "response_chosen",
-        "better",
-        "winner",
-        "choosen",
-        "response_j",
-        "output",
-        "good",
-        "accept",
-        "chosen_answer",
-    ),
-    "rejected": (
-        *("rejected_response", "dispreferred", "negative", "response_rejected", "worse", "loser", "reject"),
-        *("response_k", "rejected_output", "bad", "rejected_answer"),
-    ),
-    "candidates": ("solutions", "outputs", "completions", "responses", "generations"),
-    "candidate": ("output", "completion", "response", "solution", "generation"),
-    "answer": ("gold", "target", "label", "ground_truth"),
-    "response": ("answer", "output", "completion", "target", "solution", "chosen"),
-}
 ROLE_NAMES = {
     "human": "user",
     "developer": "system",
