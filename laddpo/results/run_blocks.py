@@ -97,6 +97,7 @@ def _curve_blocks(run: Run, plots: Path) -> list[str]:
     for is_main in (True, False):
         shown = [picture(path, panel.title, panel.meaning) for panel, path in made if panel.is_main == is_main]
         blocks.append(html.gallery(shown, is_main) if shown else "")
+    blocks += [html.paragraph(row["note"]) for row in run.metrics if "note" in row]
     if constant := constant_curves(run.metrics, run.timing):
         shown = [(panel, f"{value} {panel.unit}".strip()) for panel, value in constant]
         line = "; ".join(f"{panel.title.lower()} {value}" for panel, value in shown)

@@ -11,11 +11,14 @@ from laddpo.inputs import policy
 from laddpo.inputs.policy import Loaded
 from laddpo.inputs.tuned import kept_names, what_is_left
 from laddpo.models import adapters, loading
+from laddpo.processes.progress import Progress
 from laddpo.processes.ranks import Ranks, whole
 from laddpo.settings.schema import AdapterSettings, LoggerSettings, ModelSettings, keywords
 from laddpo.storage import atomic, manifests
 from laddpo.storage.checkpoint import step_folders, step_of
+from laddpo.storage.json_lines import JsonLines
 from laddpo.storage.run_outputs import RunOutputs
+from laddpo.training.instability import Watch
 from laddpo.training.tracking import Trackers
 from laddpo.training.validation import Validation
 
@@ -33,12 +36,22 @@ def open_trackers(
     return Trackers(folder, wanted if ranks.is_main else {}, settings, resume_step=resume_step)
 
 
+def watch_of(folder: Path, beta: float, resume_step: int | None) -> Watch:
+    """The watch on a run's metrics, which has seen those before the step from which it is resumed."""
+    watch = Watch(beta)
+    for row in JsonLines(folder / "metrics.jsonl").read() if resume_step else ():
+        if row["step"] <= resume_step:  # what it shows was said
+            watch.see(row)
+    return watch
+
+
 def run_outputs(
     adapter: AdapterSettings,
     model: ModelSettings,
     folder: Path,
     loaded: Loaded,
     trackers: Trackers,
+    watch: Watch,
     validation: Validation,
     fields: Mapping[str, Any],
     *,
@@ -76,15 +89,22 @@ def run_outputs(
         atomic.write_text(folder / "samples" / f"step_{step:07d}.txt", text + "\n")
         trackers.text(step, "samples", text)
 
+    def track(metrics: Mapping[str, float], step: int) -> None:
+        trackers.scalars(step, metrics)
+        for note in watch.see({"step": step, **metrics}) if ranks.is_main else ():
+            outputs.metrics.append({"step": step, "note": note})
+            Progress.write(note)
+
     validation.show = show
-    return RunOutputs(
+    outputs = RunOutputs(
         folder,
         save_best=lambda step: save(best, step),
         save_last=lambda step: save(last, step),
-        track=lambda metrics, step: trackers.scalars(step, metrics),
+        track=track,
         writes=ranks.is_main,
         pins=fields["pins"],
     )
+    return outputs
 
 
 def check_weights(adapter: AdapterSettings, folder: Path) -> None:

@@ -49,7 +49,7 @@ from laddpo.storage.reference_store import ReferenceStore
 from laddpo.storage.run_outputs import RunOutputs
 from laddpo.training.faults import fault_reports, step_zero_check
 from laddpo.training.lengths import total_steps, warmup_note
-from laddpo.training.outputs import SEALED, check_weights, open_trackers, resume_step, run_outputs
+from laddpo.training.outputs import SEALED, check_weights, open_trackers, resume_step, run_outputs, watch_of
 from laddpo.training.pairs import check_enough, open_prepared, say_what_is_measured
 from laddpo.training.tracking import log_results
 from laddpo.training.validation import LOSS, Validation, open_validation
@@ -276,7 +276,8 @@ def run_loop(run: Run, training: Training, of_weights: Mapping[str, object] | No
         fault_reports(folder, training.parameters, config.seed, ranks),
     ):
         kept = (config.adapter, config.model, folder, run.loaded)
-        outputs = run_outputs(*kept, trackers, validation, fields, keeps_weights=not config.dry_run)
+        watch = watch_of(folder, config.dpo.beta, at_step)
+        outputs = run_outputs(*kept, trackers, watch, validation, fields, keeps_weights=not config.dry_run)
         state = train_loop(
             training.task,
             training.parameters,
