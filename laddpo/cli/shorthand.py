@@ -33,7 +33,7 @@ from laddpo.settings.read_settings import stage_reads
 
 FILE = "config_file"
 FLAT = {**HABITS, **{name: name for name in SAME}}
-ROWS = re.compile(r"\.(jsonl?|ndjson|csv|parquet|arrow)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+ROWS = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 PLAIN = re.compile(r"[\w./:+-]*", re.ASCII)
 
 

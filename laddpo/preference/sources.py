@@ -17,7 +17,7 @@ from laddpo.preference.embedded import arithmetic
 from laddpo.preference.examples import COLUMNS, chosen_sides, read_example
 from laddpo.preference.onpolicy import sampled_pairs
 from laddpo.preference.reading.bad_rows import BadRow, RowError, made_of
-from laddpo.preference.reading.files import ReadLog, content_sha256, read_rows
+from laddpo.preference.reading.files import ReadLog, content_sha256, file_kind, read_rows
 from laddpo.preference.reading.locate import has_split
 from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, RowIds, example_of, pair_of
 from laddpo.preference.reading.rows import SHAPES, WITHOUT_PROMPT, RowRules, mapped_text, one_pair_each
@@ -213,6 +213,8 @@ def shape_name(format: str) -> str:
 def rows_identity(request: Request) -> dict:
     """What pairs of files or of the hub depend on: the bytes of the files, not their names or order."""
     files = local_files(request, ReadLog())
+    for path in files if request.format != "json" else ():
+        file_kind(path)  # a wrong ending is refused, whatever was prepared of the same bytes
     fields = {
         "columns": {name: c for name, c in sorted(request.columns.items()) if c and name != "response"},
         "format": request.format,

@@ -42,7 +42,7 @@ def _has_local_model(config: RunConfig) -> bool:
 def _has_local_data(config: RunConfig) -> bool:
     name = config.data.dataset_name or ""
     places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
-    is_file = Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet", ".gz")
+    is_file = Path(name).suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
     return name.count("/") != 1 or is_file or any(place.exists() for place in places)
 
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from laddpo.cli.app import cli
 from laddpo.errors import UserError
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.sources import Request, open_corpus, open_source
@@ -50,6 +51,29 @@ def test_columns_are_taken_by_their_names_and_the_report_says_so_in_one_line(cas
     assert (pair.prompt[0].content, pair.chosen, pair.rejected) == PAIR
     (said,) = [text for text in log.warnings if text.startswith("columns taken by their names: ")]
     assert words in said and "set data.columns." in said
+
+
+def test_a_tsv_is_separated_by_tabs_whatever_its_texts_hold(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("question, asked\tchosen\trejected\nIs 1, 2 or 3 even?\t2, only\t1;3\n")
+    log = ReadLog()
+    request = Request(dataset_name=str(path), columns={"prompt": "question, asked"})
+    (pair,) = open_source("jsonl").read(request, log)
+    assert (pair.prompt[0].content, pair.chosen, pair.rejected) == ("Is 1, 2 or 3 even?", "2, only", "1;3")
+    assert not log.warnings
+
+
+def test_a_wrong_ending_is_refused_though_the_same_bytes_were_prepared(tmp_path, capsys):
+    rows = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(5)]
+    right = file_of(tmp_path, "jsonl", rows)
+    wrong = tmp_path / "a.txt"
+    wrong.write_bytes(right.read_bytes())
+    places = [f"paths.data_dir={tmp_path / 'data'}", f"paths.outputs_dir={tmp_path / 'outputs'}"]
+    assert cli("prepare", [*places, f"data={right}"]) == 0
+    capsys.readouterr()
+    assert cli("prepare", [*places, f"data={wrong}"]) == 2
+    said = capsys.readouterr()
+    assert "a.txt: has no known kind of name" in said.err and "already prepared" not in said.out
 
 
 def test_instruction_and_input_are_one_prompt(tmp_path):

@@ -171,8 +171,8 @@ def read_csv(
     text_columns: Sequence[str] = (),
     warn: Callable[[str], None] = lambda note: None,
 ) -> Iterator[RawRow | BadRow]:
-    """Rows under a header, separated by commas, else by what the header shows; every field is text. A quoted field may
-    span lines. NA and the like mean a missing value: null, and in `text_columns` a bad row."""
+    """Rows under a header, separated by commas (.tsv: tabs), else by what the header shows; every field is text. A
+    quoted field may span lines. NA and the like mean a missing value: null, and in `text_columns` a bad row."""
     csv.field_size_limit(max_line_bytes)
     before = length = 0  # lines before those that the reader counts, characters of the row at hand
 
@@ -186,7 +186,7 @@ def read_csv(
             yield line
 
     lines = lines_of_rows()
-    rows = csv.reader(lines, strict=True)
+    rows = csv.reader(lines, delimiter="\t" if last_suffix(path.name) == ".tsv" else ",", strict=True)
     try:
         header = next((row for row in rows if any(map(str.strip, row))), [])  # blank lines may precede it
         if len(header) == 1 and (separator := next((mark for mark in SEPARATORS if mark in header[0]), None)):
