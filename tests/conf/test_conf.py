@@ -165,3 +165,28 @@ def test_hardware_changes_no_setting_outside_its_group_but_quantization():
         config = compose(["model=llada_8b", f"hardware={path.stem}"])
         for name in ("model", "adapter", "data", "dpo", "optim", "evaluation"):
             assert getattr(config, name) == getattr(plain, name), f"{path.stem} changes {name}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "beta", "rate", "tasks"),
+    [
+        (["model=llada_mini"], 0.5, 2e-4, ["word_problems"]),
+        (["model=llada_mini", "data=jsonl", "data.dataset_name=a.jsonl"], 0.01, 5e-5, []),
+        (["model=llada_mini", "data=hh_rlhf"], 0.01, 5e-5, []),
+        (["model=llada_mini", "data=hh_rlhf", "evaluation=word_problems"], 0.01, 5e-5, ["word_problems"]),
+        (["model=llada_8b", "data=jsonl", "data.dataset_name=a.jsonl"], 0.2, 5e-6, []),
+        (["data=jsonl", "data.dataset_name=a.jsonl"], 0.01, 2e-4, []),
+    ],
+)
+def test_own_pairs_get_settings_for_real_texts_and_no_embedded_task(settings, beta, rate, tasks):
+    config = compose(settings)
+    assert (config.dpo.beta, config.optim.learning_rate, config.evaluation.tasks) == (beta, rate, tasks)
+
+
+def test_only_sources_of_rows_hold_out_a_test_by_default():
+    shares = {path.stem: yaml.safe_load(path.read_text()).get("test_fraction") for path in CONF_DIR.glob("data/*.yaml")}
+    assert shares["jsonl"] == 0.1 and shares["onpolicy"] == 0
+    of = {name: compose([f"data={name}", *NEEDS.get(f"data={name}", [])]).data for name in shares}
+    without = {name for name, data in of.items() if not data.test_fraction}
+    assert without == {"arithmetic", "onpolicy", "onpolicy_gsm8k", "word_problems"}
+    assert of["arithmetic"].test_split is None and of["ultrafeedback"].test_split == "test_prefs"
