@@ -57,7 +57,9 @@ def check_held_out(split: str, fraction: float, report: ReportBuilder, log: Read
     found = report.rows[split]
     if not found and is_needed:
         raise none_held_out(split, fraction, report.rows["kept"], report.facts["prompts"])
-    if found < FEW_HELD_OUT:
+    if not found:
+        log.warn("pairs, of so few prompts that none is held out for the test", report.rows["kept"])
+    elif found < FEW_HELD_OUT:
         log.warn(
             f"pairs held out for {NAMES[split]}, fewer than {FEW_HELD_OUT}: figures of them are coarse; raise "
             f"data.{split}_fraction or give more pairs",

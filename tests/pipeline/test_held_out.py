@@ -65,7 +65,7 @@ def test_two_prompts_train_without_a_test_and_a_test_that_was_asked_for_is_refus
     file = f"data.dataset_name={write(tmp_path / 'a.jsonl', rows_of(2))}"
     code, sides = prepared(tmp_path, file)
     assert code == 0 and [len(sides[split]) for split in SPLITS] == [1, 1, 0]
-    assert "0  pairs held out for the test, fewer than 30" in capsys.readouterr().out
+    assert "2  pairs, of so few prompts that none is held out for the test" in capsys.readouterr().out
     for share in ("0.1", "0.3"):  # prepared already, and not yet
         assert prepared(tmp_path, file, f"data.test_fraction={share}")[0] == 2
         said = capsys.readouterr().err
