@@ -25,6 +25,11 @@ def device_problems(config: RunConfig) -> Iterator[str]:
             "hardware.embeddings_on_cpu is true and adapter.kind is 'full'; the embedding is then trained and must be "
             "where the other weights are; use adapter=lora, or hardware.embeddings_on_cpu=false."
         )
+    if hardware.embeddings_on_cpu and config.model.shape.is_tied:
+        yield (
+            f"hardware.embeddings_on_cpu is true and {config.model.name} has a tied head (model.shape.is_tied): the "
+            "embedding is needed on the device as the head; use hardware.embeddings_on_cpu=false."
+        )
 
 
 def needs_cuda(config: RunConfig) -> Iterator[str]:
