@@ -14,9 +14,9 @@ CHOSEN_FALL = 0.1  # of the reference's log-likelihood of the chosen answers
 
 
 class Watch:
-    """Looks at the rows of metrics.jsonl in their order. `beta` is that of the rewards."""
+    """Looks at the rows of metrics.jsonl in their order. `beta` is that of the rewards; None of an sft."""
 
-    def __init__(self, beta: float):
+    def __init__(self, beta: float | None):
         self._beta = beta
         self._start: float | None = None
         self._losses: deque[float] = deque(maxlen=WINDOW)
@@ -41,7 +41,7 @@ class Watch:
             return None
         return (
             f"the mean loss of {WINDOW} steps is {mean:.3g}, above its start of {self._start:.3g}: the steps are too "
-            "large for these rows. Lower dpo.beta or optim.learning_rate."
+            f"large for these rows. Lower {'dpo.beta or ' if self._beta else ''}optim.learning_rate."
         )
 
     def _norm(self, norm: float | None) -> str | None:
@@ -58,7 +58,7 @@ class Watch:
 
     def _fall(self, row: Mapping[str, Any]) -> str | None:
         reward, logps = row.get("rewards/chosen"), row.get("logps/chosen")
-        if reward is None or logps is None:
+        if reward is None or logps is None or not self._beta:
             return None
         ratio = reward / self._beta
         self._falls.append((ratio, logps - ratio))

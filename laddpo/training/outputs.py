@@ -36,7 +36,7 @@ def open_trackers(
     return Trackers(folder, wanted if ranks.is_main else {}, settings, resume_step=resume_step)
 
 
-def watch_of(folder: Path, beta: float, resume_step: int | None) -> Watch:
+def watch_of(folder: Path, beta: float | None, resume_step: int | None) -> Watch:
     """The watch on a run's metrics, which has seen those before the step from which it is resumed."""
     watch = Watch(beta)
     for row in JsonLines(folder / "metrics.jsonl").read() if resume_step else ():

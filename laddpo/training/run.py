@@ -276,7 +276,8 @@ def run_loop(run: Run, training: Training, of_weights: Mapping[str, object] | No
         fault_reports(folder, training.parameters, config.seed, ranks),
     ):
         kept = (config.adapter, config.model, folder, run.loaded)
-        watch = watch_of(folder, config.dpo.beta, at_step)
+        beta = validation.objective.beta if validation.objective else None  # of rewards, which sft has not
+        watch = watch_of(folder, beta, at_step)
         outputs = run_outputs(*kept, trackers, watch, validation, fields, keeps_weights=not config.dry_run)
         state = train_loop(
             training.task,
