@@ -18,7 +18,7 @@ from laddpo.cli.app import cli
 from laddpo.estimator_study import report
 from laddpo.hardware.planning import memory_setup
 from laddpo.preference import preparation
-from laddpo.results import plots, run_pages
+from laddpo.results import plots, run_blocks
 from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import compose
 from laddpo.settings.data_checks import OF_EACH_PART
@@ -155,7 +155,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
             patch.setattr(plots, name, lambda *arguments, **options: None)
         patch.setattr(report, "variance_plot", lambda *arguments: None)
         patch.setattr(sys, "stdin", None)  # chat is given one of its own
-        patch.setattr(run_pages, "panel_plots", lambda *arguments, **options: [])
+        patch.setattr(run_blocks, "panel_plots", lambda *arguments, **options: [])
         yield Lab(tmp_path_factory.mktemp("read_settings"))
 
 
