@@ -42,8 +42,9 @@ class Family:
 
     `names`: of sizes in its config.json, where they are not this program's. `reads_before`: how many positions before a
     token its score is read. `mask_token_id`: that of every checkpoint, where neither config nor tokenizer tells it.
-    `has_qkv_bias`, `has_head_norms`: small parts that plans count. `code`: the public repository and the classes in it
-    that `auto_map` of a written config.json names, for programs that run a checkpoint's own code. This one never does.
+    `has_qkv_bias`, `has_head_norms`: small parts that plans count. `tag`: for the hub. `code`: the public repository
+    and the classes in it that `auto_map` of a written config.json names, for programs that run a checkpoint's own code.
+    This one never does.
     """
 
     network: tuple[str, str]
@@ -53,6 +54,7 @@ class Family:
     mask_token_id: int | None = None
     has_qkv_bias: bool = False
     has_head_norms: bool = False
+    tag: str = "a2d"
     code: tuple[str, Mapping[str, str]] | None = None
 
     @functools.cached_property
@@ -72,6 +74,11 @@ class Family:
         found["n_kv_heads"] = found["n_kv_heads"] or found["n_heads"]
         found["vocab_size"] = config.get("embedding_size") or found["vocab_size"]
         return {name: size for name, size in found.items() if size is not None}
+
+    @property
+    def repository(self) -> str | None:
+        """The hub repository of its public code, if one is known."""
+        return self.code[0] if self.code else None
 
     def auto_map(self) -> dict[str, str]:
         """Where a program that runs a checkpoint's own code finds it; empty where no public code is known."""
@@ -99,12 +106,13 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
     )
 
 
-_MOE = Family(("llama", "LLaDAMoEModelLM"), LLAMA_MOE, names=MOE_NAMES, has_head_norms=True)
+_MOE = Family(("llama", "LLaDAMoEModelLM"), LLAMA_MOE, names=MOE_NAMES, has_head_norms=True, tag="llada-moe")
 FAMILIES = {
     "LLaDAModelLM": Family(
         ("llada", "LLaDAModelLM"),
         LLADA,
         names={},
+        tag="llada",
         code=(
             "GSAI-ML/LLaDA-8B-Instruct",
             {
@@ -118,6 +126,7 @@ FAMILIES = {
         ("llama", "ILLaDAForCausalLM"),
         LLAMA,
         mask_token_id=5,
+        tag="illada",
         code=(
             "GSAI-ML/iLLaDA-8B-Instruct",
             {
@@ -132,6 +141,7 @@ FAMILIES = {
         LLAMA,
         reads_before=1,
         has_qkv_bias=True,
+        tag="dream",
         code=(
             "Dream-org/Dream-v0-Instruct-7B",
             {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},

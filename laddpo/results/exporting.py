@@ -142,7 +142,7 @@ def export_adapter(config: RunConfig, source: Source, folder: Path) -> tuple[lis
 def _family_facts(folder: Path) -> dict[str, str]:
     """What a card must know of the model of a checkpoint to say which programs load it."""
     content = loading.original_config(folder)
-    return {"architecture": content["architectures"][0], "public_code": find_family(content, str(folder)).code[0]}
+    return {"architecture": content["architectures"][0], "public_code": find_family(content, str(folder)).repository}
 
 
 def stored_dtype(folder: Path) -> str:

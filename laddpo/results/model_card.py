@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from laddpo.inputs.pins import model_path
+from laddpo.models.families import FAMILIES
 from laddpo.preference.reading.splits import HUB_ID, has_file_name
 from laddpo.results.tables import before_after_rows, held_out_note, markdown
 from laddpo.results.using import use_section
@@ -107,7 +108,7 @@ def _front_matter(
         content["datasets"] = [config.data.dataset_name]
     content["library_name"] = "peft" if facts.is_adapter else "transformers"
     method = [] if is_foreign else ["sft" if is_sft else "dpo"]
-    content["tags"] = [*method, "masked-diffusion", "llada"]
+    content["tags"] = [*method, "masked-diffusion", FAMILIES[config.model.architecture].tag]
     written = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=math.inf)
     return f"---\n{written}---"
 

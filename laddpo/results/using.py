@@ -25,7 +25,10 @@ def use_section(
     `base`: the model under an adapter. `template`: how the run wrote its prompts.
     """
     code, engines = OTHERS.get(architecture or "", ("", ""))
-    parts = [ADAPTER, code] if is_adapter else [MERGED, code, engines]
+    if is_adapter:
+        parts = [ADAPTER, PEFT, code] if public_code else [ADAPTER]
+    else:
+        parts = [MERGED, TRANSFORMERS, code, engines] if public_code else [MERGED, engines]
     words = {
         "PROMPT": prompt,
         "PUBLIC_CODE": public_code or "the public code",
@@ -41,9 +44,9 @@ MERGED = """With laddpo:
 
 ```bash
 laddpo generate model=THIS_FOLDER TEMPLATE prompt="PROMPT"
-```
+```"""
 
-With transformers 4:
+TRANSFORMERS = """With transformers 4:
 
 ```python
 from transformers import AutoModel, AutoTokenizer
@@ -57,9 +60,9 @@ ADAPTER = """With laddpo, as it is, or merged into its base for other programs:
 ```bash
 laddpo generate model=BASE adapter.path=THIS_FOLDER TEMPLATE prompt="PROMPT"
 laddpo export model=BASE adapter.path=THIS_FOLDER
-```
+```"""
 
-With peft and transformers 4:
+PEFT = """With peft and transformers 4:
 
 ```python
 from peft import PeftModel
@@ -85,4 +88,16 @@ LLADA_ENGINES = """Other programs that know this architecture, untested here:
 - dInfer, in Python: `dinfer.model.LLaDAModelLM.from_pretrained("THIS_FOLDER", torch_dtype=torch.bfloat16, \
 init_device="cuda:0")`, under its `BlockWiseDiffusionLLM`"""
 
-OTHERS = {"LLaDAModelLM": (LLADA_CODE, LLADA_ENGINES)}  # by architecture: a note on its public code, and its engines
+PUBLIC_CODE = """`trust_remote_code=True` downloads the code of `PUBLIC_CODE` and executes it. laddpo never does. That \
+code is written for transformers 4, and was not run here."""
+
+LLAMA_CPP = """llama.cpp knows this architecture, untested here: `python convert_hf_to_gguf.py THIS_FOLDER --outfile \
+model.gguf`, then `llama-diffusion-cli -m model.gguf -p "PROMPT" -ub 512 """
+
+OTHERS = {
+    "LLaDAModelLM": (LLADA_CODE, LLADA_ENGINES),
+    "ILLaDAForCausalLM": (PUBLIC_CODE, ""),
+    "DreamModel": (PUBLIC_CODE, f"{LLAMA_CPP}--diffusion-eps 0.001 --diffusion-algorithm 3 --diffusion-steps 256`"),
+    "LLaDAMoEModelLM": ("", f"{LLAMA_CPP}--diffusion-block-length 32 --diffusion-steps 256`"),
+    "LLaDAMoEModel": ("", f"{LLAMA_CPP}--diffusion-block-length 32 --diffusion-steps 256`"),
+}  # by architecture: a note on its public code, and its engines
