@@ -25,6 +25,7 @@ from laddpo.hardware.planning import (
 )
 from laddpo.hardware.speed import Device, Work, duration, forward_flops, predicted_seconds, training_passes
 from laddpo.models.linears import ROLES
+from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import compose
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -365,3 +366,10 @@ def test_what_cannot_be_sharded_is_refused_together():
     said = str(refused.value)
     assert said.count("hardware.sharding is 'fsdp' and") == 3
     assert "quantization=none" in said and "optim.optimizer=adamw" in said and "two_pass" in said
+
+
+def test_a_tied_head_keeps_its_embedding_on_the_device():
+    asked = ["hardware=rtx4080", "hardware.embeddings_on_cpu=true"]
+    (problem,) = find_problems(compose(["model=illada_8b", *asked]))
+    assert problem.startswith("hardware.embeddings_on_cpu is true and illada_8b has a tied head")
+    assert not find_problems(compose(["model=dream_7b", *asked]))
