@@ -12,6 +12,7 @@ import pytest
 from laddpo import plan
 from laddpo.cli.app import cli
 from laddpo.core.losses import LOSSES
+from laddpo.errors import UserError
 from laddpo.hardware import planning
 from laddpo.hardware.memory import GIB, predict_memory
 from laddpo.hardware.plan_text import plan_text
@@ -25,7 +26,6 @@ from laddpo.hardware.planning import (
 )
 from laddpo.hardware.speed import Device, Work, duration, forward_flops, predicted_seconds, training_passes
 from laddpo.models.linears import ROLES
-from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import compose
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -370,6 +370,6 @@ def test_what_cannot_be_sharded_is_refused_together():
 
 def test_a_tied_head_keeps_its_embedding_on_the_device():
     asked = ["hardware=rtx4080", "hardware.embeddings_on_cpu=true"]
-    (problem,) = find_problems(compose(["model=illada_8b", *asked]))
-    assert problem.startswith("hardware.embeddings_on_cpu is true and illada_8b has a tied head")
-    assert not find_problems(compose(["model=dream_7b", *asked]))
+    with pytest.raises(UserError, match="embeddings_on_cpu is true and illada_8b has a tied head"):
+        compose(["model=illada_8b", *asked])
+    assert compose(["model=dream_7b", *asked]).hardware.embeddings_on_cpu

@@ -20,22 +20,22 @@ from laddpo.hardware.machine import Machine
 from laddpo.hardware.memory import Setup
 from laddpo.hardware.planning import memory_setup
 from laddpo.inputs import policy
-from laddpo.models.families import find_family
+from laddpo.models.families import FAMILIES
 from laddpo.models.llada_config import LLaDAConfig
 from laddpo.models.quantization import quantization_config, quantized_linear, settle_quantized
 from laddpo.preference.encoding.encode import EncodedPair
 from laddpo.settings.schema import (
     BenchmarkSettings,
-    ModelShape,
     QuantizationSettings,
     RunConfig,
+    Sizes,
     StepSetting,
     keywords,
 )
 
 Z99 = 2.3263478740408408  # the 99th percentile of the standard normal
 SHORTEST = 8  # tokens of prompt and of response
-ARCHITECTURE = {"architectures": ["LLaDAModelLM"]}
+ARCHITECTURE = "LLaDAModelLM"
 RESPONSE_SPREAD = 0.4  # standard deviation of log(rejected / chosen length)
 STORAGE = {"none": {}, "nf4": {"load_in_4bit": True}, "int8": {"load_in_8bit": True}}
 
@@ -88,7 +88,7 @@ def random_model(
     Layers are made, and quantised, on the device one after the other: no more is ever held than what stays.
     `quantization`: the config group's fields, as for `load_model`.
     """
-    config, family = LLaDAConfig(**shape, mask_token_id=shape["vocab_size"] - 1), find_family(ARCHITECTURE, "benchmark")
+    config, family = LLaDAConfig(**shape, mask_token_id=shape["vocab_size"] - 1), FAMILIES[ARCHITECTURE]
     quantizer = quantization_config(quantization, family, dtype)
     with torch.device("meta"):
         model = family.model_class(config)
@@ -145,7 +145,7 @@ class Workbench:
         return self.run.seed
 
     @property
-    def shape(self) -> ModelShape:
+    def shape(self) -> Sizes:
         """The sizes of the measured model: of random weights the benchmark's, else the configured model's."""
         return self.settings.shape if self.settings.weights == "random" else self.run.model.shape
 
@@ -179,14 +179,17 @@ class Workbench:
 
     def planned(self) -> Setup:
         """The memory plan's view of the measured model."""
-        return memory_setup(replace(self.run, model=replace(self.run.model, shape=self.shape)), *self._arithmetic)
+        is_random = self.settings.weights == "random"
+        network = {"architecture": ARCHITECTURE} if is_random else {}
+        model = replace(self.run.model, shape=self.shape, **network)
+        return memory_setup(replace(self.run, model=model), *self._arithmetic)
 
     def setup_of(self, setting: StepSetting) -> Setup:
         """The memory plan's view of a setting, in the benchmark's shape."""
         taken = ("gradient_checkpointing", "offload_activations", "embeddings_on_cpu")
         changed = replace(
             self.run,
-            model=replace(self.run.model, shape=self.settings.shape),
+            model=replace(self.run.model, shape=self.settings.shape, architecture=ARCHITECTURE),
             quantization=quantization_of(setting.quantization),
             hardware=replace(self.run.hardware, **{name: getattr(setting, name) for name in taken}),
             optim=replace(self.run.optim, optimizer=setting.optimizer),

@@ -116,7 +116,8 @@ def model_shape(model: ModelSettings) -> Shape:
 
 def model_linears(model: ModelSettings) -> list[str]:
     """Full names of the linear layers that an adapter may be on."""
-    return FAMILIES[model.architecture].layout.names(max(1, model.shape.n_layers), model.shape.n_experts)
+    shape = model_shape(model)
+    return FAMILIES[model.architecture].layout.names(max(1, shape.n_layers), shape.n_experts)
 
 
 def gradient_groups(config: RunConfig, sides: int = 2) -> int:

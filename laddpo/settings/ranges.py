@@ -245,14 +245,10 @@ RANGES: dict[str, Range] = {
             "mlp_hidden_size",
             "vocab_size",
             "max_sequence_length",
-            "head_dim",
         )
     },
-    **{
-        f"{part}.shape.{size}": at_least(0, "0 is a model without experts")
-        for part in ("model", "benchmark")
-        for size in ("n_experts", "experts_chosen")
-    },
+    "model.shape.head_dim": at_least(1, "null is model.shape.d_model / model.shape.n_heads"),
+    **{f"model.shape.{size}": at_least(0, "0 is a model without experts") for size in ("n_experts", "experts_chosen")},
     "adapter.r": at_least(1, "8 to 64 is usual"),
     "adapter.lora_alpha": more_than(0, "twice adapter.r is usual"),
     "adapter.lora_dropout": at_least(0, "use 0", 1),

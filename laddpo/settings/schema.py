@@ -25,13 +25,7 @@ from laddpo.settings.stage_schema import (
 
 
 @dataclass
-class ModelShape:
-    """Sizes of the transformer, for `plan`; checked against config.json when the model is loaded.
-
-    `head_dim` null: d_model / n_heads. `is_tied`: the head is the embedding. `n_experts` 0: an MLP; else experts of
-    `mlp_hidden_size`, of which a token takes `experts_chosen`.
-    """
-
+class Sizes:
     d_model: int = MISSING
     n_layers: int = MISSING
     n_heads: int = MISSING
@@ -39,8 +33,14 @@ class ModelShape:
     mlp_hidden_size: int = MISSING
     vocab_size: int = MISSING
     max_sequence_length: int = MISSING
-    head_dim: int | None = None
-    is_tied: bool = False
+
+
+@dataclass
+class ModelShape(Sizes):
+    """For `plan`, and checked against config.json. `n_experts` 0: an MLP; else each has `mlp_hidden_size`."""
+
+    head_dim: int | None = None  # d_model / n_heads
+    is_tied: bool = False  # the head is the embedding
     n_experts: int = 0
     experts_chosen: int = 0
 
@@ -318,7 +318,7 @@ class BenchmarkSettings:
     """Only read by `python -m laddpo.benchmark`. `shape` is that of random weights; lengths are in tokens."""
 
     weights: str = "random"
-    shape: ModelShape = field(default_factory=lambda: ModelShape(256, 4, 4, 4, 768, 32000, 1024))
+    shape: Sizes = field(default_factory=lambda: Sizes(256, 4, 4, 4, 768, 32000, 1024))
     mean: float = 157
     p99: float = 646
     prompt_mean: float = 90
