@@ -72,7 +72,7 @@ def pass_peaks(ours: Ours, pairs: Sequence[EncodedPair], draws: int) -> dict[str
 def _peak(model, work: Callable[[], object]) -> int:
     """Bytes at most above those that were there; without gradients before and after."""
     model.zero_grad(set_to_none=True)
-    with peak_bytes(model.get_output_embeddings().weight.device) as peak:
+    with peak_bytes(model.head_weight.device) as peak:
         work()
     model.zero_grad(set_to_none=True)
     return peak.above
@@ -127,7 +127,7 @@ def median_ratio(other: np.ndarray, ours: np.ndarray, rng: np.random.Generator) 
 def _timed_step(contender: Contender, model, pairs: Sequence[EncodedPair], draws: int) -> tuple[float, float]:
     contender.prepare(pairs, draws)
     model.zero_grad(set_to_none=True)
-    return timed(lambda: contender.step(pairs, draws), model.get_output_embeddings().weight.device)
+    return timed(lambda: contender.step(pairs, draws), model.head_weight.device)
 
 
 @dataclass(frozen=True)

@@ -194,4 +194,4 @@ def _tiles(size: int, tile: int) -> list[slice]:
 
 
 def _device(model) -> torch.device:
-    return model.get_output_embeddings().weight.device
+    return model.head_weight.device

@@ -20,10 +20,11 @@ from laddpo.models.blocks import checkpoint_blocks
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.head import token_logps
 from laddpo.models.llada_config import LLaDAConfig
-from laddpo.models.loading import new_model
+from laddpo.models.loading import new_config, new_model
 from laddpo.processes.signals import StopFlag
 from laddpo.storage.reference_store import ReferenceStore
 from tests.core.helpers import referenced_items
+from tests.core.test_memory import FAMILY_SHAPES
 
 VOCABULARY, MASK, PAD = 4096, 4095, 4094
 TOKENS = 64  # of a sequence
@@ -53,6 +54,17 @@ def ours(model, budget: int, mode: str = "stream", chunk: int | None = 8) -> Our
 )
 def test_no_pass_takes_more_memory_with_64_draws(model, pairs, budget, fewest, most):
     few, many = (pass_peaks(ours(model, budget), pairs, draws) for draws in (fewest, most))
+    for name in ("policy", "margin", "reference"):
+        assert many[name] <= 1.05 * few[name], name
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILY_SHAPES))
+def test_no_pass_of_any_family_takes_more_memory_with_more_draws(pairs, architecture):
+    sizes = {"d_model": 32, "n_heads": 2, "n_kv_heads": 2, "n_layers": 2, "mlp_hidden_size": 96}
+    shape = {**sizes, "vocab_size": VOCABULARY, "max_sequence_length": 512, **FAMILY_SHAPES[architecture]}
+    model = new_model(new_config(architecture, shape, mask_token_id=MASK), 0, architecture)
+    attach_lora(model, r=1, seed=0)
+    few, many = (pass_peaks(ours(model, 8 * TOKENS), pairs, draws) for draws in (8, 32))
     for name in ("policy", "margin", "reference"):
         assert many[name] <= 1.05 * few[name], name
 

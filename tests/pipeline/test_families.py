@@ -119,8 +119,10 @@ def test_a_small_model_is_made_from_random_weights(stages):
     assert type(model).__name__ == stages.architecture
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
-@pytest.mark.parametrize("architecture", ["LLaDAMoEModelLM", "ILLaDAForCausalLM"])
+@pytest.mark.parametrize(
+    ("architecture", "sharding"),
+    [*((name, "none") for name in sorted(SHAPES)), ("LLaDAMoEModelLM", "fsdp"), ("ILLaDAForCausalLM", "fsdp")],
+)
 def test_two_processes_make_the_weights_of_one(tmp_path, architecture, sharding):
     shape = {**SIZES, "max_sequence_length": 4096, **SHAPES[architecture]}
     stages = FamilyStages(tmp_path, write_tiny_model(tmp_path / "model", shape, architecture), architecture)
