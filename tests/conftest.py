@@ -9,6 +9,8 @@ from hypothesis import settings
 if "PYTEST_XDIST_WORKER" in os.environ:  # with -n: a core for each worker, before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+os.environ.pop("COLUMNS", None)  # workers of -n have a width, and tables would be wrapped to it
+
 settings.register_profile("no deadline", deadline=None)  # a busy machine makes any example slow
 settings.load_profile("no deadline")
 REPOSITORY = Path(__file__).resolve().parents[1]

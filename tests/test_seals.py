@@ -53,6 +53,8 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "storage.seals": "the comparisons themselves",
     "jobs.runner": "process.json says which process runs a job, for as long as it runs",
     "storage.temporaries": "the system's boot and namespace ids",
+    "api": "what a finished run wrote, shown to its caller as it is",
+    "training.outputs": "metrics.jsonl of the run itself, which its checkpoint compares by `cut`",
     "training.tracking": "wandb_id.txt is a name at a tracker; no value depends on it",
 }
 

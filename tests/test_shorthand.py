@@ -140,10 +140,10 @@ def test_a_models_folder_is_known_by_its_shape(tmp_path):
     shape = settings_of("train", f"model={tmp_path}").model.shape
     assert (shape.d_model, shape.n_kv_heads, shape.vocab_size) == (32, 2, 99)
     dream = {"architectures": ["DreamModel"], "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    dream |= {"num_key_value_heads": 1, "intermediate_size": 16, "vocab_size": 99, "max_position_embeddings": 512}
+    dream |= {"num_key_value_heads": 1, "intermediate_size": 16, "vocab_size": 99, "max_position_embeddings": 2048}
     (tmp_path / "config.json").write_text(json.dumps(dream))
     model = settings_of("train", f"model={tmp_path}").model
-    assert (model.architecture, model.shape.n_kv_heads, model.shape.max_sequence_length) == ("DreamModel", 1, 512)
+    assert (model.architecture, model.shape.n_kv_heads, model.shape.max_sequence_length) == ("DreamModel", 1, 2048)
 
 
 def test_options_and_misspelt_ones_are_left_to_the_groups(tmp_path):

@@ -15,7 +15,6 @@ from laddpo.cli.machine_checks import OK, WARN, check_start
 from laddpo.processes import terminal
 from laddpo.results.of_jobs import jobs_table
 from laddpo.results.tables import before_after_table
-from laddpo.settings.compose import compose
 from tests.tiny import REPOSITORY
 
 RESULT = {"base": 0.585, "tuned": 0.8875, "difference": 0.3025, "interval": [0.2525, 0.355], "items": 400}
@@ -118,7 +117,7 @@ def test_doctor_blames_a_slow_start_on_the_machine_only_if_it_is_not_busy(load, 
     monkeypatch.setattr("laddpo.cli.machine_checks.SLOW_START_S", 0.0)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    (finding,) = check_start(compose([]))
+    (finding,) = check_start()
     assert finding.status == status and ("machine is busy: 9 processes" in finding.found) == (status == OK)
 
 

@@ -101,7 +101,7 @@ def random_model(
             model._init_weights(module)
             for key in own:  # drawn in float32, so that every dtype rounds the same numbers
                 setattr(module, key, nn.Parameter(getattr(module, key).detach().to(dtype)))
-            if quantizer is not None and isinstance(module, nn.Linear) and re.match(family.block, name):
+            if quantizer is not None and isinstance(module, nn.Linear) and re.match(family.layout.block, name):
                 parent, _, last = name.rpartition(".")
                 setattr(model.get_submodule(parent), last, quantized_linear(module, quantizer))
                 module.weight = None  # which the list of modules would hold until the end

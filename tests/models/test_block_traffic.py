@@ -51,7 +51,7 @@ def test_a_block_passes_over_its_activations_no_more_often_than_it_did():
         block = model.model["transformer"]["blocks"][0]
         block.attn_norm, block.ff_norm = FusedNorm(block.attn_norm), FusedNorm(block.ff_norm)
         x = torch.empty(1, TOKENS, 4096, dtype=torch.bfloat16, requires_grad=True)
-        rotation = model._rotation(torch.arange(TOKENS)[None])
+        rotation = model.rotation(torch.arange(TOKENS)[None], torch.float32)
         with Operators() as forward:
             query, key, value = block.project(x, *rotation)
             out = block.finish(x, value.flatten(2))

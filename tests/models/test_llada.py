@@ -203,7 +203,7 @@ def test_rotation_by_hand():
 
 def test_rotary_angles_stay_float32_in_a_bfloat16_model(tiny_model):
     positions = torch.tensor([[0, 1, 1023]])
-    narrow, wide = (tiny_model(dtype=d)._rotation(positions) for d in (torch.bfloat16, torch.float32))
+    narrow, wide = (tiny_model(dtype=d).rotation(positions, d) for d in (torch.bfloat16, torch.float32))
     assert torch.equal(narrow[0], wide[0])
     assert narrow[0].dtype == torch.float32
 

@@ -112,7 +112,7 @@ def test_plan_samples_nothing(nano, tmp_path):
         (["data=onpolicy", "rounds=2", "adapter=full"], "starts from the adapter of the one before"),
         (["data=onpolicy", "data.questions=x.jsonl"], "evaluation.tasks has embedded problems"),
         (["data=onpolicy", "data.sampling.samples=1"], "a pair needs a right and a wrong one"),
-        (["data=onpolicy", "data.sampling.remasking=random"], "ranks by no confidence"),
+        (["data=onpolicy", "data.sampling.remasking=random"], "ranks by no probability"),
         (["data=onpolicy", "data.sampling.gen_length=25"], "made of whole blocks"),
         (["data=onpolicy", "data.grader=maths"], "did you mean math"),
     ],

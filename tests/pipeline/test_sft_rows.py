@@ -15,7 +15,7 @@ ROWS = [{"prompt": f"say {i % 9} of {i}", "response": f"word {i % 9} it is"} for
 def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return ["data=jsonl", f"data.dataset_name={path}", "optim.max_train_steps=4"]
+    return ["data=jsonl", f"data.dataset_name={path}", "data.test_fraction=0", "optim.max_train_steps=4"]
 
 
 def test_sft_trains_on_the_rows_of_the_file_and_measures_held_out_ones(stages, rows, monkeypatch, capsys):
@@ -98,7 +98,9 @@ def test_a_mixture_gives_examples_of_every_part(stages, tmp_path):
     pairs = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": "r"} for i in range(16)]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     parts = ",".join(f"{{dataset_name:{tmp_path / name}}}" for name in ("a.jsonl", "b.jsonl"))
-    config = compose(stages.overrides("data=mixture", f"data.mixture=[{parts},{{source:arithmetic}}]"))
+    config = compose(
+        stages.overrides("data=mixture", "data.test_fraction=0", f"data.mixture=[{parts},{{source:arithmetic}}]")
+    )
     prepared = open_examples(config)
     texts = [row["response"] for side in ("train", "validation") for row in prepared.texts(side)]
     kinds = [sum(map(test, texts)) for test in (lambda t: t.startswith("word"), lambda t: t[0] == "c")]

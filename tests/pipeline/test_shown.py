@@ -37,7 +37,7 @@ def test_tables_examples_and_pages_show_what_data_hold():
         "aligned": aligned(["", EVIL], [[EVIL, EVIL]]),
         "markdown": markdown(["a", EVIL], [[EVIL, f"{EVIL}\n{EVIL}"]]),
         "examples of a page": html.examples([(record, record)]),
-        "page": html.page(EVIL, EVIL, [html.section(EVIL, html.paragraph(EVIL), html.table([EVIL], [[EVIL]]))]),
+        "page": html.page(EVIL, EVIL, EVIL, [html.section(EVIL, html.paragraph(EVIL), html.table([EVIL], [[EVIL]]))]),
         "folded": html.folded(EVIL, [html.paragraph(EVIL)]),
     }
     for name, text in shown.items():

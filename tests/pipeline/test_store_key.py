@@ -93,7 +93,13 @@ def write_pairs(stages, *texts: str):
     file = stages.folder / "pairs.jsonl"
     rows = [{"prompt": text * 12, "chosen": "yes", "rejected": "no"} for text in texts]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return ["data=jsonl", f"data.dataset_name={file}", "data.validation_fraction=0", "evaluation.tasks=[]"]
+    return [
+        "data=jsonl",
+        f"data.dataset_name={file}",
+        "data.validation_fraction=0",
+        "data.test_fraction=0",
+        "evaluation.tasks=[]",
+    ]
 
 
 def test_a_changed_text_is_one_new_row(stages, capsys):

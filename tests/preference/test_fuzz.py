@@ -107,7 +107,7 @@ def test_packed_files_that_are_cut_or_changed(pack, data, tmp_path):
 @given(name=st.text(alphabet=st.characters(), max_size=20))
 def test_any_dataset_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("laddpo.preference.sources.hub_rows", lambda *_: iter(()))
+    monkeypatch.setattr("laddpo.preference.requested.hub_rows", lambda *_: iter(()))
     try:
         assert list(open_source("jsonl").read(Request(dataset_name=name), ReadLog())) == []
     except UserError as error:

@@ -271,8 +271,9 @@ def test_rows_that_are_too_long_are_one_line_with_the_length_that_fits_them(tmp_
 
 def test_all_columns_that_a_file_names_otherwise_are_told_at_once(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", [{"question": "p", "response_j": "c", "response_k": "r", "input": "i"}])
-    settings = "data.columns.prompt=question data.columns.chosen=response_j data.columns.rejected=response_k"
-    with pytest.raises(UserError, match=re.escape(f"Set {settings} data.columns.input=input.")):
+    with pytest.raises(
+        UserError, match=r"question and input may each be the prompt; found the columns .* \(DATA-108\)"
+    ):
         prepare(tmp_path / "out", path, tokenizer)
 
 
