@@ -58,7 +58,9 @@ def test_no_pass_takes_more_memory_with_64_draws(model, pairs, budget, fewest, m
         assert many[name] <= 1.05 * few[name], name
 
 
-@pytest.mark.parametrize("architecture", sorted(FAMILY_SHAPES))
+@pytest.mark.parametrize(
+    "architecture", ["DreamModel", "LLaDAMoEModelLM", "A2DQwen3LMHeadModel"]
+)  # the others are alike
 def test_no_pass_of_any_family_takes_more_memory_with_more_draws(pairs, architecture):
     sizes = {"d_model": 32, "n_heads": 2, "n_kv_heads": 2, "n_layers": 2, "mlp_hidden_size": 96}
     shape = {**sizes, "vocab_size": VOCABULARY, "max_sequence_length": 512, **FAMILY_SHAPES[architecture]}

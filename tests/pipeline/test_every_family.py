@@ -70,6 +70,8 @@ def test_training_changes_the_adapter_and_its_evaluation_is_written(stages, run)
 
 
 def test_a_run_cut_at_its_checkpoint_resumes_to_the_same_bytes(stages, run):
+    if stages.architecture in ("A2DQwen2LMHeadModel", "A2DLlamaLMHeadModel"):
+        pytest.skip("the same network as another one")
     again = stages.folder / "again"
     shutil.copytree(run, again)
     for name in ("manifest.json", "evaluation", "adapter_last", "plots"):
@@ -108,6 +110,8 @@ def test_4_bits_8_bits_and_all_weights_are_trained(stages, kind):
 
 
 def test_a_small_model_is_made_from_random_weights(stages):
+    if stages.architecture in ("A2DQwen2LMHeadModel", "A2DLlamaLMHeadModel"):
+        pytest.skip("the same network as another one")
     folder = stages.folder / "made"
     made = [
         "sft.examples=corpus",
