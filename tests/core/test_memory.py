@@ -130,7 +130,7 @@ def test_other_setups_are_predicted_as_well(changes, checkpointing):
 
 
 @pytest.mark.parametrize("rank", [8, None])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("architecture", sorted(FAMILY_SHAPES))
 def test_every_family_is_predicted_within_five_percent(architecture, checkpointing, rank):
     family = FAMILIES[architecture]

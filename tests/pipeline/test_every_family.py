@@ -39,7 +39,11 @@ class FamilyStages(Stages):
         return [*own, f"model.architecture={self.architecture}", *sizes]
 
 
-@pytest.fixture(scope="module", params=sorted(SHAPES))
+BY_DEFAULT = ("DreamModel", "LLaDAMoEModelLM")  # the others repeat their parts
+FAMILIES_TRIED = [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.long) for name in sorted(SHAPES)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES_TRIED)
 def stages(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
     shape = {**SIZES, "max_sequence_length": 4096, **SHAPES[request.param]}
