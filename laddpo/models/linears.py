@@ -28,7 +28,6 @@ class Layout:
     the number of an expert."""
 
     blocks: str
-    embedding: str
     head: str
     linears: tuple[str, ...]
 
@@ -36,10 +35,6 @@ class Layout:
     def block(self) -> str:
         """A regular expression for the name of a block."""
         return rf"{re.escape(self.blocks)}\.\d+"
-
-    @property
-    def has_experts(self) -> bool:
-        return any("{}" in name for name in self.linears)
 
     def names(self, n_layers: int, n_experts: int = 0) -> list[str]:
         """Full names of the linear layers of so many blocks."""
@@ -59,10 +54,6 @@ class Layout:
         """What the linear layer of this name does, by its last part. Example: o_proj -> o."""
         last = [linear.rpartition(".")[2] for linear in self.linears]
         return ROLES[last.index(name.rpartition(".")[2])]
-
-    def is_expert(self, name: str) -> bool:
-        """Whether the layer of this full name is one of an expert."""
-        return any("{}" in linear and name.endswith(linear.rpartition("{}")[2]) for linear in self.linears)
 
 
 def match_linears(pattern: str, names: Sequence[str]) -> list[str]:
@@ -92,14 +83,13 @@ def unknown_target(pattern: str, layout: Layout) -> str:
 
 LLADA = Layout(
     "model.transformer.blocks",
-    "model.transformer.wte",
     "model.transformer.ff_out",
     ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"),
 )
 _ATTENTION = tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
 _MLP = ("gate_proj", "up_proj", "down_proj")
-LLAMA = Layout("model.layers", "model.embed_tokens", "lm_head", (*_ATTENTION, *(f"mlp.{name}" for name in _MLP)))
+LLAMA = Layout("model.layers", "lm_head", (*_ATTENTION, *(f"mlp.{name}" for name in _MLP)))
 LLAMA_MOE = Layout(
-    *(LLAMA.blocks, LLAMA.embedding, LLAMA.head),
+    *(LLAMA.blocks, LLAMA.head),
     (*_ATTENTION, *(f"mlp.experts.{{}}.{name}" for name in _MLP)),
 )

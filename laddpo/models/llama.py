@@ -30,7 +30,6 @@ class LlamaLike(MaskPredictor):
     """Embedding, blocks, norm and head. A tied head is the embedding itself: one tensor, trained and saved once."""
 
     _no_split_modules = ["LlamaBlock"]  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = None
 
     def __init__(self, config: LlamaLikeConfig):
         refuse_impossible(config)
@@ -190,7 +189,6 @@ class ILLaDAForCausalLM(LlamaLike):
 
 class DreamModel(LlamaLike):
     config_class = DreamConfig
-    reads_before = 1
 
 
 class LLaDAMoEModelLM(LlamaLike):

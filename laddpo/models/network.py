@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from laddpo.errors import UserError
 from laddpo.models.attention import PackedLayout, attend, length_order, token_order, varlen_problem
+from laddpo.models.families import family_of
 from laddpo.models.head import token_logps
 
 
@@ -38,8 +39,8 @@ class MaskPredictor(PreTrainedModel):
     """A bidirectional transformer that predicts the masked tokens of a sequence, all at once.
 
     A family's class sets `blocks`, `last_norm` and the embedding, and says how positions are turned into angles. A tied
-    head is no module: `head_weight` is the embedding's. `reads_before`: how many positions before a token its score is
-    read. `packed_kernel` "auto" lets packed input use the variable-length kernel where it can run, "batched" never.
+    head is no module: `head_weight` is the embedding's. `packed_kernel` "auto" lets packed input use the
+    variable-length kernel where it can run, "batched" never.
     """
 
     base_model_prefix = "model"
@@ -49,8 +50,12 @@ class MaskPredictor(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     packed_kernel = "auto"
-    reads_before = 0
     is_causal = False
+
+    @property
+    def reads_before(self) -> int:
+        """How many positions before a token its score is read: what the row of its family says."""
+        return family_of(self)[1].reads_before
 
     @property
     def blocks(self) -> nn.ModuleList:
