@@ -32,7 +32,7 @@ FOLDERS = [
 ]
 # Inside core/ a module imports those that stand before it.
 CORE = [
-    *("noise", "losses", "budget", "draws", "elbo", "gradient", "objectives", "metrics", "sharing"),
+    *("noise", "losses", "budget", "sequences", "draws", "elbo", "gradient", "objectives", "metrics", "sharing"),
     *("muon", "optim", "tasks", "loop"),
 ]
 # Functions of these folders take plain values and never see the settings.
@@ -42,7 +42,15 @@ LIGHT = {"errors", "problems", "settings", "jobs", "cli", "the doors", "api"}
 LIGHT_MODULES = {
     *("processes.signals", "preference.reading.pairs", "preference.reading.splits", "models.linears"),
     # tables of options, which settings read
-    *("core.losses", "core.noise", "core.draws", "core.optim", "preference.sources", "preference.reading.rows"),
+    *(
+        "core.losses",
+        "core.noise",
+        "core.sequences",
+        "core.draws",
+        "core.optim",
+        "preference.sources",
+        "preference.reading.rows",
+    ),
 }
 LOADS_LATER = {"storage.reference_store", "storage.checkpoint", "storage.run_outputs"}  # of light folders
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "pyarrow", "matplotlib", "wandb", "accelerate"}

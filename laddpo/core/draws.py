@@ -14,43 +14,23 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from laddpo.core.noise import COUNT_OF_BOTH_SIDES, COUNT_SCHEDULES, FULL, NoiseKey, golden_step, random_order
+from laddpo.core.sequences import MaskedDraw, MaskedSequence
 
 BERNOULLI_FLOOR = 1e-3  # LLaDA's own: p_mask = (1 - 1e-3) t + 1e-3
 NO_POSITIONS = np.array([], dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class MaskedDraw:
-    """One mask of one response. `masked`: ascending positions in the response; `weight`: what its log-sum counts."""
-
-    index: int
-    masked: np.ndarray
-    weight: float
-
-
-@dataclass(frozen=True)
-class MaskedSequence:
-    """A prompt and a response as the model will see them under one draw. # int32 [prompt], [L]"""
-
-    prompt_ids: np.ndarray
-    response_ids: np.ndarray
-    draw: MaskedDraw
-
-    @property
-    def tokens(self) -> int:
-        """What the sequence costs; a draw that masks nothing is known (0) without the model."""
-        return len(self.prompt_ids) + len(self.response_ids) if len(self.draw.masked) else 0
-
-
-@dataclass(frozen=True)
 class Response:
-    """What the draws of a response may depend on beside the seed: its pair, its side (chosen, rejected, response), its
-    length in tokens, and the positions at which it differs from the pair's other response."""
+    """What the draws of a response, or of one block of it, may depend on beside the seed: its pair, its side (chosen,
+    rejected, response), its length in tokens, the positions at which it differs from the pair's other response, and the
+    number of the block."""
 
     pair_id: str
     side: str
     length: int
     differing: np.ndarray = field(default_factory=lambda: NO_POSITIONS)
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +42,8 @@ class ElboEstimator:
     `stream` names an independent family of draws ("" is the one that policy and reference share); `shared_masks`:
     chosen and rejected mask the same positions too; `difference_focus`: the share of picks for tokens in which
     the two responses differ, the rest going to all tokens alike; `count_tilt`: the share of counts that follows the
-    tilted law (`count_law`), the rest being uniform.
+    tilted law (`count_law`), the rest being uniform; `block_length` s: the blocks of a block-diffusion model, each of
+    which draws for itself (0: a bidirectional model).
     """
 
     estimator: str = "complement"
@@ -75,6 +56,7 @@ class ElboEstimator:
     shared_masks: bool = False
     difference_focus: float = 0.0
     count_tilt: float = 0.0
+    block_length: int = 0
 
     @property
     def block(self) -> int:
@@ -91,10 +73,26 @@ class ElboEstimator:
         return range(start, start + self.diffusion_samples)
 
     def draw(
-        self, pair_id: str, side: str, length: int, index: int, differing: np.ndarray = NO_POSITIONS
+        self,
+        pair_id: str,
+        side: str,
+        length: int,
+        index: int,
+        differing: np.ndarray = NO_POSITIONS,
+        prompt_length: int = 0,
     ) -> MaskedDraw:
-        """One draw for a response of `length` tokens, which differs from the other one at `differing`."""
-        return ESTIMATORS[self.estimator].draw(self, Response(pair_id, side, length, differing), index)
+        """One draw for a response of `length` tokens, which differs from the other one at `differing` and follows a
+        prompt of `prompt_length` tokens. In a block model it is a draw of every block."""
+        law = ESTIMATORS[self.estimator].draw
+        if not self.block_length:
+            return law(self, Response(pair_id, side, length, differing), index)
+        masked, blocks = [], []
+        for block, (start, end) in enumerate(block_spans(prompt_length, length, self.block_length)):
+            inside = differing[(differing >= start) & (differing < end)] - start
+            draw = law(self, Response(pair_id, side, end - start, inside, block), index)
+            masked.append(start + draw.masked)
+            blocks.append((len(draw.masked), draw.weight))
+        return MaskedDraw(index, np.concatenate(masked), blocks=tuple(blocks))
 
     def sequences(
         self,
@@ -107,32 +105,50 @@ class ElboEstimator:
     ) -> tuple[MaskedSequence, ...]:
         """The response under each of the draws `indices`."""
         return tuple(
-            MaskedSequence(prompt_ids, response_ids, self.draw(pair_id, side, len(response_ids), index, differing))
+            MaskedSequence(
+                prompt_ids,
+                response_ids,
+                self.draw(pair_id, side, len(response_ids), index, differing, len(prompt_ids)),
+                self.block_length,
+            )
             for index in indices
         )
 
-    def key(self, pair_id: str, side: str, index: int) -> NoiseKey:
+    def key(self, response: Response, index: int) -> NoiseKey:
         """Identity of a draw's mask."""
-        return NoiseKey(self.seed, pair_id + self.stream, COUNT_OF_BOTH_SIDES if self.shared_masks else side, index)
+        side = COUNT_OF_BOTH_SIDES if self.shared_masks else response.side
+        return NoiseKey(self.seed, response.pair_id + self.stream, side, index, response.block)
 
-    def count_key(self, pair_id: str, side: str, index: int) -> NoiseKey:
+    def count_key(self, response: Response, index: int) -> NoiseKey:
         """Identity of what decides a draw's masked count."""
-        shared = COUNT_OF_BOTH_SIDES if self.shared_counts else side
-        return NoiseKey(self.seed, pair_id + self.stream, shared, index)
+        side = COUNT_OF_BOTH_SIDES if self.shared_counts else response.side
+        return NoiseKey(self.seed, response.pair_id + self.stream, side, index, response.block)
 
-    def count_fraction(self, pair_id: str, side: str, index: int, draws: int) -> int:
+    def count_fraction(self, response: Response, index: int, draws: int) -> int:
         """Where in [0, FULL) the masked fraction of draw `index` lies."""
-        return COUNT_SCHEDULES[self.schedule].fraction(self.count_key(pair_id, side, 0), index, draws)
+        return COUNT_SCHEDULES[self.schedule].of_block(self.count_key(response, 0), index, draws)
 
     def store_fields(self) -> dict:
         """What a store of reference values must have in common with a run to serve it.
 
-        The number of draws is among it only for schedules whose draws depend on it.
+        The number of draws is among it only for schedules whose draws depend on it, the block length only where the
+        model has blocks.
         """
         fields = asdict(self)
+        if not self.block_length:
+            del fields["block_length"]
         if COUNT_SCHEDULES[self.schedule].prefix_consistent:
             del fields["diffusion_samples"]
         return fields
+
+
+def block_spans(prompt_length: int, length: int, block_length: int) -> list[tuple[int, int]]:
+    """The blocks that hold response tokens, as [start, end) in the response. The grid starts with the prompt.
+
+    Example: a prompt of 10, a response of 7 and blocks of 4 -> [(0, 2), (2, 6), (6, 7)].
+    """
+    ends = range(block_length - prompt_length % block_length, length + block_length, block_length)
+    return [(max(0, end - block_length), min(end, length)) for end in ends]
 
 
 def differing_positions(response: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -203,7 +219,7 @@ def picked_token(e: ElboEstimator, response: Response, index: int) -> int:
 
     Picks walk by golden steps from a keyed start, so that neighbours fall on tokens far apart.
     """
-    start = int(e.key(response.pair_id, response.side, 0).words("pick-start", 1)[0])
+    start = int(e.key(response, 0).words("pick-start", 1)[0])
     place = golden_step(start, index)
     boundary = int(e.difference_focus * FULL) if len(response.differing) else 0
     if place < boundary:
@@ -214,9 +230,9 @@ def picked_token(e: ElboEstimator, response: Response, index: int) -> int:
 def count_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
     """Exact count: l ~ U{1..L}, l tokens without replacement, weight L / l (LLaDA eq. 6)."""
     length = response.length
-    fraction = e.count_fraction(response.pair_id, response.side, index, e.diffusion_samples)
+    fraction = e.count_fraction(response, index, e.diffusion_samples)
     size = mask_size(e, length, fraction)
-    order = random_order(e.key(response.pair_id, response.side, index), length)
+    order = random_order(e.key(response, index), length)
     if e.difference_focus:
         picked = picked_token(e, response, index)
         order = np.concatenate([[picked], order[order != picked]])
@@ -232,20 +248,21 @@ def complement_draw(e: ElboEstimator, response: Response, index: int) -> MaskedD
     with a keyed coin for which of the two comes first: a schedule that spreads points over [0, 1) then spreads the
     pairs {u, 1-u}, instead of letting two of them fall on each other.
 
-    With a focus or tilt both halves hide the picked token and share out the others.
+    With a focus or tilt both halves hide the picked token and share out the others. So do those of a block: an empty
+    mask is one of few there, and would bring more noise than the inverse removes.
     """
     length, pair_index = response.length, index // 2
     folded, small_first = _folded_fraction(e, response, pair_index)
-    if e.difference_focus or e.count_tilt:
+    if e.difference_focus or e.count_tilt or response.block is not None:
         picked = picked_token(e, response, pair_index)
-        order = random_order(e.key(response.pair_id, response.side, 2 * pair_index), length)
+        order = random_order(e.key(response, 2 * pair_index), length)
         others, size = order[order != picked], mask_size(e, length, folded) - 1
         masked = others[:size] if small_first == (index % 2 == 0) else others[size:]
         masked = np.sort(np.append(masked, picked))
         return MaskedDraw(index, masked, draw_weight(e, response, masked))
     fraction = folded if small_first else FULL - 1 - folded
     size = fraction * (length + 1) >> 64
-    order = random_order(e.key(response.pair_id, response.side, 2 * pair_index), length)
+    order = random_order(e.key(response, 2 * pair_index), length)
     masked = order[size:] if index % 2 else order[:size]
     return MaskedDraw(index, np.sort(masked), (length + 1) / len(masked) if len(masked) else 0.0)
 
@@ -263,7 +280,7 @@ def balanced_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDra
     Each mask alone is a pick and a uniformly random set of others of its size, so each draw has mean B.
     """
     length, quad, in_quad = response.length, index // 4, index % 4
-    key = e.key(response.pair_id, response.side, 4 * quad)
+    key = e.key(response, 4 * quad)
     picks = [picked_token(e, response, 2 * quad + pair) for pair in (0, 1)]
     folded, small_first = zip(*(_folded_fraction(e, response, 2 * quad + pair) for pair in (0, 1)), strict=True)
     sizes = [mask_size(e, length, fraction) - 1 for fraction in folded]  # r of each pair, below L / 2
@@ -294,16 +311,35 @@ def bernoulli_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDr
 
     Biased by the floor, and without it of infinite variance (its one-token term diverges): never a default.
     """
-    fraction = e.count_fraction(response.pair_id, response.side, index, e.diffusion_samples) / FULL
+    fraction = e.count_fraction(response, index, e.diffusion_samples) / FULL
     p = (1 - BERNOULLI_FLOOR) * fraction + BERNOULLI_FLOOR
-    words = e.key(response.pair_id, response.side, index).words("bernoulli", response.length)
+    words = e.key(response, index).words("bernoulli", response.length)
     return MaskedDraw(index, np.flatnonzero(words / FULL < p), 1 / p)
+
+
+def exact_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
+    """The N = 2^s - 1 draws of a block hold each of its masks M once, weighted N / (l C(n, l)), l = |M|: their mean is
+    the bound itself, sum over M of S(M) / (l C(n, l)). A block of n < s tokens has fewer masks; draws left over are
+    empty. A keyed order makes each draw alone have mean B.
+    """
+    count, length = exact_draws(e.block_length), response.length
+    turn, place = divmod(index, count)
+    mask = 1 + int(random_order(e.key(response, turn), count, purpose="exact")[place])
+    if mask >> length:
+        return MaskedDraw(index, NO_POSITIONS, 0.0)
+    masked = np.array([i for i in range(length) if mask >> i & 1])
+    return MaskedDraw(index, masked, count / (len(masked) * math.comb(length, len(masked))))
+
+
+def exact_draws(block_length: int) -> int:
+    """How many draws the exact bound of a block model takes."""
+    return 2**block_length - 1
 
 
 def _folded_fraction(e: ElboEstimator, response: Response, pair_index: int) -> tuple[int, bool]:
     """The smaller masked fraction of a pair {u, 1-u} of draws, below FULL / 2, and whether it comes first."""
-    folded = e.count_fraction(response.pair_id, response.side, pair_index, max(1, e.diffusion_samples // 2)) >> 1
-    coin = int(e.count_key(response.pair_id, response.side, pair_index).words("count-coin", 1)[0]) & 1
+    folded = e.count_fraction(response, pair_index, max(1, e.diffusion_samples // 2)) >> 1
+    coin = int(e.count_key(response, pair_index).words("count-coin", 1)[0]) & 1
     return folded, bool(coin)
 
 
@@ -313,7 +349,8 @@ class MaskLaw:
 
     `block`: neighbouring draws that are not independent. `together`: draws that are made together; a number of draws
     that is no multiple of it has more noise, and is refused if `refuses_parts`. `picks`: dpo.difference_focus and
-    dpo.count_tilt mean something to it. `note`: what a user who chooses it should know.
+    dpo.count_tilt mean something to it. `is_exact`: all masks of a block, for block models alone. `note`: what a user
+    who chooses it should know.
     """
 
     draw: Callable[[ElboEstimator, Response, int], MaskedDraw]
@@ -321,6 +358,7 @@ class MaskLaw:
     together: int = 1
     refuses_parts: bool = False
     picks: bool = True
+    is_exact: bool = False
     note: str | None = None
 
 
@@ -328,6 +366,7 @@ ESTIMATORS: dict[str, MaskLaw] = {
     "count": MaskLaw(count_draw),
     "complement": MaskLaw(complement_draw, block=2, together=2, refuses_parts=True),
     "balanced": MaskLaw(balanced_draw, block=2, together=4),
+    "exact": MaskLaw(exact_draw, picks=False, is_exact=True),
     "bernoulli": MaskLaw(
         bernoulli_draw, picks=False, note="is biased and of large variance; it exists to compare with older code."
     ),

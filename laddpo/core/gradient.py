@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
-from laddpo.core.draws import MaskedSequence
 from laddpo.core.elbo import Denoiser, draw_logps
+from laddpo.core.sequences import MaskedSequence, full_tokens, row_tokens
 
 BACKWARD_MODES = ("stream", "two_pass", "joint")
 
@@ -53,13 +53,13 @@ class Item:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all draws of all sides."""
-        return sum(sequence.tokens for sequence in self.sequences)
+        """Tokens of all draws of all sides in one row."""
+        return row_tokens(self.sequences)
 
     @property
     def full_tokens(self) -> int:
         """The same as if every draw masked something: what can be known of an item without its masks."""
-        return sum(len(side[0].prompt_ids) + len(side[0].response_ids) for side in self.sides) * len(self.sides[0])
+        return full_tokens([side[0] for side in self.sides], len(self.sides[0]))
 
 
 class Objective(Protocol):
@@ -149,13 +149,10 @@ def pack_items(items: Sequence[Item], token_budget: int | None) -> list[list[int
 def pack_sequence_runs(sequences: Sequence[MaskedSequence], token_budget: int) -> list[list[MaskedSequence]]:
     """Consecutive runs of sequences that fit the budget; a longer sequence is alone."""
     runs: list[list[MaskedSequence]] = []
-    filled = token_budget + 1
     for sequence in sequences:
-        if filled + sequence.tokens > token_budget:
+        if not runs or row_tokens([*runs[-1], sequence]) > token_budget:
             runs.append([])
-            filled = 0
         runs[-1].append(sequence)
-        filled += sequence.tokens
     return runs
 
 
@@ -272,7 +269,8 @@ def _two_pass(
     coefficients, losses = _coefficients(objective, items, values, scale)
     sequences = [sequence for item in items for sequence in item.sequences]
     flat = coefficients.flatten()
-    by_length = sorted(range(len(sequences)), key=lambda i: (sequences[i].tokens, i))
+    sizes = [_sorted_by(item, sequence) for item in items for sequence in item.sequences]
+    by_length = sorted(range(len(sequences)), key=lambda i: (sizes[i], i))
     start = 0
     with lockstep(denoiser, with_gradients=True):
         for run in pack_sequence_runs([sequences[i] for i in by_length], token_budget):
@@ -282,6 +280,11 @@ def _two_pass(
             if scored.requires_grad:
                 (flat[indices] * scored).sum().backward()
     return StepValues(values, losses)
+
+
+def _sorted_by(item: Item, sequence: MaskedSequence) -> int:
+    """Equal lengths run side by side; sequences of a block model beside those with which they share a context."""
+    return item.full_tokens if sequence.block_length else sequence.tokens
 
 
 def take_part(denoiser: Denoiser, mode: str) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,18 +26,21 @@ COUNT_OF_BOTH_SIDES = "both"  # the side in a count's key where chosen and rejec
 class NoiseKey:
     """Identity of one draw: the only thing its noise depends on.
 
-    `side` is "chosen", "rejected" or "response" (an SFT row); `draw` counts from 0 over all epochs' draws.
+    `side` is "chosen", "rejected" or "response" (an SFT row); `draw` counts from 0 over all epochs' draws; `block`
+    counts the response's blocks from 0 where the model is block diffusion.
     """
 
     seed: int
     pair_id: str
     side: str
     draw: int
+    block: int | None = None
 
     def words(self, purpose: str, count: int) -> np.ndarray:
         """`count` uniform 64-bit words, independent between purposes. # uint64 [count]"""
         digest = hashlib.blake2b(digest_size=16, person=b"laddpo-draw-v1")
-        for field in (str(self.seed), self.pair_id, self.side, str(self.draw), purpose):
+        block = () if self.block is None else (f"block {self.block}",)
+        for field in (str(self.seed), self.pair_id, self.side, str(self.draw), *block, purpose):
             encoded = field.encode()
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         return np.random.Philox(key=int.from_bytes(digest.digest(), "little")).random_raw(count)
@@ -59,7 +62,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 def iid_fraction(key: NoiseKey, index: int, draws: int) -> int:
     """Independent draws, as VRPO has them (arXiv 2505.19223)."""
-    return int(NoiseKey(key.seed, key.pair_id, key.side, index).words("count", 1)[0])
+    return int(replace(key, draw=index).words("count", 1)[0])
 
 
 def low_discrepancy_fraction(key: NoiseKey, index: int, draws: int) -> int:
@@ -68,21 +71,21 @@ def low_discrepancy_fraction(key: NoiseKey, index: int, draws: int) -> int:
     Draw k does not depend on how many draws there are, so one reference store serves every n; for n a power of two the
     points are the systematic grid, one in each n-th of [0, 1).
     """
-    shift = int(NoiseKey(key.seed, key.pair_id, key.side, 0).words("count-shift", 1)[0])
+    shift = int(replace(key, draw=0).words("count-shift", 1)[0])
     return (shift + reversed_bits(index)) % FULL
 
 
 def stratified_fraction(key: NoiseKey, index: int, draws: int) -> int:
     """One independent point in each n-th of [0, 1). The grid, so the key too, depends on n."""
     block, cell = divmod(index, draws)
-    word = int(NoiseKey(key.seed, key.pair_id, key.side, index).words(f"count-stratified-{draws}", 1)[0])
+    word = int(replace(key, draw=index).words(f"count-stratified-{draws}", 1)[0])
     return (_shuffled_cell(key, block, cell, draws, "stratified") * FULL + word) // draws
 
 
 def systematic_fraction(key: NoiseKey, index: int, draws: int) -> int:
     """A grid of n equal steps under one random shift (what LLaDA's own evaluator does inside a batch)."""
     block, cell = divmod(index, draws)
-    word = int(NoiseKey(key.seed, key.pair_id, key.side, block).words(f"count-systematic-{draws}", 1)[0])
+    word = int(replace(key, draw=block).words(f"count-systematic-{draws}", 1)[0])
     return (_shuffled_cell(key, block, cell, draws, "systematic") * FULL + word) // draws
 
 
@@ -93,7 +96,7 @@ def single_fraction(key: NoiseKey, index: int, draws: int) -> int:
 
 def _shuffled_cell(key: NoiseKey, block: int, cell: int, draws: int, name: str) -> int:
     """Which cell of the grid this draw takes: shuffled, so that each single draw is uniform over all of [0, 1)."""
-    order = random_order(NoiseKey(key.seed, key.pair_id, key.side, block), draws, f"count-{name}-cells-{draws}")
+    order = random_order(replace(key, draw=block), draws, f"count-{name}-cells-{draws}")
     return int(order[cell])
 
 
@@ -110,22 +113,32 @@ def reversed_bits(index: int) -> int:
 
 @dataclass(frozen=True)
 class CountSchedule:
-    """A row of COUNT_SCHEDULES. `prefix_consistent`: draw k is the same for every number of draws. `note`: what a user
-    who chooses it should know."""
+    """A row of COUNT_SCHEDULES. `prefix_consistent`: draw k is the same for every number of draws. `over_blocks`: how
+    the blocks of a response share the fractions, "spread" by golden steps, "own" (independent) or the "same". `note`:
+    what a user who chooses it should know."""
 
     fraction: Callable[[NoiseKey, int, int], int]
     prefix_consistent: bool
+    over_blocks: str = "spread"
     note: str | None = None
+
+    def of_block(self, key: NoiseKey, index: int, draws: int) -> int:
+        """The fraction of draw `index` in the block that the key names, if it names one."""
+        if key.block is None or self.over_blocks == "own":
+            return self.fraction(key, index, draws)
+        steps = key.block if self.over_blocks == "spread" else 0
+        return golden_step(self.fraction(replace(key, block=None), index, draws), steps)
 
 
 COUNT_SCHEDULES: dict[str, CountSchedule] = {
-    "iid": CountSchedule(iid_fraction, prefix_consistent=True),
+    "iid": CountSchedule(iid_fraction, prefix_consistent=True, over_blocks="own"),
     "low_discrepancy": CountSchedule(low_discrepancy_fraction, prefix_consistent=True),
     "stratified": CountSchedule(stratified_fraction, prefix_consistent=False),
     "systematic": CountSchedule(systematic_fraction, prefix_consistent=False),
     "single": CountSchedule(
         single_fraction,
         prefix_consistent=True,
+        over_blocks="same",
         note="gives all draws of a pair one masked count, the worst use of them; it exists for comparison.",
     ),
 }

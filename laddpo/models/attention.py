@@ -1,14 +1,16 @@
-"""Bidirectional attention, padded or packed, behind the attention interface of transformers.
+"""Attention, padded or packed, behind the attention interface of transformers.
 
 Padded input is given to the implementation the model's config names (sdpa, eager, flash_attention_2, flex_attention).
 Packed input (sequences laid end to end, no padding) takes one of two exact routes: one call of a variable-length
-kernel, or one batched call for each set of neighbours of equal length. Neither ever builds a mask.
+kernel, or one batched call for each set of neighbours of equal length. Neither ever builds a mask, but for the blocks
+of a block-diffusion model (laddpo/models/block_attention.py).
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from laddpo.errors import UserError
+from laddpo.models.block_attention import SharedLayout, block_causal
 
 try:  # new in torch 2.10; a CUDA kernel for float16 and bfloat16
     from torch.nn.attention.varlen import varlen_attn
@@ -25,10 +28,12 @@ except ImportError:  # pragma: no cover - depends on the torch build
 
 @dataclass
 class PackedLayout:
-    """Where each of the packed sequences lies. `lengths` in tokens, in order; `offsets` int32 [sequences + 1]."""
+    """Where each of the packed sequences lies. `lengths` in tokens, in order; `offsets` int32 [sequences + 1];
+    `block_length` of a block-diffusion model, whose positions count from 0 in each sequence."""
 
     lengths: list[int]
     offsets: Tensor | None = None
+    block_length: int | None = None
     runs: list[tuple[int, int, int]] = field(init=False)  # (first token, sequences, tokens of each)
 
     def __post_init__(self):
@@ -39,10 +44,12 @@ class PackedLayout:
             start += count * length
 
     @classmethod
-    def build(cls, lengths: list[int], route: str, device: torch.device) -> PackedLayout:
+    def build(
+        cls, lengths: list[int], route: str, device: torch.device, block_length: int | None = None
+    ) -> PackedLayout:
         """The layout for a route ("flash", "varlen" or "batched"); the first two need `offsets` on the device."""
         if route == "batched":
-            return cls(list(lengths))
+            return cls(list(lengths), block_length=block_length)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return cls(list(lengths), ends.to(device, non_blocking=True))
 
@@ -74,12 +81,16 @@ def token_order(lengths: list[int], order: list[int]) -> Tensor:
     return torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order])
 
 
-def attend(block, query: Tensor, key: Tensor, value: Tensor, mask, layout: PackedLayout | None) -> Tensor:
+def attend(
+    block, query: Tensor, key: Tensor, value: Tensor, mask, layout: PackedLayout | SharedLayout | None
+) -> Tensor:
     """Attention output of one block. query [B, L, heads, head_dim], key and value with their own heads -> like query.
 
-    With `layout`, B is 1 and each sequence attends within itself.
+    With `layout`, B is 1 and each sequence attends within itself, or as the contexts say.
     """
     attention = block.config._attn_implementation
+    if isinstance(layout, SharedLayout):
+        return layout.attend(partial(_interface, block), query, key, value)
     if layout is None:
         return _interface(block, query, key, value, mask)
     if attention.startswith("flash"):
@@ -119,7 +130,11 @@ def _by_runs(block, query: Tensor, key: Tensor, value: Tensor, layout: PackedLay
     outputs = []
     for (_, count, length), *parts in zip(layout.runs, *split, strict=True):
         parts = (part.unflatten(0, (count, length)) for part in parts)
-        outputs.append(_interface(block, *parts, None).flatten(0, 1))
+        mask = None
+        if layout.block_length:
+            blocks = torch.arange(length, device=query.device) // layout.block_length
+            mask = block_causal(blocks, blocks)[None, None]
+        outputs.append(_interface(block, *parts, mask).flatten(0, 1))
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).unsqueeze(0)
 
 
@@ -132,7 +147,7 @@ def eager_attention(block, query, key, value, mask, scaling: float, dropout: flo
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     if mask is not None:
-        scores = scores + mask
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     wide = torch.promote_types(scores.dtype, torch.float32)
     probabilities = scores.softmax(-1, dtype=wide).to(query.dtype)
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities

@@ -44,6 +44,11 @@ class TransformerDenoiser:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def block_length(self) -> int:
+        """Of the model's blocks; 0 where it is bidirectional."""
+        return self.model.block_length or 0
+
     def token_logps(self, packed: PackedSequences) -> Tensor:
         """log p(target) at every masked token, differentiable. # float32 [M], float64 for a float64 model"""
         if packed.scores_first and self.model.reads_before:
@@ -60,6 +65,7 @@ class TransformerDenoiser:
                 input_ids=packed.input_ids[None],
                 position_ids=packed.position_ids[None],
                 lengths=packed.lengths,
+                contexts=packed.contexts,
                 rows=packed.rows,
                 targets=packed.targets,
                 head_chunk=self.head_chunk,

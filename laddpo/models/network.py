@@ -20,8 +20,10 @@ from transformers.masking_utils import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from laddpo.core.sequences import Context
 from laddpo.errors import UserError
 from laddpo.models.attention import PackedLayout, attend, length_order, token_order, varlen_problem
+from laddpo.models.block_attention import SharedLayout, block_causal
 from laddpo.models.families import family_of
 from laddpo.models.head import token_logps
 
@@ -36,7 +38,7 @@ class MaskPredictorOutput(ModelOutput):
 
 
 class MaskPredictor(PreTrainedModel):
-    """A bidirectional transformer that predicts the masked tokens of a sequence, all at once.
+    """A transformer that predicts the masked tokens of a sequence, all at once or block after block.
 
     A family's class sets `blocks`, `last_norm` and the embedding, and says how positions are turned into angles. A tied
     head is no module: `head_weight` is the embedding's. `packed_kernel` "auto" lets packed input use the
@@ -58,8 +60,13 @@ class MaskPredictor(PreTrainedModel):
         return family_of(self)[1].reads_before
 
     @property
+    def block_length(self) -> int | None:
+        """Positions of a block where attention is causal over blocks, on a grid from 0; None: bidirectional."""
+        return getattr(self.config, "block_length", None)
+
+    @property
     def blocks(self) -> nn.ModuleList:
-        """The blocks, in order."""
+        """The blocks of the network, in order."""
         raise NotImplementedError
 
     @property
@@ -88,6 +95,7 @@ class MaskPredictor(PreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         lengths: list[int] | None = None,
+        contexts: list[Context] | None = None,
         rows: Tensor | None = None,
         targets: Tensor | None = None,
         head_chunk: int | None = None,
@@ -98,7 +106,8 @@ class MaskPredictor(PreTrainedModel):
         """Logits of every position, or only what was asked for.
 
         input_ids [B, L]; attention_mask [B, L], 1 = real token. `lengths` says that B is 1 and the row holds sequences
-        of these lengths end to end; position_ids that restart say the same in any row. `rows` [M] (flat indices into
+        of these lengths end to end; position_ids that restart say the same in any row; `contexts` say how draws of a
+        block model share clean tokens (laddpo/core/sequences.py). `rows` [M] (flat indices into
         the B * L positions) asks for the scores of the tokens there alone, wherever this family reads them; none may be
         the first of its sequence where it reads them one before. With `targets` [M] the answer is log p(targets), in
         float32, and no logits (`head_chunk` rows at a time). Without `rows`, logits are in the order in which the
@@ -109,7 +118,11 @@ class MaskPredictor(PreTrainedModel):
         if rows is not None and self.reads_before:
             rows = rows - self.reads_before
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        x, rows, states = self._encode(x, attention_mask, position_ids, lengths, rows, output_hidden_states)
+        if contexts is None:
+            x, rows, states = self._encode(x, attention_mask, position_ids, lengths, rows, output_hidden_states)
+        else:
+            layout = SharedLayout.build(contexts, position_ids[0], self.block_length)
+            x, states = self._run_blocks(x, position_ids, None, layout, output_hidden_states)
         if rows is not None:
             x = x.flatten(0, 1)[rows]
         if targets is None:
@@ -137,15 +150,17 @@ class MaskPredictor(PreTrainedModel):
             elif len(position_ids) < batch:
                 position_ids = position_ids.expand(batch, -1)
             x, position_ids = x.reshape(1, batch * length, -1), position_ids.reshape(1, -1)
-            layout = PackedLayout.build(lengths, self._packed_route(x), x.device)
+            layout = PackedLayout.build(lengths, self._packed_route(x), x.device, self.block_length)
             if layout.offsets is None and (order := length_order(lengths)) is not None:
-                layout = PackedLayout([lengths[i] for i in order])
+                layout = PackedLayout([lengths[i] for i in order], block_length=self.block_length)
                 tokens = token_order(lengths, order).to(x.device)
                 x, position_ids, back = x[:, tokens], position_ids[:, tokens], tokens.argsort()
             mask = None
         else:
             layout = None
-            if position_ids is None:
+            if position_ids is None and self.block_length and attention_mask is not None:
+                position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)  # padding moves no grid
+            elif position_ids is None:
                 position_ids = torch.arange(length, device=x.device)[None]
             mask = self._mask(x, attention_mask, position_ids)
         x, states = self._run_blocks(x, position_ids, mask, layout, keep_states)
@@ -169,6 +184,8 @@ class MaskPredictor(PreTrainedModel):
 
     def _mask(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor):
         """The padding mask in the form the attention implementation wants; None when all may see all."""
+        if self.block_length:
+            return self._block_mask(attention_mask, position_ids)
         if attention_mask is None:
             return None
         sequences = find_packed_sequence_indices(position_ids)
@@ -183,6 +200,18 @@ class MaskPredictor(PreTrainedModel):
         within = packed_sequence_mask_function(sequences)
         return create_bidirectional_mask(self.config, x, attention_mask, and_mask_function=within)
 
+    def _block_mask(self, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
+        """True where a key is seen. A padding token sees itself, or its row of the softmax would be empty."""
+        blocks = position_ids // self.block_length
+        seen = block_causal(blocks, blocks)
+        if (sequences := find_packed_sequence_indices(position_ids)) is not None:
+            sequences = sequences.to(seen.device)
+            seen = seen & (sequences[:, None] == sequences[..., None])
+        if attention_mask is not None:
+            itself = torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+            seen = seen & attention_mask.bool()[:, None] | itself
+        return seen[:, None]
+
     def _lengths_of(self, attention_mask: Tensor | None, position_ids: Tensor | None, batch: int) -> list[int] | None:
         """Lengths of the sequences that restarting position_ids announce, over all rows; None when nothing restarts."""
         if attention_mask is not None or position_ids is None:
@@ -194,6 +223,8 @@ class MaskPredictor(PreTrainedModel):
 
     def _packed_route(self, x: Tensor) -> str:
         """How packed input will be attended: "flash", "varlen" or "batched"."""
+        if self.block_length:
+            return "batched"
         attention, device = self.config._attn_implementation, x.device.type
         if attention.startswith("flash"):
             return "flash"

@@ -134,7 +134,7 @@ def log_sums(denoiser, responses):
 
 
 @pytest.mark.parametrize("schedule", COUNT_SCHEDULES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", [name for name, law in ESTIMATORS.items() if not law.is_exact])
 def test_means_over_many_pairs_lie_within_four_standard_errors(
     estimator, schedule, log_sums, denoiser, responses, bounds
 ):
@@ -157,8 +157,8 @@ def test_means_over_many_pairs_lie_within_four_standard_errors(
 def inverse_without_the_empty_mask(e, response, index) -> MaskedDraw:
     """A mask with l ~ U{1..L}, weight L/l, and its inverse with weight L/(L-l)."""
     length = response.length
-    size = 1 + (e.count_fraction(response.pair_id, response.side, index // 2, 2) * length >> 64)
-    order = random_order(e.key(response.pair_id, response.side, index // 2), length)
+    size = 1 + (e.count_fraction(response, index // 2, 2) * length >> 64)
+    order = random_order(e.key(response, index // 2), length)
     masked = order[size:] if index % 2 else order[:size]
     return MaskedDraw(index, np.sort(masked), length / len(masked) if len(masked) else 0.0)
 
@@ -166,8 +166,8 @@ def inverse_without_the_empty_mask(e, response, index) -> MaskedDraw:
 def count_off_by_one(e, response, index) -> MaskedDraw:
     """l ~ U{0..L-1}, weight L/l."""
     length = response.length
-    size = e.count_fraction(response.pair_id, response.side, index, 4) * length >> 64
-    masked = random_order(e.key(response.pair_id, response.side, index), length)[:size]
+    size = e.count_fraction(response, index, 4) * length >> 64
+    masked = random_order(e.key(response, index), length)[:size]
     return MaskedDraw(index, np.sort(masked), length / size if size else 0.0)
 
 
