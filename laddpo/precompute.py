@@ -35,7 +35,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     machine = find_machine(config, data_lengths(prepared, config.dpo.diffusion_samples))
     print(f"machine: {machine}")
     loaded = policy.load(config, machine)
-    estimator = reference_values.reference_estimator(config.dpo, config.seed)
+    estimator = reference_values.reference_estimator(config.dpo, config.seed, loaded.block_length)
     reference = Reference(config.paths.data_dir, config.auto, config.quantization, prepared, loaded)
     store = reference.store(estimator)
     if config.verify:
@@ -60,7 +60,8 @@ def fill(config: RunConfig, reference, store, estimator, stop) -> None:
     windows = [([pairs[i] for i in indices], estimator.draw_indices(epoch)) for epoch, indices in visited]
     reference.complete(store, estimator, windows, stop, TRAINING)
 
-    of_evaluation = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
+    block_length = reference.loaded.block_length
+    of_evaluation = evaluation_estimator(config.evaluation.diffusion_samples, config.seed, block_length)
     held_out = list(reference.prepared.validation)[: config.evaluation.num_pairs]
     reference.items(held_out, of_evaluation, stop, "validation pairs")
     if config.evaluation.at_end:

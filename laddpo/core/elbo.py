@@ -7,7 +7,7 @@ For a prompt x (never masked) and a response y of L tokens the bound is (LLaDA 2
 A block-diffusion model is autoregressive over blocks of s tokens and masked inside one; its bound is a sum over blocks,
 each with n tokens, an expectation and an l of its own (BD3-LM, arXiv 2503.09573):
 
-    B(y|x) = sum_b E_{l ~ U{1..n}} E_{masks of l} [ (n / l) * sum_{masked i in b} log p(y_i | clean before b, masked b) ]
+    B(y|x) = sum_b E_{l ~ U{1..n}} E_{masks of l} [ (n / l) * sum_{masked i in b} log p(y_i | clean before b, noisy b) ]
 
 A sum over tokens in nats, divided by nothing. An estimator is a recipe for draws (mask and weight) whose weighted sums
 each have mean B. Per-draw values are accumulated in float64: margins are small differences of large sums.
@@ -53,6 +53,7 @@ class Denoiser(Protocol):
 
     mask_token_id: int
     device: torch.device
+    block_length: int  # 0: bidirectional
 
     def token_logps(self, packed: PackedSequences) -> Tensor: ...
 

@@ -141,6 +141,12 @@ COUNT_SCHEDULES: dict[str, CountSchedule] = {
         over_blocks="same",
         note="gives all draws of a pair one masked count, the worst use of them; it exists for comparison.",
     ),
+    "one_per_draw": CountSchedule(
+        iid_fraction,
+        prefix_consistent=True,
+        over_blocks="same",
+        note="gives all blocks of a draw one masked fraction, which is noisier; it exists for comparison.",
+    ),
 }
 
 

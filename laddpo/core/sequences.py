@@ -35,6 +35,12 @@ class MaskedDraw:
         """(masked tokens, weight) of its consecutive parts."""
         return ((len(self.masked), self.weight),) if self.blocks is None else self.blocks
 
+    @property
+    def token_weights(self) -> np.ndarray:
+        """The weight of every masked token. # float64 [masked]"""
+        counts, weights = zip(*self.parts, strict=True)
+        return np.repeat(np.array(weights, dtype=np.float64), counts)
+
 
 @dataclass(frozen=True)
 class MaskedSequence:

@@ -34,14 +34,17 @@ SEED_STEP = 1 << 32  # between the noise seeds of two re-evaluations: far from a
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of SETTINGS: a way to spend n forwards per response. `common`: policy and reference see the same masks."""
+    """A row of SETTINGS: a way to spend n forwards per response. `common`: policy and reference see the same masks.
+    `needs_blocks`: it is a row of its own for block-diffusion models alone."""
 
     estimator: ElboEstimator
     common: bool = True
+    needs_blocks: bool = False
 
-    def of(self, draws: int, seed: int, evaluation: int) -> ElboEstimator:
-        """The policy's estimator with `draws` draws in re-evaluation `evaluation`."""
-        return replace(self.estimator, diffusion_samples=draws, seed=seed + (evaluation + 1) * SEED_STEP)
+    def of(self, draws: int, seed: int, evaluation: int, block_length: int) -> ElboEstimator:
+        """The policy's estimator with `draws` draws in re-evaluation `evaluation`. `block_length` of the model."""
+        own_seed = seed + (evaluation + 1) * SEED_STEP
+        return replace(self.estimator, diffusion_samples=draws, seed=own_seed, block_length=block_length)
 
     def reference(self, estimator: ElboEstimator) -> ElboEstimator:
         """The reference's."""
@@ -94,7 +97,7 @@ def reference_values(
     token_budget: int | TokenBudget,
 ) -> np.ndarray:
     """The reference model's per-draw values in every re-evaluation. # float64 [evaluations, pairs, 2, draws]"""
-    estimators = [setting.reference(setting.of(draws, seed, e)) for e in range(evaluations)]
+    estimators = [setting.reference(setting.of(draws, seed, e, denoiser.block_length)) for e in range(evaluations)]
     return np.stack([_score(denoiser, noise_items(pairs, e, None), token_budget) for e in estimators])
 
 
@@ -115,7 +118,7 @@ def measure(
     spread = GradientSpread(gradient_pairs)
     policy, losses = [], []
     for evaluation, values in enumerate(reference):
-        estimator = setting.of(draws, seed, evaluation)
+        estimator = setting.of(draws, seed, evaluation, denoiser.block_length)
         items = noise_items(pairs, estimator, values)
         found = [
             spread.add(i, denoiser, parameters, item, objective, token_budget)
@@ -126,7 +129,8 @@ def measure(
         losses.append(objective.losses(items, torch.from_numpy(found)).numpy())
     tokens = np.array([(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs])
     values = np.stack(policy), reference, np.stack(losses)
-    return Measured(name, draws, setting.of(draws, seed, 0), tokens, *values, *spread.traces())
+    first = setting.of(draws, seed, 0, denoiser.block_length)
+    return Measured(name, draws, first, tokens, *values, *spread.traces())
 
 
 class GradientSpread:
@@ -273,6 +277,7 @@ def _rows() -> dict[str, Setting]:
     return {
         "naive": Setting(published, common=False),
         "one time, many masks": Setting(replace(published, schedule="single")),
+        "one time a draw for all blocks": Setting(replace(published, schedule="one_per_draw"), needs_blocks=True),
         BASELINE: Setting(published),
         "+ stratified": Setting(replace(published, schedule="stratified")),
         "+ systematic": Setting(replace(published, schedule="systematic")),

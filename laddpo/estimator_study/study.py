@@ -43,7 +43,8 @@ def run_study(
     after `become_policy`.
     """
     few = pairs[:gradient_pairs]
-    jobs = [(name, n) for name in settings or SETTINGS for n in draws]
+    named = settings or [name for name, row in SETTINGS.items() if denoiser.block_length or not row.needs_blocks]
+    jobs = [(name, n) for name in named for n in draws]
     studied = [(name, n) for name, n in jobs if name == "default" and n > 1]
     bar = functools.partial(Progress, unit="setting", dynamic_ncols=True)
 
@@ -53,7 +54,7 @@ def run_study(
             row = SETTINGS[name]
             references[name, n] = reference_values(denoiser, pairs, row, n, seed, evaluations, token_budget)
         for name, n in studied:
-            estimator_of = functools.partial(SETTINGS[name].of, n, seed)
+            estimator_of = functools.partial(SETTINGS[name].of, n, seed, block_length=denoiser.block_length)
             mixtures[n] = techniques.reference_mixture(denoiser, estimator_of, evaluations, few)
 
     become_policy()

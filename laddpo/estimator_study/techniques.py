@@ -153,7 +153,7 @@ def gradient_of(
 
 
 def token_values(denoiser: Denoiser, item: Item) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each side: log p of every token, whether it is masked, and the weights. # [draws, L], [draws, L], [draws]
+    """For each side: log p of every token, whether it is masked, and its weight. # [draws, L] each
 
     The whole item in one forward; differentiable.
     """
@@ -163,19 +163,20 @@ def token_values(denoiser: Denoiser, item: Item) -> list[tuple[Tensor, Tensor, T
     for side in item.sides:
         length = len(side[0].response_ids)
         rows, hidden = [], torch.zeros(len(side), length, dtype=torch.bool, device=logps.device)
+        weights = torch.zeros(len(side), length, dtype=torch.float64, device=logps.device)
         for k, sequence in enumerate(side):
             masked = torch.as_tensor(sequence.draw.masked, device=logps.device)
             hidden[k, masked] = True
+            weights[k, masked] = torch.as_tensor(sequence.draw.token_weights, device=logps.device)
             rows.append(logps.new_zeros(length).index_put((masked,), logps[start : start + len(masked)]))
             start += len(masked)
-        weights = torch.tensor([sequence.draw.weight for sequence in side], dtype=torch.float64, device=logps.device)
         sides.append((torch.stack(rows), hidden, weights))
     return sides
 
 
 def mixed_margin(values: Sequence[tuple[Tensor, Tensor, Tensor]], share: float) -> tuple[Tensor, float]:
     """B(y_w) - [share * upper bound + (1 - share) * B](y_l) of one model, and how far the bound lies above B."""
-    elbos = [(logps * hidden * weights[:, None]).sum(dim=1).mean() for logps, hidden, weights in values]
+    elbos = [(logps * hidden * weights).sum(dim=1).mean() for logps, hidden, weights in values]
     upper = upper_bound(*values[1])
     return elbos[0] - mixture(elbos[1], upper, share), float((upper - elbos[1]).detach())
 
@@ -302,12 +303,12 @@ def allocate_draws(spread: np.ndarray, total: int, block: int) -> np.ndarray:
 def upper_bound(token_logps: Tensor, is_masked: Tensor, weights: Tensor, gamma: float = 1.0) -> Tensor:
     """SPG's score for responses to be made less likely: sum_i 1/gamma log mean over contexts of p_i^gamma. # scalar
 
-    token_logps [draws, L], is_masked bool [draws, L], weights [draws]. The contexts of a token are the draws that mask
+    token_logps, is_masked (bool) and weights: [draws, L]. The contexts of a token are the draws that mask
     it, in proportion to their weights. By Jensen the value lies above the ELBO, which is the same with gamma -> 0 (SPG
     2510.09541: above log pi, up to a constant of the discretisation). From few draws it is biased: the logarithm is
     outside the mean. A token that no draw masks is left out, as if certain; `balanced` and `complement` mask them all.
     """
-    share = torch.where(is_masked, weights[:, None], 0.0)  # [draws, L]
+    share = torch.where(is_masked, weights, 0.0)  # [draws, L]
     total = share.sum(dim=0)
     mean = (share * (gamma * token_logps).exp()).sum(dim=0)[total > 0] / total[total > 0]
     return mean.log().sum() / gamma

@@ -224,7 +224,7 @@ def _measure_pairs(config: RunConfig, prepared, loaded, folder: Path, stop) -> C
 
     held_out = list(prepared.result_rows(config.evaluation.num_pairs))
     seen = training_sample(config.seed, prepared)
-    estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
+    estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed, loaded.block_length)
     reference = Reference(config.paths.data_dir, config.auto, config.quantization, prepared, loaded)
     items = reference.items(held_out, estimator, stop, "held-out pairs")
     seen_items = reference.items(seen, estimator, stop, "training pairs of the evaluation")
@@ -251,7 +251,7 @@ def _measure_rows(config: RunConfig, prepared, loaded, folder: Path, stop) -> Ca
         "training_rows_loss": (training_sample(config.seed, prepared), None),
     }
     items = {
-        name: measured_rows(rows, config.evaluation.diffusion_samples, config.seed)
+        name: measured_rows(rows, config.evaluation.diffusion_samples, config.seed, loaded.block_length)
         for name, (rows, _) in sets.items()
         if rows
     }

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from laddpo.preference.encoding.encode import EncodedExample
 
 
-def measured_rows(rows: Sequence[EncodedExample], diffusion_samples: int, seed: int) -> list[Item]:
-    """The rows under the draws of every evaluation."""
-    estimator = evaluation_estimator(diffusion_samples, seed)
+def measured_rows(rows: Sequence[EncodedExample], diffusion_samples: int, seed: int, block_length: int) -> list[Item]:
+    """The rows under the draws of every evaluation. `block_length` of the model, 0 for a bidirectional one."""
+    estimator = evaluation_estimator(diffusion_samples, seed, block_length)
     draws = estimator.draw_indices(0)
     return [example_item(row, estimator, draws) for row in rows]
 

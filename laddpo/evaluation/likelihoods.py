@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
-from laddpo.core.draws import ElboEstimator, MaskedSequence
 from laddpo.core.elbo import Denoiser, draw_logps
+from laddpo.core.gradient import pack_sequence_runs
 from laddpo.evaluation.sampling import never_emitted
+from laddpo.inputs.margins import evaluation_estimator
 
 
 class Likelihoods:
@@ -19,7 +18,7 @@ class Likelihoods:
         self, model, denoiser: Denoiser, draws: int, seed: int, token_budget: int, autocast: torch.dtype | None = None
     ):
         self.model, self.denoiser, self.token_budget, self.autocast = model, denoiser, token_budget, autocast
-        self.estimator = ElboEstimator("complement", "low_discrepancy", max(2, draws + draws % 2), seed)
+        self.estimator = evaluation_estimator(max(2, draws + draws % 2), seed, denoiser.block_length)
 
     @torch.no_grad()
     def elbo(self, prompt: np.ndarray, response: np.ndarray) -> float:
@@ -29,7 +28,7 @@ class Likelihoods:
         draws = range(2 if len(response) == 1 else self.estimator.diffusion_samples)
         name = f"{prompt.tobytes().hex()}/{response.tobytes().hex()}"
         sequences = self.estimator.sequences(name, "chosen", prompt, response, draws)
-        values = [draw_logps(self.denoiser, part) for part in _parts(sequences, self.token_budget)]
+        values = [draw_logps(self.denoiser, run) for run in pack_sequence_runs(sequences, self.token_budget)]
         return float(torch.cat(values).mean())
 
     @torch.no_grad()
@@ -54,13 +53,3 @@ class Likelihoods:
             ids[len(prompt) + at[surest]] = tokens[surest]
             is_open[at[surest]] = False
         return True
-
-
-def _parts(sequences: Sequence[MaskedSequence], token_budget: int) -> list[list[MaskedSequence]]:
-    """Runs of sequences that fit the budget together; a longer one runs alone."""
-    parts: list[list[MaskedSequence]] = [[]]
-    for sequence in sequences:
-        if parts[-1] and sum(s.tokens for s in parts[-1]) + sequence.tokens > token_budget:
-            parts.append([])
-        parts[-1].append(sequence)
-    return parts

@@ -30,7 +30,7 @@ def score_pairs(
 
     Both models see the same masks. Margins need a tuned model; without one they are None.
     """
-    estimator = evaluation_estimator(diffusion_samples, seed)
+    estimator = evaluation_estimator(diffusion_samples, seed, both.loaded.block_length)
     draws = estimator.draw_indices(0)
     items = [pair_item(pair, estimator, draws) for pair in pairs]
     values: dict[str, Tensor] = {}  # float64 [pairs, 2, draws]

@@ -28,9 +28,9 @@ from laddpo.processes.signals import StopFlag
 WINDOW = 64  # pairs scored together; only rounding depends on it
 
 
-def evaluation_estimator(diffusion_samples: int, seed: int) -> ElboEstimator:
+def evaluation_estimator(diffusion_samples: int, seed: int, block_length: int) -> ElboEstimator:
     """The estimator that measures every run: complementary masks, evenly spread counts."""
-    return ElboEstimator("complement", "low_discrepancy", diffusion_samples, seed)
+    return ElboEstimator("complement", "low_discrepancy", diffusion_samples, seed, block_length=block_length)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ class Loaded:
     machine: Machine
     weights: dict[str, str]
 
+    @property
+    def block_length(self) -> int:
+        """Tokens of a block, of which each draws its own masks; 0 for a bidirectional model."""
+        return self.denoiser.block_length
+
 
 def check_before_loading(config: RunConfig, hash_again: bool | None = None) -> None:
     """Refuse what cannot work before minutes go by: what this machine lacks, a model that cannot be had, a chat

@@ -134,8 +134,8 @@ def _append(store: ReferenceStore, pending: list[tuple[StoredPair, int, np.ndarr
         store.append([pair for pair, _ in rows], first, np.stack([row for _, row in rows]))
 
 
-def training_estimator(dpo: DpoSettings, seed: int) -> ElboEstimator:
-    """The policy's draws during training."""
+def training_estimator(dpo: DpoSettings, seed: int, block_length: int) -> ElboEstimator:
+    """The policy's draws during training. `block_length` of the model, 0 for a bidirectional one."""
     return ElboEstimator(
         dpo.estimator,
         dpo.schedule,
@@ -146,12 +146,13 @@ def training_estimator(dpo: DpoSettings, seed: int) -> ElboEstimator:
         shared_masks=dpo.shared_masks,
         difference_focus=dpo.difference_focus,
         count_tilt=dpo.count_tilt,
+        block_length=block_length,
     )
 
 
-def reference_estimator(dpo: DpoSettings, seed: int) -> ElboEstimator:
+def reference_estimator(dpo: DpoSettings, seed: int, block_length: int) -> ElboEstimator:
     """The reference's draws: the policy's own, or an independent stream without common random numbers."""
-    policy = training_estimator(dpo, seed)
+    policy = training_estimator(dpo, seed, block_length)
     return policy if dpo.common_random_numbers else dataclasses.replace(policy, stream="/reference")
 
 

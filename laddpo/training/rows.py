@@ -77,12 +77,18 @@ def build_task(run: Run) -> Training:
     config, examples, machine = run.config, run.data.items, run.machine
     parameters = policy.make_trainable(config, run.loaded)
     # every epoch sees new masks: nothing is stored that would tie them
-    estimator = ElboEstimator("count", "low_discrepancy", draws_of(config), config.seed, mask_rounds=sys.maxsize)
+    block_length = run.loaded.block_length
+    estimator = ElboEstimator(
+        *("count", "low_discrepancy", draws_of(config), config.seed),
+        mask_rounds=sys.maxsize,
+        block_length=block_length,
+    )
     backward = machine.choice.setup.backward
     task = SftTask(run.loaded.denoiser, parameters, examples, estimator, machine.token_budget, backward, run.ranks)
 
     held_out = run.data.held_out
-    rows = measured_rows(held_out, config.evaluation.diffusion_samples, config.seed) if held_out else []
+    samples = config.evaluation.diffusion_samples
+    rows = measured_rows(held_out, samples, config.seed, block_length) if held_out else []
     validation = validation_of(run, rows=rows)
 
     metric, is_new = validation.best_metric, run.data.from_scratch

@@ -153,7 +153,7 @@ def fill_reference(run: Run) -> ReferenceStore:
     if not config.dry_run:
         warmup_note(config.optim, settings)
 
-    estimator = reference_values.reference_estimator(config.dpo, config.seed)
+    estimator = reference_values.reference_estimator(config.dpo, config.seed, run.loaded.block_length)
     reference = reference_of(run)
     store = reference.store(estimator)
     windows = [
@@ -187,7 +187,7 @@ def build_task(run: Run, store: ReferenceStore) -> Training:
         parameters,
         pairs,
         store,
-        reference_values.training_estimator(config.dpo, config.seed),
+        reference_values.training_estimator(config.dpo, config.seed, run.loaded.block_length),
         objective,
         machine.token_budget,
         backward,
@@ -239,7 +239,7 @@ def validation_of_pairs(run: Run, objective: DpoObjective) -> Validation:
     """Validation on the held-out pairs, with their reference values."""
     config, prepared = run.config, run.data.prepared
     pairs = list(prepared.validation)[: config.evaluation.num_pairs]
-    estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed)
+    estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed, run.loaded.block_length)
     items = reference_of(run).items(pairs, estimator, run.stop, "validation pairs")
     prompts = list({pair.group: pair.prompt_ids for pair in pairs}.values())
     return validation_of(run, prompts, items=items, block=estimator.block, objective=objective)

@@ -40,6 +40,7 @@ class LinearDenoiser(nn.Module):
 
     mask_token_id = MASK_ID
     device = torch.device("cpu")
+    block_length = 0
 
     def __init__(self, width: int = 6, vocabulary: int = VOCABULARY, seed: int = 0, dtype: torch.dtype = torch.float64):
         super().__init__()

@@ -294,6 +294,7 @@ GOLDEN_FRACTIONS = {
     ],
     "single": [13484350974381716662] * 5,
 }
+GOLDEN_FRACTIONS["one_per_draw"] = GOLDEN_FRACTIONS["iid"]  # it differs between the blocks of a draw alone
 GOLDEN_DRAWS = {
     "count": [([0, 1, 2, 3, 4, 5], 1.0), ([0, 3, 5], 2.0), ([0], 6.0)],
     "complement": [([2, 3, 4], 2.3333333333333335), ([0, 1, 5], 2.3333333333333335), ([0], 7.0)],

@@ -215,7 +215,7 @@ def test_the_upper_bound_lies_above_the_elbo_and_meets_it_for_small_gamma(denois
         hidden.append([i in mask for i in range(4)])
         # probability of the mask, times L / l, times the number of masks: the mean over the list is the expectation
         weights.append(len(masks) / (4 * math.comb(4, len(mask))) * 4 / len(mask))
-    values = torch.stack(logps), torch.tensor(hidden), torch.tensor(weights, dtype=torch.float64)
+    values = torch.stack(logps), torch.tensor(hidden), torch.tensor(weights, dtype=torch.float64)[:, None]
     elbo = oracle.exact_bound(denoiser, PROMPT, response).item()
     bounds = [upper_bound(*values, gamma).item() for gamma in (1e-6, 0.5, 1.0, 2.0)]
     assert bounds[0] == pytest.approx(elbo, abs=1e-4)
@@ -245,5 +245,5 @@ def anyorder_logp(denoiser, response: np.ndarray) -> float:
 def test_the_upper_bound_by_hand():
     """One token hidden in both draws, p = 1/2 and 1/4, weights 1: log((1/2 + 1/4) / 2)."""
     logps = torch.tensor([[0.5], [0.25]], dtype=torch.float64).log()
-    found = upper_bound(logps, torch.ones(2, 1, dtype=torch.bool), torch.ones(2, dtype=torch.float64))
+    found = upper_bound(logps, torch.ones(2, 1, dtype=torch.bool), torch.ones(2, 1, dtype=torch.float64))
     assert found.item() == pytest.approx(math.log(0.375), rel=1e-12)

@@ -82,7 +82,7 @@ def page_of(pairs, found, rows: list[dict], studies: dict) -> dict:
 def test_rows_named_as_presets_draw_as_those_presets_do(name):
     config = compose([f"dpo={name}", "dpo.diffusion_samples=4"])
     expected = dataclasses.replace(SETTINGS[name].estimator, seed=config.seed)
-    assert training_estimator(config.dpo, config.seed) == expected
+    assert training_estimator(config.dpo, config.seed, 0) == expected
     assert SETTINGS[name].common == config.dpo.common_random_numbers
 
 
@@ -93,7 +93,7 @@ def test_rows_differ_from_each_other():
 
 def test_evaluations_draw_fresh_masks_and_the_same_for_policy_and_reference():
     setting = SETTINGS["default"]
-    estimators = [setting.of(4, SEED, e) for e in range(3)]
+    estimators = [setting.of(4, SEED, e, 0) for e in range(3)]
     masks = [[tuple(e.draw("p", "chosen", 30, k).masked) for k in range(4)] for e in estimators]
     assert len({tuple(m) for m in masks}) == 3
     assert setting.reference(estimators[0]) == estimators[0]
@@ -190,7 +190,7 @@ def test_token_values_give_back_the_draws(models, pairs):
     policy, _ = models
     for item in noise_items(pairs, ElboEstimator("complement", diffusion_samples=4), None):
         values = techniques.token_values(policy, item)
-        found = torch.stack([(logps * hidden * weights[:, None]).sum(dim=1) for logps, hidden, weights in values])
+        found = torch.stack([(logps * hidden * weights).sum(dim=1) for logps, hidden, weights in values])
         from laddpo.core.gradient import score_items
 
         torch.testing.assert_close(found, score_items(policy, [item], ANY_BUDGET)[0])
