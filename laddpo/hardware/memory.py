@@ -56,7 +56,14 @@ class Setup:
         if self.is_full:
             return self.shape.parameters
         shape = self.shape
-        return shape.n_layers * self.rank * sum(sum(shape.linear(role)) * shape.copies(role) for role in self.targets)
+        return self.rank * sum(sum(shape.linear(role)) * shape.count(role) for role in self.targets)
+
+    @property
+    def active_trained(self) -> int:
+        """Those of an adapter that one token goes through."""
+        shape = self.shape
+        passed = {role: shape.experts_chosen if shape.copies(role) > 1 else 1 for role in self.targets}
+        return self.rank * sum(sum(shape.linear(role)) * shape.layers(role) * passed[role] for role in self.targets)
 
 
 @dataclass(frozen=True)
@@ -161,10 +168,10 @@ def _weights(setup: Setup) -> int:
     shape, element = setup.shape, ELEMENT_BYTES[setup.precision]
     if setup.is_full:
         return 4 * shape.parameters
-    blocks = shape.n_layers * shape.block_parameters
+    blocks = shape.linear_parameters
     stored = blocks * (element if setup.quantization == "none" else STORED_BYTES[setup.quantization])
     if setup.quantization == "int8":  # one float32 scale for each row
-        stored += 4 * shape.n_layers * sum(shape.linear(role)[1] * shape.copies(role) for role in ROLES)
+        stored += 4 * sum(shape.linear(role)[1] * shape.count(role) for role in shape.roles)
     is_on_cpu = setup.embeddings_on_cpu and not shape.is_tied
     outside = shape.parameters - blocks - (shape.vocab_size * shape.d_model if is_on_cpu else 0)
     return round(stored + outside * element)
@@ -185,13 +192,13 @@ def _optimizer(setup: Setup) -> int:
     """The moments, two as a rule. 8-bit ones keep small tensors, and one scale for 256 values, in float32."""
     kind = OPTIMIZERS[setup.optimizer]
     if not kind.is_8bit:
-        in_blocks = setup.shape.n_layers * setup.shape.block_parameters if setup.is_full else setup.trained
+        in_blocks = setup.shape.linear_parameters if setup.is_full else setup.trained
         return 8 * setup.trained - 4 * (2 - kind.matrix_moments) * in_blocks
     small = 0
     if not setup.is_full:
         shape = setup.shape
-        sizes = [(setup.rank * n, shape.copies(role)) for role in setup.targets for n in shape.linear(role)]
-        small = shape.n_layers * sum(size * copies for size, copies in sizes if size < 4096)
+        sizes = [(setup.rank * n, shape.count(role)) for role in setup.targets for n in shape.linear(role)]
+        small = sum(size * count for size, count in sizes if size < 4096)
     return round(8 * small + 2 * (setup.trained - small) * (1 + 4 / 256))
 
 
@@ -226,11 +233,11 @@ def _block_bytes(setup: Setup, load: Load) -> int:
         norms += (query + shape.kv_width) * wide * (2 if setup.is_full else 1) + 4 * (shape.n_heads + shape.n_kv_heads)
     if setup.device == "cpu" and load.mixed:  # outputs of runs of equal lengths are joined into a copy
         attention += query * element
-    trained = ROLES if setup.is_full else setup.targets
-    into_attention = width * element * bool({"q", "k", "v"} & set(trained))
+    trained = shape.roles if setup.is_full else setup.targets
+    into_attention = width * element * bool({"q", "k", "v", "qkv"} & set(trained))
     into_mlp = width * element * bool({"gate", "up"} & set(trained))
     gated = mlp * element * (3 if "down" in trained else 2)
-    passes = {role: shape.experts_chosen if shape.copies(role) > 1 else 1 for role in ROLES}
+    passes = {role: shape.experts_chosen if shape.copies(role) > 1 else 1 for role in trained}
     low_rank = 0 if setup.is_full else setup.rank * sum(passes[role] for role in setup.targets) * element
     if shape.n_experts:  # what is routed, probabilities and choices; each expert's input, and its unweighted output
         into_mlp *= shape.experts_chosen
@@ -250,7 +257,7 @@ def _block_casts(setup: Setup) -> int:
         return 0
     element = ELEMENT_BYTES[setup.precision]
     if setup.is_full:
-        return element * setup.shape.block_parameters
+        return element * setup.shape.linear_parameters // setup.shape.n_layers
     return element * setup.trained // setup.shape.n_layers
 
 
@@ -266,8 +273,8 @@ def _in_block(setup: Setup, load: Load) -> dict[str, int]:
         if _stream_bytes(setup) == 4 and setup.checkpointing and not setup.offload:
             recomputed -= width * 4  # its input is what was kept
         workspace += load.tokens * recomputed + (_block_casts(setup) if setup.checkpointing else 0)
-    if setup.quantization != "none":
-        workspace += width * mlp * element
+    if setup.quantization != "none":  # experts are unpacked together, except those of 8 bits
+        workspace += width * mlp * element * (shape.n_experts or 1 if "4bit" in setup.quantization else 1)
     if setup.is_full:
         workspace += 4 * width * mlp
     return {"logits": 0, "workspace": workspace}
@@ -300,7 +307,7 @@ def _update_workspace(setup: Setup) -> int:
         return 0
     if setup.device == "cuda":
         return 4 * setup.trained // setup.shards
-    linears = map(setup.shape.linear, ROLES)
+    linears = map(setup.shape.linear, setup.shape.roles)
     largest = max(a * b for a, b in linears) if setup.is_full else setup.rank * max(map(max, linears))
     return 8 * max(largest, setup.shape.vocab_size * setup.shape.d_model if setup.is_full else 0)
 

@@ -30,7 +30,7 @@ from laddpo.hardware.memory import (
 )
 from laddpo.hardware.speed import Device, Work, predicted_seconds
 from laddpo.models.families import FAMILIES
-from laddpo.models.linears import ROLES, match_linears
+from laddpo.models.linears import match_linears
 from laddpo.processes.ranks import launched
 from laddpo.settings.schema import AdapterSettings, HardwareSettings, ModelSettings, OptimSettings, RunConfig, keywords
 from laddpo.storage.atomic import read_json
@@ -111,13 +111,13 @@ def model_shape(model: ModelSettings) -> Shape:
     """The sizes of the configured model, with what its family adds to them."""
     sizes, family = keywords(model.shape), FAMILIES[model.architecture]
     del sizes["max_sequence_length"]
-    return Shape(**sizes, has_qkv_bias=family.has_qkv_bias, has_head_norms=family.has_head_norms)
+    parts = {name: getattr(family, name) for name in ("has_qkv_bias", "has_head_norms", "has_fused_qkv")}
+    return Shape(**sizes, **parts)
 
 
 def model_linears(model: ModelSettings) -> list[str]:
     """Full names of the linear layers that an adapter may be on."""
-    shape = model_shape(model)
-    return FAMILIES[model.architecture].layout.names(max(1, shape.n_layers), shape.n_experts)
+    return FAMILIES[model.architecture].layout.names(model.shape)
 
 
 def gradient_groups(config: RunConfig, sides: int = 2) -> int:
@@ -146,8 +146,9 @@ def adapter_targets(config: RunConfig) -> tuple[str, ...]:
     """The kinds of linear layers that carry an adapter. A pattern that picks single blocks counts for all of them."""
     adapter, linears = held_adapter(config), model_linears(config.model)
     matched = [] if adapter.kind == "full" else match_linears(adapter.target_modules, linears)
-    roles = set(map(FAMILIES[config.model.architecture].layout.role, matched))
-    return tuple(role for role in ROLES if role in roles) or ROLES
+    layout = FAMILIES[config.model.architecture].layout
+    roles = set(map(layout.role, matched))
+    return tuple(role for role in layout.roles if role in roles) or layout.roles
 
 
 def choose_plan(

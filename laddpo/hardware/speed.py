@@ -44,9 +44,9 @@ class Work:
 def forward_flops(setup: Setup, work: Work) -> float:
     """FLOPs of one forward pass over all of `work`: blocks, attention and, on masked rows, the head."""
     shape = setup.shape
-    blocks = 2 * shape.n_layers * shape.active_parameters
+    blocks = 2 * shape.active_parameters
     if not setup.is_full:
-        blocks += 2 * setup.trained * shape.active_parameters // shape.block_parameters
+        blocks += 2 * setup.active_trained
     attention = 4 * shape.n_layers * shape.query_width * work.length
     return work.tokens * (blocks + attention) + work.masked * 2 * shape.vocab_size * shape.d_model
 
@@ -79,7 +79,7 @@ def _unpacking_seconds(setup: Setup, passes: float, device: Device) -> float:
     """Bytes of one micro-step's quantised weights: each pass unpacks them again."""
     if setup.quantization == "none":
         return 0.0
-    unpacked = setup.shape.n_layers * setup.shape.block_parameters * UNPACKED_BYTES * passes
+    unpacked = setup.shape.linear_parameters * UNPACKED_BYTES * passes
     return unpacked / ((device.gb_per_s or GB_PER_S_PER_TFLOP * device.tflops) * 1e9)
 
 

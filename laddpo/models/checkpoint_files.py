@@ -11,6 +11,7 @@ import torch
 from laddpo.errors import UserError
 from laddpo.models.families import Family
 from laddpo.models.foreign import checked, mapped, read_settings, tensor_shapes, text
+from laddpo.models.stacked import split_shapes
 from laddpo.processes.progress import Progress, is_terminal
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -75,7 +76,7 @@ def require_fitting_weights(folder: Path, config, family: Family) -> None:
         wanted = {name: tuple(t.shape) for name, t in family.model_class(config).state_dict().items()}
     found: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
-        found |= tensor_shapes(file, "It is damaged or incomplete: get it again.")
+        found |= split_shapes(tensor_shapes(file, "It is damaged or incomplete: get it again."))
     problems = [
         f"{folder}: weights and config.json disagree: {len(names)} tensors {kind} (first: {min(names)}). "
         "Check that all files come from one checkpoint, and that its weights are not quantised."

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from laddpo.errors import UserError
-from laddpo.models.linears import LLADA, LLAMA, LLAMA_MOE, Layout
+from laddpo.models.linears import ALL_LINEAR, LLADA, LLADA2, LLAMA, LLAMA_MOE, Layout
 
 SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "max_sequence_length",
-         "head_dim", "is_tied", "n_experts", "experts_chosen")  # fmt: skip
+         "head_dim", "is_tied", "n_experts", "experts_chosen", "dense_layers", "dense_mlp_size",
+         "shared_experts")  # fmt: skip
 LLAMA_NAMES = {  # of sizes: this program's names, and those of a config.json in Llama's spelling
     "d_model": "hidden_size",
     "n_heads": "num_attention_heads",
@@ -34,6 +35,13 @@ MOE_NAMES = {
     "n_experts": "num_experts",
     "experts_chosen": "num_experts_per_tok",
 }
+LLADA2_NAMES = {
+    **MOE_NAMES,
+    "mlp_hidden_size": "moe_intermediate_size",
+    "dense_mlp_size": "intermediate_size",
+    "dense_layers": "first_k_dense_replace",
+    "shared_experts": "num_shared_experts",
+}
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,11 @@ class Family:
 
     `names`: of sizes in its config.json, where they are not this program's. `reads_before`: how many positions before a
     token its score is read. `mask_token_id`: that of every checkpoint, where neither config nor tokenizer tells it.
-    `has_qkv_bias`, `has_head_norms`: small parts that plans count. `tag`: for the hub. `code`: the public repository
-    and the classes in it that `auto_map` of a written config.json names, for programs that run a checkpoint's own code.
-    This one never does.
+    `block_length`: of a network that attends block-causally, where its config.json does not tell; None: bidirectional.
+    `may_be_block`: checkpoints of both kinds have this architecture. `few_linears`: what carries an adapter as a rule,
+    where one on every expert would be too much. `has_qkv_bias`, `has_head_norms`, `has_fused_qkv`: parts that plans
+    count. `tag`: for the hub. `code`: the public repository and the classes in it that `auto_map` of a written
+    config.json names, for programs that run a checkpoint's own code. This one never does.
     """
 
     network: tuple[str, str]
@@ -52,8 +62,12 @@ class Family:
     names: Mapping[str, str] = field(default_factory=lambda: LLAMA_NAMES)
     reads_before: int = 0
     mask_token_id: int | None = None
+    block_length: int | None = None
+    may_be_block: bool = False
+    few_linears: str = ALL_LINEAR
     has_qkv_bias: bool = False
     has_head_norms: bool = False
+    has_fused_qkv: bool = False
     tag: str = "a2d"
     code: tuple[str, Mapping[str, str]] | None = None
 
@@ -106,7 +120,14 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
     )
 
 
-_MOE = Family(("llama", "LLaDAMoEModelLM"), LLAMA_MOE, names=MOE_NAMES, has_head_norms=True, tag="llada-moe")
+_MOE = Family(
+    ("llama", "LLaDAMoEModelLM"),
+    LLAMA_MOE,
+    names=MOE_NAMES,
+    few_linears="q_proj|k_proj|v_proj|o_proj",
+    has_head_norms=True,
+    tag="llada-moe",
+)
 FAMILIES = {
     "LLaDAModelLM": Family(
         ("llada", "LLaDAModelLM"),
@@ -149,14 +170,49 @@ FAMILIES = {
     ),
     "LLaDAMoEModelLM": _MOE,
     "LLaDAMoEModel": _MOE,
-    "A2DQwen3LMHeadModel": Family(("llama", "A2DQwen3LMHeadModel"), LLAMA, has_head_norms=True),
-    "A2DQwen2LMHeadModel": Family(("llama", "A2DQwen2LMHeadModel"), LLAMA, has_qkv_bias=True),
-    "A2DLlamaLMHeadModel": Family(("llama", "A2DLlamaLMHeadModel"), LLAMA),
+    "LLaDA2MoeModelLM": Family(
+        ("llada2", "LLaDA2MoeModelLM"),
+        LLADA2,
+        names=LLADA2_NAMES,
+        block_length=32,
+        few_linears=r"query_key_value|dense|(mlp|shared_experts)\.(gate|up|down)_proj",
+        has_head_norms=True,
+        has_fused_qkv=True,
+        tag="llada2",
+        code=(
+            "inclusionAI/LLaDA2.0-mini",
+            {
+                "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+                "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+                "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+            },
+        ),
+    ),
+    "SDARForCausalLM": Family(
+        ("llama", "SDARForCausalLM"),
+        LLAMA,
+        block_length=4,
+        has_head_norms=True,
+        tag="sdar",
+        code=(
+            "JetLM/SDAR-4B-Chat",
+            {
+                "AutoConfig": "configuration_sdar.SDARConfig",
+                "AutoModel": "modeling_sdar.SDARModel",
+                "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+            },
+        ),
+    ),
+    "A2DQwen3LMHeadModel": Family(("llama", "A2DQwen3LMHeadModel"), LLAMA, may_be_block=True, has_head_norms=True),
+    "A2DQwen2LMHeadModel": Family(("llama", "A2DQwen2LMHeadModel"), LLAMA, may_be_block=True, has_qkv_bias=True),
+    "A2DLlamaLMHeadModel": Family(("llama", "A2DLlamaLMHeadModel"), LLAMA, may_be_block=True),
 }
 
 UNSUPPORTED = {
-    "LLaDA2MoeModelLM": "LLaDA2, block diffusion: its likelihood is another one",
-    "SDARForCausalLM": "SDAR, block diffusion: its likelihood is another one",
+    "SDARMoeForCausalLM": "SDAR with experts: only the dense SDAR is known here",
+    "Fast_dLLM_QwenForCausalLM": "Fast-dLLM v2: block diffusion that reads a score one position before its token",
+    "NemotronLabsDiffusionModel": "Nemotron-Labs-Diffusion: block diffusion whose clean half is causal",
+    "DiffusionGemmaForBlockDiffusion": "DiffusionGemma: uniform noise and no mask token, which is another likelihood",
     "LLaDAVModelLM": "LLaDA-V, which reads images",
     "LlavaLLaDAModelLM": "LLaDA-V, which reads images",
     "LlamaForCausalLM": "an autoregressive Llama, or iLLaDA under Llama's key names",

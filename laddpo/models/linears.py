@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from laddpo.errors import nearest
 
@@ -19,41 +20,58 @@ ROLES = (
     "up",
     "down",
 )  # what a linear layer of a block does, in the order of Layout.linears
+MLP = ROLES[4:]
 ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of modules. `linears`: those of a block by their role in ROLES, below the block; `{}` in a name stands for
-    the number of an expert."""
+    """Names of modules. `linears`: those of a block, below the block; `{}` in a name stands for the number of an
+    expert. `roles`: what they do, in the same order; roles that begin with `dense_` are of the first blocks, which then
+    have no experts."""
 
     blocks: str
     head: str
     linears: tuple[str, ...]
+    roles: tuple[str, ...] = ROLES
 
     @property
     def block(self) -> str:
         """A regular expression for the name of a block."""
         return rf"{re.escape(self.blocks)}\.\d+"
 
-    def names(self, n_layers: int, n_experts: int = 0) -> list[str]:
-        """Full names of the linear layers of so many blocks."""
+    def names(self, sizes: Any) -> list[str]:
+        """Full names of the linear layers of a network of these sizes: a config, or the settings `model.shape`."""
+        n_experts, dense, shared = (getattr(sizes, n, 0) for n in ("n_experts", "dense_layers", "shared_experts"))
         return [
             f"{self.blocks}.{block}.{name.format(expert)}"
-            for block in range(n_layers)
-            for name in self.linears
+            for block in range(max(1, sizes.n_layers))
+            for name, role in zip(self.linears, self.roles, strict=True)
+            if _is_in(role, block < dense, shared)
             for expert in range(n_experts if "{}" in name else 1)
         ]
 
     def patterns(self, last: Sequence[str]) -> list[str]:
         """Regular expressions for the linear layers of a block whose names end so, by name."""
         named = sorted((name.rpartition(".")[2], name) for name in self.linears if name.rpartition(".")[2] in last)
-        return [re.escape(name).replace(re.escape("{}"), r"\d+") for _, name in named]
+        return [_pattern(name) for _, name in named]
 
     def role(self, name: str) -> str:
-        """What the linear layer of this name does, by its last part. Example: o_proj -> o."""
-        last = [linear.rpartition(".")[2] for linear in self.linears]
-        return ROLES[last.index(name.rpartition(".")[2])]
+        """What the linear layer of this name does, by its last parts. Example: model.layers.0.self_attn.o_proj -> o."""
+        found = zip(self.linears, self.roles, strict=True)
+        return next(role for linear, role in found if re.search(rf"(^|\.){_pattern(linear)}$", name))
+
+
+def _pattern(linear: str) -> str:
+    return re.escape(linear).replace(re.escape("{}"), r"\d+")
+
+
+def _is_in(role: str, is_dense: bool, shared_experts: int) -> bool:
+    """Whether a block has a linear layer of this role."""
+    kind, _, part = role.rpartition("_")
+    if part not in MLP:
+        return True
+    return kind == "dense" if is_dense else kind == "" or (kind == "shared" and shared_experts > 0)
 
 
 def match_linears(pattern: str, names: Sequence[str]) -> list[str]:
@@ -71,7 +89,7 @@ def match_linears(pattern: str, names: Sequence[str]) -> list[str]:
 
 def unknown_target(pattern: str, layout: Layout) -> str:
     """What is told of a value of adapter.target_modules that matches nothing."""
-    known = sorted(name.rpartition(".")[2] for name in layout.linears)
+    known = sorted({name.rpartition(".")[2] for name in layout.linears})
     guess = nearest(pattern, known)
     hint = f"did you mean {guess}? " if guess else ""
     return (
@@ -87,9 +105,17 @@ LLADA = Layout(
     ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"),
 )
 _ATTENTION = tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-_MLP = ("gate_proj", "up_proj", "down_proj")
+_MLP = tuple(f"{role}_proj" for role in MLP)
 LLAMA = Layout("model.layers", "lm_head", (*_ATTENTION, *(f"mlp.{name}" for name in _MLP)))
 LLAMA_MOE = Layout(
     *(LLAMA.blocks, LLAMA.head),
     (*_ATTENTION, *(f"mlp.experts.{{}}.{name}" for name in _MLP)),
+)
+LLADA2 = Layout(
+    *(LLAMA.blocks, LLAMA.head),
+    (
+        *("attention.query_key_value", "attention.dense"),
+        *(f"mlp.{place}{name}" for place in ("experts.{}.", "shared_experts.", "") for name in _MLP),
+    ),
+    ("qkv", "o", *(f"{kind}{role}" for kind in ("", "shared_", "dense_") for role in MLP)),
 )

@@ -89,6 +89,7 @@ class LLaDAConfig(PreTrainedConfig):
 
     model_type = "llada"
     fields, switches, inert = CONFIG_FIELDS, SWITCHES, INERT
+    block_length = None  # of block-causal attention; None: bidirectional
     attribute_map = {  # noqa: RUF012 - transformers' own spelling
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",

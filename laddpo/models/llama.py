@@ -1,4 +1,5 @@
-"""Mask predictors under Llama's key names: iLLaDA, Dream, LLaDA-MoE, and Qwen and Llama models turned bidirectional.
+"""Mask predictors under Llama's key names: iLLaDA, Dream, LLaDA-MoE, SDAR, and Qwen and Llama models that were turned
+into mask predictors.
 
 One network with what a family's config says of it: biases of queries, keys and values, norms of heads, a tied head, an
 MLP or experts. Written here, not taken from transformers: packing, checkpointing, compilation, block caches and the
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 
+from laddpo.models.experts import Experts, GatedMLP, Router, SoftmaxRouter
 from laddpo.models.llama_config import (
     A2DLlamaConfig,
     A2DQwen2Config,
@@ -20,28 +22,33 @@ from laddpo.models.llama_config import (
     ILLaDAConfig,
     LLaDAMoEConfig,
     LlamaLikeConfig,
+    SDARConfig,
     refuse_impossible,
 )
 from laddpo.models.network import Block, MaskPredictor, RMSNorm, rotary_angles
-from laddpo.models.tokenwise import gated, rotate
+from laddpo.models.tokenwise import rotate
 
 
 class LlamaLike(MaskPredictor):
     """Embedding, blocks, norm and head. A tied head is the embedding itself: one tensor, trained and saved once."""
 
     _no_split_modules = ["LlamaBlock"]  # noqa: RUF012
+    embedding = "embed_tokens"  # the hub's name
 
     def __init__(self, config: LlamaLikeConfig):
         refuse_impossible(config)
         super().__init__(config)
         parts = {
-            "embed_tokens": nn.Embedding(config.vocab_size, config.d_model),
-            "layers": nn.ModuleList(LlamaBlock(config, index) for index in range(config.n_layers)),
+            self.embedding: nn.Embedding(config.vocab_size, config.d_model),
+            "layers": nn.ModuleList(self.new_block(index) for index in range(config.n_layers)),
             "norm": RMSNorm(config.d_model, config.rms_norm_eps),
         }
         self.model = nn.ModuleDict(parts)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
+
+    def new_block(self, index: int) -> Block:
+        return LlamaBlock(self.config, index)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -57,10 +64,10 @@ class LlamaLike(MaskPredictor):
         return cos.to(dtype), sin.to(dtype)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return self.model["embed_tokens"]
+        return self.model[self.embedding]
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model["embed_tokens"] = value
+        self.model[self.embedding] = value
 
     def get_output_embeddings(self) -> nn.Linear | None:
         return self.lm_head
@@ -87,7 +94,8 @@ class LlamaBlock(Block):
         self.input_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.mlp = Experts(config) if config.n_experts else GatedMLP(config)
+        sizes = config.d_model, config.mlp_hidden_size
+        self.mlp = Experts(*sizes, config.n_experts, _router(config)) if config.n_experts else GatedMLP(*sizes)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention, x = self.self_attn, self.input_layernorm(x)
@@ -119,68 +127,8 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in "qk")
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: LlamaLikeConfig):
-        super().__init__()
-        width, inner = config.d_model, config.mlp_hidden_size
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
-
-
-class Router(nn.Module):
-    """Scores of the experts for each token. No nn.Linear: it is never quantised and carries no adapter."""
-
-    def __init__(self, width: int, n_experts: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_experts, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The probabilities of all experts, float32 or wider. [T, D] -> [T, experts]"""
-        scores = nn.functional.linear(x, self.weight)
-        return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-
-
-class Experts(nn.Module):
-    """The sum of the chosen experts, each weighted by its probability among all: not renormalised, as LLaDA-MoE.
-
-    A token's experts depend on the token alone, so packing changes nothing. Auxiliary losses are of pretraining: none
-    is used here.
-    """
-
-    def __init__(self, config: LlamaLikeConfig):
-        super().__init__()
-        self.chosen = config.experts_chosen
-        self.gate = Router(config.d_model, config.n_experts)
-        self.experts = nn.ModuleList(GatedMLP(config) for _ in range(config.n_experts))
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
-        weights, chosen = self.gate(flat).topk(self.chosen, dim=-1)  # [T, k] each
-        weights = weights.to(flat.dtype)
-        order = chosen.flatten().argsort(stable=True)  # the choices, expert by expert
-        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
-        tokens = order // self.chosen
-
-        inputs = flat[tokens].split(counts)
-        # An expert without tokens runs where it is trained: every process then has a gradient for every weight.
-        outputs = [
-            expert(part) for expert, part in zip(self.experts, inputs, strict=True) if len(part) or _trains(expert)
-        ]
-        weighted = torch.cat(outputs) * weights.flatten()[order, None]
-        by_token = weighted[order.argsort()].unflatten(
-            0, (-1, self.chosen)
-        )  # no scattered sum: that has no fixed order
-        return by_token.sum(1).view_as(x)
-
-
-def _trains(module: nn.Module) -> bool:
-    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+def _router(config: LlamaLikeConfig) -> Router:
+    return SoftmaxRouter(config.d_model, config.n_experts, config.experts_chosen)
 
 
 class ILLaDAForCausalLM(LlamaLike):
@@ -193,6 +141,10 @@ class DreamModel(LlamaLike):
 
 class LLaDAMoEModelLM(LlamaLike):
     config_class = LLaDAMoEConfig
+
+
+class SDARForCausalLM(LlamaLike):
+    config_class = SDARConfig
 
 
 class A2DQwen3LMHeadModel(LlamaLike):
@@ -208,7 +160,7 @@ class A2DLlamaLMHeadModel(LlamaLike):
 
 
 for _network in (
-    *(ILLaDAForCausalLM, DreamModel, LLaDAMoEModelLM),
+    *(ILLaDAForCausalLM, DreamModel, LLaDAMoEModelLM, SDARForCausalLM),
     *(A2DQwen3LMHeadModel, A2DQwen2LMHeadModel, A2DLlamaLMHeadModel),
 ):
     AutoConfig.register(_network.config_class.model_type, _network.config_class, exist_ok=True)

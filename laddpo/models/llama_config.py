@@ -1,4 +1,5 @@
-"""The configs of mask predictors under Llama's key names: iLLaDA, Dream, LLaDA-MoE and the A2D conversions.
+"""The configs of mask predictors under Llama's key names: iLLaDA, Dream, LLaDA-MoE, SDAR and the A2D
+conversions.
 
 In: the content of a hub config.json, in the hub's spelling. Each family is a class that says what its network has
 (biases, norms of heads, experts); fields that ask for anything else are refused by name.
@@ -42,6 +43,9 @@ FIELDS: dict[str, Kind] = {
 }
 ILLADA_FIELDS = {**FIELDS, "layer_norm_eps": only(None), "resid_pdrop": _NONE_OR_0}
 DREAM_FIELDS = {**FIELDS, "use_mrope": only(None, False)}
+BLOCK_LENGTH = whole(1, 2**16)
+A2D_FIELDS = {**FIELDS, "block_length": optional(BLOCK_LENGTH)}
+SDAR_FIELDS = {**FIELDS, "block_size": BLOCK_LENGTH}
 MOE_FIELDS = {
     **{name: kind for name, kind in FIELDS.items() if name != "intermediate_size"},
     "expert_intermediate_size": whole(1, 2**20),
@@ -70,6 +74,7 @@ class LlamaLikeConfig(PreTrainedConfig):
     has_qkv_bias = False
     has_head_norms = False  # of queries and keys, before the rotation
     n_experts = 0
+    block_length: int | None = None  # of block-causal attention; None: bidirectional
 
     def __init_subclass__(cls, **kwargs):
         cls.__init__ = cls.__dict__.get("__init__", LlamaLikeConfig.__init__)  # transformers would write another one
@@ -148,9 +153,23 @@ class LLaDAMoEConfig(LlamaLikeConfig):
         super().__init__(intermediate_size=expert_intermediate_size, **kwargs)
 
 
+class SDARConfig(LlamaLikeConfig):
+    """SDAR, arXiv 2510.06303: Qwen3's network with block-causal attention."""
+
+    model_type = "sdar"
+    fields = SDAR_FIELDS
+    attribute_map = {**LlamaLikeConfig.attribute_map, "block_length": "block_size"}  # noqa: RUF012
+    has_head_norms = True
+
+    def __init__(self, *, block_size: int = 4, **kwargs):
+        self.block_size = block_size
+        super().__init__(**kwargs)
+
+
 class A2DQwen3Config(LlamaLikeConfig):
     """Qwen3 turned into a mask predictor: norms of heads, which may be wider than their share of the model."""
 
+    fields = A2D_FIELDS
     model_type = "a2d-qwen3"
     has_head_norms = True
 
@@ -158,6 +177,7 @@ class A2DQwen3Config(LlamaLikeConfig):
 class A2DQwen2Config(LlamaLikeConfig):
     """Qwen2 or Qwen2.5 turned into a mask predictor."""
 
+    fields = A2D_FIELDS
     model_type = "a2d-qwen2"
     has_qkv_bias = True
 
@@ -165,6 +185,7 @@ class A2DQwen2Config(LlamaLikeConfig):
 class A2DLlamaConfig(LlamaLikeConfig):
     """Llama turned into a mask predictor."""
 
+    fields = A2D_FIELDS
     model_type = "a2d-llama"
 
 

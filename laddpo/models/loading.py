@@ -27,9 +27,11 @@ from laddpo.models.checkpoint_files import (
     require_safetensors,
     weight_files,
 )
+from laddpo.models.experts import stack_experts
 from laddpo.models.families import FAMILIES, family_of, find_family
-from laddpo.models.foreign import checked, read_settings
+from laddpo.models.foreign import checked, read_settings, tensor_shapes
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
+from laddpo.models.stacked import are_stacked, read_split, split_tensors
 from laddpo.models.tokenizers import build_tokenizer, tokenizer_files
 from laddpo.preference.encoding.special_text import MASK_TOKENS
 from laddpo.processes.progress import is_terminal
@@ -72,30 +74,36 @@ def load_model(
     kwargs: dict[str, Any] = {"attn_implementation": "sdpa" if attention == "auto" else attention}
     if quantizer is not None or torch.device(device).type != "cpu":
         kwargs["device_map"] = {"": str(device)}
+    state = _stacked_state(folder)
     with _quiet_small_loads(folder), _explained_imports(attention):
         model = family.model_class.from_pretrained(
-            str(folder),
+            None if state else str(folder),
             config=config,
+            state_dict=state,
             dtype=weights_dtype,
             quantization_config=quantizer,
             use_safetensors=True,
             **kwargs,
         )
+    stack_experts(model)
     model.packed_kernel = "auto" if attention == "auto" else "batched"
     if quantizer is not None:
         settle_quantized(model, family)
     return model.eval()
 
 
+def _stacked_state(folder: Path) -> dict[str, torch.Tensor] | None:
+    """The weights of a checkpoint whose experts are stacked, by hub names; None: the files are read as they are."""
+    files = weight_files(folder)
+    names = [name for file in files for name in tensor_shapes(file, "Get the file again.")]
+    return read_split(files) if are_stacked(names) else None
+
+
 def new_config(architecture: str, shape: Mapping[str, Any], **special: int | None):
     """The config of a new model. `shape`: the sizes of `model.shape`; `special`: ids of special tokens, by their names
     in a config.json."""
     kind = FAMILIES[architecture].config_class
-    sizes = {name: size for name, size in shape.items() if size is not None}
-    if not sizes.get("n_experts"):
-        sizes = {name: size for name, size in sizes.items() if name not in ("n_experts", "experts_chosen")}
-    if not sizes.get("is_tied"):
-        sizes.pop("is_tied", None)
+    sizes = {name: size for name, size in shape.items() if size}  # 0, false and null: the network has no such part
     return kind(**{kind.attribute_map.get(name, name): size for name, size in sizes.items()}, **special)
 
 
@@ -103,7 +111,9 @@ def new_model(config, seed: int, architecture: str = "LLaDAModelLM"):
     """A model with random weights drawn from `seed`, without changing the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return FAMILIES[architecture].model_class(config).eval()
+        model = FAMILIES[architecture].model_class(config).eval()
+    stack_experts(model)
+    return model
 
 
 def load_tokenizer(path: str, revision: str | None = None):
@@ -175,10 +185,9 @@ def save_model(model, folder: Path, shard_bytes: int = 4 * 2**30, state: Mapping
     `state`: whole tensors by name, of a model that holds only parts of them.
     """
     from safetensors.torch import save
-    from transformers.pytorch_utils import id_tensor_storage
 
     state = {name: tensor.detach().contiguous() for name, tensor in (state or model.state_dict()).items()}
-    assert len({id_tensor_storage(t) for t in state.values()}) == len(state), "tied weights cannot be saved as they are"
+    assert len({(t.device, t.data_ptr()) for t in state.values()}) == len(state), "tied weights cannot be saved"
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name in sorted(state):
@@ -253,7 +262,7 @@ def load_weights(model, folder: Path) -> None:
     unseen = set(own)
     with torch.no_grad():
         for file in weight_files(folder):
-            for name, tensor in load_file(file).items():
+            for name, tensor in split_tensors(load_file(file)):
                 if name not in own or own[name].shape != tensor.shape:
                     raise UserError(f"{file}: its tensor {name} does not fit the model. Use weights of the same model.")
                 own[name].copy_(placed_like(own[name], tensor))

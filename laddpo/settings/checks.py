@@ -91,8 +91,7 @@ def _weights(config: RunConfig) -> Iterator[str]:
             f"that on one side, so no higher rank means anything; set adapter.r={width} or lower, or adapter=full."
         )
     layout = FAMILIES[model.architecture].layout
-    linears = layout.names(max(1, model.shape.n_layers), model.shape.n_experts)
-    if is_new and not match_linears(adapter.target_modules, linears):
+    if is_new and not match_linears(adapter.target_modules, layout.names(model.shape)):
         yield unknown_target(adapter.target_modules, layout)
     if model.shape.head_dim is None and model.shape.d_model % model.shape.n_heads:
         yield (

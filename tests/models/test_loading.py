@@ -113,8 +113,8 @@ def test_a_missing_shard_is_named(tiny_model, tmp_path):
 
 
 def test_another_family_is_refused_before_weights_are_looked_for(tmp_path):
-    atomic.write_json(tmp_path / "config.json", {"architectures": ["SDARForCausalLM"], "model_type": "sdar"})
-    with pytest.raises(UserError, match="SDAR, block diffusion"):
+    atomic.write_json(tmp_path / "config.json", {"architectures": ["Fast_dLLM_QwenForCausalLM"]})
+    with pytest.raises(UserError, match="Fast-dLLM v2: block diffusion"):
         load_model(str(tmp_path))
 
 
