@@ -475,7 +475,8 @@ def test_every_number_that_can_be_wrong_has_a_range():
 def test_names_in_the_settings_are_those_of_the_tables_that_need_torch():
     from laddpo.core.gradient import BACKWARD_MODES
     from laddpo.estimator_study.noise import SETTINGS
-    from laddpo.evaluation.sampling import REMASKING, SUPPRESSION
+    from laddpo.evaluation.orders import REMASKING
+    from laddpo.evaluation.sampling import SUPPRESSION
     from laddpo.models.block_cache import KINDS
 
     tables = {

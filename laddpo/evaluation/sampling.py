@@ -7,15 +7,17 @@ are packed end to end: there is no padding, and an answer does not depend on its
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from laddpo.errors import UserError
-from laddpo.models.block_cache import BlockCache
+from laddpo.evaluation.orders import REMASKING, draw
+from laddpo.evaluation.passes import passes_for
 from laddpo.settings.decoding_checks import sampler_problems
 
 
@@ -36,7 +38,8 @@ class SamplerSettings:
     draw is drawn again, so answers vary little), the positions that the model is surest of, whatever token was drawn
     there ("certainty"), or "random" ones. "maskgit_plus", "entropy" and "topk_margin" are Dream's: they rank by the
     probability of the token, the entropy and the margin between the two best, draw among the 50 most probable tokens,
-    and commit the share of the open tokens that Dream's times from 1 to 0.001 say, the last step all.
+    and commit the share of the open tokens that Dream's times from 1 to 0.001 say, the last step all. "sequential"
+    commits the leftmost open tokens.
     """
 
     gen_length: int = 32
@@ -51,6 +54,7 @@ class SamplerSettings:
     block_cache: str = "none"
     batch_size: int = 64
     seed: int = 0
+    is_on_grid: ClassVar[bool] = False
 
     def __post_init__(self):
         if problems := sampler_problems(self):
@@ -62,15 +66,21 @@ class SamplerSettings:
         return {False: "no", True: "confidence"}.get(self.suppress_eos, self.suppress_eos)
 
     def commits_per_step(self) -> list[int]:
-        """How many tokens each step of one block commits; steps without any are left out.
+        """How many tokens each step of one block commits, with a threshold at least. Steps without any are left out."""
+        if self.confidence_threshold is not None and not self.is_on_grid:
+            return [1] * self.block_length
+        steps = -(-self.steps * self.block_length // self.gen_length)
+        return REMASKING[self.remasking].commits(self.block_length, steps)
 
-        As equal as possible, the earlier steps one more; or by Dream's times.
-        """
-        steps = self.steps // (self.gen_length // self.block_length)
-        if REMASKING[self.remasking].is_timed:
-            return timed_commits(self.block_length, steps)
-        base, more = divmod(self.block_length, steps)
-        return [count for step in range(steps) if (count := base + (step < more))]
+
+class GridSettings(SamplerSettings):
+    """Of a block model, whose own blocks `block_length` repeats. They lie on a grid that begins at the first token of
+    the prompt, so a block may hold the end of the prompt, and the last one is cut off after `gen_length` tokens: these
+    need not be whole blocks. `steps` for `gen_length` tokens means steps * block_length / gen_length a block; with a
+    threshold a step commits at least as many tokens as without. Keys and values of finished blocks are kept exactly.
+    """
+
+    is_on_grid = True
 
 
 @torch.no_grad()
@@ -134,57 +144,55 @@ def until_stop(answer: np.ndarray, stop_token_ids: Sequence[int]) -> np.ndarray:
 
 
 class _Batch:
-    """Answers in the making. Every item is at its own block and step; finished ones leave the forward pass."""
+    """Answers in the making. Every item is at its own block and step; finished ones leave the forward pass.
+
+    The canvas of an item is the blocks that hold its answer. In a block model its first `head` columns are the end of
+    the prompt, and its last ones may lie behind the answer.
+    """
 
     def __init__(
         self, model, prompts, generators, settings: SamplerSettings, mask: int, stops: list[int], forbidden: list[int]
     ):
-        self.model, self.prompts, self.generators, self.settings = model, prompts, generators, settings
-        self.mask = mask
+        self.generators, self.settings, self.mask = generators, settings, mask
+        device, size = prompts[0].device, settings.block_length
         self.stops, self.forbidden, self.never = (
-            torch.tensor(ids, dtype=torch.long, device=prompts[0].device)
-            for ids in (stops, forbidden, never_emitted(model, mask))
+            torch.tensor(ids, dtype=torch.long, device=device) for ids in (stops, forbidden, never_emitted(model, mask))
         )
-        self.answers = torch.full((len(prompts), settings.gen_length), mask, device=prompts[0].device)  # [items, G]
+        heads = [len(p) % size if settings.is_on_grid else 0 for p in prompts]
+        self.last = [-(-(head + settings.gen_length) // size) - 1 for head in heads]  # the last block of each item
+        width = (max(self.last) + 1) * size
+        self.canvas = torch.full((len(prompts), width), mask, device=device)  # [items, W]
+        for row, prompt, head in zip(self.canvas, prompts, heads, strict=True):
+            row[:head] = prompt[len(prompt) - head :]
+        self.heads = torch.tensor(heads, device=device)[:, None]
         self.block = [0] * len(prompts)
         self.taken = [0] * len(prompts)  # steps taken in the current block
-        self.commits = settings.commits_per_step() if settings.confidence_threshold is None else []
-        self.caches = []
-        if settings.block_cache != "none":
-            free = [[torch.full_like(p, mask) for p in prompts]] if settings.cfg_scale > 0 else []
-            shape = (settings.gen_length, settings.block_length, settings.block_cache)
-            self.caches = [BlockCache(model, group, *shape) for group in ([*prompts], *free)]
+        self.commits = settings.commits_per_step()
+        self.passes = passes_for(model, prompts, width, settings, mask)
         self._enter(list(range(len(prompts))))
 
+    @property
+    def answers(self) -> Tensor:
+        """What the items hold now. # [items, G]"""
+        return self.canvas.gather(1, self._answer_columns(list(range(len(self.canvas)))))
+
+    def _answer_columns(self, items: list[int]) -> Tensor:
+        return self.heads[items] + torch.arange(self.settings.gen_length, device=self.canvas.device)
+
     def _enter(self, active: list[int]) -> None:
-        """Lay out the packed input of the items that are still being written."""
         self.active = active
-        if not active:
-            return
-        device, length = self.answers.device, self.settings.gen_length
-        prompts = [self.prompts[i] for i in active]
-        passes = [prompts]
-        if self.settings.cfg_scale > 0:  # a second copy that does not see the prompt
-            passes.append([torch.full_like(p, self.mask) for p in prompts])
-        self.passes = passes
-        self.lengths = [len(p) + length for group in passes for p in group]
-        self.positions = torch.cat([torch.arange(n) for n in self.lengths])[None].to(device)
-        ends = torch.tensor(self.lengths[: len(active)]).cumsum(0)
-        self.first = (ends - length)[:, None].to(device)  # where each answer begins in the packed row [A, 1]
-        self.tokens_per_pass = int(ends[-1])
+        if active:
+            self.passes.enter(active)
 
     def step(self) -> None:
         """One forward pass; every active item commits some tokens of its block."""
-        settings = self.settings
-        answers = self.answers[self.active]  # [A, G]
-        starts = torch.tensor([self.block[i] * settings.block_length for i in self.active], device=answers.device)
-        columns = starts[:, None] + torch.arange(settings.block_length, device=answers.device)  # [A, block]
-        block = answers.gather(1, columns)
-        is_open = block == self.mask
-        if self.caches:
-            logits = self._cached_logits(answers, starts, is_open)
-        else:
-            logits = self._logits(answers, (self.first + columns)[is_open])
+        canvas, size = self.canvas[self.active], self.settings.block_length  # [A, W]
+        starts = torch.tensor([self.block[i] * size for i in self.active], device=canvas.device)
+        columns = starts[:, None] + torch.arange(size, device=canvas.device)  # [A, s]
+        block = canvas.gather(1, columns)
+        is_open = (block == self.mask) & (columns >= self.heads[self.active])
+        is_first = [self.taken[i] == 0 for i in self.active]
+        logits = self._guided(self.passes.logits(canvas, columns, is_first, is_open))
         tokens, confidence = self._candidates(logits, is_open.sum(1).tolist())
         ranks = torch.full(block.shape, -torch.inf, dtype=confidence.dtype, device=block.device)
         ranks[is_open] = confidence.clamp(min=torch.finfo(confidence.dtype).min)  # demoted, yet before the filled ones
@@ -192,25 +200,9 @@ class _Batch:
         chosen = is_open & (order < self._counts(ranks)[:, None])
         proposed = block.clone()
         proposed[is_open] = tokens
-        block = torch.where(chosen, proposed, block)
-        answers.scatter_(1, columns, block)
-        self.answers[self.active] = answers
-        self._advance(answers, block)
-
-    def _logits(self, answers: Tensor, rows: Tensor) -> Tensor:
-        """Logits at the open positions of the current blocks, guided when asked for. # [R, V], float32 or wider"""
-        ids = torch.cat([part for group in self.passes for pair in zip(group, answers, strict=True) for part in pair])
-        if self.settings.cfg_scale > 0:
-            rows = torch.cat([rows, rows + self.tokens_per_pass])
-        packed = {"input_ids": ids[None], "position_ids": self.positions, "lengths": self.lengths}
-        return self._guided(self.model(**packed, rows=rows).logits)
-
-    def _cached_logits(self, answers: Tensor, starts: Tensor, is_open: Tensor) -> Tensor:
-        """The same from kept keys and values, renewed by the first step of every block. # [R, V]"""
-        items = torch.tensor(self.active, device=answers.device)
-        is_first = torch.tensor([self.taken[i] == 0 for i in self.active], device=answers.device)
-        hidden = [cache.hidden(items, answers, starts, is_first)[is_open] for cache in self.caches]
-        return self._guided(self.caches[0].logits(torch.cat(hidden)))
+        canvas.scatter_(1, columns, torch.where(chosen, proposed, block))
+        self.canvas[self.active] = canvas
+        self._advance((is_open == chosen).all(1).tolist())
 
     def _guided(self, logits: Tensor) -> Tensor:
         """float32 or wider; of two passes, moved away from the one that does not see the prompt."""
@@ -234,7 +226,7 @@ class _Batch:
         kept = logits[:, self.never]  # these ids cannot be chosen, yet count in the probabilities of the others
         logits.index_fill_(1, self.never, -torch.inf)
         generators = [self.generators[i] for i in self.active]
-        tokens = _draw(logits, self.settings.temperature, generators, rows_per_item)
+        tokens = draw(logits, self.settings.temperature, generators, rows_per_item)
         logits[:, self.never] = kept
         if suppression.committed_last:
             logits.index_fill_(1, self.stops, -torch.inf)
@@ -245,80 +237,37 @@ class _Batch:
 
     def _counts(self, ranks: Tensor) -> Tensor:
         """How many tokens every active item commits now. # [A]"""
+        counts = torch.tensor([self.commits[self.taken[i]] for i in self.active], device=ranks.device)
         if self.settings.confidence_threshold is not None:
             limit = float(np.log(self.settings.confidence_threshold))
-            return (ranks > limit).sum(1).clamp(min=1)
-        return torch.tensor([self.commits[self.taken[i]] for i in self.active], device=ranks.device)
+            counts = (ranks > limit).sum(1).maximum(counts)
+        return counts
 
-    def _advance(self, answers: Tensor, block: Tensor) -> None:
+    def _advance(self, is_full: list[bool]) -> None:
         """Move items whose block is full to the next, and let finished ones go."""
-        settings = self.settings
-        if settings.confidence_threshold is not None:
-            is_full = (block != self.mask).all(1).tolist()
-        else:
-            is_full = [self.taken[i] + 1 == len(self.commits) for i in self.active]
-        finished = self._finished(answers) if settings.stop_early and len(self.stops) else [False] * len(self.active)
+        finished = self._finished() if self.settings.stop_early and len(self.stops) else [False] * len(self.active)
         remaining = []
         for item, full, stopped in zip(self.active, is_full, finished, strict=True):
             self.taken[item] += 1
             if full:
                 self.block[item] += 1
                 self.taken[item] = 0
-            if not stopped and self.block[item] * settings.block_length < settings.gen_length:
+            if not stopped and self.block[item] <= self.last[item]:
                 remaining.append(item)
         if len(remaining) < len(self.active):
             self._enter(remaining)
 
-    def _finished(self, answers: Tensor) -> list[bool]:
+    def _finished(self) -> list[bool]:
         """Which active items have a stop token with nothing open before it; what follows it is filled with it."""
+        canvas, columns = self.canvas[self.active], self._answer_columns(self.active)
+        answers = canvas.gather(1, columns)  # [A, G]
         is_stop, is_open = torch.isin(answers, self.stops), answers == self.mask
         before = (is_stop | is_open).int().argmax(1, keepdim=True)  # the first position that is either
         finished = is_stop.gather(1, before)
         after = torch.arange(answers.shape[1], device=answers.device) > before
         stop = answers.gather(1, before)
-        self.answers[self.active] = torch.where(finished & after, stop, answers)
+        self.canvas[self.active] = canvas.scatter(1, columns, torch.where(finished & after, stop, answers))
         return finished[:, 0].tolist()
-
-
-def _draw(scores: Tensor, temperature: float, generators, rows_per_item: list[int]) -> Tensor:
-    """argmax of scores + temperature * Gumbel noise, in float64: float32 noise thins out the tails (2409.02908)."""
-    if temperature == 0:
-        return scores.argmax(-1)
-    tokens = []
-    for part, generator in zip(scores.split(rows_per_item), generators, strict=True):
-        uniform = torch.rand(part.shape, generator=generator, dtype=torch.float64, device=part.device)
-        tokens.append((part.double() - temperature * (-uniform.log()).log()).argmax(-1))
-    return torch.cat(tokens)
-
-
-def _low_confidence(logits: Tensor, tokens: Tensor, generators, rows_per_item: list[int]) -> Tensor:
-    """log p(token), without noise."""
-    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def _certainty(logits: Tensor, tokens: Tensor, generators, rows_per_item: list[int]) -> Tensor:
-    """log p of the most likely token, whatever was drawn."""
-    return logits.amax(-1) - logits.logsumexp(-1)
-
-
-def _negative_entropy(logits: Tensor, tokens: Tensor, generators, rows_per_item: list[int]) -> Tensor:
-    probabilities = logits.softmax(-1)
-    return (probabilities * (probabilities + 1e-10).log()).sum(-1)
-
-
-def _margin(logits: Tensor, tokens: Tensor, generators, rows_per_item: list[int]) -> Tensor:
-    """Between the probabilities of the two best tokens."""
-    first, second = logits.softmax(-1).topk(2).values.unbind(-1)
-    return first - second
-
-
-def _random(logits: Tensor, tokens: Tensor, generators, rows_per_item: list[int]) -> Tensor:
-    return torch.cat(
-        [
-            torch.rand(rows, generator=generator, device=logits.device)
-            for rows, generator in zip(rows_per_item, generators, strict=True)
-        ]
-    )
 
 
 def never_emitted(model, mask: int) -> list[int]:
@@ -345,37 +294,4 @@ SUPPRESSION = {
     "no": Suppression(),
     "confidence": Suppression(committed_last=True),
     "logits": Suppression(eos_is_never_emitted=True),
-}
-
-
-@dataclass(frozen=True)
-class Order:
-    """Which open positions are committed first: those of the highest `confidence`. `top_k`: tokens that are drawn from
-    and count in it, None for all. `is_timed`: how many a step commits follows Dream's times."""
-
-    confidence: Callable[[Tensor, Tensor, list[torch.Generator], list[int]], Tensor]
-    top_k: int | None = None
-    is_timed: bool = False
-
-
-def timed_commits(block_length: int, steps: int) -> list[int]:
-    """Of the tokens that are open at time t, the share 1 - s / t by the next time s; all at the last step. Times go
-    evenly from 1 to 0.001 (Dream's generation)."""
-    times = np.linspace(1, 1e-3, steps + 1, dtype=np.float32)
-    commits, left = [], block_length
-    for step in range(steps):
-        count = left if step == steps - 1 else int(left * (1 - times[step + 1] / times[step]))
-        commits.append(count)
-        left -= count
-    return [count for count in commits if count]
-
-
-DREAM = {"top_k": 50, "is_timed": True}  # what Dream's generation does where nothing is said
-REMASKING = {
-    "low_confidence": Order(_low_confidence),
-    "certainty": Order(_certainty),
-    "random": Order(_random),
-    "maskgit_plus": Order(_low_confidence, **DREAM),
-    "entropy": Order(_negative_entropy, **DREAM),
-    "topk_margin": Order(_margin, **DREAM),
 }

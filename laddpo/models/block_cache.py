@@ -1,9 +1,11 @@
-"""Keys and values that a block-wise sampler keeps while it writes a block (Fast-dLLM, arXiv 2505.22618).
+"""Keys and values that a block-wise sampler keeps while it writes a block.
 
-The first step of every block runs the whole sequence and stores each layer's keys and values; the later steps run only
-the block (kind "dual") or the block and what follows it ("prefix") against the stored rest. In a bidirectional model
-the stored rest would have changed a little with every committed token, so answers differ from those of the full
-computation, except where every block takes one step.
+Bidirectional models (`BlockCache`; Fast-dLLM, arXiv 2505.22618): the first step of every block runs the whole sequence
+and stores each layer's keys and values; the later steps run only the block (kind "dual") or the block and what follows
+it ("prefix") against the stored rest. The stored rest would have changed a little with every committed token, so
+answers differ from those of the full computation, except where every block takes one step.
+
+Block models (`GridCache`): no token sees a later block, so what is kept of finished blocks is exact.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 KINDS = ("prefix", "dual")
+PREFILL = 512  # tokens of each prompt that run at once before the first block
 
 
 class BlockCache:
@@ -34,7 +37,7 @@ class BlockCache:
         self.prompts = torch.stack([nn.functional.pad(p, (pad, 0)) for p, pad in zip(prompts, pads, strict=True)])
         columns = torch.arange(self.width, device=device)
         self.is_real = columns[None] >= self.pads[:, None] if any(pads) else None  # [N, W]
-        self.layers: list[tuple[Tensor, Tensor]] = []  # of each block: keys and values [N, W, kv heads, head_dim]
+        self.kept = KeptLayers(model, len(prompts), self.width)
 
     def hidden(self, items: Tensor, answers: Tensor, starts: Tensor, is_first: Tensor) -> Tensor:
         """Final hidden states from which the current block of `items` is scored. # [A, block, D]
@@ -76,26 +79,98 @@ class BlockCache:
 
     def _run(self, items: Tensor, ids: Tensor, columns: Tensor) -> Tensor:
         """Run the tokens at `columns` against everything stored, and store their own keys and values. # [a, Q, D]"""
-        x = self.model.get_input_embeddings()(ids)
-        rotation = self.model.rotation((columns - self.pads[items, None]).clamp(min=0), x.dtype)
+        positions = (columns - self.pads[items, None]).clamp(min=0)
         mask = None if self.is_real is None else self.is_real[items][:, None, None]  # [a, 1, 1, W]
+        return self.kept.run(items, ids, positions, columns, mask)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states. [R, D] -> [R, V]"""
+        return self.model.logits(hidden)
+
+
+class GridCache:
+    """Keys and values of a block model: those of finished blocks, and of the block that is being written.
+
+    `whole`: the whole blocks that each prompt begins with. `width` columns follow the longest. A token's column is its
+    position, and the items are rows of the batch. Memory as for BlockCache.
+    """
+
+    def __init__(self, model, whole: Sequence[Tensor], width: int):
+        self.model, self.block_length = model, model.block_length
+        assert not model.reads_before, "a block model reads the score of a token at its own place"
+        self.first = [len(ids) for ids in whole]  # where the canvas of each item begins
+        self.kept = KeptLayers(model, len(whole), max(self.first) + width)
+        self._fill(whole)
+
+    def run(self, items: list[int], ids: Tensor, starts: list[int]) -> Tensor:
+        """Final hidden states of one block of each of the `items`, which sees all that precedes it. # [a, s, D]
+
+        `ids` [a, s]; `starts` [a]: where the block begins, counted from the end of the prompt's whole blocks. What is
+        kept of the block is overwritten.
+        """
+        device = ids.device
+        begins = [self.first[item] + start for item, start in zip(items, starts, strict=True)]
+        width = max(begins) + self.block_length
+        ends = torch.tensor(begins, device=device)[:, None] + self.block_length  # [a, 1]
+        columns = ends - self.block_length + torch.arange(self.block_length, device=device)
+        mask = None
+        if min(begins) < max(begins):
+            mask = (torch.arange(width, device=device) < ends)[:, None, None]  # [a, 1, 1, width]
+        return self.kept.run(torch.tensor(items, device=device), ids, columns, columns, mask, width)
+
+    def _fill(self, whole: Sequence[Tensor]) -> None:
+        """Keep the whole blocks of the prompts. Shorter prompts are padded behind, where no real token looks."""
+        size, device = self.block_length, whole[0].device
+        part = max(1, PREFILL // size) * size
+        for begin in range(0, max(self.first), part):
+            items = [item for item, length in enumerate(self.first) if length > begin]
+            end = min(begin + part, max(self.first))
+            rows = [whole[item][begin:end] for item in items]
+            ids = torch.stack([nn.functional.pad(row, (0, end - begin - len(row))) for row in rows])
+            columns = torch.arange(begin, end, device=device)
+            grid = torch.arange(end, device=device) // size
+            mask = columns[:, None] // size >= grid[None]
+            columns = columns.expand(len(items), -1)
+            self.kept.run(torch.tensor(items, device=device), ids, columns, columns, mask, end)
+
+
+class KeptLayers:
+    """The keys and values of every layer, for `items` rows of `width` columns."""
+
+    def __init__(self, model, items: int, width: int):
+        self.model, self.items, self.width = model, items, width
+        self.layers: list[tuple[Tensor, Tensor]] = []  # of each block: keys and values [N, W, kv heads, head_dim]
+
+    def run(
+        self,
+        items: Tensor,
+        ids: Tensor,
+        positions: Tensor,
+        columns: Tensor,
+        mask: Tensor | None,
+        width: int | None = None,
+    ) -> Tensor:
+        """Run tokens [a, Q] of the rows `items` [a] against the first `width` columns, and store their own keys and
+        values at `columns`. # [a, Q, D]
+
+        `items` rise. `mask`: true where attended, for [a, heads, Q, width]. Without a `width` all columns are attended.
+        """
+        x = self.model.get_input_embeddings()(ids)
+        rotation = self.model.rotation(positions, x.dtype)
         where = (items[:, None], columns)
+        rows = slice(None) if len(items) == self.items else items  # no copy where all rows take part
         for number, block in enumerate(self.model.blocks):
             query, key, value = block.project(x, *rotation)
             if number == len(self.layers):
-                shape = (len(self.prompts), self.width, *key.shape[2:])
+                shape = (self.items, self.width, *key.shape[2:])
                 self.layers.append((key.new_zeros(shape), value.new_zeros(shape)))
             keys, values = self.layers[number]
             keys[where], values[where] = key, value
             attended = nn.functional.scaled_dot_product_attention(
-                *(t.transpose(1, 2) for t in (query, keys[items], values[items])),
+                *(t.transpose(1, 2) for t in (query, keys[:, :width][rows], values[:, :width][rows])),
                 attn_mask=mask,
                 scale=block.scaling,
                 enable_gqa=block.num_key_value_groups > 1,
             )
             x = block.finish(x, attended.transpose(1, 2).flatten(2))
         return self.model.last_norm(x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states. [R, D] -> [R, V]"""
-        return self.model.logits(hidden)

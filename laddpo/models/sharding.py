@@ -34,6 +34,13 @@ def shard_model(model, ranks: Ranks, device: torch.device) -> None:
         module.set_force_sum_reduction_for_comms(True)  # a plain sum, on gloo too
 
 
+def is_sharded(model) -> bool:
+    """Whether only a whole forward can put the weights together."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
 class ShardedDenoiser(TransformerDenoiser):
     """A denoiser whose model is sharded over `ranks`."""
 

@@ -24,7 +24,7 @@ def decoding_problems(decoding: Any, group: str) -> Iterator[str]:
     """A sentence or two for each contradiction. `group` is the config group of the settings, for the messages."""
     gen, block, steps = decoding.gen_length, decoding.block_length, decoding.steps
     threshold = decoding.confidence_threshold
-    if threshold is not None and decoding.remasking in ("random", "entropy", "topk_margin"):
+    if threshold is not None and decoding.remasking in ("random", "sequential", "entropy", "topk_margin"):
         yield (
             f"{group}.confidence_threshold is {threshold:g} and {group}.remasking is {decoding.remasking!r}, which "
             f"ranks by no probability; set {group}.confidence_threshold=null, or another remasking such as "

@@ -151,7 +151,7 @@ LISTS = {
 YES_OR_NAME = ("evaluation.suppress_eos", "data.sampling.suppress_eos")  # true and false, too
 # Names by setting: a table of options itself, where it can be read without torch, else its names. evaluation.tasks is
 # not here: the harness knows thousands more, so laddpo/settings/checks.py looks at evaluation.harness first.
-REMASKING_NAMES = ("low_confidence", "certainty", "random", "maskgit_plus", "entropy", "topk_margin")
+REMASKING_NAMES = ("low_confidence", "certainty", "random", "sequential", "maskgit_plus", "entropy", "topk_margin")
 CHOICES: dict[str, Collection[str]] = {
     "model.architecture": FAMILIES,
     # validation numbers of which more is better, and the loss

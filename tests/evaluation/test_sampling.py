@@ -148,6 +148,8 @@ def test_samples_follow_the_tempered_distribution(model, temperature):
 class Table(torch.nn.Module):
     """A mask predictor whose probabilities at answer position i are row i of a table, whatever is written elsewhere."""
 
+    block_length = None
+
     def __init__(self, probabilities, prompt_length=2):
         super().__init__()
         self.logits = torch.nn.Parameter(torch.tensor(probabilities, dtype=torch.float64).log())
@@ -413,7 +415,7 @@ def test_no_prompts_give_no_answers(model):
 
 
 def test_certainty_ranks_positions_by_their_likeliest_token_whatever_was_drawn():
-    from laddpo.evaluation.sampling import REMASKING
+    from laddpo.evaluation.orders import REMASKING
 
     logits = torch.log(torch.tensor([[0.9, 0.1], [0.6, 0.4]]))
     drawn = torch.tensor([1, 0])  # the unlikely token at the position that is surest
