@@ -6,10 +6,11 @@ are packed end to end: there is no padding, and an answer does not depend on its
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from laddpo.errors import UserError
 from laddpo.evaluation.orders import REMASKING, draw
 from laddpo.evaluation.passes import passes_for
-from laddpo.settings.decoding_checks import sampler_problems
+from laddpo.settings.decoding_checks import decoding_problems, sampler_problems
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,17 @@ class GridSettings(SamplerSettings):
     is_on_grid = True
 
 
+def settings_for(model_block: int | None, **values: Any) -> SamplerSettings:
+    """The settings for a model with blocks of `model_block` positions, or for a bidirectional one. Raises `UserError`
+    where they name other blocks."""
+    if model_block is None:
+        return SamplerSettings(**values)
+    settings = GridSettings(**values)
+    if settings.block_length != model_block:
+        raise UserError(*decoding_problems(settings, "evaluation", model_block))
+    return settings
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -109,6 +121,7 @@ def generate(
             "eos_token_id in config.json or the tokenizer. Name it there, or set suppress_eos=false."
         )
     forbidden = eos if suppression.eos_is_never_emitted else []
+    settings = settings_for(model.block_length, **dataclasses.asdict(settings))
     keys = [str(i) for i in range(len(prompts))] if keys is None else list(keys)
     require_room([len(p) for p in prompts], settings.gen_length, model.config.max_sequence_length, keys)
     device = next(model.parameters()).device
