@@ -581,7 +581,7 @@ def test_every_way_of_suppressing_stop_tokens_can_be_asked_for(given, meant):
 
     config = compose(["data=onpolicy", f"evaluation.suppress_eos={given}"])
     groups = [config.evaluation, sampling_config(config).evaluation]
-    assert [sampler_settings(group, config.seed).suppression for group in groups] == [meant, meant]
+    assert [sampler_settings(group, config.seed, None).suppression for group in groups] == [meant, meant]
 
 
 @pytest.mark.parametrize("given", ["logit", "1", "yes"])

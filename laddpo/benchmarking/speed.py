@@ -128,7 +128,7 @@ def sampler_part(bench: Workbench) -> tuple[str, dict]:
     wanted, run = bench.settings, bench.run
     answer, stops, grade, about = _graded(bench) if is_local(run.model) else _ungraded(bench)
     batch = min(wanted.sampler_batch, wanted.sampler_items)
-    ways = ways_of(sampler_settings(run.evaluation, run.seed), batch)
+    ways = ways_of(sampler_settings(run.evaluation, run.seed, run.model.block_length), batch)
     found = decode(answer, wanted.sampler_items, ways, batch, stops)
     text, record = sampler_section(found, PLAIN, grade, np.random.default_rng(bench.seed))
     return f"{about}, {wanted.sampler_items} of them in batches of {batch}.\n\n{text}", record
@@ -148,16 +148,17 @@ class Decoded:
 
 
 def ways_of(settings: SamplerSettings, batch: int) -> dict[str, SamplerSettings]:
-    """What is compared, by name: each adds one thing to the one before; then the plain way, one question at a time."""
+    """What is compared, by name: each adds one thing to the one before; then the plain way, one question at a time.
+    A block model has the cache in every way."""
     plain = replace(settings, confidence_threshold=None, stop_early=False, block_cache="none", batch_size=batch)
     stopping = replace(plain, stop_early=True)
     threshold = replace(stopping, confidence_threshold=0.9)
+    caches = {f"+ {kind} cache": replace(threshold, block_cache=kind) for kind in ("prefix", "dual")}
     return {
         PLAIN: plain,
         "stop early": stopping,
         "+ threshold 0.9": threshold,
-        "+ prefix cache": replace(threshold, block_cache="prefix"),
-        "+ dual cache": replace(threshold, block_cache="dual"),
+        **({} if settings.is_on_grid else caches),
         "plain, one at a time": replace(plain, batch_size=1),
     }
 

@@ -16,7 +16,7 @@ import numpy as np
 from laddpo.core.gradient import lockstep
 from laddpo.errors import Stopped, UserError
 from laddpo.evaluation.run_task import Answer, Generate, run_task
-from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, until_stop
+from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, settings_for, until_stop
 from laddpo.inputs.data import difficulty_of, encoder_for
 from laddpo.inputs.policy import Loaded
 from laddpo.preference.encoding.encode import TextEncoder
@@ -78,10 +78,12 @@ def tested_questions(
     return asked | {question_in(text) for text in asked}
 
 
-def sampler_settings(evaluation: EvaluationSettings, seed: int) -> SamplerSettings:
-    """The decoding that the evaluation group asks for."""
+def sampler_settings(evaluation: EvaluationSettings, seed: int, model_block: int | None) -> SamplerSettings:
+    """The decoding that the evaluation group asks for, in the blocks of a block model (`model_block` positions each)
+    or, with None, in its own."""
     names = {field.name for field in dataclasses.fields(SamplerSettings)} - {"seed"}
-    return SamplerSettings(**{name: getattr(evaluation, name) for name in names}, seed=seed)
+    values = {name: getattr(evaluation, name) for name in names}
+    return settings_for(model_block, **values, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ class Answerer:
 def answerer(loaded: Loaded, evaluation: EvaluationSettings, data: DataSettings, seed: int) -> Answerer:
     """The model with the encoding of the data and the decoding of the evaluation."""
     encoder = encoder_for(data, loaded.tokenizer)
-    return Answerer(loaded, encoder, sampler_settings(evaluation, seed), evaluation.batch_size)
+    sampler = sampler_settings(evaluation, seed, loaded.model.block_length)
+    return Answerer(loaded, encoder, sampler, evaluation.batch_size)
 
 
 def answer_task(

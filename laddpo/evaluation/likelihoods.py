@@ -34,16 +34,20 @@ class Likelihoods:
     @torch.no_grad()
     def is_greedy(self, prompt: np.ndarray, response: np.ndarray) -> bool:
         """Whether one most confident token a step, as long as the response, gives the response; ends at the first
-        token that differs."""
+        token that differs. A block model fills one block of its grid after the other."""
         device, mask = self.denoiser.device, self.denoiser.mask_token_id
         never = never_emitted(self.model, mask)
         wanted = torch.as_tensor(response.astype(np.int64), device=device)
         ids = torch.cat([torch.as_tensor(prompt.astype(np.int64), device=device), torch.full_like(wanted, mask)])
         is_open = torch.ones_like(wanted, dtype=torch.bool)
+        size, end = self.model.block_length, len(ids)
         while is_open.any():
             at = is_open.nonzero()[:, 0]
+            if size:  # nothing behind the block is seen
+                end = min((len(prompt) + int(at[0])) // size * size + size, len(ids))
+                at = at[at < end - len(prompt)]
             with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                logits = self.model(input_ids=ids[None], rows=len(prompt) + at).logits.float()
+                logits = self.model(input_ids=ids[None, :end], rows=len(prompt) + at).logits.float()
             probability = logits.softmax(-1)
             logits[:, never] = -torch.inf
             tokens = logits.argmax(-1)

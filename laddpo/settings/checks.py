@@ -239,7 +239,7 @@ def _decoding(config: RunConfig) -> Iterator[str]:
             f"evaluation.dataset_name is {evaluation.dataset_name!r} with the tasks {', '.join(of_rows)}; one file "
             "holds the rows of one task; set evaluation.dataset_name=null, or name one task."
         )
-    yield from decoding_problems(evaluation, "evaluation")
+    yield from decoding_problems(evaluation, "evaluation", config.model.block_length)
 
 
 SHORTEST_PAIR = 24  # tokens: the template of one turn, a short prompt, a token of response and its terminator

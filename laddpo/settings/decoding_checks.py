@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from laddpo.settings.ranges import setting_problems
+from laddpo.settings.schema import RunConfig
 
 
 def sampler_problems(settings: Any, group: str = "evaluation") -> list[str]:
@@ -71,12 +72,15 @@ def _grid_problems(decoding: Any, group: str, model_block: int) -> Iterator[str]
         )
 
 
-def follow_model_block(decoding: Any, group: str, model_block: int | None, given: Collection[str]) -> None:
+def follow_model_block(config: RunConfig, given: Collection[str]) -> None:
     """Put the blocks of a block model in the place of those that a yaml file chose for other models, and no other
     cache than its own. What the command line names (`given`) stays, to be checked."""
-    for name, value in (("block_length", model_block), ("block_cache", "none")):
-        if model_block and f"{group}.{name}" not in given:
-            setattr(decoding, name, value)
+    groups = {"evaluation": config.evaluation, "data.sampling": config.data.sampling}
+    own = {"block_length": config.model.block_length, "block_cache": "none"}
+    for group, decoding in groups.items() if config.model.block_length else ():
+        for name in own:
+            if f"{group}.{name}" not in given:
+                setattr(decoding, name, own[name] if group == "evaluation" else getattr(config.evaluation, name))
 
 
 def room_problems(decoding: Any, group: str, positions: int, name: str) -> Iterator[str]:

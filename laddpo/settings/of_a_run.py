@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from laddpo.errors import UserError
 from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import read_config
+from laddpo.settings.decoding_checks import follow_model_block
 from laddpo.settings.ranges import as_written, leaves
 from laddpo.settings.redaction import redact
 from laddpo.settings.schema import RunConfig
@@ -76,6 +77,7 @@ def settings_of_run(
         if key.startswith(("evaluation.", "hardware.", "paths.", *PLACES_OF_BASE)):
             group, name = re.split(r"[.\[]", key)[:2]
             setattr(getattr(merged, group), name, getattr(getattr(asked, group), name))
+    follow_model_block(merged, keys)
     known = find_problems(stored)
     if problems := [problem for problem in find_problems(merged) if problem not in known]:
         raise UserError(*problems)
