@@ -32,7 +32,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     config = dataclasses.replace(config, auto=True)  # asked for by name: there is nothing to refuse
     policy.check_before_loading(config)
     prepared = open_prepared(config)
-    machine = find_machine(config, data_lengths(prepared, config.dpo.diffusion_samples))
+    machine = find_machine(config, data_lengths(prepared, config.dpo.diffusion_samples, config.model))
     print(f"machine: {machine}")
     loaded = policy.load(config, machine)
     estimator = reference_values.reference_estimator(config.dpo, config.seed, loaded.block_length)

@@ -104,13 +104,14 @@ def row_tokens(sequences: Sequence[MaskedSequence]) -> int:
 def full_tokens(sides: Sequence[MaskedSequence], draws: int) -> int:
     """Tokens of so many draws of each of the sides of one item, if every block had a mask. `sides`: a draw of each."""
     first, lengths = sides[0], [len(side.response_ids) for side in sides]
-    if not first.block_length:
-        return draws * sum(side.full_length for side in sides)
-    return shared_tokens(len(first.prompt_ids), lengths, draws, first.block_length)
+    return tokens_of(len(first.prompt_ids), lengths, draws, first.block_length)
 
 
-def shared_tokens(prompt: int, responses: Sequence[int], draws: int, block_length: int) -> int:
-    """Tokens of a row with `draws` of each of the responses to one prompt, all blocks masked. Lengths in tokens."""
+def tokens_of(prompt, responses: Sequence, draws: int, block_length: int):
+    """Tokens of `draws` of each of the responses to one prompt, all blocks masked. Lengths in tokens, numbers or arrays
+    of them. `block_length` 0: a bidirectional model, which shares nothing."""
+    if not block_length:
+        return draws * sum(prompt + length for length in responses)
     whole = prompt - prompt % block_length
     ends = [prompt + length for length in responses]
     return whole + sum((end - 1) // block_length * block_length - whole + draws * (end - whole) for end in ends)

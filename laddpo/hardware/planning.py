@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from laddpo.core.losses import gradient_buffers
+from laddpo.core.sequences import tokens_of
 from laddpo.hardware.memory import (
     BUDGET_STEP,
     GIB,
@@ -46,7 +47,8 @@ USUAL_GPU = Device(tflops=100.0)  # where only the comparison of two plans count
 class Lengths:
     """What a plan must know of the data, in tokens. `longest`: one sequence; `longest_pair`: both responses under all
     draws, of SFT rows the one; `mean` and `response`: a mean sequence, and the response in it. `source`: where that was
-    read. `sides`: responses that a loss value depends on, two of a pair, one of an SFT row."""
+    read. `sides`: responses that a loss value depends on, two of a pair, one of an SFT row. For a block model a
+    sequence counts with its share of the context that draws have in common."""
 
     longest: int
     longest_pair: int
@@ -249,17 +251,31 @@ def assumed_lengths(config: RunConfig) -> Lengths:
     prompt = quantiles.prompt_mean if quantiles.prompt_mean is not None else mean / 2
     source = "data.length_quantiles" if quantiles.mean else "data.max_length alone"
     longest = min(data.max_length, 2 * quantiles.p99) if quantiles.p99 else data.max_length
-    pair = 2 * config.dpo.diffusion_samples * longest
-    return Lengths(longest, pair, mean, mean - prompt, f"{source} (nothing is prepared yet)")
+    draws, block_length, source = (
+        config.dpo.diffusion_samples,
+        block_length_of(config.model),
+        f"{source} (nothing is prepared yet)",
+    )
+    if not block_length:
+        return Lengths(longest, 2 * draws * longest, mean, mean - prompt, source)
+    of_longest = round(longest * prompt / mean)  # the longest pair has a prompt of the mean share
+    rows = np.array([[of_longest, *2 * [longest - of_longest]], [round(prompt), *2 * [round(mean - prompt)]]])
+    long, usual = (prepared_lengths(row[None], draws, source, block_length) for row in rows)
+    return dataclasses.replace(long, mean=usual.mean, response=usual.response)
 
 
-def prepared_lengths(lengths: np.ndarray, draws: int, source: str) -> Lengths:
+def prepared_lengths(lengths: np.ndarray, draws: int, source: str, block_length: int = 0) -> Lengths:
     """From prepared rows. # lengths [rows, 1 + sides]: prompt, then chosen and rejected, or an SFT row's response"""
-    prompt, responses = lengths[:, :1], lengths[:, 1:]
-    sequences = prompt + responses
-    longest_pair = int(draws * sequences.sum(axis=1).max())
-    means = float(sequences.mean()), float(responses.mean())
-    return Lengths(int(sequences.max()), longest_pair, *means, source, responses.shape[1])
+    prompt, responses = lengths[:, 0], list(lengths.T[1:])
+    longest = max(int(tokens_of(prompt, [response], 1, block_length).max()) for response in responses)
+    pairs, sides = tokens_of(prompt, responses, draws, block_length), len(responses)
+    mean = float(pairs.mean()) / (draws * sides)
+    return Lengths(longest, int(pairs.max()), mean, float(lengths[:, 1:].mean()), source, sides)
+
+
+def block_length_of(model: ModelSettings) -> int:
+    """Tokens of the model's blocks; 0 for a bidirectional model."""
+    return model.block_length or 0
 
 
 def measured_cpu_speed(shape: Shape, lengths: Lengths) -> Device:

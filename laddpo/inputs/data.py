@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from laddpo.hardware.planning import Lengths, prepared_lengths
+from laddpo.hardware.planning import Lengths, block_length_of, prepared_lengths
 from laddpo.preference.embedded.arithmetic import Difficulty
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.prepared import PreparedPairs
 from laddpo.preference.sources import Request
-from laddpo.settings.schema import DataSettings, MixturePart, SftSettings, keywords
+from laddpo.settings.schema import DataSettings, MixturePart, ModelSettings, SftSettings, keywords
 
 
-def data_lengths(prepared: PreparedPairs, diffusion_samples: int) -> Lengths:
+def data_lengths(prepared: PreparedPairs, diffusion_samples: int, model: ModelSettings) -> Lengths:
     """What the memory plan must know of these pairs."""
-    return prepared_lengths(prepared.train.lengths(), diffusion_samples, str(prepared.folder))
+    lengths, block_length = prepared.train.lengths(), block_length_of(model)
+    return prepared_lengths(lengths, diffusion_samples, str(prepared.folder), block_length)
 
 
 def encoder_for(data: DataSettings, tokenizer) -> TextEncoder:

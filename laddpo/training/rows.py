@@ -15,7 +15,7 @@ from laddpo.errors import UserError
 from laddpo.evaluation import base_and_tuned
 from laddpo.evaluation.base_and_tuned import EXAMPLES
 from laddpo.evaluation.heldout import measured_rows
-from laddpo.hardware.planning import Lengths, prepared_lengths
+from laddpo.hardware.planning import Lengths, block_length_of, prepared_lengths
 from laddpo.inputs import pins, policy
 from laddpo.inputs.data import difficulty_of, encoder_for
 from laddpo.models.loading import load_tokenizer
@@ -176,4 +176,4 @@ def example_lengths(config: RunConfig, examples: Sequence[EncodedExample]) -> Le
     """What the memory plan must know of these rows, padding included."""
 
     lengths = np.array([(len(example.prompt_ids), len(example.response_ids)) for example in examples])
-    return prepared_lengths(lengths, draws_of(config), source_of(config))
+    return prepared_lengths(lengths, draws_of(config), source_of(config), block_length_of(config.model))

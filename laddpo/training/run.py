@@ -120,7 +120,7 @@ def open_pairs(config: RunConfig) -> RunData:
     prepared = open_prepared(config)
     check_enough(config, prepared)
     say_what_is_measured(config, prepared)
-    lengths = data_lengths(prepared, config.dpo.diffusion_samples)
+    lengths = data_lengths(prepared, config.dpo.diffusion_samples, config.model)
     return RunData(prepared.train, prepared.content, lengths, prepared, tasks)
 
 

@@ -19,7 +19,7 @@ from laddpo.core.elbo import draw_logps, pack_sequences
 from laddpo.core.gradient import BACKWARD_MODES, Item, accumulate_gradient, pack_sequence_runs, score_items
 from laddpo.core.noise import COUNT_SCHEDULES
 from laddpo.core.objectives import DpoObjective
-from laddpo.core.sequences import MaskedDraw, MaskedSequence, full_tokens, row_tokens, shared_tokens
+from laddpo.core.sequences import MaskedDraw, MaskedSequence, full_tokens, row_tokens, tokens_of
 from laddpo.core.tasks import pair_item
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.llama import A2DQwen3LMHeadModel
@@ -310,7 +310,7 @@ def test_tokens_are_counted_as_they_are_laid_out(prompt):
         for s in item.sequences
     ]
     assert row_tokens(hidden) == full_tokens([side[0] for side in item.sides], whole.diffusion_samples)
-    assert item.full_tokens == shared_tokens(prompt, [9, 13], 4, 4)
+    assert item.full_tokens == tokens_of(prompt, [9, 13], 4, 4)
 
 
 def test_runs_within_a_budget_count_the_context_of_each():
