@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from laddpo.errors import UserError
+from laddpo.models.block_length import resolve
+from laddpo.models.families import FAMILIES
 from laddpo.settings.compose import plain_settings, read_config
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.schema import ModelSettings, RunConfig
@@ -56,11 +58,24 @@ def make(config: RunConfig, data: str | None = None, from_scratch: bool = False)
     else:
         pins["base"] = loading.weights_fingerprint(path, revision)
         pins["config"] = atomic.file_sha256(folder / "config.json")
+    pins |= _attention(config.model, None if from_scratch else folder)
     if config.adapter.path:
         pins |= adapters.adapter_identity(Path(config.adapter.path))
     if data is not None:
         pins["data"] = data
     return pins
+
+
+def _attention(model: ModelSettings, folder: Path | None) -> Pins:
+    """The length of blocks, if the network may attend in blocks. `folder`: that of its config.json, if it has one."""
+    from laddpo.models import loading
+
+    family, stated = FAMILIES[model.architecture], FAMILIES[model.architecture].block_length
+    if folder is not None:
+        config, family = loading.read_config(folder)
+        stated = config.block_length
+    length = resolve(family, stated, model.attention, model.block_length)
+    return {"block_length": length or "none"} if length or family.may_be_block else {}
 
 
 def require_same(
@@ -181,7 +196,7 @@ def check_adapter(config: RunConfig) -> None:
         _check_named_base(folder / adapters.ADAPTER_FILES[0], config)
         return
     now = make(config)
-    compared = ("base", "config", "tokenizer", "template")
+    compared = ("base", "config", "block_length", "tokenizer", "template")
     cure = "An adapter belongs to what it was trained with. Restore that, or start without adapter.path."
     require_same(folder, stored, {name: now[name] for name in compared if name in now}, config, cure)
 
@@ -225,6 +240,7 @@ def _problem(where: Path, name: str, stored: Any, now: Any, config: RunConfig, c
     values = {
         "data.dataset_name": config.data.dataset_name or config.data.source,
         "model.model_name_or_path": config.model.model_name_or_path,
+        "model.block_length": config.model.block_length,
         "adapter.path": config.adapter.path,
         "data.template": config.data.template,
     }
@@ -268,6 +284,7 @@ BASE_KEYS = ("model.model_name_or_path", "model.revision", "sft.from_scratch")
 NAMED_BY = {  # by pin: the settings that name its input
     "base": BASE_KEYS,
     "config": BASE_KEYS,
+    "block_length": (*BASE_KEYS, "model.attention", "model.block_length"),
     "tokenizer": BASE_KEYS,
     "template": (*BASE_KEYS, "data.template"),
     "adapter": ("adapter.path",),
@@ -284,6 +301,7 @@ INPUTS = {
         RESTORE,
     ),
     "config": ("config.json of the base model", "model.model_name_or_path", RESTORE),
+    "block_length": ("the length of the blocks of attention", "model.block_length", RESTORE),
     "base": (
         "the base model's weights or config.json",
         "model.model_name_or_path",
@@ -295,6 +313,7 @@ INPUTS = {
     "data": ("the data", "data.dataset_name", "Restore the rows as they were, or start a new run with these."),
 }
 FOLLOWS_FROM = {
+    "block_length": ("config",),
     "base": ("config",),  # whose bytes are in the fingerprint of a local base
     "data": ("tokenizer", "template"),
     "adapter_scaling": ("adapter",),

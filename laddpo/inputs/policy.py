@@ -16,6 +16,7 @@ from laddpo.hardware.planning import model_linears, model_shape
 from laddpo.inputs.data import encoder_for
 from laddpo.inputs.pins import check_adapter, model_path
 from laddpo.models import adapters, loading
+from laddpo.models.block_length import in_words
 from laddpo.models.blocks import checkpoint_blocks, compile_blocks
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.families import FAMILIES, family_of
@@ -85,10 +86,12 @@ def load(config: RunConfig, machine: Machine) -> Loaded:
         quantization=storage_of(config.quantization),
         device="cpu" if machine.is_sharded else machine.device,
         attention=machine.attention,
+        attends=config.model.attention,
+        block_length=config.model.block_length,
     )
     model.requires_grad_(False)
     _check_shape(config, model)
-    weights = {"base": loading.weights_fingerprint(path, revision), "adapter": "none"}
+    weights = {"base": loading.weights_fingerprint(path, revision), "adapter": "none", **_attention(model)}
     if config.adapter.path:
         attach_adapter(config, model)
         weights |= adapters.adapter_identity(Path(config.adapter.path))
@@ -121,17 +124,26 @@ def new_model(config: RunConfig, machine: Machine) -> Loaded:
             f"has {len(tokenizer)} tokens; expected at least as many rows. Raise model.shape.vocab_size."
         )
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model = loading.new_model(
-        loading.new_config(config.model.architecture, shape, **special), config.seed, config.model.architecture
-    )
+    architecture, settings = config.model.architecture, config.model
+    made = loading.new_config(architecture, shape, **special)
+    loading.set_block_length(made, FAMILIES[architecture], settings.attention, settings.block_length)
+    model = loading.new_model(made, config.seed, architecture)
     model.config.mask_token_id = loading.mask_token_id(model, tokenizer)
     if machine.is_sharded:
         _shard(config, model, machine)
     else:
         model.to(machine.device)
     denoiser = _denoiser(model, model.config.mask_token_id, machine, config.adapter.kind == "full")
-    weights = {"base": f"random weights of seed {config.seed}", "adapter": "none"}
+    weights = {"base": f"random weights of seed {config.seed}", "adapter": "none", **_attention(model)}
     return Loaded(model, tokenizer, denoiser, machine, weights)
+
+
+def _attention(model) -> dict[str, int]:
+    """What a key must say of the attention: nothing where it is bidirectional. Says it where it could be otherwise."""
+    length = model.block_length
+    if length is not None or family_of(model)[1].may_be_block:
+        print(f"attention: {in_words(length)}")
+    return {} if length is None else {"block_length": length}
 
 
 def _shard(config: RunConfig, model, machine: Machine) -> None:

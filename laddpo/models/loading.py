@@ -19,6 +19,7 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from laddpo.errors import Damaged, UserError
+from laddpo.models.block_length import resolve
 from laddpo.models.checkpoint_files import (
     SMALL_FILES,
     WEIGHTS,
@@ -28,7 +29,7 @@ from laddpo.models.checkpoint_files import (
     weight_files,
 )
 from laddpo.models.experts import stack_experts
-from laddpo.models.families import FAMILIES, family_of, find_family
+from laddpo.models.families import FAMILIES, Family, family_of, find_family
 from laddpo.models.foreign import checked, read_settings, tensor_shapes
 from laddpo.models.quantization import DTYPES, quantization_config, settle_quantized
 from laddpo.models.stacked import are_stacked, read_split, split_tensors
@@ -55,18 +56,22 @@ def load_model(
     quantization: dict[str, Any] | None = None,
     device: str | torch.device = "cpu",
     attention: str = "auto",
+    attends: str | None = None,
+    block_length: int | None = None,
 ):
     """The model of a checkpoint, in eval mode, on `device`; frozen when it is quantised.
 
     `dtype`: fp32, bf16, fp16, fp64 or a torch dtype. `quantization`: the config group's fields (load_in_4bit, ...),
     None or all off for none. `attention`: auto (sdpa, and a variable-length kernel for packed input where the GPU has
-    one), sdpa, eager, flash_attention_2, flex_attention. Raises `UserError` for a family that is not supported, for
-    pickled or incomplete weights, and for options that this implementation does not compute.
+    one), sdpa, eager, flash_attention_2, flex_attention. `attends` and `block_length`: the settings `model.attention`
+    and `model.block_length`; None leaves it to config.json and the family. Raises `UserError` for a family that is not
+    supported, for pickled or incomplete weights, and for options that this implementation does not compute.
     """
     folder = checkpoint_folder(path, revision, [*SMALL_FILES, WEIGHTS])
     require_sealed(folder, *READ_FOR_MODEL)
     refuse_adapter_beside(folder)
     config, family = read_config(folder)
+    set_block_length(config, family, attends, block_length)
     require_safetensors(folder)
     require_fitting_weights(folder, config, family)
     weights_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -97,6 +102,13 @@ def _stacked_state(folder: Path) -> dict[str, torch.Tensor] | None:
     files = weight_files(folder)
     names = [name for file in files for name in tensor_shapes(file, "Get the file again.")]
     return read_split(files) if are_stacked(names) else None
+
+
+def set_block_length(config, family: Family, attends: str | None, block_length: int | None) -> None:
+    """Write into a config what holds of its own word and the settings. One that is right stays as it is."""
+    found = resolve(family, config.block_length, attends, block_length)
+    if found != config.block_length:
+        config.block_length = found
 
 
 def new_config(architecture: str, shape: Mapping[str, Any], **special: int | None):

@@ -95,7 +95,8 @@ def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list
         model = loading.load_model(str(source.folder), dtype=dtype, device=device)
         mask = loading.mask_token_id(model, tokenizer)
     else:
-        model = loading.load_model(path, revision, dtype=dtype, device=device)
+        attends, length = config.model.attention, config.model.block_length
+        model = loading.load_model(path, revision, dtype=dtype, device=device, attends=attends, block_length=length)
         mask = loading.mask_token_id(model, tokenizer)
         before = probe_logits(model, probes, mask)
         adapters.attach_lora(model, path=str(source.folder))

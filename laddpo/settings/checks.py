@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator
 from laddpo.core.draws import ESTIMATORS
 from laddpo.core.losses import LOSSES
 from laddpo.errors import UserError
+from laddpo.models import block_length
 from laddpo.models.families import FAMILIES
 from laddpo.models.linears import match_linears, unknown_target
 from laddpo.preference.sources import SOURCES
@@ -93,6 +94,7 @@ def _weights(config: RunConfig) -> Iterator[str]:
     layout = FAMILIES[model.architecture].layout
     if is_new and not match_linears(adapter.target_modules, layout.names(model.shape)):
         yield unknown_target(adapter.target_modules, layout)
+    yield from block_length.setting_problems(model.architecture, model.attention, model.block_length)
     if model.shape.head_dim is None and model.shape.d_model % model.shape.n_heads:
         yield (
             f"model.shape.d_model is {model.shape.d_model}; expected a multiple of "

@@ -154,6 +154,7 @@ YES_OR_NAME = ("evaluation.suppress_eos", "data.sampling.suppress_eos")  # true 
 REMASKING_NAMES = ("low_confidence", "certainty", "random", "sequential", "maskgit_plus", "entropy", "topk_margin")
 CHOICES: dict[str, Collection[str]] = {
     "model.architecture": FAMILIES,
+    "model.attention": ("bidirectional", "block"),
     # validation numbers of which more is better, and the loss
     "best_metric": (
         "auto",
@@ -248,7 +249,14 @@ RANGES: dict[str, Range] = {
         )
     },
     "model.shape.head_dim": at_least(1, "null is model.shape.d_model / model.shape.n_heads"),
-    **{f"model.shape.{size}": at_least(0, "0 is a model without experts") for size in ("n_experts", "experts_chosen")},
+    **{
+        f"model.shape.{size}": at_least(0, f"0 is a model without {what}")
+        for size, what in {
+            **dict.fromkeys(("n_experts", "experts_chosen", "shared_experts"), "experts"),
+            **dict.fromkeys(("dense_layers", "dense_mlp_size"), "blocks that lack experts"),
+        }.items()
+    },
+    "model.block_length": at_least(1, "null takes what the checkpoint says", 2**16),
     "adapter.r": at_least(1, "8 to 64 is usual"),
     "adapter.lora_alpha": more_than(0, "twice adapter.r is usual"),
     "adapter.lora_dropout": at_least(0, "use 0", 1),

@@ -33,6 +33,8 @@ EVERYWHERE = {
     "paths.": "where everything lies, the same for all stages",
     "model.name": "names folders and appears in messages",
     "model.architecture": "says what network it is; it is compared with the weights wherever these are loaded",
+    "model.attention": "says how the network attends, wherever it is loaded",
+    "model.block_length": "says how the network attends, wherever it is loaded",
     "model.shape.": "describes the model; it is compared with the weights wherever these are loaded",
 }
 LENGTH = (
