@@ -128,7 +128,7 @@ def sampler_part(bench: Workbench) -> tuple[str, dict]:
     wanted, run = bench.settings, bench.run
     answer, stops, grade, about = _graded(bench) if is_local(run.model) else _ungraded(bench)
     batch = min(wanted.sampler_batch, wanted.sampler_items)
-    ways = ways_of(sampler_settings(run.evaluation, run.seed, run.model.block_length), batch)
+    ways = ways_of(sampler_settings(run.evaluation, run.seed, run.model.known_block_length), batch)
     found = decode(answer, wanted.sampler_items, ways, batch, stops)
     text, record = sampler_section(found, PLAIN, grade, np.random.default_rng(bench.seed))
     return f"{about}, {wanted.sampler_items} of them in batches of {batch}.\n\n{text}", record

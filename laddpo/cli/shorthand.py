@@ -24,7 +24,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from laddpo.errors import UserError, nearest
-from laddpo.models.families import FAMILIES
+from laddpo.models.families import FAMILIES, Family
 from laddpo.preference.reading.splits import HUB_ID
 from laddpo.settings.habits import HABITS, SAME
 from laddpo.settings.mistakes import schema_types
@@ -145,9 +145,18 @@ def _stated(folder: Path) -> dict[str, Any]:
         sizes = {name: size for name, size in sizes.items() if usual.get(name) != size}
         if not sizes.keys() >= set(SIZES):
             return {}
-        return {"architecture": architecture, **{f"shape.{name}": size for name, size in sizes.items()}}
+        shape = {f"shape.{name}": size for name, size in sizes.items()}
+        return {"architecture": architecture, **_blocks(FAMILIES[architecture], content), **shape}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return {}
+
+
+def _blocks(family: Family, content: Mapping[str, Any]) -> dict[str, Any]:
+    """How the network attends, where its family leaves that open or has another length of blocks as a rule."""
+    length = content.get("block_length", content.get("block_size"))
+    if length is None or length == family.block_length:
+        return {}
+    return {"attention": "block", "block_length": length} if family.may_be_block else {"block_length": length}
 
 
 def _flat(model: Mapping[str, Any]) -> dict[str, Any]:

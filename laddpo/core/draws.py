@@ -63,9 +63,11 @@ class ElboEstimator:
         """How many neighbouring draws are anything but independent: a mask and its inverse, or nearly so.
 
         Blocks of draws that are spread out (by a schedule, a focus or `balanced`) differ more than by chance: variances
-        told by their spread are too large, 1 to 2.6 times on normal tokens, never too small.
+        told by their spread are too large, 1 to 2.6 times on normal tokens, never too small. The draws of `exact` are
+        one block: their mean has no variance.
         """
-        return ESTIMATORS[self.estimator].block
+        law = ESTIMATORS[self.estimator]
+        return exact_draws(self.block_length) if law.is_exact else law.block
 
     def draw_indices(self, epoch: int) -> range:
         """The indices of the n draws that this epoch uses."""

@@ -64,6 +64,17 @@ class MaskedSequence:
         """What the sequence costs by itself; a draw that masks nothing is known (0) without the model."""
         return row_tokens([self])
 
+    @property
+    def noisy_starts(self) -> np.ndarray:
+        """Where the blocks with masked tokens begin. # int64, ascending"""
+        return np.unique((len(self.prompt_ids) + self.draw.masked) // self.block_length) * self.block_length
+
+    @property
+    def noisy_positions(self) -> np.ndarray:
+        """Positions of the tokens of these blocks. # int64, ascending"""
+        positions = (self.noisy_starts[:, None] + np.arange(self.block_length)).ravel()
+        return positions[positions < self.full_length]
+
 
 @dataclass(frozen=True)
 class Context:
@@ -128,21 +139,9 @@ def context_of(responses: Sequence[Sequence[MaskedSequence]]) -> Context:
     """The tokens of a prompt's responses and their draws, each of which masks something."""
     block_length, prompt = responses[0][0].block_length, len(responses[0][0].prompt_ids)
     whole = prompt - prompt % block_length
-    clean = [max(int(_starts(draw)[-1]) for draw in draws) - whole for draws in responses]
-    noisy = [tuple(len(_noisy_positions(draw)) for draw in draws) for draws in responses]
+    clean = [max(int(draw.noisy_starts[-1]) for draw in draws) - whole for draws in responses]
+    noisy = [tuple(len(draw.noisy_positions) for draw in draws) for draws in responses]
     return Context(whole, tuple(clean), tuple(noisy))
-
-
-def _starts(sequence: MaskedSequence) -> np.ndarray:
-    """Where the blocks with masked tokens begin. # int64, ascending"""
-    size = sequence.block_length
-    return np.unique((len(sequence.prompt_ids) + sequence.draw.masked) // size) * size
-
-
-def _noisy_positions(sequence: MaskedSequence) -> np.ndarray:
-    """Positions of the tokens of those blocks. # int64, ascending"""
-    positions = (_starts(sequence)[:, None] + np.arange(sequence.block_length)).ravel()
-    return positions[positions < sequence.full_length]
 
 
 def share_contexts(sequences: Sequence[MaskedSequence], mask_token_id: int) -> SharedRow:
@@ -163,7 +162,7 @@ def share_contexts(sequences: Sequence[MaskedSequence], mask_token_id: int) -> S
         start += whole + sum(context.clean)
         for full, draws in zip(clean, responses, strict=True):
             for sequence in draws:
-                at, masked = _noisy_positions(sequence), len(prompt) + sequence.draw.masked
+                at, masked = sequence.noisy_positions, len(prompt) + sequence.draw.masked
                 noisy = full.copy()
                 noisy[masked] = mask_token_id
                 ids.append(noisy[at])

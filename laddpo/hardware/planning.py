@@ -275,7 +275,7 @@ def prepared_lengths(lengths: np.ndarray, draws: int, source: str, block_length:
 
 def block_length_of(model: ModelSettings) -> int:
     """Tokens of the model's blocks; 0 for a bidirectional model."""
-    return model.block_length or 0
+    return model.known_block_length or 0
 
 
 def measured_cpu_speed(shape: Shape, lengths: Lengths) -> Device:

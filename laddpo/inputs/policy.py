@@ -230,6 +230,7 @@ def _check_shape(config: RunConfig, model) -> None:
         f"shape.{field.name}": (getattr(settings.shape, field.name), getattr(found, field.name, field.default))
         for field in dataclasses.fields(settings.shape)
     }
+    has["block_length"] = (settings.known_block_length, model.block_length)
     has["shape.is_tied"] = (settings.shape.is_tied, bool(found.tie_word_embeddings))
     if settings.shape.max_sequence_length < found.max_sequence_length:  # positions that may be used, of those it knows
         del has["shape.max_sequence_length"]

@@ -53,6 +53,14 @@ def resolve(family: Family, stated: int | None, attention: str | None, block_len
     return found
 
 
+def expected(architecture: str, attention: str | None, block_length: int | None) -> int | None:
+    """The length of the blocks by the settings and the family, before config.json is there; None: bidirectional."""
+    family = FAMILIES[architecture]
+    if family.may_be_block and attention != BLOCK:
+        return None
+    return block_length or family.block_length
+
+
 def in_words(block_length: int | None) -> str:
     """For the terminal."""
     return "bidirectional" if block_length is None else f"block-causal, blocks of {block_length} tokens"

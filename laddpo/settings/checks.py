@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterator
 
-from laddpo.core.draws import ESTIMATORS
+from laddpo.core.draws import ESTIMATORS, exact_draws
 from laddpo.core.losses import LOSSES
 from laddpo.errors import UserError
 from laddpo.models import block_length
@@ -145,11 +145,27 @@ def _objective(config: RunConfig) -> Iterator[str]:
             f"dpo.diffusion_samples is {n} with dpo.estimator={dpo.estimator}, which makes {law.together} draws "
             f"together; expected 1 or a multiple of {law.together}; set dpo.diffusion_samples={fitting}."
         )
+    if law and law.is_exact:
+        yield from _exact(n, config.model.known_block_length)
     if law and not law.picks and (dpo.difference_focus or dpo.count_tilt):
         yield (
             f"dpo.difference_focus is {dpo.difference_focus:g} and dpo.count_tilt is {dpo.count_tilt:g} with "
             f"dpo.estimator={dpo.estimator}, which picks neither tokens nor counts; set both to 0, or another "
             "dpo.estimator."
+        )
+
+
+def _exact(draws: int, block_length: int | None) -> Iterator[str]:
+    if block_length is None:
+        yield (
+            "dpo.estimator is 'exact' and the model is bidirectional: a response has too many masks; it serves block "
+            "models. Use dpo.estimator=balanced."
+        )
+    elif draws != exact_draws(block_length):
+        yield (
+            f"dpo.diffusion_samples is {draws} with dpo.estimator=exact, which takes all {exact_draws(block_length):,} "
+            f"masks of a block of {block_length}; set dpo.diffusion_samples={exact_draws(block_length)}, or "
+            "dpo.estimator=balanced."
         )
 
 
@@ -241,7 +257,7 @@ def _decoding(config: RunConfig) -> Iterator[str]:
             f"evaluation.dataset_name is {evaluation.dataset_name!r} with the tasks {', '.join(of_rows)}; one file "
             "holds the rows of one task; set evaluation.dataset_name=null, or name one task."
         )
-    yield from decoding_problems(evaluation, "evaluation", config.model.block_length)
+    yield from decoding_problems(evaluation, "evaluation", config.model.known_block_length)
 
 
 SHORTEST_PAIR = 24  # tokens: the template of one turn, a short prompt, a token of response and its terminator

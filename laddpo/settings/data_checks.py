@@ -91,7 +91,7 @@ def onpolicy_problems(config: RunConfig) -> Iterator[str]:
             f"rounds is {data.rounds} and adapter.kind is 'full'; a round starts from the adapter of the one before; "
             "use adapter=lora, or rounds=1."
         )
-    yield from decoding_problems(sampling, "data.sampling", config.model.block_length)
+    yield from decoding_problems(sampling, "data.sampling", config.model.known_block_length)
     yield from room_problems(sampling, "data.sampling", config.model.shape.max_sequence_length, config.model.name)
     if data.dataset_name is not None and embedded(config.evaluation.tasks):
         yield (

@@ -76,8 +76,8 @@ def follow_model_block(config: RunConfig, given: Collection[str]) -> None:
     """Put the blocks of a block model in the place of those that a yaml file chose for other models, and no other
     cache than its own. What the command line names (`given`) stays, to be checked."""
     groups = {"evaluation": config.evaluation, "data.sampling": config.data.sampling}
-    own = {"block_length": config.model.block_length, "block_cache": "none"}
-    for group, decoding in groups.items() if config.model.block_length else ():
+    own = {"block_length": config.model.known_block_length, "block_cache": "none"}
+    for group, decoding in groups.items() if config.model.known_block_length else ():
         for name in own:
             if f"{group}.{name}" not in given:
                 setattr(decoding, name, own[name] if group == "evaluation" else getattr(config.evaluation, name))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from laddpo.models.block_length import expected
+
 
 @dataclass
 class Sizes:
@@ -66,3 +68,8 @@ class ModelSettings:
     block_length: int | None = None  # what config.json and the family say
     shape: ModelShape = field(default_factory=ModelShape)
     recommended: Recommended = field(default_factory=Recommended)
+
+    @property
+    def known_block_length(self) -> int | None:
+        """Tokens of the network's blocks, by settings and family; None: bidirectional. Compared with the checkpoint."""
+        return expected(self.architecture, self.attention, self.block_length)

@@ -102,6 +102,7 @@ OF_PARTS = {
     "rates": ("rates", "predicted"),
     "agreement": ("agreement_pairs",),
     "nano": ("nano_steps",),
+    "block": ("block_length", "block_tokens", "block_draws"),
 }
 NEEDS = (
     Need(

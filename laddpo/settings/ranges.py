@@ -144,6 +144,7 @@ PATHS = ("output_dir", "resume", "paths.data_dir", "paths.outputs_dir", "adapter
 LISTS = {
     "benchmark.parts": "[memory,speed]",
     "benchmark.memory_draws": "[1,8]",
+    "benchmark.block_draws": "[4,8]",
     "benchmark.plan_ranks": "[8,64]",
     "benchmark.plan_tokens": "[256,1024]",
     "variance.draws": "[1,4,8]",
@@ -222,7 +223,7 @@ CHOICES: dict[str, Collection[str]] = {
         "default, shared masks",
     ),
     "benchmark.weights": ("random", "model"),
-    "benchmark.parts": ("memory", "flat", "plan", "speed", "sampler", "cards", "rates", "agreement", "nano"),
+    "benchmark.parts": ("memory", "flat", "plan", "speed", "sampler", "cards", "rates", "agreement", "nano", "block"),
 }
 
 RANGES: dict[str, Range] = {
@@ -342,6 +343,9 @@ RANGES: dict[str, Range] = {
     "benchmark.card_tokens": at_least(32, "1024 is usual for an 8B"),
     "benchmark.agreement_pairs": at_least(1, "8 are usual"),
     "benchmark.nano_steps": at_least(1, "200 show whether rounding grows"),
+    "benchmark.block_length": at_least(1, "4 is SDAR's, 32 LLaDA2's"),
+    "benchmark.block_tokens": at_least(1, "200 are an answer to HH-RLHF"),
+    "benchmark.block_draws": at_least(1, "4 and 8 show what a context costs"),
     "benchmark.memory_draws": at_least(1, "1 and 8 show whether memory grows"),
     "benchmark.plan_ranks": at_least(1, "8 to 64 is usual"),
     "benchmark.plan_tokens": at_least(32, "256 to 4096 is usual"),

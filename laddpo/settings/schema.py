@@ -285,6 +285,9 @@ class BenchmarkSettings:
     predicted: list[CardSpeed] = field(default_factory=list)
     agreement_pairs: int = 8
     nano_steps: int = 200
+    block_length: int = 4
+    block_tokens: int = 200
+    block_draws: list[int] = field(default_factory=lambda: [4, 8])
     parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed", "sampler"])
 
 

@@ -122,7 +122,7 @@ def sample_fields(config: RunConfig, questions: list) -> dict:
     from laddpo.models.loading import load_tokenizer, weights_fingerprint
 
     path, revision = model_path(config.model), config.model.revision
-    sampler = sampler_settings(sampling_config(config).evaluation, config.seed, config.model.block_length)
+    sampler = sampler_settings(sampling_config(config).evaluation, config.seed, config.model.known_block_length)
     settings = dataclasses.asdict(sampler)
     for name in ("batch_size", "stop_early"):  # they change how, not what
         del settings[name]
