@@ -144,6 +144,12 @@ def test_a_models_folder_is_known_by_its_shape(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dream))
     model = settings_of("train", f"model={tmp_path}").model
     assert (model.architecture, model.shape.n_kv_heads, model.shape.max_sequence_length) == ("DreamModel", 1, 2048)
+    moe = {name: value for name, value in dream.items() if name != "intermediate_size"}
+    moe |= {"architectures": ["LLaDAMoEModel"], "expert_intermediate_size": 16, "num_experts": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**moe, "num_experts_per_tok": 2}))
+    config = settings_of("train", f"model={tmp_path}")
+    assert (config.model.shape.n_experts, config.model.shape.experts_chosen) == (4, 2)
+    assert config.adapter.target_modules == "q_proj|k_proj|v_proj|o_proj"  # not an adapter for each expert
 
 
 def test_options_and_misspelt_ones_are_left_to_the_groups(tmp_path):

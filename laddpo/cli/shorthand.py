@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import MISSING
 
 from laddpo.errors import UserError, nearest
 from laddpo.models.families import FAMILIES, Family
 from laddpo.preference.reading.splits import HUB_ID
 from laddpo.settings.habits import HABITS, SAME
 from laddpo.settings.mistakes import schema_types
+from laddpo.settings.model_schema import ModelSettings, ModelShape
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.read_settings import stage_reads
 
@@ -127,12 +130,17 @@ def of_model(value: str) -> list[str]:
     alike = [
         name
         for name, content in _options("model")
-        if stated and {"architecture": "LLaDAModelLM", **_flat(content["model"])}.items() >= stated.items()
+        if stated and {**_flat(content["model"]), "architecture": _architecture(content)}.items() >= stated.items()
     ]
     place = [setting("model.model_name_or_path", value), setting("model.name", folder.name or folder.resolve().name)]
     if alike:
         return [f"model={alike[0]}", *place]
-    return ["model=llada_8b", *place, *(setting(f"model.{name}", found) for name, found in stated.items())]
+    base, sizes = "llada_8b", stated
+    if stated.get("shape.n_experts"):  # of its own kind, for the layers that carry an adapter
+        family = FAMILIES[stated["architecture"]]
+        base = next(name for name, content in _options("model") if FAMILIES[_architecture(content)] is family)
+        sizes = {**{f"shape.{name}": value for name, value in USUAL.items()}, **stated}
+    return [f"model={base}", *place, *(setting(f"model.{name}", found) for name, found in sizes.items())]
 
 
 def _stated(folder: Path) -> dict[str, Any]:
@@ -141,7 +149,7 @@ def _stated(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architecture = content["architectures"][0]
         sizes = FAMILIES[architecture].sizes(content)
-        usual = {"head_dim": sizes["d_model"] // sizes["n_heads"], "is_tied": False, "n_experts": 0}
+        usual = {**USUAL, "head_dim": sizes["d_model"] // sizes["n_heads"]}
         sizes = {name: size for name, size in sizes.items() if usual.get(name) != size}
         if not sizes.keys() >= set(SIZES):
             return {}
@@ -157,6 +165,10 @@ def _blocks(family: Family, content: Mapping[str, Any]) -> dict[str, Any]:
     if length is None or length == family.block_length:
         return {}
     return {"attention": "block", "block_length": length} if family.may_be_block else {"block_length": length}
+
+
+def _architecture(content: Mapping[str, Any]) -> str:
+    return content["model"].get("architecture", ModelSettings.architecture)
 
 
 def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,6 +223,7 @@ def _quantized(option: str):
     return lambda value: [f"quantization={option}"] if value else []
 
 
+USUAL = {field.name: field.default for field in fields(ModelShape) if field.default != MISSING}
 SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "max_sequence_length")
 GROUPS = {"data": of_data, "model": of_model}
 SWITCHES = {  # flat keys whose value decides what they mean

@@ -236,11 +236,13 @@ def _block_bytes(setup: Setup, load: Load) -> int:
     trained = shape.roles if setup.is_full else setup.targets
     into_attention = width * element * bool({"q", "k", "v", "qkv"} & set(trained))
     into_mlp = width * element * bool({"gate", "up"} & set(trained))
-    gated = mlp * element * (3 if "down" in trained else 2)
+    gated = mlp * element * 2 + ("down" in trained) * element * (mlp - shape.shared_experts * shape.mlp_hidden_size)
     passes = {role: shape.experts_chosen if shape.copies(role) > 1 else 1 for role in trained}
     low_rank = 0 if setup.is_full else setup.rank * sum(passes[role] for role in setup.targets) * element
     if shape.n_experts:  # what is routed, probabilities and choices; each expert's input, and its unweighted output
         into_mlp *= shape.experts_chosen
+        into_mlp += width * element * bool({"shared_gate", "shared_up"} & set(trained))
+        gated += shape.shared_experts * shape.mlp_hidden_size * element * ("shared_down" in trained)
         routing = 4 * shape.n_experts + 28 * shape.experts_chosen
         gated += (shape.experts_chosen + (2 if setup.is_full else 1)) * width * element + routing
     return norms + attention + into_attention + into_mlp + gated + low_rank

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from laddpo.errors import UserError
-from laddpo.models.linears import ALL_LINEAR, LLADA, LLADA2, LLAMA, LLAMA_MOE, Layout
+from laddpo.models.linears import LLADA, LLADA2, LLAMA, LLAMA_MOE, Layout
 
 SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "max_sequence_length",
          "head_dim", "is_tied", "n_experts", "experts_chosen", "dense_layers", "dense_mlp_size",
@@ -51,10 +51,9 @@ class Family:
     `names`: of sizes in its config.json, where they are not this program's. `reads_before`: how many positions before a
     token its score is read. `mask_token_id`: that of every checkpoint, where neither config nor tokenizer tells it.
     `block_length`: of a network that attends block-causally, where its config.json does not tell; None: bidirectional.
-    `may_be_block`: checkpoints of both kinds have this architecture. `few_linears`: what carries an adapter as a rule,
-    where one on every expert would be too much. `has_qkv_bias`, `has_head_norms`, `has_fused_qkv`: parts that plans
-    count. `tag`: for the hub. `code`: the public repository and the classes in it that `auto_map` of a written
-    config.json names, for programs that run a checkpoint's own code. This one never does.
+    `may_be_block`: checkpoints of both kinds have this architecture. `has_qkv_bias`, `has_head_norms`,
+    `has_fused_qkv`: parts that plans count. `tag`: for the hub. `code`: the public repository and the classes in it
+    that `auto_map` of a written config.json names, for programs that run a checkpoint's own code. This one never does.
     """
 
     network: tuple[str, str]
@@ -64,7 +63,6 @@ class Family:
     mask_token_id: int | None = None
     block_length: int | None = None
     may_be_block: bool = False
-    few_linears: str = ALL_LINEAR
     has_qkv_bias: bool = False
     has_head_norms: bool = False
     has_fused_qkv: bool = False
@@ -120,14 +118,7 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
     )
 
 
-_MOE = Family(
-    ("llama", "LLaDAMoEModelLM"),
-    LLAMA_MOE,
-    names=MOE_NAMES,
-    few_linears="q_proj|k_proj|v_proj|o_proj",
-    has_head_norms=True,
-    tag="llada-moe",
-)
+_MOE = Family(("llama", "LLaDAMoEModelLM"), LLAMA_MOE, names=MOE_NAMES, has_head_norms=True, tag="llada-moe")
 FAMILIES = {
     "LLaDAModelLM": Family(
         ("llada", "LLaDAModelLM"),
@@ -175,7 +166,6 @@ FAMILIES = {
         LLADA2,
         names=LLADA2_NAMES,
         block_length=32,
-        few_linears=r"query_key_value|dense|(mlp|shared_experts)\.(gate|up|down)_proj",
         has_head_norms=True,
         has_fused_qkv=True,
         tag="llada2",

@@ -41,10 +41,12 @@ FAMILY_SHAPES = {
     "ILLaDAForCausalLM": {"is_tied": True},
     "DreamModel": {},
     "LLaDAMoEModelLM": {"n_experts": 8, "experts_chosen": 2, "mlp_hidden_size": 48},
+    "LLaDA2MoeModelLM": {"n_experts": 16, "experts_chosen": 2, "mlp_hidden_size": 48, "shared_experts": 1,
+                         "dense_layers": 1, "dense_mlp_size": 128},
     "A2DQwen3LMHeadModel": {"is_tied": True, "head_dim": 32},
     "A2DQwen2LMHeadModel": {"is_tied": True},
     "A2DLlamaLMHeadModel": {"is_tied": True},
-}
+}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -56,8 +58,8 @@ def build(setup: Setup, architecture: str = "LLaDAModelLM"):
     model = new_model(config, 0, architecture).to(torch.float32 if setup.is_full else DTYPES[setup.precision])
     if not setup.is_full:
         model.requires_grad_(False)
-        names = [layout.linears[ROLES.index(role)].rpartition(".")[2] for role in setup.targets]
-        attach_lora(model, r=setup.rank, target_modules=names)
+        names = [name for name in layout.names(setup.shape) if layout.role(name) in setup.targets]
+        attach_lora(model, r=setup.rank, target_modules=[re.escape(name) for name in names])
     checkpoint_blocks(model, setup.checkpointing)
     return model
 
@@ -134,9 +136,9 @@ def test_other_setups_are_predicted_as_well(changes, checkpointing):
 @pytest.mark.parametrize("architecture", sorted(FAMILY_SHAPES))
 def test_every_family_is_predicted_within_five_percent(architecture, checkpointing, rank):
     family = FAMILIES[architecture]
-    facts = {"has_qkv_bias": family.has_qkv_bias, "has_head_norms": family.has_head_norms}
+    facts = {name: getattr(family, name) for name in ("has_qkv_bias", "has_head_norms", "has_fused_qkv")}
     shape = dataclasses.replace(SMALL, n_kv_heads=2, **facts, **FAMILY_SHAPES[architecture])
-    setup = Setup(shape, "cpu", "fp32", rank=rank, checkpointing=checkpointing)
+    setup = Setup(shape, "cpu", "fp32", rank=rank, checkpointing=checkpointing, targets=shape.roles)
     model = build(dataclasses.replace(setup, rank=None), architecture)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     if rank:
