@@ -100,4 +100,6 @@ OTHERS = {
     "DreamModel": (PUBLIC_CODE, f"{LLAMA_CPP}--diffusion-eps 0.001 --diffusion-algorithm 3 --diffusion-steps 256`"),
     "LLaDAMoEModelLM": ("", f"{LLAMA_CPP}--diffusion-block-length 32 --diffusion-steps 256`"),
     "LLaDAMoEModel": ("", f"{LLAMA_CPP}--diffusion-block-length 32 --diffusion-steps 256`"),
+    "LLaDA2MoeModelLM": (PUBLIC_CODE, ""),
+    "SDARForCausalLM": (PUBLIC_CODE, ""),
 }  # by architecture: a note on its public code, and its engines

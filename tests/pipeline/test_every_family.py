@@ -21,10 +21,13 @@ SHAPES = {
     "ILLaDAForCausalLM": {"is_tied": True},
     "DreamModel": {},
     "LLaDAMoEModelLM": {"n_experts": 4, "experts_chosen": 2, "mlp_hidden_size": 24},
+    "LLaDA2MoeModelLM": {"n_experts": 16, "experts_chosen": 2, "mlp_hidden_size": 24, "shared_experts": 1,
+                         "dense_layers": 1, "dense_mlp_size": 48},
+    "SDARForCausalLM": {"head_dim": 16},
     "A2DQwen3LMHeadModel": {"is_tied": True, "head_dim": 16},
     "A2DQwen2LMHeadModel": {"is_tied": True},
     "A2DLlamaLMHeadModel": {"is_tied": True},
-}
+}  # fmt: skip
 BRIEF = ("optim.max_train_steps=4", "evaluation.every_steps=2", "best_metric=none", "save_steps=2")
 
 
@@ -39,7 +42,7 @@ class FamilyStages(Stages):
         return [*own, f"model.architecture={self.architecture}", *sizes]
 
 
-BY_DEFAULT = ("DreamModel", "LLaDAMoEModelLM")  # the others repeat their parts
+BY_DEFAULT = ("DreamModel", "LLaDA2MoeModelLM")  # the others repeat their parts
 FAMILIES_TRIED = [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.long) for name in sorted(SHAPES)]
 
 
@@ -103,7 +106,8 @@ def test_merged_weights_are_those_of_base_and_adapter(stages, run):
 
 @pytest.mark.parametrize("kind", ["quantization=nf4", "quantization=int8", "adapter=full"])
 def test_4_bits_8_bits_and_all_weights_are_trained(stages, kind):
-    if kind != "quantization=nf4" and stages.architecture not in ("DreamModel", "LLaDAMoEModelLM", "ILLaDAForCausalLM"):
+    others = ("DreamModel", "LLaDAMoEModelLM", "LLaDA2MoeModelLM", "ILLaDAForCausalLM")
+    if kind != "quantization=nf4" and stages.architecture not in others:
         pytest.skip("the same network as one of these")
     folder, brief = stages.folder / kind, ["optim.max_train_steps=2", "evaluation.at_end=false", "best_metric=none"]
     assert stages.run("train", *brief, "evaluation.every_steps=null", kind, f"output_dir={folder}") == 0
@@ -135,6 +139,7 @@ def test_a_small_model_is_made_from_random_weights(stages):
         ("DreamModel", "none"),
         ("A2DQwen3LMHeadModel", "none"),
         ("LLaDAMoEModelLM", "fsdp"),
+        ("LLaDA2MoeModelLM", "fsdp"),
         ("ILLaDAForCausalLM", "fsdp"),
     ],
 )
