@@ -140,3 +140,26 @@ def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
     assert (str(folder), config.adapter.path, config.paths.data_dir) == (f"{home}/o", f"{home}/a", f"{home}/d")
     ((_, folder),) = asked("train", "output_dir=~/o")
     assert str(folder) == f"{home}/o"
+
+
+def test_a_block_model_keeps_its_blocks_in_every_way_of_answering(tmp_path, monkeypatch, capsys):
+    """Options chosen as a whole have blocks and caches for other models; what is named itself is used or refused."""
+    monkeypatch.chdir(tmp_path)
+    block = ["model.block_length=4", "data=onpolicy"]
+    config = compose([*block, "evaluation=math500", "decoding=fast", "evaluation.block_length=4"])
+    for decoding in (config.evaluation, config.data.sampling):
+        assert (decoding.block_length, decoding.block_cache) == (4, "none")
+    write_config(config, tmp_path / "r")
+    ((config, _),) = asked("evaluate", "run=r", "evaluation=word_problems", "evaluation.gen_length=30")
+    found = config.evaluation
+    assert (found.gen_length, found.block_length, found.block_cache) == (30, 4, "none")
+    wrong = ["evaluation.block_length=16", "evaluation.block_cache=dual", "evaluation.cfg_scale=1"]
+    for command in (["generate", "run=r", "prompt=a", *wrong], ["generate", *block[:1], "prompt=a", *wrong]):
+        assert asked(*command) == []
+        said = capsys.readouterr().err
+        assert said.count("error:") == 3
+        assert "leave evaluation.block_length out" in said and "leave evaluation.block_cache out" in said
+        assert "set evaluation.cfg_scale=0" in said
+    steps = ["evaluation.gen_length=30", "evaluation.steps=20"]
+    assert asked("generate", "run=r", "prompt=a", *steps, "evaluation.confidence_threshold=null") == []
+    assert "set evaluation.steps=15 or 30" in capsys.readouterr().err

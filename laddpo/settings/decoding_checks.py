@@ -48,8 +48,8 @@ def decoding_problems(decoding: Any, group: str, model_block: int | None = None)
     if steps % unit and threshold is None:
         fitting = sorted({max(1, steps // unit) * unit, (steps // unit + 1) * unit})
         yield (
-            f"{group}.steps is {steps} for {group}.gen_length={gen} in blocks of {model_block or block}; each block "
-            f"takes the same number of steps; set {group}.steps={' or '.join(map(str, fitting))}."
+            f"{group}.steps is {steps} over {gen / (model_block or block):g} blocks; each block takes the same number "
+            f"of steps; set {group}.steps={' or '.join(map(str, fitting))}."
         )
 
 
@@ -75,12 +75,12 @@ def _grid_problems(decoding: Any, group: str, model_block: int) -> Iterator[str]
 def follow_model_block(config: RunConfig, given: Collection[str]) -> None:
     """Put the blocks of a block model in the place of those that a yaml file chose for other models, and no other
     cache than its own. What the command line names (`given`) stays, to be checked."""
-    groups = {"evaluation": config.evaluation, "data.sampling": config.data.sampling}
-    own = {"block_length": config.model.known_block_length, "block_cache": "none"}
-    for group, decoding in groups.items() if config.model.known_block_length else ():
-        for name in own:
+    if config.model.known_block_length is None:
+        return
+    for group, decoding in (("evaluation", config.evaluation), ("data.sampling", config.data.sampling)):
+        for name, value in (("block_length", config.model.known_block_length), ("block_cache", "none")):
             if f"{group}.{name}" not in given:
-                setattr(decoding, name, own[name] if group == "evaluation" else getattr(config.evaluation, name))
+                setattr(decoding, name, value)
 
 
 def room_problems(decoding: Any, group: str, positions: int, name: str) -> Iterator[str]:
