@@ -153,12 +153,12 @@ def ways_of(settings: SamplerSettings, batch: int) -> dict[str, SamplerSettings]
     plain = replace(settings, confidence_threshold=None, stop_early=False, block_cache="none", batch_size=batch)
     stopping = replace(plain, stop_early=True)
     threshold = replace(stopping, confidence_threshold=0.9)
-    caches = {f"+ {kind} cache": replace(threshold, block_cache=kind) for kind in ("prefix", "dual")}
+    kinds = () if settings.is_on_grid else ("prefix", "dual")
     return {
         PLAIN: plain,
         "stop early": stopping,
         "+ threshold 0.9": threshold,
-        **({} if settings.is_on_grid else caches),
+        **{f"+ {kind} cache": replace(threshold, block_cache=kind) for kind in kinds},
         "plain, one at a time": replace(plain, batch_size=1),
     }
 

@@ -80,10 +80,11 @@ def tested_questions(
 
 def sampler_settings(evaluation: EvaluationSettings, seed: int, model_block: int | None) -> SamplerSettings:
     """The decoding that the evaluation group asks for, in the blocks of a block model (`model_block` positions each)
-    or, with None, in its own."""
+    or, with None, in its own. Where the settings know the model's blocks, they refused others before."""
     names = {field.name for field in dataclasses.fields(SamplerSettings)} - {"seed"}
-    values = {name: getattr(evaluation, name) for name in names}
-    return settings_for(model_block, **values, seed=seed)
+    values = {name: getattr(evaluation, name) for name in names} | {"seed": seed}
+    own = {"block_length": model_block, "block_cache": "none"} if model_block else {}
+    return settings_for(model_block, **{**values, **own})
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,17 @@ def test_what_means_nothing_for_a_block_model_is_refused(model):
     assert settings_for(None, gen_length=8, block_length=4, steps=8) == SamplerSettings(8, 8, 4)
 
 
+def test_stages_take_the_blocks_of_the_loaded_model_whatever_a_yaml_chose_for_others():
+    from laddpo.benchmarking.speed import ways_of
+    from laddpo.evaluation.answering import sampler_settings
+    from laddpo.settings.schema import EvaluationSettings
+
+    asked = EvaluationSettings(gen_length=14, steps=14, block_length=16, block_cache="dual")
+    found = sampler_settings(asked, 3, SIZE)
+    assert found.is_on_grid and (found.block_length, found.block_cache, found.seed) == (SIZE, "none", 3)
+    assert not [name for name in ways_of(found, 2) if "cache" in name]  # it is always there
+
+
 def test_greedy_is_what_the_sampler_writes_where_the_answer_ends_with_a_block(model):
     from laddpo.evaluation.likelihoods import Likelihoods
     from laddpo.models.denoiser import TransformerDenoiser
