@@ -13,7 +13,7 @@ import csv
 import os
 import re
 import stat
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,7 @@ def read_rows(
     kind: str | None = None,
     text_columns: Sequence[str] = (),
     wanted: Container[str] | None = None,
-) -> Iterator[RawRow | BadRow]:
+) -> Generator[RawRow | BadRow, None, None]:
     """The rows of the files in the given order. Raises UserError for a file that cannot be read as rows at all.
 
     `kind` (a key of READERS) overrules the files' names; `text_columns` must hold text or messages where the file says

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from laddpo.errors import UserError, nearest
 from laddpo.preference.reading.files import ReadLog
@@ -21,7 +21,7 @@ HUB_FILE = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 
 def hub_rows(
     dataset_name: str, dataset_split: str | None, revision: str | None, log: ReadLog, config: str | None = None
-) -> Iterator[tuple[str, dict]]:
+) -> Generator[tuple[str, dict], None, None]:
     """The rows of one split, whole and in order; the place of a row is `dataset[split]:number`. `config` names one of
     the dataset's configurations.
 
