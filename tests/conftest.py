@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.composing import compose_once
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # with -n: a core for each worker, before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -13,6 +15,7 @@ os.environ.pop("COLUMNS", None)  # workers of -n have a width, and tables would 
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine makes any example slow
 settings.load_profile("no deadline")
+compose_once()
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
