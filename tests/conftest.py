@@ -1,5 +1,8 @@
 """Fixtures for all tests."""
 
+import functools
+import importlib
+import inspect
 import os
 from pathlib import Path
 
@@ -39,3 +42,40 @@ def shared_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the folder of real files, {folder.name}/ beside the repository, is not here")
     return folder
+
+
+DRAWING = (  # of these nothing keeps the name that it imported
+    ("laddpo.results.plots", "training_plot"),
+    ("laddpo.results.plots", "evaluation_plot"),
+    ("laddpo.estimator_study.report", "variance_plot"),
+    ("laddpo.preference.preparation", "report_figure"),
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_pictures():
+    """The pictures of a stage are files of one word: drawing them takes most of the time of a quick run."""
+    importlib.import_module("laddpo.results.run_blocks")  # keeps the real ones: reports draw
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in DRAWING:
+            patch.setattr(f"{module}.{name}", _undrawn(getattr(importlib.import_module(module), name)))
+        yield
+
+
+@pytest.fixture
+def with_pictures(no_pictures, monkeypatch):
+    """A test of the pictures themselves has the real ones."""
+    for module, name in DRAWING:
+        monkeypatch.setattr(f"{module}.{name}", getattr(importlib.import_module(module), name).__wrapped__)
+
+
+def _undrawn(draw):
+    @functools.wraps(draw)
+    def write(*args, **kwargs) -> None:
+        write_bytes(signature.bind(*args, **kwargs).arguments["path"], PICTURE)
+
+    signature, write_bytes = inspect.signature(draw), importlib.import_module("laddpo.storage.atomic").write_bytes
+    return write if "path" in signature.parameters else functools.wraps(draw)(lambda content: PICTURE)
+
+
+PICTURE = b"\x89PNG, not drawn"

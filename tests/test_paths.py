@@ -192,7 +192,7 @@ def test_any_text_can_be_printed_and_written(tmp_path, monkeypatch):
     assert manifests.fingerprint(value) != manifests.fingerprint({**value, "path": "caf\udcea"})
 
 
-def test_a_path_with_a_dollar_does_not_break_a_picture(tmp_path, capsys, monkeypatch):
+def test_a_path_with_a_dollar_does_not_break_a_picture(tmp_path, capsys, monkeypatch, with_pictures):
     from laddpo.results import figures
     from laddpo.results.plots import panel_plots, training_plot
 

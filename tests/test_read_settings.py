@@ -15,10 +15,8 @@ from pathlib import Path
 import pytest
 
 from laddpo.cli.app import cli
-from laddpo.estimator_study import report
 from laddpo.hardware.planning import memory_setup
-from laddpo.preference import preparation
-from laddpo.results import plots, run_blocks
+from laddpo.results import run_blocks
 from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import compose
 from laddpo.settings.data_checks import OF_EACH_PART
@@ -150,10 +148,6 @@ class Lab:
 def lab(tmp_path_factory) -> Iterator[Lab]:
     """Pictures read no settings, and take most of the time of stages as small as these."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "report_figure", lambda content: b"a figure")
-        for name in ("training_plot", "evaluation_plot"):
-            patch.setattr(plots, name, lambda *arguments, **options: None)
-        patch.setattr(report, "variance_plot", lambda *arguments: None)
         patch.setattr(sys, "stdin", None)  # chat is given one of its own
         patch.setattr(run_blocks, "panel_plots", lambda *arguments, **options: [])
         yield Lab(tmp_path_factory.mktemp("read_settings"))

@@ -155,7 +155,7 @@ def test_a_ratio_to_nothing_has_no_interval():
     assert bootstrap_ratio(np.ones(4), np.zeros(4), np.random.default_rng(0)) is None
 
 
-def test_what_does_not_vary_has_no_ratios_and_still_a_page(models, pairs, measured, tmp_path):
+def test_what_does_not_vary_has_no_ratios_and_still_a_page(models, pairs, measured, tmp_path, with_pictures):
     """The policy is the reference: under common masks every score is 0."""
     _, reference = models
     chosen = [measured[name, 4] for name in (BASELINE, "naive", "default")]
@@ -196,7 +196,7 @@ def test_token_values_give_back_the_draws(models, pairs):
         torch.testing.assert_close(found, score_items(policy, [item], ANY_BUDGET)[0])
 
 
-def test_all_techniques_are_measured_and_shown(models, pairs, measured, tmp_path):
+def test_all_techniques_are_measured_and_shown(models, pairs, measured, tmp_path, with_pictures):
     policy, reference = models
     found, objective = measured["default", 4], DpoObjective("sigmoid", BETA)
     few = pairs[:FEW]

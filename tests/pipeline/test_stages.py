@@ -14,7 +14,7 @@ from laddpo.settings.compose import compose, write_config
 from laddpo.training.rows import padded
 
 
-def test_train_alone_goes_from_rows_to_an_evaluated_adapter(stages, capsys):
+def test_train_alone_goes_from_rows_to_an_evaluated_adapter(stages, capsys, with_pictures):
     run = stages.folder / "run"
     assert stages.run("train", f"output_dir={run}") == 0
     shown = capsys.readouterr().out
@@ -38,6 +38,7 @@ def test_train_alone_goes_from_rows_to_an_evaluated_adapter(stages, capsys):
         "evaluation/plots/evaluation.png",
     ):
         assert (run / name).is_file(), name
+        assert not name.endswith(".png") or (run / name).stat().st_size > 5000, name
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_0000006", "step_0000008"]
     results = json.loads((run / "evaluation" / "results.json").read_text())
     assert results["reward_accuracy"]["base"] == 0.5

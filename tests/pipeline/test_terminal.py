@@ -97,7 +97,7 @@ class ClosedAt(io.StringIO):
         return super().write(text)
 
 
-def test_what_is_printed_or_drawn_after_the_work_loses_no_run(stages, monkeypatch, capsys):
+def test_what_is_printed_or_drawn_after_the_work_loses_no_run(stages, monkeypatch, capsys, with_pictures):
     from laddpo.results import plots
 
     def no_font(*arguments):

@@ -65,7 +65,7 @@ def everything(prepared):
     return (prepared.folder / "pairs.jsonl").read_bytes(), (prepared.folder / "tokens.safetensors").read_bytes()
 
 
-def test_the_folder_holds_what_its_description_says(tmp_path, tokenizer):
+def test_the_folder_holds_what_its_description_says(tmp_path, tokenizer, with_pictures):
     rows = make_rows(40)
     prepared = prepare(tmp_path / "out", write_rows(tmp_path / "a.jsonl", rows), tokenizer, validation_fraction=0.3)
     folder = prepared.folder
@@ -86,6 +86,7 @@ def test_the_folder_holds_what_its_description_says(tmp_path, tokenizer):
     assert first["prompt"][0]["content"] in texts[0]
     assert texts[1:] == [first["chosen"] + "<|eot_id|>", first["rejected"] + "<|eot_id|>"]
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "report.png").stat().st_size > 5000
 
 
 def test_loading_gives_back_every_pair_on_its_side(tmp_path, tokenizer):
