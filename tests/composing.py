@@ -12,19 +12,24 @@ from pathlib import Path
 
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
 from hydra._internal.defaults_list import DefaultsList
 from hydra.core.config_store import ConfigNode, ConfigStore
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+OURS = ("pkg://hydra.conf", f"file://{Path(__file__).resolve().parents[1] / 'conf'}", "structured://")
 _lists: dict[tuple, bytes] = {}
 _trees: dict[tuple, bytes] = {}
 _schemas: dict[tuple, ConfigNode] = {}
+_files: dict[tuple, bytes] = {}
 
 
 def compose_once() -> None:
     """For this process, from now on."""
     config_loader_impl.create_defaults_list = functools.partial(_defaults_list, config_loader_impl.create_defaults_list)
     ConfigStore.store = functools.partialmethod(_store, ConfigStore.store)
+    for source in (FileConfigSource, ImportlibResourcesConfigSource):
+        source.load_config = functools.partialmethod(_load_config, source.load_config)
     plain = ConfigLoaderImpl._compose_config_from_defaults_list
     ConfigLoaderImpl._compose_config_from_defaults_list = lambda self, defaults, repo: _tree(
         plain, self, defaults, repo
@@ -40,6 +45,15 @@ def _store(self, plain, name, node, **place) -> None:
         _schemas[name, node] = self.repo[f"{name}.yaml"]
     self.repo[f"{name}.yaml"] = _schemas[name, node]
     return None
+
+
+def _load_config(self, plain, config_path):
+    if self.full_path() not in OURS:
+        return plain(self, config_path)
+    key = (self.full_path(), self.provider, config_path)
+    if key not in _files:
+        _files[key] = pickle.dumps(plain(self, config_path))
+    return pickle.loads(_files[key])  # noqa: S301
 
 
 def _defaults_list(plain, repo, config_name, overrides_list, prepend_hydra, skip_missing) -> DefaultsList:
@@ -76,5 +90,4 @@ def _tree(plain, loader, defaults, repo):
 def _only_ours(repo) -> str:
     """The places that are searched; empty where one is not hydra's own or conf/, as its files may change."""
     places = [source.full_path() for source in repo.get_sources()]
-    ours = ("pkg://hydra.conf", f"file://{CONF}", "structured://")
-    return " ".join(places) if set(places) <= set(ours) else ""
+    return " ".join(places) if set(places) <= set(OURS) else ""

@@ -36,30 +36,54 @@ def wait_for_step(run, step: int, process: subprocess.Popen) -> None:
     pytest.fail("no checkpoint within two minutes")
 
 
+LONGER = ["optim.max_train_steps=60", "evaluation.every_steps=20", "evaluation.at_end=false"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model) -> Path:
+    """The longer run, never stopped."""
+    stages = Stages(tmp_path_factory.mktemp("whole"), tiny_model)
+    process = start(stages, *LONGER, f"output_dir={stages.folder / 'run'}")
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, shown
+    return stages.folder / "run"
+
+
 @pytest.mark.parametrize(("by", "exit_code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_a_stopped_run_resumes_to_the_same_bytes(stages, by, exit_code, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    longer = ["optim.max_train_steps=60", "evaluation.every_steps=20", "evaluation.at_end=false"]
-    whole, stopped = stages.folder / "whole", stages.folder / "stopped"
-    process = start(stages, *longer, f"output_dir={stopped}")
+def test_a_stopped_run_resumes_to_the_same_bytes(stages, whole, by, exit_code):
+    stopped = stages.folder / "stopped"
+    process = start(stages, *LONGER, f"output_dir={stopped}")
     wait_for_step(stopped, 4, process)
     process.send_signal(by)
     process.communicate(timeout=60)
     assert process.returncode == exit_code
     assert not (stopped / "manifest.json").exists()
-    for run, resume in ((stopped, "true"), (whole, "false")):
-        process = start(stages, *longer, f"output_dir={run}", f"resume={resume}")
-        shown, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, shown
+    process = start(stages, *LONGER, f"output_dir={stopped}", "resume=true")
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, shown
     assert (stopped / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     for name in ("adapter", "adapter_last"):
         file = f"{name}/adapter_model.safetensors"
         assert (stopped / file).read_bytes() == (whole / file).read_bytes(), name
 
 
-def test_resume_of_a_finished_run_changes_nothing(stages, capsys):
-    run = stages.folder / "run"
-    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+@pytest.fixture(scope="module")
+def once(tmp_path_factory, tiny_model) -> Path:
+    """The folder of a run that is finished and not evaluated, and of its data."""
+    stages = Stages(tmp_path_factory.mktemp("once"), tiny_model)
+    assert stages.run("train", f"output_dir={stages.folder / 'run'}", "evaluation.at_end=false") == 0
+    return stages.folder
+
+
+@pytest.fixture
+def finished(stages, once) -> Path:
+    """A copy of that run for one test."""
+    shutil.copytree(once, stages.folder, dirs_exist_ok=True)
+    return stages.folder / "run"
+
+
+def test_resume_of_a_finished_run_changes_nothing(stages, finished, capsys):
+    run = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false", "resume=true") == 0
     assert "finished" in capsys.readouterr().out
@@ -91,9 +115,8 @@ def test_more_steps_of_a_finished_run_are_a_new_run_from_its_weights(stages, cap
     assert f"Start a new run from its weights: {start.format(run=run)}" in shown
 
 
-def test_resume_into_a_run_of_other_settings_lists_them(stages, capsys):
-    run = stages.folder / "run"
-    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+def test_resume_into_a_run_of_other_settings_lists_them(stages, finished, capsys):
+    run = finished
     assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false", "resume=true", "dpo.beta=9") == 2
     shown = capsys.readouterr().err
     assert "dpo.beta: stored 2.0, now 9.0" in shown and "Traceback" not in shown
@@ -228,13 +251,12 @@ def test_an_evaluation_asked_to_stop_keeps_its_answers_and_says_so(stages, capsy
     assert (evaluation / "results.json").exists()
 
 
-def test_a_checkpoint_of_an_older_version_ends_resume_in_one_message(stages, capsys):
+def test_a_checkpoint_of_an_older_version_ends_resume_in_one_message(stages, finished, capsys):
     import json
 
     from laddpo.storage import atomic, manifests
 
-    run = stages.folder / "run"
-    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+    run = finished
     (run / "manifest.json").unlink()
     for checkpoint in (run / "checkpoints").iterdir():
         manifest, state = (json.loads((checkpoint / name).read_text()) for name in (manifests.MANIFEST, "state.json"))
@@ -248,36 +270,24 @@ def test_a_checkpoint_of_an_older_version_ends_resume_in_one_message(stages, cap
     assert "Finish the run with that version" in said[0]
 
 
-def test_resume_to_fewer_steps_than_done_is_refused(stages, capsys):
-    run = stages.folder / "run"
-    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+def test_resume_to_fewer_steps_than_done_is_refused(stages, finished, capsys):
+    run = finished
     (run / "manifest.json").unlink()
     assert stages.run("train", f"output_dir={run}", "resume=true", "optim.max_train_steps=4") == 2
     assert "its checkpoint is at step 8" in capsys.readouterr().err
 
 
-def test_more_steps_of_a_finished_run_are_refused_with_the_way_on(stages, capsys):
-    run = stages.folder / "run"
-    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+def test_more_steps_of_a_finished_run_are_refused_with_the_way_on(stages, finished, capsys):
+    run = finished
     assert stages.run("train", f"output_dir={run}", "resume=true", "optim.max_train_steps=9") == 2
     assert f"adapter.path={run / 'adapter'}" in capsys.readouterr().err
 
 
-def test_resume_does_not_change_the_arithmetic(stages, capsys):
-    run = stages.folder / "run"
-    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
+def test_resume_does_not_change_the_arithmetic(stages, finished, capsys):
+    run = finished
     (run / "manifest.json").unlink()
     assert stages.run("train", f"output_dir={run}", "resume=true", "hardware.precision=bf16") == 2
     assert "hardware.precision" in capsys.readouterr().err
-
-
-@pytest.fixture
-def finished(stages, capsys) -> Path:
-    """A run of its own that is finished and not evaluated."""
-    run = stages.folder / "run"
-    assert stages.run("train", f"output_dir={run}", "evaluation.at_end=false") == 0
-    capsys.readouterr()
-    return run
 
 
 @pytest.mark.parametrize("how", ["adapter file", "adapter folder"])

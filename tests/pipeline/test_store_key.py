@@ -8,6 +8,18 @@ import shutil
 
 import pytest
 
+from tests.pipeline.conftest import Stages
+
+BRIEF = ("evaluation.at_end=false", "evaluation.every_steps=null", "evaluation.tasks=[]", "save_steps=100")
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory, tiny_model) -> Stages:
+    """Pairs and their reference values."""
+    stages = Stages(tmp_path_factory.mktemp("computed"), tiny_model)
+    assert stages.run("precompute") == 0
+    return stages
+
 
 @pytest.mark.parametrize(
     "change",
@@ -24,15 +36,14 @@ import pytest
         "output_dir",
     ],
 )
-def test_what_does_not_change_reference_values_reuses_the_store(stages, capsys, change):
-    assert stages.run("precompute") == 0
-    capsys.readouterr()
+def test_what_does_not_change_reference_values_reuses_the_store(computed, capsys, change):
+    stages = computed
     is_larger = "batch" in change or "accumulation" in change
     steps = "optim.max_train_steps=4" if is_larger else "optim.max_train_steps=8"
     change = f"output_dir={stages.folder / 'another'}" if change == "output_dir" else change
-    assert stages.run("train", change, steps, "evaluation.at_end=false", "evaluation.tasks=[]") == 0
+    assert stages.run("train", change, steps, *BRIEF) == 0
     shown = capsys.readouterr().out
-    assert "reference, training pairs: all" in shown and "computing" not in shown
+    assert "reference, training pairs: all 24 pairs" in shown and "computing" not in shown
 
 
 @pytest.mark.parametrize(
@@ -48,9 +59,8 @@ def test_what_does_not_change_reference_values_reuses_the_store(stages, capsys, 
         "data.template=plain": "encoding.template: stored",
     }.items(),
 )
-def test_what_changes_reference_values_is_computed_anew_and_named(stages, capsys, change, reason):
-    assert stages.run("precompute") == 0
-    capsys.readouterr()
+def test_what_changes_reference_values_is_computed_anew_and_named(stages, computed, capsys, change, reason):
+    shutil.copytree(computed.folder, stages.folder, dirs_exist_ok=True)
     assert stages.run("precompute", change) == 0
     shown = capsys.readouterr().out
     assert "reference, training pairs: computing 24 of 24" in shown
