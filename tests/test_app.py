@@ -43,6 +43,19 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
 
 
+def seconds_of_children() -> float:
+    """Of a core, by processes that have ended: another one that keeps the machine busy adds little to it."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+@pytest.fixture(scope="module")
+def plain_start() -> float:
+    before = seconds_of_children()
+    run_python("-X", "importtime", "-c", "import hydra._internal.hydra, numpy", check=True)
+    return seconds_of_children() - before
+
+
 def exit_code_of_stopped_sweep(command: list[str], until: Path, seconds: float) -> int:
     """Start a sweep of `tiny_jobs` in a process, send SIGTERM when `until` is there, and wait that long for its end."""
     script = (
@@ -142,22 +155,16 @@ def test_version_and_info(capsys):
     "arguments",
     [["--help"], ["dpo.betta=1"], ["data.dataset_name=x.jsonl"], ["--cfg", "job"], ["model=llada_9b", "dpo.beta=x"]],
 )
-def test_help_and_mistakes_answer_within_two_seconds_without_torch(arguments, tmp_path):
-    fastest = 99.0
-    for _ in range(5):  # a busy machine may delay one of them
-        started = time.perf_counter()
-        done = run_python("-X", "importtime", "-m", "laddpo.train", *arguments)
-        fastest = min(fastest, time.perf_counter() - started)
-        imported = {
-            line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")
-        }
-        assert "hydra" in imported
-        # numpy comes with the tables of options, whose rows draw masks: a twentieth of a second
-        heavy = imported & {"torch", "transformers", "datasets", "pyarrow", "peft", "matplotlib", "wandb"}
-        assert not heavy
-        if fastest < 2:
-            break
-    assert fastest < 2
+def test_help_and_mistakes_answer_soon_and_without_torch(arguments, plain_start):
+    """Two seconds on an idle machine; on any, a few times the work of starting Python with hydra."""
+    before = seconds_of_children()
+    done = run_python("-X", "importtime", "-m", "laddpo.train", *arguments)
+    assert seconds_of_children() - before < 6 * plain_start
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "hydra" in imported
+    # numpy comes with the tables of options, whose rows draw masks: a twentieth of a second
+    heavy = imported & {"torch", "transformers", "datasets", "pyarrow", "peft", "matplotlib", "wandb"}
+    assert not heavy
     assert "Traceback" not in done.stderr
 
 

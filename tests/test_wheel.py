@@ -86,7 +86,7 @@ def test_the_installed_package_trains_two_steps_from_another_folder(installed, t
         "optim.max_train_steps=2",
         "optim.num_warmup_steps=0",
         "optim.per_device_train_batch_size=4",
-        "data.num_pairs=64",
+        "data.num_pairs=16",
     ]
     fast = [
         "hardware=cpu",
