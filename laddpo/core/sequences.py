@@ -6,7 +6,8 @@ before them, and clean tokens never see noisy ones: so a prompt and a clean resp
     [ prompt, whole blocks | clean chosen | clean rejected | noisy chosen, draw 1..n | noisy rejected, draw 1..n ]
 
 The prompt's tail inside the first response block stands again in every copy of that block, where attention runs both
-ways. Left out, because no masked token sees it: noisy blocks without a mask, and clean ones after the last noisy block.
+ways. Left out, because no masked token sees it: noisy blocks without a mask, and the last clean block. Prompts whose
+rows have one shape lie side by side, segment by segment, so that attention takes them as a batch.
 """
 
 from __future__ import annotations
@@ -78,16 +79,22 @@ class MaskedSequence:
 
 @dataclass(frozen=True)
 class Context:
-    """One prompt's part of a row, in tokens: the prompt's whole blocks, the clean copy of each response, and the noisy
-    copy of every draw of each response."""
+    """The part of a row of `prompts` prompts alike in shape, in tokens: each one's whole blocks, the clean copy of each
+    response to it, and the noisy copies of each response, those of the first prompt's draws first."""
 
+    prompts: int
     prompt: int
     clean: tuple[int, ...]
     noisy: tuple[tuple[int, ...], ...]
 
     @property
+    def segments(self) -> list[int]:
+        """Tokens of all prompts, of each clean response to them, and of the draws of each."""
+        return [*(self.prompts * n for n in (self.prompt, *self.clean)), *map(sum, self.noisy)]
+
+    @property
     def tokens(self) -> int:
-        return self.prompt + sum(self.clean) + sum(map(sum, self.noisy))
+        return sum(self.segments)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def row_tokens(sequences: Sequence[MaskedSequence]) -> int:
     masked = [sequence for sequence in sequences if len(sequence.draw.masked)]
     if not masked or not masked[0].block_length:
         return sum(sequence.full_length for sequence in masked)
-    return sum(context_of(responses).tokens for responses in by_context(masked))
+    return sum(context_of([responses]).tokens for responses in by_context(masked))
 
 
 def full_tokens(sides: Sequence[MaskedSequence], draws: int) -> int:
@@ -135,13 +142,24 @@ def by_context(sequences: Sequence[MaskedSequence]) -> list[list[list[MaskedSequ
     return [[list(same) for _, same in groupby(group, key=lambda s: id(s.response_ids))] for _, group in prompts]
 
 
-def context_of(responses: Sequence[Sequence[MaskedSequence]]) -> Context:
-    """The tokens of a prompt's responses and their draws, each of which masks something."""
-    block_length, prompt = responses[0][0].block_length, len(responses[0][0].prompt_ids)
-    whole = prompt - prompt % block_length
-    clean = [max(int(draw.noisy_starts[-1]) for draw in draws) - whole for draws in responses]
-    noisy = [tuple(len(draw.noisy_positions) for draw in draws) for draws in responses]
-    return Context(whole, tuple(clean), tuple(noisy))
+def context_of(alike: Sequence[Sequence[Sequence[MaskedSequence]]]) -> Context:
+    """The tokens of prompts of one shape: for each, for each response, the draws, each of which masks something."""
+    first = alike[0]
+    prompt, clean, _ = _shape(first)
+    noisy = [
+        tuple(len(draw.noisy_positions) for responses in alike for draw in responses[side])
+        for side in range(len(first))
+    ]
+    return Context(len(alike), prompt, clean, tuple(noisy))
+
+
+def _shape(responses: Sequence[Sequence[MaskedSequence]]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """What prompts must have in common to lie side by side: tokens of the prompt's whole blocks, of the clean copy of
+    each response, and the number of draws of each."""
+    size, prompt = responses[0][0].block_length, len(responses[0][0].prompt_ids)
+    whole = prompt - prompt % size
+    clean = tuple((draws[0].full_length - 1) // size * size - whole for draws in responses)
+    return whole, clean, tuple(map(len, responses))
 
 
 def share_contexts(sequences: Sequence[MaskedSequence], mask_token_id: int) -> SharedRow:
@@ -150,25 +168,34 @@ def share_contexts(sequences: Sequence[MaskedSequence], mask_token_id: int) -> S
     Example: prompt [5, 6], response [7, 8, 9], blocks of 2, a draw that masks position 2 -> ids [5, 6 | 7, 8 | mask],
     positions [0 .. 4], rows [4], targets [9].
     """
-    contexts, ids, positions, rows, targets, start = [], [], [], [], [], 0
+    alike: dict[tuple, list[list[list[MaskedSequence]]]] = {}
     for responses in by_context(sequences):
-        context = context_of(responses)
-        prompt = responses[0][0].prompt_ids
-        whole = context.prompt
-        clean = [np.concatenate([prompt, draws[0].response_ids]).astype(np.int64) for draws in responses]
-        ids += [clean[0][:whole], *(full[whole : whole + n] for full, n in zip(clean, context.clean, strict=True))]
-        positions += [np.arange(whole), *(np.arange(whole, whole + n) for n in context.clean)]
+        alike.setdefault(_shape(responses), []).append(responses)
 
-        start += whole + sum(context.clean)
-        for full, draws in zip(clean, responses, strict=True):
-            for sequence in draws:
-                at, masked = sequence.noisy_positions, len(prompt) + sequence.draw.masked
-                noisy = full.copy()
-                noisy[masked] = mask_token_id
-                ids.append(noisy[at])
-                positions.append(at)
-                rows.append(start + np.searchsorted(at, masked))
-                targets.append(full[masked])
-                start += len(at)
-        contexts.append(context)
-    return SharedRow(contexts, *(np.concatenate(part) for part in (ids, positions, rows, targets)))
+    contexts, ids, positions, start = [], [], [], 0
+    rows: dict[int, np.ndarray] = {}  # of every sequence, by its identity
+    for group in alike.values():
+        contexts.append(context_of(group))
+        prompt, clean = contexts[-1].prompt, contexts[-1].clean
+        spans = [(0, 0, prompt), *((side, prompt, prompt + n) for side, n in enumerate(clean))]
+        for side, first, end in spans:
+            ids += [_clean_ids(responses[side][0])[first:end] for responses in group]
+            positions += [np.arange(first, end)] * len(group)
+        start += len(group) * (prompt + sum(clean))
+
+        for sequence in (draw for side in range(len(clean)) for responses in group for draw in responses[side]):
+            at, noisy = sequence.noisy_positions, _clean_ids(sequence)
+            masked = len(sequence.prompt_ids) + sequence.draw.masked
+            noisy[masked] = mask_token_id
+            ids.append(noisy[at])
+            positions.append(at)
+            rows[id(sequence)] = start + np.searchsorted(at, masked)
+            start += len(at)
+    targets = [sequence.response_ids[sequence.draw.masked].astype(np.int64) for sequence in sequences]
+    parts = (ids, positions, [rows[id(sequence)] for sequence in sequences], targets)
+    return SharedRow(contexts, *map(np.concatenate, parts))
+
+
+def _clean_ids(sequence: MaskedSequence) -> np.ndarray:
+    """Prompt and response. # int64"""
+    return np.concatenate([sequence.prompt_ids, sequence.response_ids]).astype(np.int64)

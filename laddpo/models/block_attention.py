@@ -23,10 +23,11 @@ def block_causal(query_blocks: Tensor, key_blocks: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SharedPart:
-    """Attention of one prompt's part of a row. Masks are True where a key is seen; `pads` number the draws' tokens.
+    """Attention of the prompts of one shape. Masks are True where a key is seen; P, C: tokens of a prompt, of a clean
+    response; D: draws of a response over all prompts, padded to N tokens.
 
-    `prompt` [P, P]; per response: `clean` [C, P + C], `noisy` [draws, 1, N, P + C + N] for draws padded to N tokens,
-    `places` [draws, N] of their tokens among all of the response's draws, `is_real` [draws * N] (None: no padding).
+    `prompt` [1, 1, P, P]; per response: `clean` [1, 1, C, P + C], `noisy` [D, 1, N, P + C + N], `places` [D, N] of the
+    draws' tokens in their segment, `is_real` [D * N] (None: no padding).
     """
 
     context: Context
@@ -39,13 +40,12 @@ class SharedPart:
     @classmethod
     def build(cls, context: Context, blocks: Tensor) -> SharedPart:
         """`blocks`: the block of every token of this part. # [tokens]"""
-        sizes = (context.prompt, *context.clean, *map(sum, context.noisy))
-        prompt, *rest = blocks.split(sizes)
-        responses = len(context.clean)
-        part = cls(context, block_causal(prompt, prompt), [], [], [], [])
-        for clean, noisy, counts in zip(rest[:responses], rest[responses:], context.noisy, strict=True):
-            seen = torch.cat([prompt, clean])
-            part.clean.append(block_causal(clean, seen))
+        prompt, *rest = blocks.split(context.segments)
+        prompt, sides = prompt[: context.prompt], len(context.clean)
+        part = cls(context, block_causal(prompt, prompt)[None, None], [], [], [], [])
+        for clean, tokens, noisy, counts in zip(rest, context.clean, rest[sides:], context.noisy, strict=False):
+            seen = torch.cat([prompt, clean[:tokens]])
+            part.clean.append(block_causal(clean[:tokens], seen)[None, None])
             part._add_draws(seen, noisy, counts)
         return part
 
@@ -55,7 +55,7 @@ class SharedPart:
         within = torch.arange(longest, device=device).expand(len(counts), -1)
         is_real = within < lengths
         places = lengths.cumsum(0) - lengths + torch.where(is_real, within, 0)  # pads repeat a draw's first token
-        blocks = noisy[places]  # [draws, N]
+        blocks = noisy[places]  # [D, N]
         own = (blocks[:, None] == blocks[..., None]) & is_real[:, None]
         before = seen < blocks[..., None]
         self.noisy.append(torch.cat([before, own], dim=-1)[:, None])
@@ -65,7 +65,7 @@ class SharedPart:
 
 @dataclass(frozen=True)
 class SharedLayout:
-    """The parts of a row, one for each prompt."""
+    """The parts of a row, one for each shape of prompts."""
 
     parts: list[SharedPart]
 
@@ -87,26 +87,31 @@ class SharedLayout:
 
 def _attend_part(call, part: SharedPart, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     """Outputs of the segments of a part, in their order. [tokens, heads, head_dim] each"""
-    context, responses = part.context, len(part.clean)
-    sizes = (context.prompt, *context.clean, *map(sum, context.noisy))
-    segments = list(zip(*(x.split(sizes) for x in (query, key, value)), strict=True))
-    prompt = segments[0]
-    outputs = [call(*(x[None] for x in prompt), part.prompt[None, None])[0]] if context.prompt else []
+    context, sides = part.context, len(part.clean)
+    segments = list(zip(*(x.split(context.segments) for x in (query, key, value)), strict=True))
+    sizes = (context.prompt, *context.clean)
+    by_prompt = [
+        [x.unflatten(0, (context.prompts, n)) for x in segment]
+        for n, segment in zip(sizes, segments[: 1 + sides], strict=True)
+    ]
+    prompt = by_prompt[0]
+    outputs = [call(*prompt, part.prompt)] if context.prompt else []
 
-    seen = []  # keys and values of the prompt and each clean response
-    for mask, (clean, *own) in zip(part.clean, segments[1 : 1 + responses], strict=True):
-        seen.append([torch.cat([shared, mine]) for shared, mine in zip(prompt[1:], own, strict=True)])
-        if len(clean):
-            outputs.append(call(clean[None], *(x[None] for x in seen[-1]), mask[None, None])[0])
+    seen = []  # keys and values of the prompts with each clean response
+    for mask, (clean, *own) in zip(part.clean, by_prompt[1:], strict=True):
+        seen.append([torch.cat([shared, mine], dim=1) for shared, mine in zip(prompt[1:], own, strict=True)])
+        if clean.shape[1]:
+            outputs.append(call(clean, *seen[-1], mask))
+    outputs = [output.flatten(0, 1) for output in outputs]
 
-    drawn = zip(part.noisy, part.places, part.is_real, segments[1 + responses :], seen, strict=True)
+    drawn = zip(part.noisy, part.places, part.is_real, segments[1 + sides :], seen, strict=True)
     for mask, places, is_real, noisy, clean in drawn:
         query, *own = (x if is_real is None else x[places.flatten()] for x in noisy)
-        draws = (len(places), -1)
+        draws = len(places) // context.prompts  # of each prompt
         keys = [
-            torch.cat([shared.expand(len(places), *shared.shape), mine.unflatten(0, draws)], dim=1)
+            torch.cat([shared.repeat_interleave(draws, dim=0), mine.unflatten(0, places.shape)], dim=1)
             for shared, mine in zip(clean, own, strict=True)
         ]
-        output = call(query.unflatten(0, draws), *keys, mask).flatten(0, 1)
+        output = call(query.unflatten(0, places.shape), *keys, mask).flatten(0, 1)
         outputs.append(output if is_real is None else output[is_real])
     return outputs

@@ -232,10 +232,15 @@ def test_the_key_of_a_store_knows_blocks_and_only_where_there_are_some():
 
 
 def drawn_pair(
-    prompt: int, draws: int, estimator: str = "count", lengths: tuple[int, int] = (9, 13), size: int = 4
+    prompt: int,
+    draws: int,
+    estimator: str = "count",
+    lengths: tuple[int, int] = (9, 13),
+    size: int = 4,
+    name: str = "p",
 ) -> Item:
-    rng = np.random.default_rng(prompt)
-    pair = EncodedPair("p", random_ids(rng, prompt), *(random_ids(rng, n) for n in lengths), group="p")
+    rng = np.random.default_rng([prompt, *name.encode()])
+    pair = EncodedPair(name, random_ids(rng, prompt), *(random_ids(rng, n) for n in lengths), group="p")
     return pair_item(pair, ElboEstimator(estimator, diffusion_samples=draws, block_length=size), range(draws))
 
 
@@ -280,8 +285,9 @@ def test_every_attention_gives_the_same(denoiser, implementation):
 @pytest.mark.parametrize("mode", BACKWARD_MODES)
 def test_a_step_is_the_same_under_every_budget_and_mode(denoiser, mode):
     parameters, objective = parameters_of(denoiser), DpoObjective("sigmoid", 0.3)
-    drawn = [drawn_pair(10, 4), drawn_pair(3, 4, lengths=(5, 2))]
-    reference = score_items(denoiser, drawn, ANY_BUDGET).numpy() + np.random.default_rng(0).normal(size=(2, 2, 4))
+    # two prompts of one shape, which run as a batch, around one of another
+    drawn = [drawn_pair(10, 4), drawn_pair(3, 4, lengths=(5, 2), name="q"), drawn_pair(10, 4, name="r")]
+    reference = score_items(denoiser, drawn, ANY_BUDGET).numpy() + np.random.default_rng(0).normal(size=(3, 2, 4))
     items = [Item(f"{i}", item.sides, values) for i, (item, values) in enumerate(zip(drawn, reference, strict=True))]
     losses = objective.losses(items, torch.stack([draw_logps(denoiser, alone(item)).view(2, 4) for item in items]))
     wanted = torch.autograd.grad(losses.sum(), parameters)
