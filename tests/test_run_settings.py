@@ -145,7 +145,7 @@ def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
 def test_a_block_model_keeps_its_blocks_in_every_way_of_answering(tmp_path, monkeypatch, capsys):
     """Options chosen as a whole have blocks and caches for other models; what is named itself is used or refused."""
     monkeypatch.chdir(tmp_path)
-    block = ["model.block_length=4", "data=onpolicy"]
+    block = ["model.architecture=SDARForCausalLM", "data=onpolicy"]  # blocks of 4, which its family tells
     config = compose([*block, "evaluation=math500", "decoding=fast", "evaluation.block_length=4"])
     for decoding in (config.evaluation, config.data.sampling):
         assert (decoding.block_length, decoding.block_cache) == (4, "none")

@@ -57,8 +57,8 @@ def _grid_problems(decoding: Any, group: str, model_block: int) -> Iterator[str]
     """What means nothing for a block model."""
     if decoding.block_length != model_block:
         yield (
-            f"{group}.block_length is {decoding.block_length} and the model writes in blocks of {model_block}; leave "
-            f"{group}.block_length out."
+            f"{group}.block_length is {decoding.block_length} and the model writes in blocks of {model_block} "
+            f"(model.block_length); leave {group}.block_length out."
         )
     if decoding.block_cache != "none":
         yield (

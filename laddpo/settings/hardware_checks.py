@@ -18,6 +18,11 @@ def device_problems(config: RunConfig) -> Iterator[str]:
             "hardware.precision is 'fp16' and hardware.device is 'cpu', where float16 arithmetic is missing or slow; "
             "use hardware.precision=fp32 or bf16."
         )
+    if config.model.known_block_length and hardware.attention not in BLOCK_ATTENTION:
+        yield (
+            f"hardware.attention is {hardware.attention!r} and {config.model.name} attends in blocks, under masks "
+            f"of its own; use hardware.attention={' or '.join(BLOCK_ATTENTION)}."
+        )
     if hardware.sharding == "fsdp":
         yield from (f"hardware.sharding is 'fsdp' and {problem}" for problem in unshardable(config))
     if hardware.embeddings_on_cpu and config.adapter.kind == "full":
@@ -78,6 +83,7 @@ def step_problems(config: RunConfig) -> Iterator[str]:
                 yield f"{key}.gib is {setting.gib:g}; expected a card's memory in GiB, such as 15; null is no cap."
 
 
+BLOCK_ATTENTION = ("auto", "sdpa", "eager")
 STEP_CHOICES = {
     "who": ("ours", "public_laddpo", "trl_like_full", "trl_like_chunked"),
     "work": ("train", "reference"),

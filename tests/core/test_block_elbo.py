@@ -164,6 +164,18 @@ def test_a_noisy_context_is_another_number(denoiser, case):
     assert abs(total / 15 - exact) > 1e-3 * abs(exact)
 
 
+def test_masks_redrawn_for_the_reference_leave_noise_where_there_is_no_difference(denoiser, case):
+    """The policy is the reference: under common masks each margin is exactly 0, under masks of its own it is not."""
+    prompt, response, _, _, _ = case
+    ours = ElboEstimator("complement", diffusion_samples=4, block_length=4)
+    values = []
+    for e in (ours, ours, dataclasses.replace(ours, stream="/reference")):
+        with torch.no_grad():
+            values.append(draw_logps(denoiser, e.sequences("p", "chosen", prompt, response, range(4))))
+    assert torch.equal(values[0], values[1])
+    assert abs(float((values[0] - values[2]).mean())) > 0.1
+
+
 def test_a_prompt_tail_that_is_forgotten_is_another_number(denoiser, case):
     """The tail of the prompt stands in the first response block, where attention runs both ways."""
     prompt, response, _, exact, _ = case

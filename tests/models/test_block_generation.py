@@ -159,7 +159,7 @@ def test_what_means_nothing_for_a_block_model_is_refused(model):
     for settings, cure in asked.values():
         with pytest.raises(UserError, match=cure):
             sample(model, prompts(), **settings)
-    with pytest.raises(UserError, match=r"in blocks of 4; leave evaluation\.block_length out"):
+    with pytest.raises(UserError, match=r"in blocks of 4 \(model\.block_length\); leave evaluation\.block_length out"):
         generate(model, prompts(), SamplerSettings(gen_length=14, steps=14, block_length=7), MASK)
     whole = SamplerSettings(gen_length=12, steps=12, block_length=4, stop_early=False)
     assert [a.tolist() for a in generate(model, prompts(), whole, MASK)] == [

@@ -93,3 +93,27 @@ def test_the_length_of_blocks_is_pinned_where_there_may_be_blocks(checkpoints, t
     assert block == {**plain, "block_length": 8}
     with pytest.raises(UserError, match=r"the length of the blocks of attention changed.*stored none, now 8"):
         pins.require_same(tmp_path, plain, block, compose([]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["model=llada_nano", "dpo.estimator=exact"], "the model is bidirectional"),
+        (["model=sdar_4b", "dpo.estimator=exact", "dpo.difference_focus=0"], "set dpo.diffusion_samples=15"),
+        (["model=sdar_4b", "hardware.attention=flash_attention_2"], "use hardware.attention=auto or sdpa or eager"),
+    ],
+)
+def test_what_asks_for_blocks_or_cannot_do_them_is_refused(settings, said):
+    with pytest.raises(UserError, match=said):
+        compose(settings)
+
+
+def test_a_folder_is_known_by_the_blocks_that_its_config_states(tmp_path):
+    from laddpo.cli.shorthand import of_model
+
+    sizes = {**SIZES, "head_dim": 8}
+    plain = of_model(str(write_tiny_model(tmp_path / "plain", sizes, "A2DQwen3LMHeadModel")))
+    assert not [line for line in plain if "block" in line]
+    stated = tmp_path / "plain" / "config.json"
+    stated.write_text(json.dumps({**json.loads(stated.read_text()), "block_length": 8}))
+    assert {"model.attention=block", "model.block_length=8"} <= set(of_model(str(tmp_path / "plain")))
