@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from laddpo.benchmarking import twins
 from laddpo.benchmarking.cards import predicted_peak
 from laddpo.benchmarking.contenders import fixed_budget
 from laddpo.benchmarking.measure import Measured, measure, timed_rounds
@@ -59,6 +60,7 @@ def written(tmp_path_factory, models):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Workbench, "random_policy", watched)
+        patch.setattr(twins, "SAME", (*twins.SAME, "data.num_pairs=16", "optim.per_device_train_batch_size=4"))
         assert cli("benchmark", [*SMALL, f"output_dir={folder}"]) == 0
     return (folder / "benchmark.md").read_text(encoding="utf-8"), json.loads((folder / "benchmark.json").read_text())
 

@@ -11,6 +11,7 @@ from laddpo.settings.advice import unlikely_settings
 from laddpo.settings.compose import compose
 from laddpo.settings.mistakes import NOT_GROUPS, schema_types
 from laddpo.settings.ranges import CONF_DIR
+from tests import composing
 
 FILES = sorted(path for path in CONF_DIR.glob("*/*.yaml") if path.parent.name not in NOT_GROUPS)
 OPTIONS = [f"{path.parent.name}={path.stem}" for path in FILES]
@@ -24,6 +25,17 @@ NEEDS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_yaml_composes_into_a_valid_run(option):
     compose([option, *NEEDS.get(option, [])])
+
+
+def test_what_the_tests_compose_once_is_what_hydra_composes():
+    """See tests/composing.py: the groups chosen are kept, and no value of one test reaches another."""
+    chosen = ["model=llada_8b", "dpo=ipo", "adapter=full"]
+    for kept in (composing._lists, composing._trees, composing._files):
+        kept.clear()
+    anew = compose(["dpo.beta=3", *chosen])
+    assert compose(["dpo.beta=3", *chosen]) == anew and anew.dpo.beta == 3
+    assert compose(chosen).dpo.beta != 3 and compose().dpo != anew.dpo
+    assert compose([*chosen, "model=llada_nano"]).model == compose().model
 
 
 @pytest.mark.parametrize("model", ["llada_nano", "llada_8b"])

@@ -19,6 +19,15 @@ from laddpo.storage.json_lines import JsonLines
 from laddpo.storage.manifests import write_manifest
 
 
+@pytest.fixture(autouse=True)
+def unrendered(request, monkeypatch):
+    """Pictures are drawn and not rendered, which takes most of the time of a page, but where a test asks for them."""
+    from matplotlib.figure import Figure
+
+    if "with_pictures" not in request.fixturenames:
+        monkeypatch.setattr(Figure, "savefig", lambda self, out, **named: out.write(b"\x89PNG, not rendered"))
+
+
 class Page(HTMLParser):
     """Tags, attributes and text of a page; rows of its tables."""
 
@@ -93,7 +102,7 @@ def is_self_contained(page: Page) -> bool:
     )  # fmt: skip
 
 
-def test_one_run_gives_a_page_that_needs_nothing_else(tmp_path):
+def test_one_run_gives_a_page_that_needs_nothing_else(tmp_path, with_pictures):
     write_run(tmp_path / "a", 1.0, 2, 0.6, text="<script>alert(1)</script>")
     code, out = report(tmp_path, f"run={tmp_path / 'a'}")
     assert code == 0
@@ -166,7 +175,7 @@ def test_a_base_that_ties_with_itself_is_not_drawn_as_a_result(tmp_path, monkeyp
     assert list(steps) == [1, 2], "nor is the tie before the first update"
 
 
-def test_rounds_have_a_picture_a_table_and_the_curves_of_each(tmp_path):
+def test_rounds_have_a_picture_a_table_and_the_curves_of_each(tmp_path, with_pictures):
     write_run(tmp_path / "a", 1.0, 2, 0.6)
     (tmp_path / "a" / "metrics.jsonl").unlink()
     for number in (1, 2):

@@ -26,14 +26,14 @@ def start(stages, *more: str, **environment: str) -> subprocess.Popen:
 
 
 def wait_for_step(run, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if (run / "checkpoints" / f"step_{step:07d}").exists():
             return
         if process.poll() is not None:
             pytest.fail(f"ended early with {process.returncode}:\n{process.stdout.read()}")
         time.sleep(0.005)
-    pytest.fail("no checkpoint within two minutes")
+    pytest.fail("no checkpoint within ten minutes")
 
 
 LONGER = ["optim.max_train_steps=60", "evaluation.every_steps=20", "evaluation.at_end=false"]
@@ -44,7 +44,7 @@ def whole(tmp_path_factory, tiny_model) -> Path:
     """The longer run, never stopped."""
     stages = Stages(tmp_path_factory.mktemp("whole"), tiny_model)
     process = start(stages, *LONGER, f"output_dir={stages.folder / 'run'}")
-    shown, _ = process.communicate(timeout=120)
+    shown, _ = process.communicate(timeout=600)
     assert process.returncode == 0, shown
     return stages.folder / "run"
 
@@ -55,11 +55,11 @@ def test_a_stopped_run_resumes_to_the_same_bytes(stages, whole, by, exit_code):
     process = start(stages, *LONGER, f"output_dir={stopped}")
     wait_for_step(stopped, 4, process)
     process.send_signal(by)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == exit_code
     assert not (stopped / "manifest.json").exists()
     process = start(stages, *LONGER, f"output_dir={stopped}", "resume=true")
-    shown, _ = process.communicate(timeout=120)
+    shown, _ = process.communicate(timeout=600)
     assert process.returncode == 0, shown
     assert (stopped / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     for name in ("adapter", "adapter_last"):
