@@ -44,6 +44,14 @@ def shared_folder() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk():
+    """A quick run syncs 80 times, several milliseconds each; tests/faults check that what is written is synced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
 DRAWING = (  # of these nothing keeps the name that it imported
     ("laddpo.results.plots", "training_plot"),
     ("laddpo.results.plots", "evaluation_plot"),
