@@ -71,6 +71,8 @@ class Load:
     """One micro-step: `tokens`, of which `rows` are masked (None: half), in sequences of `mixed` lengths or of one.
 
     `exceeds`: pairs larger than a micro-step occur, so that `stream` needs its buffers. `alone`: a step is one pair.
+    Of draws that share a context, for each token of the micro-step: `keys` that attention copies, `seen` entries of its
+    masks.
     """
 
     tokens: int
@@ -78,6 +80,8 @@ class Load:
     mixed: bool = True
     exceeds: bool = True
     alone: bool = False
+    keys: float = 0.0
+    seen: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -215,12 +219,12 @@ def _saved_activations(setup: Setup, load: Load) -> int:
     rotation = 4 * shape.head_width + 3 * 8  # cos and sin, half a head each; ids, positions, their order
     inputs = (shape.n_layers + 1) * shape.d_model * _stream_bytes(setup)
     per_token = inputs if setup.checkpointing else shape.n_layers * _block_bytes(setup, load)
-    kept = 0 if setup.offload else per_token * load.tokens
+    kept = 0 if setup.offload else round(per_token * load.tokens)
     casts = 0 if setup.checkpointing else shape.n_layers * _block_casts(setup)
     return kept + rotation * load.tokens + casts
 
 
-def _block_bytes(setup: Setup, load: Load) -> int:
+def _block_bytes(setup: Setup, load: Load) -> float:
     """Bytes that one block keeps for each token."""
     shape, element = setup.shape, ELEMENT_BYTES[setup.precision]
     width, mlp, query = shape.d_model, shape.active_mlp, shape.query_width
@@ -229,6 +233,8 @@ def _block_bytes(setup: Setup, load: Load) -> int:
     is_widened = setup.device == "cpu" and setup.is_full and setup.precision != "fp32"  # models/attention.py
     kept = wide if is_widened else element
     attention = 2 * (query + shape.kv_width) * kept + 4 * shape.n_heads
+    # under a mask each query head has its own copy of the keys
+    attention += 2 * shape.query_width * kept * load.keys + element * load.seen
     if shape.has_head_norms:
         norms += (query + shape.kv_width) * wide * (2 if setup.is_full else 1) + 4 * (shape.n_heads + shape.n_kv_heads)
     if setup.device == "cpu" and load.mixed:  # outputs of runs of equal lengths are joined into a copy
@@ -274,7 +280,7 @@ def _in_block(setup: Setup, load: Load) -> dict[str, int]:
         recomputed = _block_bytes(setup, load)
         if _stream_bytes(setup) == 4 and setup.checkpointing and not setup.offload:
             recomputed -= width * 4  # its input is what was kept
-        workspace += load.tokens * recomputed + (_block_casts(setup) if setup.checkpointing else 0)
+        workspace += round(load.tokens * recomputed) + (_block_casts(setup) if setup.checkpointing else 0)
     if setup.quantization != "none":  # experts are unpacked together, except those of 8 bits
         workspace += width * mlp * element * (shape.n_experts or 1 if "4bit" in setup.quantization else 1)
     if setup.is_full:

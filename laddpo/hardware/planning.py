@@ -48,7 +48,7 @@ class Lengths:
     """What a plan must know of the data, in tokens. `longest`: one sequence; `longest_pair`: both responses under all
     draws, of SFT rows the one; `mean` and `response`: a mean sequence, and the response in it. `source`: where that was
     read. `sides`: responses that a loss value depends on, two of a pair, one of an SFT row. For a block model a
-    sequence counts with its share of the context that draws have in common."""
+    sequence counts with its share of the context that draws have in common; `keys` and `seen` as in Load."""
 
     longest: int
     longest_pair: int
@@ -56,6 +56,8 @@ class Lengths:
     response: float
     source: str
     sides: int = 2
+    keys: float = 0.0
+    seen: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def choose_plan(
     most = CPU_TOKEN_BUDGET if device == "cpu" else MOST_TOKENS
     options = {on: dataclasses.replace(given, checkpointing=on) for on in (False, True)}
     own_pairs = most_pairs(config.optim, config.hardware, world)
-    empty = Load(0, alone=own_pairs == 1)
+    empty = Load(0, alone=own_pairs == 1, keys=lengths.keys, seen=lengths.seen)
     largest = {on: largest_token_budget(option, usable(available), empty, most) for on, option in options.items()}
 
     def plan(option: Setup) -> Choice:
@@ -251,17 +253,14 @@ def assumed_lengths(config: RunConfig) -> Lengths:
     prompt = quantiles.prompt_mean if quantiles.prompt_mean is not None else mean / 2
     source = "data.length_quantiles" if quantiles.mean else "data.max_length alone"
     longest = min(data.max_length, 2 * quantiles.p99) if quantiles.p99 else data.max_length
-    draws, block_length, source = (
-        config.dpo.diffusion_samples,
-        block_length_of(config.model),
-        f"{source} (nothing is prepared yet)",
-    )
+    source = f"{source} (nothing is prepared yet)"
+    draws, block_length = config.dpo.diffusion_samples, block_length_of(config.model)
     if not block_length:
         return Lengths(longest, 2 * draws * longest, mean, mean - prompt, source)
     of_longest = round(longest * prompt / mean)  # the longest pair has a prompt of the mean share
     rows = np.array([[of_longest, *2 * [longest - of_longest]], [round(prompt), *2 * [round(mean - prompt)]]])
     long, usual = (prepared_lengths(row[None], draws, source, block_length) for row in rows)
-    return dataclasses.replace(long, mean=usual.mean, response=usual.response)
+    return dataclasses.replace(usual, longest=long.longest, longest_pair=long.longest_pair)
 
 
 def prepared_lengths(lengths: np.ndarray, draws: int, source: str, block_length: int = 0) -> Lengths:
@@ -270,7 +269,13 @@ def prepared_lengths(lengths: np.ndarray, draws: int, source: str, block_length:
     longest = max(int(tokens_of(prompt, [response], 1, block_length).max()) for response in responses)
     pairs, sides = tokens_of(prompt, responses, draws, block_length), len(responses)
     mean = float(pairs.mean()) / (draws * sides)
-    return Lengths(longest, int(pairs.max()), mean, float(lengths[:, 1:].mean()), source, sides)
+    found = Lengths(longest, int(pairs.max()), mean, float(lengths[:, 1:].mean()), source, sides)
+    if not block_length:
+        return found
+    keys = [prompt + 2 * response for response in responses]  # of a draw: prompt, clean response, its own tokens
+    seen = sum(response * own for response, own in zip(responses, keys, strict=True))
+    per_token = (float((draws * copied / pairs).mean()) for copied in (sum(keys), seen))
+    return dataclasses.replace(found, **dict(zip(("keys", "seen"), per_token, strict=True)))
 
 
 def block_length_of(model: ModelSettings) -> int:
