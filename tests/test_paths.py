@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -127,15 +128,21 @@ def test_a_current_folder_that_is_gone_is_refused(tmp_path):
     assert b"Traceback" not in done.stderr
 
 
+@pytest.fixture
+def open_to_all():
+    """A folder that every user may enter. Those of pytest are closed whenever another pytest starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @pytest.mark.skipif(
     not hasattr(os, "setresuid") or os.geteuid() != 0, reason="root alone can become another user and come back"
 )
-def test_another_users_folders_are_refused_by_key(tmp_path, monkeypatch, capsys):
+def test_another_users_folders_are_refused_by_key(open_to_all, monkeypatch, capsys):
+    tmp_path = open_to_all
     (tmp_path / "closed" / "run").mkdir(parents=True)
     (tmp_path / "read_only").mkdir()
-    for path in (*tmp_path.parents, tmp_path):
-        if path.owner() == "root" and path.is_relative_to("/tmp") and path != Path("/tmp"):
-            path.chmod(0o755)
     (tmp_path / "closed").chmod(0o700)
     (tmp_path / "read_only").chmod(0o555)
     monkeypatch.setenv("HOME", "/nonexistent")
