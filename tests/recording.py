@@ -34,6 +34,7 @@ CHECKING = (
     ),
     *("settings.ranges", "settings.read_settings", "training.resuming"),
 )
+ASKED = ("settings.model_schema", "models.linears")  # modules that read settings for whoever calls them
 # functions that fingerprint, compare or print, with all that they call: (module, name)
 NO_USE = {
     ("training.pairs", "_only_part"),
@@ -120,6 +121,8 @@ def _request_reader(found: set[str]):
 
 
 def _counts(frame: FrameType | None, no_use: set[tuple[str, str]]) -> bool:
+    while frame.f_globals["__name__"].removeprefix("laddpo.") in ASKED:
+        frame = frame.f_back
     module = frame.f_globals["__name__"]
     is_checking = module.removeprefix("laddpo.") in CHECKING
     is_use = (module.removeprefix("laddpo."), frame.f_code.co_name) in USES

@@ -65,7 +65,7 @@ class BlockLayout(Ours):
 def block_part(bench: Workbench) -> tuple[str, dict]:
     """Tokens, time and peak of a pair with P = L under every layout."""
     wanted, rng = bench.settings, np.random.default_rng(bench.seed)
-    length, size = wanted.block_tokens, wanted.block_length
+    length, size = wanted.block_answer, wanted.block_length
     model = _random_policy(bench)
     denoiser = TransformerDenoiser(model, wanted.shape.vocab_size - 1)
     vocabulary = wanted.shape.vocab_size - 2

@@ -13,6 +13,7 @@ from torch import Tensor
 from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser
 from laddpo.core.objectives import DpoObjective
+from laddpo.errors import UserError
 from laddpo.estimator_study import techniques
 from laddpo.estimator_study.noise import SETTINGS, drift, measure, reference_values, summarise
 from laddpo.estimator_study.report import length_words
@@ -43,7 +44,12 @@ def run_study(
     after `become_policy`.
     """
     few = pairs[:gradient_pairs]
-    named = settings or [name for name, row in SETTINGS.items() if denoiser.block_length or not row.needs_blocks]
+    possible = [name for name, row in SETTINGS.items() if denoiser.block_length or not row.needs_blocks]
+    named = settings or possible
+    if others := [name for name in named if name not in possible]:
+        raise UserError(
+            f"variance.settings has {others[0]!r}, which is about blocks, and the model is bidirectional. Leave it out."
+        )
     jobs = [(name, n) for name in named for n in draws]
     studied = [(name, n) for name, n in jobs if name == "default" and n > 1]
     bar = functools.partial(Progress, unit="setting", dynamic_ncols=True)

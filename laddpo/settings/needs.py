@@ -102,7 +102,7 @@ OF_PARTS = {
     "rates": ("rates", "predicted"),
     "agreement": ("agreement_pairs",),
     "nano": ("nano_steps",),
-    "block": ("block_length", "block_tokens", "block_draws"),
+    "block": ("block_length", "block_answer", "block_draws"),
 }
 NEEDS = (
     Need(

@@ -203,6 +203,7 @@ CHOICES: dict[str, Collection[str]] = {
     "variance.settings": (
         "naive",
         "one time, many masks",
+        "one time a draw for all blocks",
         "vrpo_paper",
         "+ stratified",
         "+ systematic",
@@ -344,7 +345,7 @@ RANGES: dict[str, Range] = {
     "benchmark.agreement_pairs": at_least(1, "8 are usual"),
     "benchmark.nano_steps": at_least(1, "200 show whether rounding grows"),
     "benchmark.block_length": at_least(1, "4 is SDAR's, 32 LLaDA2's"),
-    "benchmark.block_tokens": at_least(1, "200 are an answer to HH-RLHF"),
+    "benchmark.block_answer": at_least(1, "200 are an answer to HH-RLHF"),
     "benchmark.block_draws": at_least(1, "4 and 8 show what a context costs"),
     "benchmark.memory_draws": at_least(1, "1 and 8 show whether memory grows"),
     "benchmark.plan_ranks": at_least(1, "8 to 64 is usual"),

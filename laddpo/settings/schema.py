@@ -286,7 +286,7 @@ class BenchmarkSettings:
     agreement_pairs: int = 8
     nano_steps: int = 200
     block_length: int = 4
-    block_tokens: int = 200
+    block_answer: int = 200
     block_draws: list[int] = field(default_factory=lambda: [4, 8])
     parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed", "sampler"])
 

@@ -86,9 +86,9 @@ def build_task(run: Run) -> Training:
     backward = machine.choice.setup.backward
     task = SftTask(run.loaded.denoiser, parameters, examples, estimator, machine.token_budget, backward, run.ranks)
 
-    held_out = run.data.held_out
-    samples = config.evaluation.diffusion_samples
-    rows = measured_rows(held_out, samples, config.seed, block_length) if held_out else []
+    rows = []
+    if held_out := run.data.held_out:
+        rows = measured_rows(held_out, config.evaluation.diffusion_samples, config.seed, block_length)
     validation = validation_of(run, rows=rows)
 
     metric, is_new = validation.best_metric, run.data.from_scratch
