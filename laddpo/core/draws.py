@@ -9,7 +9,7 @@ import bisect
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -341,8 +341,10 @@ def exact_draws(block_length: int) -> int:
 def _folded_fraction(e: ElboEstimator, response: Response, pair_index: int) -> tuple[int, bool]:
     """The smaller masked fraction of a pair {u, 1-u} of draws, below FULL / 2, and whether it comes first."""
     folded = e.count_fraction(response, pair_index, max(1, e.diffusion_samples // 2)) >> 1
-    coin = int(e.count_key(response, pair_index).words("count-coin", 1)[0]) & 1
-    return folded, bool(coin)
+    key = e.count_key(response, pair_index)
+    if COUNT_SCHEDULES[e.schedule].over_blocks == "same":
+        key = replace(key, block=None)
+    return folded, bool(int(key.words("count-coin", 1)[0]) & 1)
 
 
 @dataclass(frozen=True)

@@ -77,16 +77,16 @@ def low_discrepancy_fraction(key: NoiseKey, index: int, draws: int) -> int:
 
 def stratified_fraction(key: NoiseKey, index: int, draws: int) -> int:
     """One independent point in each n-th of [0, 1). The grid, so the key too, depends on n."""
-    block, cell = divmod(index, draws)
+    turn, cell = divmod(index, draws)
     word = int(replace(key, draw=index).words(f"count-stratified-{draws}", 1)[0])
-    return (_shuffled_cell(key, block, cell, draws, "stratified") * FULL + word) // draws
+    return (_shuffled_cell(key, turn, cell, draws, "stratified") * FULL + word) // draws
 
 
 def systematic_fraction(key: NoiseKey, index: int, draws: int) -> int:
     """A grid of n equal steps under one random shift (what LLaDA's own evaluator does inside a batch)."""
-    block, cell = divmod(index, draws)
-    word = int(replace(key, draw=block).words(f"count-systematic-{draws}", 1)[0])
-    return (_shuffled_cell(key, block, cell, draws, "systematic") * FULL + word) // draws
+    turn, cell = divmod(index, draws)
+    word = int(replace(key, draw=turn).words(f"count-systematic-{draws}", 1)[0])
+    return (_shuffled_cell(key, turn, cell, draws, "systematic") * FULL + word) // draws
 
 
 def single_fraction(key: NoiseKey, index: int, draws: int) -> int:
@@ -94,9 +94,9 @@ def single_fraction(key: NoiseKey, index: int, draws: int) -> int:
     return iid_fraction(key, 0, draws)
 
 
-def _shuffled_cell(key: NoiseKey, block: int, cell: int, draws: int, name: str) -> int:
+def _shuffled_cell(key: NoiseKey, turn: int, cell: int, draws: int, name: str) -> int:
     """Which cell of the grid this draw takes: shuffled, so that each single draw is uniform over all of [0, 1)."""
-    order = random_order(replace(key, draw=block), draws, f"count-{name}-cells-{draws}")
+    order = random_order(replace(key, draw=turn), draws, f"count-{name}-cells-{draws}")
     return int(order[cell])
 
 

@@ -89,7 +89,9 @@ def _run_line(config: RunConfig, device: str, precision: str, trained: int) -> s
 
 def _data_line(lengths: Lengths, pairs: int | None) -> str:
     count = "pairs not counted" if pairs is None else f"{pairs:,} pairs"
-    return f"{count}, mean sequence {lengths.mean:.0f} tokens, longest {lengths.longest}; from {lengths.source}"
+    counted = " (with its share of the context that draws have in common)" if lengths.keys else ""
+    longest = f"longest {lengths.longest}{counted}"
+    return f"{count}, mean sequence {lengths.mean:.0f} tokens, {longest}; from {lengths.source}"
 
 
 def _note(name: str, choice: Choice) -> str:

@@ -48,7 +48,8 @@ class Lengths:
     """What a plan must know of the data, in tokens. `longest`: one sequence; `longest_pair`: both responses under all
     draws, of SFT rows the one; `mean` and `response`: a mean sequence, and the response in it. `source`: where that was
     read. `sides`: responses that a loss value depends on, two of a pair, one of an SFT row. For a block model a
-    sequence counts with its share of the context that draws have in common; `keys` and `seen` as in Load."""
+    sequence counts with its share of the context that draws have in common; `keys` and `seen` as in Load, the most that
+    any row has."""
 
     longest: int
     longest_pair: int
@@ -260,7 +261,8 @@ def assumed_lengths(config: RunConfig) -> Lengths:
     of_longest = round(longest * prompt / mean)  # the longest pair has a prompt of the mean share
     rows = np.array([[of_longest, *2 * [longest - of_longest]], [round(prompt), *2 * [round(mean - prompt)]]])
     long, usual = (prepared_lengths(row[None], draws, source, block_length) for row in rows)
-    return dataclasses.replace(usual, longest=long.longest, longest_pair=long.longest_pair)
+    most = {name: max(getattr(long, name), getattr(usual, name)) for name in ("keys", "seen")}
+    return dataclasses.replace(usual, longest=long.longest, longest_pair=long.longest_pair, **most)
 
 
 def prepared_lengths(lengths: np.ndarray, draws: int, source: str, block_length: int = 0) -> Lengths:
@@ -272,10 +274,11 @@ def prepared_lengths(lengths: np.ndarray, draws: int, source: str, block_length:
     found = Lengths(longest, int(pairs.max()), mean, float(lengths[:, 1:].mean()), source, sides)
     if not block_length:
         return found
-    keys = [prompt + 2 * response for response in responses]  # of a draw: prompt, clean response, its own tokens
-    seen = sum(response * own for response, own in zip(responses, keys, strict=True))
-    per_token = (float((draws * copied / pairs).mean()) for copied in (sum(keys), seen))
-    return dataclasses.replace(found, **dict(zip(("keys", "seen"), per_token, strict=True)))
+    # of the prompt, of each clean response beside it, and of each draw, which sees both and its own tokens
+    keys = prompt + sum(prompt + response + draws * (prompt + 2 * response) for response in responses)
+    seen = prompt**2 + sum(response * (prompt + response + draws * (prompt + 2 * response)) for response in responses)
+    most = {name: float((copied / pairs).max()) for name, copied in (("keys", keys), ("seen", seen))}
+    return dataclasses.replace(found, **most)
 
 
 def block_length_of(model: ModelSettings) -> int:

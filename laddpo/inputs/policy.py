@@ -230,7 +230,6 @@ def _check_shape(config: RunConfig, model) -> None:
         f"shape.{field.name}": (getattr(settings.shape, field.name), getattr(found, field.name, field.default))
         for field in dataclasses.fields(settings.shape)
     }
-    has["block_length"] = (settings.known_block_length, model.block_length)
     has["shape.is_tied"] = (settings.shape.is_tied, bool(found.tie_word_embeddings))
     if settings.shape.max_sequence_length < found.max_sequence_length:  # positions that may be used, of those it knows
         del has["shape.max_sequence_length"]
@@ -244,5 +243,11 @@ def _check_shape(config: RunConfig, model) -> None:
         for name, (wanted, value) in has.items()
         if wanted != value
     ]
+    if settings.known_block_length != model.block_length and not problems:
+        needed = f"model.attention=block model.block_length={model.block_length}"
+        problems.append(
+            f"{settings.model_name_or_path}: its attention is {in_words(model.block_length)}, and by the settings "
+            f"{in_words(settings.known_block_length)}. Set {needed if family.may_be_block else needed.split()[1]}."
+        )
     if problems:
         raise UserError(*problems)

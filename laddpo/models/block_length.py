@@ -20,7 +20,13 @@ def setting_problems(architecture: str, attention: str | None, block_length: int
         if attention == BIDIRECTIONAL and block_length is not None:
             yield (
                 f"model.block_length is {block_length} and model.attention is 'bidirectional', which has no blocks; "
-                "set model.attention=block, or leave model.block_length out."
+                "set model.attention=block, or model.block_length=null."
+            )
+        if (attention == BLOCK) != (block_length is not None) and attention != BIDIRECTIONAL:
+            yield (
+                f"model.attention is {attention!r} and model.block_length is {block_length}; {architecture} attends "
+                "either way, and blocks need both. Set model.attention=block and model.block_length to the length that "
+                "the checkpoint was trained with, or leave both out."
             )
     elif family.block_length is None:
         for name, value in (("attention", attention), ("block_length", block_length)):

@@ -147,6 +147,16 @@ def _objective(config: RunConfig) -> Iterator[str]:
         )
     if law and law.is_exact:
         yield from _exact(n, config.model.known_block_length)
+    if law and law.is_exact and dpo.mask_rounds > 1:
+        yield (
+            f"dpo.mask_rounds is {dpo.mask_rounds} with dpo.estimator=exact, whose draws are all masks in every round; "
+            "set dpo.mask_rounds=1."
+        )
+    if dpo.schedule == "one_per_draw" and not config.model.known_block_length:
+        yield (
+            "dpo.schedule is 'one_per_draw', which is about the blocks of a block model, and this model is "
+            "bidirectional; use dpo.schedule=iid."
+        )
     if law and not law.picks and (dpo.difference_focus or dpo.count_tilt):
         yield (
             f"dpo.difference_focus is {dpo.difference_focus:g} and dpo.count_tilt is {dpo.count_tilt:g} with "
@@ -155,11 +165,19 @@ def _objective(config: RunConfig) -> Iterator[str]:
         )
 
 
+LONGEST_EXACT = 8  # tokens of a block: 255 draws
+
+
 def _exact(draws: int, block_length: int | None) -> Iterator[str]:
     if block_length is None:
         yield (
             "dpo.estimator is 'exact' and the model is bidirectional: a response has too many masks; it serves block "
             "models. Use dpo.estimator=balanced."
+        )
+    elif block_length > LONGEST_EXACT:
+        yield (
+            f"dpo.estimator is 'exact' and a block has {block_length} tokens, which have too many masks; expected at "
+            f"most {LONGEST_EXACT}. Use dpo.estimator=balanced."
         )
     elif draws != exact_draws(block_length):
         yield (

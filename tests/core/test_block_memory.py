@@ -32,13 +32,18 @@ def layout(denoiser, budget: int) -> BlockLayout:
     return BlockLayout(denoiser.model, denoiser, "stream", budget, label=SHARED)
 
 
+@pytest.mark.parametrize(("prompt", "response"), [(80, 80), (480, 20)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_takes_what_the_plan_says(denoiser, checkpointing):
-    pair, draws, size = pair_of_tokens(160, SIZES["vocab_size"] - 2, seed=0), 6, 4
+def test_a_step_takes_what_the_plan_says(denoiser, checkpointing, prompt, response):
+    pair, draws, size = (
+        pair_of_tokens(prompt + response, SIZES["vocab_size"] - 2, 0, prompt / (prompt + response)),
+        6,
+        4,
+    )
     ours = layout(denoiser, 10**6)
     (item,) = ours.items([pair], draws)
     rows = sum(len(sequence.draw.masked) for sequence in item.sequences)
-    lengths = prepared_lengths(np.array([[80, 80, 80]]), draws, "here", size)
+    lengths = prepared_lengths(np.array([[prompt, response, response]]), draws, "here", size)
     load = Load(item.tokens, rows, exceeds=False, keys=lengths.keys, seen=lengths.seen)
     setup = Setup(Shape(**SIZES, has_head_norms=True), precision="fp32", device="cpu", rank=8)
     plan = predict_memory(dataclasses.replace(setup, checkpointing=checkpointing), load)
