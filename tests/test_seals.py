@@ -28,6 +28,7 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "storage.run_outputs": "the logs of the run itself: metrics.jsonl is compared by `cut`, timing.jsonl is not sealed",
     "storage.reference_store": "each shard's bytes are hashed before they are used",
     "evaluation.base_and_tuned": "unseal reads the manifest first; finish checks every line",
+    "models.stacked": "after require_sealed in models.loading",
     "evaluation.kept_answers": "every line has a check",
     "cli.shorthand": "the user's YAML, our conf/, and sizes of a model's folder, which are compared with its weights",
     "results.page": "pictures made a moment before",

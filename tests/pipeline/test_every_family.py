@@ -35,6 +35,11 @@ BRIEF = ("optim.max_train_steps=4", "evaluation.every_steps=2", "best_metric=non
 class FamilyStages(Stages):
     architecture: str = ""
 
+    def overrides(self, *more: str) -> list[str]:
+        found = super().overrides(*more)
+        has_blocks = FAMILIES[self.architecture].block_length  # of its own, and no others
+        return [text for text in found if not (has_blocks and text.startswith("evaluation.block_length="))]
+
     def places(self) -> list[str]:
         shape = {**SIZES, "max_sequence_length": 4096, **SHAPES[self.architecture]}
         own = [text for text in super().places() if not text.startswith("model.shape.")]
