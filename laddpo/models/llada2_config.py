@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from laddpo.errors import UserError
 from laddpo.models.families import LLADA2_NAMES
 from laddpo.models.foreign import number, only, optional, whole
@@ -37,6 +39,7 @@ class LLaDA2MoeConfig(LlamaLikeConfig):
 
     model_type = "llada2_moe"
     fields = LLADA2_FIELDS
+    inert = MappingProxyType({"model_type": "llada2_moe"})  # its files say this or llada2_moe_veomni
     attribute_map = {**LLADA2_NAMES, "init_std": "initializer_range"}  # noqa: RUF012
     has_head_norms = True
 

@@ -185,7 +185,7 @@ def test_the_config_of_a_real_checkpoint_keeps_every_field(shared_folder, tmp_pa
         given.pop("_name_or_path", None)  # where it was loaded from, not what it is
         assert {name: written.get(name, "lost") for name in given} == given
         assert {name: value.split("--")[1] for name, value in written["auto_map"].items()} == named
-        index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
-        assert model.state_dict().keys() == index.keys()
+        if (index := base / "model.safetensors.index.json").exists():  # of some only the config is at hand
+            assert model.state_dict().keys() == json.loads(index.read_text())["weight_map"].keys()
         seen += 1
     assert seen >= 2
