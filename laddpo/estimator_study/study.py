@@ -44,13 +44,7 @@ def run_study(
     after `become_policy`.
     """
     few = pairs[:gradient_pairs]
-    possible = [name for name, row in SETTINGS.items() if denoiser.block_length or not row.needs_blocks]
-    named = settings or possible
-    if others := [name for name in named if name not in possible]:
-        raise UserError(
-            f"variance.settings has {others[0]!r}, which is about blocks, and the model is bidirectional. Leave it out."
-        )
-    jobs = [(name, n) for name in named for n in draws]
+    jobs = [(name, n) for name in _rows(settings, has_blocks=bool(denoiser.block_length)) for n in draws]
     studied = [(name, n) for name, n in jobs if name == "default" and n > 1]
     bar = functools.partial(Progress, unit="setting", dynamic_ncols=True)
 
@@ -85,3 +79,14 @@ def run_study(
         "settings": summarise(list(measured.values()), objective.beta, np.random.default_rng(seed)),
         "techniques": tried,
     }
+
+
+def _rows(asked: Sequence[str], *, has_blocks: bool) -> Sequence[str]:
+    """The rows of SETTINGS to measure: those asked for, else all that mean something to the model."""
+    possible = [name for name, row in SETTINGS.items() if has_blocks or not row.needs_blocks]
+    for name in asked:
+        if name not in possible:
+            raise UserError(
+                f"variance.settings has {name!r}, which is about blocks, and the model is bidirectional. Leave it out."
+            )
+    return asked or possible

@@ -105,8 +105,13 @@ def check_draws(golden: Golden) -> torch.Tensor:
 def check_gradients(golden: Golden) -> None:
     golden.model.requires_grad_(True)
     check_draws(golden).backward()
+    compare_gradients(golden, "ll")
+
+
+def compare_gradients(golden: Golden, case: str) -> None:
+    """The gradients of all parameters against the recorded ones of a case."""
     for name, parameter in golden.model.named_parameters():
-        wanted = golden.tensors[f"ll.grad.{name}"]
+        wanted = golden.tensors[f"{case}.grad.{name}"]
         found = torch.zeros_like(wanted) if parameter.grad is None else parameter.grad
         scale = float(wanted.abs().max())
         torch.testing.assert_close(found, wanted, atol=1e-4 * scale if scale else 1e-6, rtol=0, msg=name)
