@@ -63,7 +63,7 @@ class Run:
     def margins(self) -> list[float]:
         """The tuned model's reward margin of each held-out pair."""
         pairs = _of_evaluation(self.folder, self.evaluation, "pairs.jsonl")
-        return [row["margin"] for row in json_lines.JsonLines(pairs).read()]
+        return [row["margin"] for row in json_lines.JsonLines(pairs).read() if "margin" in row]
 
     def answers(self) -> list[dict[str, Any]]:
         """What base and tuned answered."""

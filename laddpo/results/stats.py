@@ -10,7 +10,7 @@ McNemar's test in its exact binomial form; Efron's percentile bootstrap of paire
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -19,6 +19,10 @@ import numpy as np
 
 DRIFT = 0.1  # a change of the answers' length, or of the share that ends, by this much of it is pointed out
 FEW_DIFFERENCES = 10  # of fewer items that differ resampling makes too much: four in one direction would be certain
+STUDENT = (  # 97.5% quantiles of Student's t for 1, 2, … degrees of freedom, from its tables
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
 RESAMPLED_VALUES_AT_ONCE = 1 << 22  # 32 MiB of float64 while resampling
 
 
@@ -116,6 +120,32 @@ def paired_bootstrap(
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Difference(float(d.mean()), float(low), float(high), len(d))
+
+
+def difference_over_seeds(runs: Sequence[Mapping[Hashable, float]]) -> Difference:
+    """Mean difference of whole runs, with the interval in which both other seeds and other items are counted.
+
+    `runs`: for each seed, the difference of each item. Student's t with one degree of freedom less than there are
+    seeds, on the variance between seeds; where all seeds have the same items, that between items is added (two-way
+    clusters: Cameron, Gelbach and Miller 2011, eq. 2.3). At least two seeds.
+    """
+    means = np.array([np.mean(list(run.values())) for run in runs])
+    seeds, variance = len(runs), means.var(ddof=1) / len(runs)
+    items = list(runs[0])
+    if len(items) > 1 and all(run.keys() == runs[0].keys() for run in runs):
+        d = np.array([[run[item] for item in items] for run in runs])  # [seeds, items]
+        by_item = d.mean(axis=0).var(ddof=1) / len(items)
+        rest = d - d.mean(axis=0) - means[:, None] + d.mean()
+        both = (rest**2).sum() / ((seeds - 1) * (len(items) - 1)) / d.size  # counted in either of the others
+        variance = max(variance + by_item - both, variance, by_item)
+    mean, reach = float(means.mean()), student_quantile(seeds - 1) * math.sqrt(variance)
+    return Difference(mean, mean - reach, mean + reach, sum(map(len, runs)))
+
+
+def student_quantile(degrees: int) -> float:
+    """The 97.5% quantile of Student's t: 12.71 for one degree of freedom, 1.96 for many."""
+    assert degrees >= 1, f"{degrees} degrees of freedom"
+    return STUDENT[degrees - 1] if degrees <= len(STUDENT) else normal_quantile(0.95) * (1 + 1.2 / degrees)
 
 
 def mcnemar_exact(base: Sequence[bool], tuned: Sequence[bool]) -> float:

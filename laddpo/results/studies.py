@@ -1,8 +1,7 @@
 """A study read back: arms (one changed factor each, over several seeds) go in, a table, claims and a picture come out.
 
-What is compared is exact match on test problems, paired by problem and pooled over seeds, each problem resampled with
-all its seeds. Seeds are also shown one by one: an interval over problems does not know how much training itself varies.
-Choices belong to the validation column.
+What is compared is exact match on test problems, paired by problem. Intervals count how much runs of other seeds and
+other problems would differ. Seeds are also shown one by one. Choices belong to the validation column.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 
 from laddpo.errors import UserError
 from laddpo.results.figures import DARK, PALE, RULE, drawn, new_figure, save_png, tidy
-from laddpo.results.stats import DRIFT, Difference, mean_with_error, paired_shares
+from laddpo.results.stats import DRIFT, Difference, difference_over_seeds, mean_with_error, paired_shares
 from laddpo.results.sweeps import number_text
 from laddpo.results.tables import markdown, points_text
 from laddpo.storage import atomic, json_lines, manifests
@@ -26,6 +25,7 @@ from laddpo.storage.seals import CheckedLines, sealed_file
 
 BASE = "base"  # the model before training, as what an arm is compared with
 EXACT_MATCH = "validation/exact_match"
+SEEDS = 3  # from which intervals count them: Student's t of fewer is too wide to say anything
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,27 @@ def right_by_item(run: Path, model: str) -> dict[str, bool]:
 
 
 def difference(arm: Arm, other: Arm | None) -> Difference | None:
-    """Mean of (arm - other) over problems and the seeds that both have; `other` None: the model before training."""
-    before, after, groups = [], [], []
+    """Mean of (arm - other) over problems and the seeds that both have; `other` None: the model before training.
+
+    The interval counts seeds and problems where there are SEEDS of them, and else problems alone. It is never narrower
+    than that over problems: seeds that agree by chance do not make a result certain.
+    """
+    runs: list[dict[str, tuple[float, float]]] = []
     theirs = {outcome.seed: outcome.tuned for outcome in (other.outcomes if other else ())}
     for outcome in arm.outcomes:
-        reference = outcome.base if other is None else theirs.get(outcome.seed)
-        for problem in sorted(outcome.tuned.keys() & (reference or {}).keys()):
-            before.append(float(reference[problem]))
-            after.append(float(outcome.tuned[problem]))
-            groups.append(problem)
-    return paired_shares(before, after, np.random.default_rng(0), groups=groups) if before else None
+        reference = outcome.base if other is None else theirs.get(outcome.seed, {})
+        common = sorted(outcome.tuned.keys() & reference.keys())
+        if common:
+            runs.append({problem: (float(reference[problem]), float(outcome.tuned[problem])) for problem in common})
+    if not runs:
+        return None
+    groups = [problem for run in runs for problem in run]
+    before, after = zip(*[values for run in runs for values in run.values()], strict=True)
+    over_problems = paired_shares(before, after, np.random.default_rng(0), groups=groups)
+    if len(runs) < SEEDS:
+        return over_problems
+    changes = [{name: later - earlier for name, (earlier, later) in run.items()} for run in runs]
+    return max(over_problems, difference_over_seeds(changes), key=lambda found: found.high - found.low)
 
 
 def seed_differences(arm: Arm, other: Arm | None) -> list[Difference]:
@@ -187,7 +198,7 @@ def study_plot(content: Mapping[str, Any], path: Path, title: str) -> None:
     rows = content["arms"]
     figure = new_figure(8.0, max(2.6, 0.33 * len(rows) + 1.4), title)
     axes = figure.subplots()
-    tidy(axes, "exact match over the model before training, points (95% interval over problems)")
+    tidy(axes, "exact match over the model before training, points (95% interval over seeds and problems)")
     for place, row in enumerate(rows):
         found = row["against_base"]
         axes.hlines(place, *(100 * bound for bound in found["interval"]), color=PALE, linewidth=6)
@@ -298,8 +309,9 @@ def _drift_lines(row: Mapping[str, Any]) -> list[str]:
 
 INTRODUCTION = """\
 One factor at a time is changed around the default arm. Exact match is on test problems that neither training nor the
-choice of a checkpoint has seen; differences are paired by problem and pooled over the seeds that both arms have (95%
-interval over problems; ± is the standard error over seeds). "kept / last" is validation exact match of the checkpoint
+choice of a checkpoint has seen; differences are paired by problem and averaged over the seeds that both arms have. Their
+95% intervals count seeds and problems (Student's t over seeds; below three seeds, problems alone). ± is the standard
+error over seeds. They are not corrected for the number of arms. "kept / last" is validation exact match of the checkpoint
 that was kept and of the last step: a large gap means that training on destroys what it had won. "chosen fall" is by how
 much of its start the log-likelihood of held-out chosen answers fell at the kept step; negative: it rose. "score
 variance" is the mean over the training steps. With several rounds these two, and reward accuracy, are the last round's.

@@ -38,17 +38,18 @@ def held_out_note(results: Mapping[str, Any]) -> str:
     facts = results.get("held_out")
     if not facts:
         return ""
-    pairs = f"{facts['pairs']:,} {facts['split']} pair{'s' * (facts['pairs'] != 1)}"
+    unit = facts.get("unit", "pair")
+    pairs = f"{facts['pairs']:,} {facts['split']} {unit}{'s' * (facts['pairs'] != 1)}"
     prompts = f"{facts['prompts']:,} prompt{'s' * (facts['prompts'] != 1)}"
     said = f"Measured on {pairs} of {prompts}. Neither training nor the choice of the checkpoint saw them."
     if facts["chose_checkpoint"]:
         said = (
-            f"Measured on {pairs} of {prompts}, which chose the checkpoint: on new pairs expect less. Hold pairs out "
+            f"Measured on {pairs} of {prompts}, which chose the checkpoint: on new {unit}s expect less. Hold {unit}s out "
         )
         said += "for a test with data.test_fraction=0.1."
     if facts["ties"]:
         said += f" {facts['ties']:,} of them tie with the base: a tie is no win and counts half."
-    return said + (" So few pairs give coarse figures." if facts["pairs"] < FEW_PAIRS else "")
+    return said + (f" So few {unit}s give coarse figures." if facts["pairs"] < FEW_PAIRS else "")
 
 
 def is_share(name: str, entry: Mapping[str, Any]) -> bool:
