@@ -361,9 +361,11 @@ def _encode_batch(
             row_id = spool.row_id(row.index)
             texts = dict(zip(job.prepared.sides, row.responses, strict=True))
             record = {"id": row_id, "prompt": prompt_rows(outcome.prompt), **texts, "split": split, "group": row.group}
+            if row.label is not None:
+                record["label"] = row.label
             if row.answer is not None:
                 record["answer"] = row.answer
             if outcome.cut_tokens:
                 record["cut_tokens"] = outcome.cut_tokens
             writer.add(record, (outcome.prompt_ids, *outcome.response_ids))
-            report.keep(row_id, row.place, split, outcome)
+            report.keep(row_id, row.place, split, outcome, row.label)

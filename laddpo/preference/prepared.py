@@ -5,7 +5,8 @@
                          order prompt, chosen, rejected (examples: prompt, response)
     report.json  report.png  rejected.jsonl (with on_bad_row=skip)  manifest.json (last)
 
-An SFT corpus is the same with examples.jsonl and two sequences a row. Token ids are read through a memory map.
+An SFT corpus is the same with examples.jsonl and two sequences a row. So are unpaired rows, with completions.jsonl,
+whose objects have a completion and a label. Token ids are read through a memory map.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from laddpo.errors import UserError
-from laddpo.preference.encoding.encode import EncodedExample, EncodedPair
+from laddpo.preference.encoding.encode import EncodedCompletion, EncodedExample, EncodedPair
 from laddpo.storage.atomic import (
     atomic_file,
     canonical_json,
@@ -61,7 +62,7 @@ class PairRows(Sequence):
         return self._prepared.lengths()[self.indices]
 
     def column(self, name: str) -> list:
-        """`id`, `group` or `answer` of every row."""
+        """`id`, `group` or `answer` of every row; of unpaired rows also `label`."""
         return [self._prepared.columns[name][row] for row in self.indices]
 
 
@@ -69,10 +70,11 @@ class Prepared:
     """A finished folder. `train`, `validation` and `test` behave like lists of encoded rows."""
 
     kind, rows_file, sides = "", "", ()
+    read_columns: tuple[str, ...] = ("id", "group", "answer", "split")
 
     def __init__(self, folder: Path, manifest: dict):
         self.folder, self.manifest = folder, manifest
-        self.columns: dict[str, list] = {"id": [], "group": [], "answer": [], "split": []}
+        self.columns: dict[str, list] = {name: [] for name in self.read_columns}
         with (folder / self.rows_file).open("rb") as lines:
             for line in lines:
                 record = json.loads(line)
@@ -148,6 +150,17 @@ class PreparedPairs(Prepared):
         return EncodedPair(self.columns["id"][row], *self.sequences(row), self.columns["group"][row])
 
 
+class PreparedUnpaired(Prepared):
+    """Prepared unpaired rows: a completion and its label each."""
+
+    kind, rows_file, sides = "unpaired rows", "completions.jsonl", ("completion",)
+    read_columns = (*Prepared.read_columns, "label")
+
+    def row(self, row: int) -> EncodedCompletion:
+        label, group = self.columns["label"][row], self.columns["group"][row]
+        return EncodedCompletion(self.columns["id"][row], *self.sequences(row), label, group)
+
+
 class PreparedExamples(Prepared):
     """A prepared SFT corpus."""
 
@@ -157,9 +170,26 @@ class PreparedExamples(Prepared):
         return EncodedExample(self.columns["id"][row], *self.sequences(row))
 
 
-def chosen_examples(pairs: Sequence[EncodedPair]) -> list[EncodedExample]:
-    """The chosen side of pairs as SFT examples."""
-    return [EncodedExample(pair.id, pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+def load_prepared(folder: Path, verify: bool = True) -> PreparedPairs | PreparedUnpaired:
+    """The rows of a folder of preference data, pairs or unpaired as its manifest says."""
+    manifest = read_manifest(Path(folder), PreparedPairs.kind, PreparedUnpaired.kind, verify=False)
+    is_unpaired = manifest is not None and manifest["kind"] == PreparedUnpaired.kind
+    return (PreparedUnpaired if is_unpaired else PreparedPairs).load(folder, verify)
+
+
+def split_in_two(pairs: Iterable[EncodedPair]) -> list[EncodedCompletion]:
+    """The chosen side of each pair as a desirable completion, then its rejected side as an undesirable one."""
+    return [
+        EncodedCompletion(f"{pair.id}-{side}", pair.prompt_ids, ids, label, pair.group, getattr(pair, "weight", 1.0))
+        for pair in pairs
+        for side, ids, label in (("chosen", pair.chosen_ids, True), ("rejected", pair.rejected_ids, False))
+    ]
+
+
+def chosen_examples(rows: Iterable[EncodedPair | EncodedCompletion]) -> list[EncodedExample]:
+    """The chosen side of pairs, or the desirable completions, as SFT examples."""
+    sides = ((row, row.completion_ids if isinstance(row, EncodedCompletion) else row.chosen_ids) for row in rows)
+    return [EncodedExample(row.id, row.prompt_ids, ids) for row, ids in sides if getattr(row, "label", True)]
 
 
 class PreparedWriter:

@@ -42,6 +42,7 @@ class ReportBuilder:
         self._special_text: Counter[str] = Counter()
         self._cut: dict[str, Any] = {"rows": 0, "tokens": 0, "examples": []}
         self._samples: list[dict] = []
+        self.labels: dict[str, dict[str, int]] = {}
 
     def drop(self, row: BadRow) -> None:
         """A usable row that a setting leaves out."""
@@ -51,8 +52,11 @@ class ReportBuilder:
         if len(entry["examples"]) < EXAMPLES:
             entry["examples"].append(str(row))
 
-    def keep(self, row_id: str, place: str, split: str, row: EncodedRow) -> None:
-        """A row that is written."""
+    def keep(self, row_id: str, place: str, split: str, row: EncodedRow, label: bool | None = None) -> None:
+        """A row that is written; `label` of an unpaired one."""
+        if label is not None:
+            counts = self.labels.setdefault(split, {"desirable": 0, "undesirable": 0})
+            counts["desirable" if label else "undesirable"] += 1
         self.rows["kept"] += 1
         self.rows[split] += 1
         for name, ids in zip(self._lengths, (row.prompt_ids, *row.response_ids), strict=True):
@@ -107,6 +111,7 @@ class ReportBuilder:
             "files": self._log.files,
             "files_not_read": self._log.unread,
             "samples": self._samples,
+            **({"labels": self.labels} if self.labels else {}),
             **self._log.facts,
             **self.facts,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 
@@ -46,7 +47,8 @@ def choose_splits(
 
     A prompt has a keyed position. Below `validation_fraction` it is held out for validation, and in the last
     `test_fraction` for the test, so a prompt keeps its side when rows are added. Each share above 0 gets at least one
-    prompt, the one nearest to its edge, as long as one is left to train on.
+    prompt, the one nearest to its edge, as long as one is left to train on. Of unpaired rows each of them gets both
+    labels in the same way.
     """
     groups, member = np.unique(spool.groups[rows], return_inverse=True)
     positions = np.array([keyed_position(seed, f"group/{int(group):016x}") for group in groups], dtype=np.uint64)
@@ -65,7 +67,37 @@ def choose_splits(
     if test_fraction > 0 and len(rest) > 1:
         wanted = int((positions[rest] >= edge_of(1 - test_fraction)).sum())
         split[rest[len(rest) - min(max(wanted, 1), len(rest) - 1) :]] = SPLITS.index("test")
+    _share_labels(split, member, spool.labels[rows], np.argsort(positions, kind="stable"), log)
     return split[member]
+
+
+def _share_labels(
+    split: np.ndarray, member: np.ndarray, labels: np.ndarray, by_position: np.ndarray, log: ReadLog
+) -> None:
+    """Move prompts of unpaired rows so that each split has rows of both labels, if there are prompts enough: training
+    first, then validation, then the test. What cannot be had is noted.
+
+    `split` by prompt; `member` (each row's prompt) and `labels` by row.
+    """
+    has = [np.bincount(member, labels == label, minlength=len(split)) > 0 for label in (0, 1)]  # bool [prompts]
+    there = [label for label in (0, 1) if has[label].any()]
+
+    def may_leave(prompt: int, target: int) -> bool:
+        rest = split == split[prompt]
+        rest[prompt] = False
+        return split[prompt] > target or all(has[label][rest].any() for label in there)
+
+    for target, label in product([index for index in range(len(SPLITS)) if (split == index).any()], there):
+        if has[label][split == target].any():
+            continue
+        order = by_position if SPLITS[target] == "validation" else by_position[::-1]
+        movable = (prompt for prompt in order if has[label][prompt] and may_leave(prompt, target))
+        if (prompt := next(movable, None)) is not None:
+            split[prompt] = target
+        else:
+            word = ("undesirable", "desirable")[label]
+            note = f"{word} completions, of so few prompts that none is held out for {SPLITS[target]}"
+            log.warn(note, int((labels == label).sum()))
 
 
 def edge_of(share: float) -> np.uint64:

@@ -17,7 +17,9 @@ from laddpo.preference.reading.pairs import (
     Message,
     PreferencePair,
     Prompt,
+    UnpairedRow,
     content_digest,
+    labelled_digest,
     prompt_group,
     prompt_rows,
 )
@@ -35,13 +37,15 @@ class SpooledRow:
     place: str
     group: str
     answer: str | None
+    label: bool | None = None
 
 
 class Spool:
     """`add` rows in any order; everything after that is in the order of their content.
 
     Arrays over rows, in content order once `sort` was called: `digests` S12, `occurrences` (0 for the first of equal
-    rows), `groups` uint64 (keys of prompts), `parts` (which of several sources).
+    rows), `groups` uint64 (keys of prompts), `parts` (which of several sources), `labels` int8 (of an unpaired row 1
+    if its completion is desirable, else 0; of other rows -1).
     """
 
     def __init__(self, folder: Path, sides: Sequence[str]):
@@ -49,20 +53,23 @@ class Spool:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by `close`, has no name)
         self._positions = array("q")
         self._digests, self._mirrored = bytearray(), bytearray()
-        self._groups, self._parts = array("Q"), array("B")
+        self._groups, self._parts, self._labels = array("Q"), array("B"), array("b")
 
     def __len__(self) -> int:
         return len(self._positions)
 
-    def add(self, row: PreferencePair | Example, part: int) -> None:
+    def add(self, row: PreferencePair | UnpairedRow | Example, part: int) -> None:
         responses = [getattr(row, side) for side in self._sides]
-        group = row.group if isinstance(row, PreferencePair) else prompt_group(row.prompt)
+        group = prompt_group(row.prompt) if isinstance(row, Example) else row.group
         record = [prompt_rows(row.prompt), responses, row.source, group, getattr(row, "answer", None)]
         self._positions.append(self._file.tell())
         self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
         self._digests += bytes.fromhex(row.id.partition("-")[0])
         if len(responses) == 2:
             self._mirrored += bytes.fromhex(content_digest(row.prompt, *responses[::-1]))
+        if isinstance(row, UnpairedRow):
+            self._mirrored += bytes.fromhex(labelled_digest(row.prompt, row.completion, not row.label))
+        self._labels.append(int(row.label) if isinstance(row, UnpairedRow) else -1)
         self._groups.append(int(group, 16))
         self._parts.append(part)
 
@@ -76,6 +83,7 @@ class Spool:
         self.digests = digests[order]
         self.groups = np.frombuffer(self._groups, dtype=np.uint64)[order]
         self.parts = np.frombuffer(self._parts, dtype=np.uint8)[order]
+        self.labels = np.frombuffer(self._labels, dtype=np.int8)[order]
         self._places = np.frombuffer(self._positions, dtype=np.int64)[order]
         is_first = np.ones(len(order), dtype=bool)
         is_first[1:] = self.digests[1:] != self.digests[:-1]
@@ -96,12 +104,19 @@ class Spool:
         return np.append(False, digests[1:] == digests[:-1])[: len(rows)]
 
     def contradictions(self, rows: np.ndarray) -> int:
-        """How many of the rows have the same prompt and the same two responses as another, the other way round."""
+        """How many of the rows have the same prompt and the same two responses as another, the other way round; of
+        unpaired rows the same completion with the other label."""
+        return int((self.opposites(rows) >= 0).sum())
+
+    def opposites(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [rows]: for each of the rows the index of one that says the opposite; -1 where none of them does."""
         if not self._mirrored:
-            return 0
+            return np.full(len(rows), -1)
         kind = f"S{DIGEST_BYTES}"
         mirrored = np.frombuffer(bytes(self._mirrored), dtype=kind)[self._order][rows]
-        return int(np.isin(self.digests[rows].view(kind), mirrored).sum())
+        digests = self.digests[rows].view(kind)  # in order, as rows are
+        found = np.minimum(np.searchsorted(digests, mirrored), len(rows) - 1)
+        return np.where(digests[found] == mirrored, rows[found], -1)
 
     def read(self, rows: np.ndarray) -> Iterator[SpooledRow]:
         """The rows asked for, in that order."""
@@ -109,7 +124,8 @@ class Spool:
             self._file.seek(self._places[index])
             prompt, responses, place, group, answer = json.loads(self._file.readline())
             messages = tuple(Message(message["role"], message["content"]) for message in prompt)
-            yield SpooledRow(int(index), messages, tuple(responses), place, group, answer)
+            label = None if self.labels[index] < 0 else bool(self.labels[index])
+            yield SpooledRow(int(index), messages, tuple(responses), place, group, answer, label)
 
     def close(self) -> None:
         self._file.close()

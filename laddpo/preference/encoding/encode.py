@@ -19,7 +19,7 @@ from laddpo.preference.encoding.shorten import shorten_prompt
 from laddpo.preference.encoding.special_text import PlainTokenizer
 from laddpo.preference.encoding.templates import ChatTemplate
 from laddpo.preference.reading.bad_rows import RowError
-from laddpo.preference.reading.pairs import Example, Message, PreferencePair, Prompt, plain_prompt
+from laddpo.preference.reading.pairs import Example, Message, PreferencePair, Prompt, UnpairedRow, plain_prompt
 
 MIN_BYTE_LIMIT = 2**20  # a text below it is always tokenised; above it only if it might fit max_length
 MAX_BYTES_PER_TOKEN = 256
@@ -34,6 +34,18 @@ class EncodedPair:
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
     group: str
+
+
+@dataclass(frozen=True)
+class EncodedCompletion:
+    """Token ids of an unpaired row, int32 [L] each; the completion includes its terminator. `label`: desirable."""
+
+    id: str
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+    label: bool
+    group: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,11 @@ class TextEncoder:
         """One pair; RowError when it cannot be used. Many pairs are faster through `encode_rows`."""
         row = self._encode_row(pair.prompt, pair.chosen, pair.rejected)
         return EncodedPair(pair.id, row.prompt_ids, *row.response_ids, pair.group)
+
+    def encode_completion(self, row: UnpairedRow) -> EncodedCompletion:
+        """One unpaired row; RowError when it cannot be used."""
+        found = self._encode_row(row.prompt, row.completion)
+        return EncodedCompletion(row.id, found.prompt_ids, *found.response_ids, row.label, row.group, row.weight)
 
     def encode_example(self, example: Example) -> EncodedExample:
         """One example; RowError when it cannot be used."""

@@ -47,6 +47,20 @@ class PreferencePair:
 
 
 @dataclass(frozen=True)
+class UnpairedRow:
+    """A prompt with one completion and whether it is desirable (`label`). The other fields are those of a pair."""
+
+    id: str
+    prompt: Prompt
+    completion: str
+    label: bool
+    source: str
+    group: str
+    answer: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Example:
     """One row of an SFT corpus: a prompt and the response to learn."""
 
@@ -94,6 +108,11 @@ def content_digest(prompt: Iterable[Message], *responses: str) -> str:
     return _digest([prompt_rows(prompt), *responses])[:24]
 
 
+def labelled_digest(prompt: Iterable[Message], completion: str, label: bool) -> str:
+    """As content_digest, of a completion with its label: the two labels of one completion give two rows."""
+    return _digest([prompt_rows(prompt), completion, label])[:24]
+
+
 def _digest(value: object) -> str:
     # surrogatepass: a lone surrogate is refused by the readers, with its line, not here with a traceback
     return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
@@ -120,6 +139,14 @@ def pair_of(
     """A PreferencePair with its id and group filled in."""
     row_id = ids.next_id(content_digest(prompt, chosen, rejected))
     return PreferencePair(row_id, prompt, chosen, rejected, source, prompt_group(prompt), answer)
+
+
+def unpaired_of(
+    ids: RowIds, prompt: Prompt, completion: str, label: bool, source: str, answer: str | None = None
+) -> UnpairedRow:
+    """An UnpairedRow with its id and group filled in."""
+    row_id = ids.next_id(labelled_digest(prompt, completion, label))
+    return UnpairedRow(row_id, prompt, completion, label, source, prompt_group(prompt), answer)
 
 
 def example_of(ids: RowIds, prompt: Prompt, response: str, source: str) -> Example:
