@@ -9,7 +9,7 @@ import pytest
 
 from laddpo.cli.app import cli
 from laddpo.core.draws import ESTIMATORS, ElboEstimator, MaskedDraw, MaskLaw, Response, count_draw
-from laddpo.core.losses import LOSSES, PairScores, PreferenceLoss
+from laddpo.core.losses import LOSSES, LossOptions, PairScores, PreferenceLoss
 from laddpo.core.noise import COUNT_SCHEDULES
 from laddpo.core.optim import OPTIMIZERS, SCHEDULES
 from laddpo.hardware.planning import gradient_groups
@@ -23,9 +23,9 @@ from tests.tiny import write_tiny_model
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 64}
 
 
-def squared(scores: PairScores, beta: float, label_smoothing: float):
+def squared(scores: PairScores, options: LossOptions):
     """(3 - beta * margin)^2: 9 where policy and reference are equal."""
-    return (3 - beta * scores.margin) ** 2
+    return (3 - options.beta * scores.margin) ** 2
 
 
 def counted(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
@@ -46,7 +46,7 @@ ADDED = (
     (
         LOSSES,
         "squared",
-        PreferenceLoss(squared, depends_on_margin=False, takes_label_smoothing=True, is_per_token=True),
+        PreferenceLoss(squared, depends_on_margin=False, reads=("label_smoothing",), is_per_token=True),
     ),
     (ESTIMATORS, "counted", MaskLaw(counted, together=4, picks=False, note="writes its draws down.")),
     (TASKS, "echo", TaskKind(echo, is_embedded=True)),
@@ -97,10 +97,13 @@ def test_new_options_train_and_are_evaluated(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["dpo.loss=squard"], ["sigmoid_norm, squared; did you mean squared?"]),
+        (["dpo.loss=squard"], ["apo_zero_unpaired, squared; did you mean squared?"]),
         (["dpo.estimator=countd"], ["bernoulli, counted; did you mean"]),
         (["evaluation.tasks=[ecko]"], ["file, echo; did you mean echo?"]),
-        (["dpo.loss=hinge", "dpo.label_smoothing=0.1"], ["one of sigmoid, robust, sigmoid_norm, squared"]),
+        (
+            ["dpo.loss=hinge", "dpo.label_smoothing=0.1"],
+            ["dpo.loss to one of sigmoid, robust,", "cpo, squared."],
+        ),
         (["dpo.estimator=counted"], ["which picks neither tokens nor counts"]),
         (["best_metric=exact_match", "evaluation.tasks=[]"], ["those of arithmetic, word_problems, echo have"]),
     ],

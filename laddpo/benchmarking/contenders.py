@@ -15,6 +15,7 @@ from laddpo.benchmarking.rivals import PublicLaddpo, Rival, TrlLike
 from laddpo.core.budget import TokenBudget
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import Item, accumulate_gradient, score_items
+from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import pair_item
 from laddpo.models.adapters import adapter_disabled, trainable_parameters
@@ -56,7 +57,7 @@ class Ours:
         values = self.reference(items) if self.with_reference else self.stored[self.key(pairs, draws)]
         items = [replace(item, reference=value) for item, value in zip(items, values, strict=True)]
         parameters = list(trainable_parameters(self.model).values())
-        objective, scale = DpoObjective("sigmoid", BETA), 1 / len(items)
+        objective, scale = DpoObjective("sigmoid", LossOptions(BETA)), 1 / len(items)
         if self.checkpointing:
             checkpoint_blocks(self.model)
         try:

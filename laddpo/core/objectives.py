@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from laddpo.core.gradient import Item
-from laddpo.core.losses import PairScores, gradient_buffers, preference_loss
+from laddpo.core.losses import LOSSES, LossOptions, PairScores, gradient_buffers, preference_loss
 
 CHOSEN, REJECTED = 0, 1
 
@@ -26,19 +26,27 @@ class DpoObjective:
     """
 
     loss: str
-    beta: float
-    label_smoothing: float = 0.0
-    sft_weight: float = 0.0
+    options: LossOptions
+
+    @property
+    def beta(self) -> float:
+        """What turns a margin into a reward."""
+        return self.options.beta
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss looks at the reference."""
+        return LOSSES[self.loss].needs_reference
 
     def losses(self, items: Sequence[Item], draws: Tensor) -> Tensor:
         """Loss per pair. # float64 [items]"""
-        scores = pair_scores(items, draws)
-        return preference_loss(self.loss, scores, self.beta, self.label_smoothing, self.sft_weight)
+        assert not self.needs_reference or all(item.reference is not None for item in items), "a pair without reference"
+        return preference_loss(self.loss, pair_scores(items, draws), self.options)
 
     def coefficient_groups(self, sides: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
         """The draws of a side share dL/dB. For losses of the margin those of the two sides are opposite: one buffer."""
         side = np.repeat(np.arange(sides)[:, None], draws, axis=1)
-        if gradient_buffers(self.loss, self.sft_weight) == 1:
+        if gradient_buffers(self.loss, self.options.sft_weight) == 1:
             return np.zeros_like(side), 1 - 2 * side
         return side, np.ones_like(side)
 
@@ -58,8 +66,11 @@ class SftObjective:
 
 
 def reference_draws(items: Sequence[Item], device: torch.device) -> Tensor:
-    """The reference's values, stacked. # float64 [items, sides, draws]"""
-    return torch.from_numpy(np.stack([item.reference for item in items])).to(device)
+    """The reference's values, stacked; 0 for an item without. # float64 [items, sides, draws]"""
+    values = [
+        np.zeros((len(item.sides), len(item.sides[0]))) if item.reference is None else item.reference for item in items
+    ]
+    return torch.from_numpy(np.stack(values)).to(device)
 
 
 def pair_scores(items: Sequence[Item], draws: Tensor) -> PairScores:
@@ -80,12 +91,13 @@ def loss_std_error(objective: DpoObjective, items: Sequence[Item], draws: Tensor
     """Standard error of the items' mean loss that the masks bring, to first order in the draws; None for one block.
 
     The loss is linearised at the draws' own values. Its preference part sees the ratio to the reference, in which the
-    noise of common masks cancels; the SFT anchor sees the policy alone.
+    noise of common masks cancels; the SFT anchor sees the policy alone, and so does a loss without a reference.
     """
     if draws.shape[-1] < 2 * block:
         return None
-    slopes, ratio_slopes = (_slopes(goal, items, draws) for goal in (objective, replace(objective, sft_weight=0.0)))
-    ratio = draws - reference_draws(items, draws.device)
+    without_anchor = replace(objective, options=replace(objective.options, sft_weight=0.0))
+    slopes, ratio_slopes = (_slopes(goal, items, draws) for goal in (objective, without_anchor))
+    ratio = draws - reference_draws(items, draws.device) if objective.needs_reference else draws
     terms = (ratio_slopes * ratio + (slopes - ratio_slopes) * draws).sum(dim=1) * draws.shape[-1]  # [items, draws]
     return float(mean_variance(terms, block).sum().sqrt() / len(items))
 

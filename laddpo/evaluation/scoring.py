@@ -11,6 +11,7 @@ from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
 from laddpo.core.gradient import Item
+from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective, mean_variance
 from laddpo.core.tasks import pair_item
 from laddpo.inputs.both_models import BASE, TUNED, BothModels
@@ -60,7 +61,7 @@ def _beside_base(items: Sequence[Item], values: Mapping[str, Tensor], beta: floa
     yield reference[:, 0].mean(-1).tolist()
     yield reference[:, 1].mean(-1).tolist()
     compared = [Item(item.id, item.sides, own.numpy()) for item, own in zip(items, reference, strict=True)]
-    scores = PreferenceScores(compared, values[TUNED], DpoObjective("sigmoid", beta), block)
+    scores = PreferenceScores(compared, values[TUNED], DpoObjective("sigmoid", LossOptions(beta)), block)
     yield scores.margins.tolist()
     errors = scores.margin_draw_error
     yield [None] * len(items) if errors is None else errors.tolist()

@@ -15,6 +15,7 @@ from laddpo.core.budget import TokenBudget
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item, lockstep, score_items
+from laddpo.core.losses import LOSSES, LossOptions
 from laddpo.core.noise import step_items
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import pair_item, stored_pair
@@ -157,8 +158,14 @@ def reference_estimator(dpo: DpoSettings, seed: int, block_length: int) -> ElboE
 
 
 def objective_of(dpo: DpoSettings) -> DpoObjective:
-    """The preference loss of these settings."""
-    return DpoObjective(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.sft_weight)
+    """The loss of pairs of these settings."""
+    return DpoObjective(dpo.loss, loss_options(dpo))
+
+
+def loss_options(dpo: DpoSettings) -> LossOptions:
+    """The numbers of the loss. Settings that it does not read are not looked at and keep their defaults."""
+    read = {name: getattr(dpo, name) for name in ("label_smoothing", *LOSSES[dpo.loss].reads)}
+    return LossOptions(dpo.beta, dpo.sft_weight, **read)
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,17 @@ def _objective(config: RunConfig) -> Iterator[str]:
             f"dpo.label_smoothing is {smoothing:g} with dpo.loss={dpo.loss}; expected less than "
             f"{loss.smoothing_below:g}; 0.1 is usual."
         )
+    if loss and loss.smoothing_above is not None and smoothing <= loss.smoothing_above:
+        yield (
+            f"dpo.label_smoothing is {smoothing:g} with dpo.loss={dpo.loss}, whose loss there is infinite; expected "
+            f"more than {loss.smoothing_above:g}; 0.001 is the paper's value."
+        )
+    if loss and loss.has_sft_term and dpo.sft_weight > 0:
+        own = "weighted by dpo.cpo_alpha" if "cpo_alpha" in loss.reads else "with weight 1"
+        yield (
+            f"dpo.sft_weight is {dpo.sft_weight:g} and dpo.loss is {dpo.loss!r}, which has that term itself, {own}; "
+            "set dpo.sft_weight=0."
+        )
     n, law = dpo.diffusion_samples, ESTIMATORS.get(dpo.estimator)
     if law and law.refuses_parts and n > 1 and (rest := n % law.together):
         fitting = " or ".join(str(m) for m in (n - rest, n - rest + law.together) if m)

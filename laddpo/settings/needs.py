@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from laddpo.core.losses import LOSSES, OPTION_READERS, PreferenceLoss
 from laddpo.problems.tasks import TASKS, embedded
 from laddpo.settings.data_checks import sft_examples
 from laddpo.settings.ranges import CONF_DIR
@@ -19,7 +20,7 @@ NEW_ADAPTER = (
 )
 HELD_OUT = ("evaluation.num_pairs", "evaluation.diffusion_samples")
 MEASURED = (
-    *("dpo.loss", "dpo.beta", "dpo.label_smoothing", "dpo.sft_weight"),
+    *("dpo.loss", "dpo.beta", "dpo.sft_weight", *(f"dpo.{option}" for option in OPTION_READERS)),
     *HELD_OUT,
     "evaluation.at_end",
 )
@@ -48,6 +49,11 @@ def _has_local_data(config: RunConfig) -> bool:
 
 def sources_of(config: RunConfig) -> set[str]:
     return {config.data.source, *(part.source for part in config.data.mixture)}
+
+
+def _loss_is(fact: Callable[[PreferenceLoss], bool], config: RunConfig) -> bool:
+    row = LOSSES.get(config.dpo.loss)  # an unknown name is refused elsewhere
+    return row is None or fact(row)
 
 
 def _is_corpus(stage: str, config: RunConfig) -> bool:
@@ -203,6 +209,20 @@ NEEDS = (
         ("dpo.diffusion_samples",),
         lambda stage, config: stage != "sft" or config.sft.diffusion_samples is None,
         "sft reads it only with sft.diffusion_samples=null; write sft.diffusion_samples",
+    ),
+    *(
+        Need(
+            (f"dpo.{option}",),
+            lambda stage, config, option=option: _loss_is(lambda row: option in row.reads, config),
+            f"only dpo.loss={' or '.join(readers)} reads it",
+        )
+        for option, readers in OPTION_READERS.items()
+        if option != "label_smoothing"  # whose 0 fits every loss; laddpo/settings/checks.py refuses the rest
+    ),
+    Need(
+        ("dpo.kl_baseline",),
+        lambda stage, config: _loss_is(lambda row: row.has_baseline, config),
+        f"only dpo.loss={' or '.join(name for name, row in LOSSES.items() if row.has_baseline)} reads it",
     ),
     Need(
         DIFFICULTY,

@@ -169,6 +169,12 @@ class DpoSettings:
     shared_masks: bool = False
     sft_weight: float = 0.0
     label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
+    dpop_lambda: float = 50.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    kl_baseline: str = "mismatched"
 
 
 @dataclass

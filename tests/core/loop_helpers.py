@@ -8,6 +8,7 @@ import torch
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import score_items
 from laddpo.core.loop import LoopSettings, train_loop
+from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective, pair_scores
 from laddpo.core.optim import build_optimizer
 from laddpo.core.tasks import DpoTask
@@ -50,7 +51,7 @@ class Run:
         fill_reference(self.denoiser, store, windows, ESTIMATOR, BUDGET, StopFlag(), 100, lambda pairs: None)
         self.parameters = dict(self.denoiser.named_parameters())
         self.optimizer = build_optimizer(optimizer, self.parameters, (0.9, 0.95), 1e-8, 0.1)
-        self.objective = DpoObjective("sigmoid", beta=0.5)
+        self.objective = DpoObjective("sigmoid", LossOptions(beta=0.5))
         self.task = DpoTask(self.denoiser, self.parameters, self.pairs, store, ESTIMATOR, self.objective, BUDGET)
         self.stop = StopFlag()
         self.tracked: list[tuple[int, dict]] = []

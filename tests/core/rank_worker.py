@@ -19,6 +19,7 @@ import torch
 from laddpo.cli.launch import leave
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.loop import LoopSettings, train_loop
+from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import build_optimizer, clip_gradients
 from laddpo.core.sharing import accumulate_shared, score_shared
@@ -36,7 +37,7 @@ from laddpo.storage.run_outputs import RunOutputs
 from tests.core.helpers import MASK_ID, random_pair, referenced_items, tiny_denoiser
 
 ESTIMATOR = ElboEstimator("balanced", diffusion_samples=4)
-OBJECTIVE = DpoObjective("sigmoid", beta=0.5)
+OBJECTIVE = DpoObjective("sigmoid", LossOptions(beta=0.5))
 SMALL, LARGE = 40, 10**6  # token budgets: a fraction of a pair, everything
 ITEMS, PER_STEP, STEPS = 8, 5, 6  # epochs of two steps, of 5 and 3 pairs
 RNG = np.random.default_rng(5)

@@ -17,6 +17,7 @@ import torch
 from laddpo.core.draws import ESTIMATORS, ElboEstimator, MaskLaw, block_spans, exact_draws
 from laddpo.core.elbo import draw_logps, pack_sequences
 from laddpo.core.gradient import BACKWARD_MODES, Item, accumulate_gradient, pack_sequence_runs, score_items
+from laddpo.core.losses import LossOptions
 from laddpo.core.noise import COUNT_SCHEDULES
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.sequences import MaskedDraw, MaskedSequence, full_tokens, row_tokens, tokens_of
@@ -296,7 +297,7 @@ def test_every_attention_gives_the_same(denoiser, implementation):
 
 @pytest.mark.parametrize("mode", BACKWARD_MODES)
 def test_a_step_is_the_same_under_every_budget_and_mode(denoiser, mode):
-    parameters, objective = parameters_of(denoiser), DpoObjective("sigmoid", 0.3)
+    parameters, objective = parameters_of(denoiser), DpoObjective("sigmoid", LossOptions(0.3))
     # two prompts of one shape, which run as a batch, around one of another
     drawn = [drawn_pair(10, 4), drawn_pair(3, 4, lengths=(5, 2), name="q"), drawn_pair(10, 4, name="r")]
     reference = score_items(denoiser, drawn, ANY_BUDGET).numpy() + np.random.default_rng(0).normal(size=(3, 2, 4))

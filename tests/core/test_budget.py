@@ -12,6 +12,7 @@ import torch
 from laddpo.core.budget import TokenBudget, is_out_of_memory
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient, score_items
+from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import DpoTask
 from laddpo.errors import RunFault
@@ -22,7 +23,7 @@ from laddpo.storage.reference_store import ReferenceStore
 from tests.core.helpers import ANY_BUDGET, LinearDenoiser, random_pair, referenced_items
 
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines"
-OBJECTIVE = DpoObjective("apo_zero", beta=0.3, sft_weight=0.2)
+OBJECTIVE = DpoObjective("apo_zero", LossOptions(beta=0.3, sft_weight=0.2))
 
 
 class Cramped(LinearDenoiser):

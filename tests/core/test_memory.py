@@ -10,6 +10,7 @@ import torch
 
 from laddpo.core.elbo import draw_logps
 from laddpo.core.gradient import Item, accumulate_gradient
+from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import build_optimizer
 from laddpo.hardware.measuring import peak_bytes, resident_bytes
@@ -159,7 +160,10 @@ def test_a_pair_larger_than_a_micro_step_has_buffers_and_alone_one_fewer(pairs, 
     """Of rank 128, so that a buffer is a sixth of the peak or more."""
     setup = Setup(SMALL, "cpu", "fp32", rank=128, checkpointing=True, gradient_groups=2 if sft_weight else 1)
     model = build(setup)
-    parameters, objective = trainable_parameters(model), DpoObjective("sigmoid", 0.1, sft_weight=sft_weight)
+    parameters, objective = (
+        trainable_parameters(model),
+        DpoObjective("sigmoid", LossOptions(0.1, sft_weight=sft_weight)),
+    )
     optimizer = build_optimizer(setup.optimizer, parameters, (0.9, 0.95), 1e-8, 0.0)
     denoiser = TransformerDenoiser(model, SMALL.vocab_size - 1)
     sides = masked_sequences([64, 64], SMALL.vocab_size - 1)

@@ -12,6 +12,7 @@ from laddpo.benchmarking.measure import pass_peaks, step_peak
 from laddpo.benchmarking.workload import longest_sequence, pair_of_tokens, random_pairs
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient
+from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective
 from laddpo.hardware.measuring import peak_bytes
 from laddpo.inputs.reference_values import fill_reference
@@ -73,7 +74,7 @@ def test_no_pass_of_any_family_takes_more_memory_with_more_draws(pairs, architec
 
 @pytest.mark.parametrize(("loss", "sft_weight"), [("sigmoid", 0.0), ("apo_zero", 0.3)], ids=["1 buffer", "2 buffers"])
 def test_checkpointing_is_flat_too_whatever_buffers_the_loss_needs(model, pairs, loss, sft_weight):
-    objective = DpoObjective(loss, beta=0.1, sft_weight=sft_weight)
+    objective = DpoObjective(loss, LossOptions(beta=0.1, sft_weight=sft_weight))
     denoiser = TransformerDenoiser(model, MASK, head_chunk=8)
     parameters = list(trainable_parameters(model).values())
     peaks = {}

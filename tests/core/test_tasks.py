@@ -6,6 +6,7 @@ import torch
 
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import score_items
+from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective, reference_draws
 from laddpo.core.tasks import DpoTask, pair_item, stored_pair
 from laddpo.errors import Stopped
@@ -85,7 +86,7 @@ def test_the_reference_has_the_bits_of_the_policys_first_pass(denoiser, pairs, s
         pairs,
         store,
         ElboEstimator(diffusion_samples=2),
-        DpoObjective("ipo", 1.0),
+        DpoObjective("ipo", LossOptions(1.0)),
         BUDGET,
     )
     for indices in ([0, 1, 2, 3], [4, 5]):
@@ -135,7 +136,7 @@ def test_a_stop_ends_the_scoring_of_held_out_pairs_before_the_next_micro_step(de
     from laddpo.inputs.margins import score_preferences
 
     stop, scored = StopFlag(), []
-    estimator, objective = ElboEstimator(diffusion_samples=2), DpoObjective("sigmoid", 0.1)
+    estimator, objective = ElboEstimator(diffusion_samples=2), DpoObjective("sigmoid", LossOptions(0.1))
     items = [pair_item(pair, estimator, range(2), np.zeros((2, 2))) for pair in pairs]
 
     def counted(denoiser, members):
@@ -167,7 +168,7 @@ def test_independent_masks_give_the_policy_other_draws_than_the_reference(denois
     """dpo.common_random_numbers=false: the store is filled by an estimator of another stream."""
     policy, reference = ElboEstimator(diffusion_samples=2), ElboEstimator(diffusion_samples=2, stream="reference")
     fill_reference(denoiser, store, [(pairs, range(2))], reference, BUDGET, StopFlag(), 100, lambda pairs: None)
-    task = DpoTask(denoiser, {}, pairs, store, policy, DpoObjective("sigmoid", 1.0), BUDGET)
+    task = DpoTask(denoiser, {}, pairs, store, policy, DpoObjective("sigmoid", LossOptions(1.0)), BUDGET)
     items = task.items(range(6), epoch=0)
     own = score_items(denoiser, items, BUDGET)
     assert (own != reference_draws(items, denoiser.device)).any(dim=2).any(dim=1).all()

@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient
+from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective
 from laddpo.estimator_study.corrections import CORRECTIONS, CorrectedObjective, half_labels
 from laddpo.estimator_study.techniques import (
@@ -46,7 +47,7 @@ def items(denoiser):
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "apo_zero"])
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_modes_agree_for_any_budget(correction, loss, sft_weight, denoiser, items):
-    goal = CorrectedObjective(DpoObjective(loss, 0.3, sft_weight=sft_weight), correction, block=2)
+    goal = CorrectedObjective(DpoObjective(loss, LossOptions(0.3, sft_weight=sft_weight)), correction, block=2)
     parameters = parameters_of(denoiser)
 
     def gradient(mode: str, budget: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient
+from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective
 from laddpo.estimator_study import report, techniques
 from laddpo.estimator_study.noise import (
@@ -58,7 +59,7 @@ def measure_one(models, pairs, name: str, draws: int):
     policy, reference = models
     setting = SETTINGS[name]
     values = reference_values(reference, pairs, setting, draws, SEED, EVALUATIONS, ANY_BUDGET)
-    objective = DpoObjective("sigmoid", BETA)
+    objective = DpoObjective("sigmoid", LossOptions(BETA))
     model = policy, parameters_of(policy), pairs, name, setting, draws, SEED
     return measure(*model, values, objective, FEW, ANY_BUDGET)
 
@@ -106,7 +107,7 @@ def test_evaluations_draw_fresh_masks_and_the_same_for_policy_and_reference():
 def test_variances_are_numpys_on_gradients_taken_one_by_one(models, pairs, measured):
     policy, _ = models
     found = measured["default", 4]
-    parameters, objective = parameters_of(policy), DpoObjective("sigmoid", BETA)
+    parameters, objective = parameters_of(policy), DpoObjective("sigmoid", LossOptions(BETA))
     for i in range(FEW):
         gradients, scores = [], []
         for e in range(EVALUATIONS):
@@ -163,7 +164,7 @@ def test_what_does_not_vary_has_no_ratios_and_still_a_page(models, pairs, measur
     rows = summarise(same, BETA, np.random.default_rng(0))
     assert [row["score"]["value"] > 0 for row in rows] == [False, True, False]
     assert all(row["score"]["ratio"] is row["score"]["ratio_interval"] is None for row in rows[1:])
-    found, objective, few = same[-1], DpoObjective("sigmoid", BETA), pairs[:FEW]
+    found, objective, few = same[-1], DpoObjective("sigmoid", LossOptions(BETA)), pairs[:FEW]
     mixed = techniques.reference_mixture(reference, found.estimator_of, EVALUATIONS, few)
     study = techniques.study(found, mixed, objective, reference, parameters_of(reference), few, ANY_BUDGET)
     assert study["control_variate"]["score_variance_ratio"] is None
@@ -198,7 +199,7 @@ def test_token_values_give_back_the_draws(models, pairs):
 
 def test_all_techniques_are_measured_and_shown(models, pairs, measured, tmp_path, with_pictures):
     policy, reference = models
-    found, objective = measured["default", 4], DpoObjective("sigmoid", BETA)
+    found, objective = measured["default", 4], DpoObjective("sigmoid", LossOptions(BETA))
     few = pairs[:FEW]
     mixed = techniques.reference_mixture(reference, found.estimator_of, EVALUATIONS, few)
     assert mixed.shape == (EVALUATIONS, FEW)
