@@ -32,7 +32,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     config = dataclasses.replace(config, auto=True)  # asked for by name: there is nothing to refuse
     policy.check_before_loading(config)
     prepared = open_prepared(config)
-    machine = find_machine(config, data_lengths(prepared, config.dpo.diffusion_samples, config.model))
+    machine = find_machine(config, data_lengths(prepared, config.dpo, config.model))
     print(f"machine: {machine}")
     loaded = policy.load(config, machine)
     estimator = reference_values.reference_estimator(config.dpo, config.seed, loaded.block_length)
@@ -48,17 +48,19 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def fill(config: RunConfig, reference, store, estimator, stop) -> None:
     """Compute what the store lacks: for the pairs that training visits, and for those that are measured."""
+    from laddpo.core.completions import mismatched_rows
     from laddpo.evaluation.base_and_tuned import training_sample
     from laddpo.hardware.planning import pairs_per_step
+    from laddpo.inputs.data import training_rows
     from laddpo.inputs.margins import evaluation_estimator
-    from laddpo.inputs.reference_values import TRAINING, visited_windows
+    from laddpo.inputs.reference_values import visited_windows
     from laddpo.training.lengths import total_steps
 
-    pairs, optim, hardware = reference.prepared.train, config.optim, config.hardware
-    steps, per_step = total_steps(optim, hardware, len(pairs)), pairs_per_step(optim, hardware)
-    visited = visited_windows(config.seed, steps, len(pairs), per_step, config.dpo.mask_rounds)
-    windows = [([pairs[i] for i in indices], estimator.draw_indices(epoch)) for epoch, indices in visited]
-    reference.complete(store, estimator, windows, stop, TRAINING)
+    rows, optim, hardware = training_rows(reference.prepared, config.dpo), config.optim, config.hardware
+    steps, per_step = total_steps(optim, hardware, len(rows)), pairs_per_step(optim, hardware)
+    visited = visited_windows(config.seed, steps, len(rows), per_step, config.dpo.mask_rounds)
+    of_kinds = (rows, mismatched_rows(config.dpo.loss, config.dpo.kl_baseline, rows))
+    reference.complete_training(store, estimator, of_kinds, visited, stop)
 
     block_length = reference.loaded.block_length
     of_evaluation = evaluation_estimator(config.evaluation.diffusion_samples, config.seed, block_length)

@@ -35,9 +35,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         with at_once(stop, nothing, "The same command starts again from the beginning."):
             prepared = open_prepared(config)
             pins.require_inputs_of(tuned, config, prepared.content)
-            loaded = policy.load(
-                config, find_machine(config, data_lengths(prepared, config.dpo.diffusion_samples, config.model))
-            )
+            loaded = policy.load(config, find_machine(config, data_lengths(prepared, config.dpo, config.model)))
             parameters = list(policy.make_trainable(config, loaded).values())
             result = measure_run(config, tuned, prepared, loaded, parameters)
         write_result(config, result, run_folder)

@@ -33,6 +33,7 @@ FOLDERS = [
 # Inside core/ a module imports those that stand before it.
 CORE = [
     *("noise", "losses", "budget", "sequences", "draws", "elbo", "gradient", "objectives", "metrics", "sharing"),
+    "completions",
     *("muon", "optim", "tasks", "loop"),
 ]
 # Functions of these folders take plain values and never see the settings.

@@ -33,13 +33,16 @@ BACKWARD_MODES = ("stream", "two_pass", "joint")
 class Item:
     """What one loss value depends on: `sides` of one or two responses, each under the same number of draws.
 
-    A preference pair has the sides chosen and rejected; an SFT row has one. `reference` holds the reference model's
-    value of every draw. # float64 [sides, draws]
+    A preference pair has the sides chosen and rejected; an SFT row and a labelled completion have one. `reference`
+    holds the reference model's value of every draw. # float64 [sides, draws]
+    `label`: whether a completion is desirable; None of pairs and SFT rows. `weight` multiplies its loss.
     """
 
     id: str
     sides: tuple[tuple[MaskedSequence, ...], ...]
     reference: np.ndarray | None = None
+    label: bool | None = None
+    weight: float = 1.0
 
     @property
     def response_tokens(self) -> tuple[int, ...]:

@@ -43,6 +43,11 @@ class DpoObjective:
         assert not self.needs_reference or all(item.reference is not None for item in items), "a pair without reference"
         return preference_loss(self.loss, pair_scores(items, draws), self.options)
 
+    @property
+    def of_ratios(self) -> DpoObjective:
+        """The part that sees the policy through its ratio to the reference alone."""
+        return replace(self, options=replace(self.options, sft_weight=0.0))
+
     def coefficient_groups(self, sides: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
         """The draws of a side share dL/dB. For losses of the margin those of the two sides are opposite: one buffer."""
         side = np.repeat(np.arange(sides)[:, None], draws, axis=1)
@@ -95,8 +100,7 @@ def loss_std_error(objective: DpoObjective, items: Sequence[Item], draws: Tensor
     """
     if draws.shape[-1] < 2 * block:
         return None
-    without_anchor = replace(objective, options=replace(objective.options, sft_weight=0.0))
-    slopes, ratio_slopes = (_slopes(goal, items, draws) for goal in (objective, without_anchor))
+    slopes, ratio_slopes = (_slopes(goal, items, draws) for goal in (objective, objective.of_ratios))
     ratio = draws - reference_draws(items, draws.device) if objective.needs_reference else draws
     terms = (ratio_slopes * ratio + (slopes - ratio_slopes) * draws).sum(dim=1) * draws.shape[-1]  # [items, draws]
     return float(mean_variance(terms, block).sum().sqrt() / len(items))

@@ -1,4 +1,4 @@
-"""The two things that are trained: DPO on preference pairs and SFT on single responses, as tasks of the training loop.
+"""What is trained: DPO on pairs, KTO on labelled completions, SFT on single responses, as tasks of the training loop.
 
 Also the pass that both the reference store and evaluation use: encoded rows and draws in, per-draw log-likelihoods out.
 """
@@ -13,25 +13,33 @@ import numpy as np
 from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
+from laddpo.core.completions import CompletionObjective, completion_metrics
 from laddpo.core.draws import ElboEstimator, differing_positions
 from laddpo.core.elbo import Denoiser
-from laddpo.core.gradient import Item
+from laddpo.core.gradient import Item, Objective, StepValues
 from laddpo.core.metrics import preference_metrics
 from laddpo.core.objectives import DpoObjective, SftObjective, loss_std_error
-from laddpo.core.sharing import accumulate_shared
+from laddpo.core.sharing import accumulate_shared, score_shared
 from laddpo.processes.ranks import ALONE, Ranks
 from laddpo.storage.reference_store import SIDES, ReferenceStore, StoredPair, token_digest
 
 if TYPE_CHECKING:
-    from laddpo.preference.encoding.encode import EncodedExample, EncodedPair
+    from laddpo.preference.encoding.encode import EncodedCompletion, EncodedExample, EncodedPair
 
 RESPONSE = "response"  # the side of an SFT row in its noise key
+COMPLETION = "completion"  # that of a labelled completion
 
 
 def pair_item(
-    pair: EncodedPair, estimator: ElboEstimator, draws: Sequence[int], reference: np.ndarray | None = None
+    pair: EncodedPair | EncodedCompletion,
+    estimator: ElboEstimator,
+    draws: Sequence[int],
+    reference: np.ndarray | None = None,
 ) -> Item:
-    """A pair under the draws `draws`. # reference float64 [2, draws]"""
+    """A pair, or a labelled completion, under the draws `draws`. # reference float64 [sides, draws]"""
+    if is_completion(pair):
+        sequences = estimator.sequences(pair.id, COMPLETION, pair.prompt_ids, pair.completion_ids, draws)
+        return Item(pair.id, (sequences,), reference, pair.label, pair.weight)
     chosen, rejected = pair.chosen_ids, pair.rejected_ids
     sides = tuple(
         estimator.sequences(pair.id, side, pair.prompt_ids, response, draws, differing_positions(response, other))
@@ -45,9 +53,19 @@ def example_item(row: EncodedExample, estimator: ElboEstimator, draws: Sequence[
     return Item(row.id, (estimator.sequences(row.id, RESPONSE, row.prompt_ids, row.response_ids, draws),))
 
 
-def stored_pair(pair: EncodedPair) -> StoredPair:
-    """The address of a pair's reference values: its id and the digest of its tokens."""
-    return StoredPair(pair.id, token_digest(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+def is_completion(row: EncodedPair | EncodedCompletion) -> bool:
+    """Whether a row is a single completion with a label, and no pair."""
+    return hasattr(row, "completion_ids")
+
+
+def responses_of(row: EncodedPair | EncodedCompletion) -> tuple[np.ndarray, ...]:
+    """Token ids of each response of a row."""
+    return (row.completion_ids,) if is_completion(row) else (row.chosen_ids, row.rejected_ids)
+
+
+def stored_pair(pair: EncodedPair | EncodedCompletion) -> StoredPair:
+    """The address of a row's reference values: its id and the digest of its tokens."""
+    return StoredPair(pair.id, token_digest(pair.prompt_ids, *responses_of(pair)))
 
 
 @dataclass(frozen=True)
@@ -78,30 +96,67 @@ class DpoTask:
 
     def items(self, indices: Sequence[int], epoch: int) -> list[Item]:
         """The pairs with their draws of this epoch and the reference's value of each."""
+        return self._with_reference([self.pairs[i] for i in indices], epoch)
+
+    def _with_reference(self, rows: Sequence[EncodedPair | EncodedCompletion], epoch: int) -> list[Item]:
         draws = self.estimator.draw_indices(epoch)
-        return [
-            pair_item(self.pairs[i], self.estimator, draws, self.store.values(stored_pair(self.pairs[i]), draws))
-            for i in indices
-        ]
+        return [pair_item(row, self.estimator, draws, self.store.values(stored_pair(row), draws)) for row in rows]
 
     def accumulate(self, indices: Sequence[int], epoch: int, loss_scale: float) -> dict[str, float]:
         """Gradient of the mean loss of these pairs, times `loss_scale`; metrics of the step."""
         items = self.items(indices, epoch)
-        values = accumulate_shared(
+        values = self._gradient(items, self.objective, loss_scale)
+        metrics = preference_metrics(items, values.draws, values.losses, self.objective.beta, self.estimator.block)
+        return {**metrics, **self._facts(items, self.objective, values)}
+
+    def _gradient(self, items: Sequence[Item], objective: Objective, loss_scale: float) -> StepValues:
+        return accumulate_shared(
             self.denoiser,
             list(self.parameters.values()),
             items,
-            self.objective,
+            objective,
             loss_scale / len(items),
             self.token_budget,
             self.backward,
             self.ranks,
         )
-        metrics = preference_metrics(items, values.draws, values.losses, self.objective.beta, self.estimator.block)
-        error = loss_std_error(self.objective, items, values.draws, self.estimator.block)
-        if error is not None:
-            metrics["loss/std_error"] = error
-        return {**metrics, "tokens": sum(item.tokens for item in items), "items": len(items)}
+
+    def _facts(
+        self, items: Sequence[Item], objective: DpoObjective | CompletionObjective, values: StepValues
+    ) -> dict[str, float]:
+        """The loss's error by its masks, where there is one, and how much was computed."""
+        error = loss_std_error(objective, items, values.draws, self.estimator.block)
+        known = {} if error is None else {"loss/std_error": error}
+        return {**known, "tokens": sum(item.tokens for item in items), "items": len(items)}
+
+
+@dataclass(frozen=True)
+class CompletionTask(DpoTask):
+    """Single completions with labels against stored reference values: `pairs` holds EncodedCompletions.
+
+    `mismatched`: the rows that KTO's baseline is estimated from, one for each row; None where the loss has no baseline,
+    or the mean of the step's own completions.
+    """
+
+    objective: CompletionObjective
+    mismatched: Sequence[EncodedCompletion] | None = None
+
+    def accumulate(self, indices: Sequence[int], epoch: int, loss_scale: float) -> dict[str, float]:
+        """Gradient of the mean loss of these completions, times `loss_scale`; metrics of the step.
+
+        The baseline takes one more forward for each draw, without a graph; all ranks get the same number.
+        """
+        items, objective, tokens = self.items(indices, epoch), self.objective, 0
+        if objective.has_baseline:
+            compared = items
+            if self.mismatched is not None:
+                compared = self._with_reference([self.mismatched[i] for i in indices], epoch)
+            draws = score_shared(self.denoiser, compared, self.token_budget, self.ranks)
+            objective, tokens = objective.at_baseline_of(compared, draws), sum(item.tokens for item in compared)
+        values = self._gradient(items, objective, loss_scale)
+        metrics = completion_metrics(items, values.draws, values.losses, objective, self.estimator.block)
+        facts = self._facts(items, objective, values)
+        return {**metrics, **facts, "tokens": facts["tokens"] + tokens}
 
 
 @dataclass(frozen=True)

@@ -218,23 +218,29 @@ def training_sample(seed: int, prepared) -> list:
 
 def _measure_pairs(config: RunConfig, prepared, loaded, folder: Path, stop) -> Callable[[], tuple]:
     """The reference's values of held-out and training pairs, by the base model; gives the measure of the tuned one:
-    entries of results.json, and the margins of the held-out pairs."""
+    entries of results.json, and the margins of the held-out pairs. Of completions with labels likewise, without
+    margins."""
     from laddpo.inputs.margins import evaluation_estimator
     from laddpo.inputs.reference_values import Reference
+    from laddpo.preference.prepared import PreparedUnpaired
 
     held_out = list(prepared.result_rows(config.evaluation.num_pairs))
     seen = training_sample(config.seed, prepared)
     estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed, loaded.block_length)
     reference = Reference(config.paths.data_dir, config.auto, config.quantization, prepared, loaded)
     items = reference.items(held_out, estimator, stop, "held-out pairs")
-    seen_items = reference.items(seen, estimator, stop, "training pairs of the evaluation")
+    is_labelled = isinstance(prepared, PreparedUnpaired)
+    seen_items = [] if is_labelled else reference.items(seen, estimator, stop, "training pairs of the evaluation")
     block = estimator.block
 
     def measure_tuned():
         results, margins = {}, None
         if held_out:
             measured = (items, block, held_out, prepared.result_split)
-            results, margins = _measure_held_out(config, loaded, *measured, folder, stop)
+            measure = _measure_labelled if is_labelled else _measure_held_out
+            results, margins = measure(config, loaded, *measured, folder, stop)
+        if is_labelled:
+            return results, margins
         seen_scores = _scores(config, loaded, seen_items, block, stop)
         return {**results, "reward_accuracy_on_training_pairs": _compare_accuracy(config, seen_scores, seen)}, margins
 
@@ -270,6 +276,23 @@ def _measure_rows(config: RunConfig, prepared, loaded, folder: Path, stop) -> Ca
         return {n: _compare(base[n], tuned[n], config.seed, sets[n][1], is_share=False) for n in base}, None
 
     return measure_tuned
+
+
+def _measure_labelled(config: RunConfig, loaded, items, block: int, rows, split: str, folder: Path, stop):
+    """As _measure_held_out, of completions with labels."""
+    from laddpo.evaluation.labelled import labelled_results
+    from laddpo.evaluation.own_pairs import held_out_facts
+    from laddpo.storage import atomic
+
+    scores = _scores(config, loaded, items, block, stop)
+    results, records = labelled_results(scores, rows, config.seed)
+    ties = int((scores.rewards == 0).sum())
+    if facts := held_out_facts(split, [row.group for row in rows], config.best_metric, config.evaluation.tasks, ties):
+        results["held_out"] = {**facts, "unit": "row"}
+    results["pairs"] = {name.removeprefix("validation/"): value for name, value in scores.metrics().items()}
+    if loaded.machine.ranks.is_main:
+        atomic.write_text(folder / "pairs.jsonl", "".join(atomic.canonical_json(row) + "\n" for row in records))
+    return results, None
 
 
 def _measure_held_out(config: RunConfig, loaded, items, block: int, pairs, split: str, folder: Path, stop):

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from laddpo.core.losses import LOSSES
 from laddpo.hardware.planning import Lengths, block_length_of, prepared_lengths
 from laddpo.preference.embedded.arithmetic import Difficulty
 from laddpo.preference.encoding.encode import TextEncoder
-from laddpo.preference.prepared import PreparedPairs
+from laddpo.preference.prepared import Prepared, PreparedUnpaired, split_in_two
 from laddpo.preference.sources import Request
-from laddpo.settings.schema import DataSettings, MixturePart, ModelSettings, SftSettings, keywords
+from laddpo.settings.schema import DataSettings, DpoSettings, MixturePart, ModelSettings, SftSettings, keywords
 
 
-def data_lengths(prepared: PreparedPairs, diffusion_samples: int, model: ModelSettings) -> Lengths:
-    """What the memory plan must know of these pairs."""
+def training_rows(prepared: Prepared, dpo: DpoSettings) -> Sequence[Any]:
+    """What a step takes: pairs; or completions with labels where the loss is of those, pairs split in two."""
+    is_split = not LOSSES[dpo.loss].takes_pairs and not isinstance(prepared, PreparedUnpaired)
+    return split_in_two(prepared.train) if is_split else prepared.train
+
+
+def data_lengths(prepared: Prepared, dpo: DpoSettings, model: ModelSettings) -> Lengths:
+    """What the memory plan must know of these rows, as a step takes them."""
     lengths, block_length = prepared.train.lengths(), block_length_of(model)
-    return prepared_lengths(lengths, diffusion_samples, str(prepared.folder), block_length)
+    if not LOSSES[dpo.loss].takes_pairs:
+        lengths = np.concatenate([lengths[:, [0, side]] for side in range(1, lengths.shape[1])])
+    return prepared_lengths(lengths, dpo.diffusion_samples, str(prepared.folder), block_length)
 
 
 def encoder_for(data: DataSettings, tokenizer) -> TextEncoder:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
+from laddpo.core.completions import CompletionObjective, completion_metrics, labels_of
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item
@@ -34,13 +35,49 @@ def evaluation_estimator(diffusion_samples: int, seed: int, block_length: int) -
 
 
 @dataclass(frozen=True)
-class PreferenceScores:
-    """Per-draw values of a policy on held-out pairs. `draws` float64 [pairs, 2, draws]."""
+class Scores:
+    """Per-draw values of a policy on held-out rows. `draws` float64 [rows, sides, draws]."""
 
     items: Sequence[Item]
     draws: Tensor
-    objective: DpoObjective
+    objective: DpoObjective | CompletionObjective
     block: int
+
+    def losses(self) -> Tensor:
+        """Loss of each row. A baseline that completions share is estimated from these rows. # float64 [rows]"""
+        objective = self.objective
+        if isinstance(objective, CompletionObjective) and objective.has_baseline:
+            objective = objective.at_baseline_of(self.items, self.draws)
+        return objective.losses(self.items, self.draws)
+
+
+@dataclass(frozen=True)
+class CompletionRewards(Scores):
+    """Those of completions with labels. `draws` float64 [rows, 1, draws]."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Which are good. # bool [rows]"""
+        return labels_of(self.items)[:, 0].numpy()
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """beta * (ELBO of the policy - that of the reference). # float64 [rows]"""
+        ratio = self.draws - reference_draws(self.items, self.draws.device)
+        return (self.objective.beta * ratio.mean(dim=-1)[:, 0]).numpy()
+
+    def metrics(self) -> dict[str, float]:
+        """As PreferenceScores.metrics, with the names of completion_metrics."""
+        metrics = completion_metrics(self.items, self.draws, self.losses(), self.objective, self.block)
+        good = torch.from_numpy(self.labels)
+        reference = reference_draws(self.items, self.draws.device).mean(dim=-1)[:, 0]
+        metrics["chosen_fall"] = metrics["rewards/chosen"] / self.objective.beta / float(reference[good].mean())
+        return {f"validation/{name}": value for name, value in metrics.items() if name != "kl/baseline"}
+
+
+@dataclass(frozen=True)
+class PreferenceScores(Scores):
+    """Those of pairs. `draws` float64 [pairs, 2, draws]."""
 
     @property
     def margins(self) -> np.ndarray:
@@ -65,8 +102,7 @@ class PreferenceScores:
 
         `chosen_fall` is by how much of the reference's the chosen log-likelihood has fallen: 0.2 is 20% lower.
         """
-        losses = self.objective.losses(self.items, self.draws)
-        metrics = preference_metrics(self.items, self.draws, losses, self.objective.beta, self.block)
+        metrics = preference_metrics(self.items, self.draws, self.losses(), self.objective.beta, self.block)
         scores = pair_scores(self.items, self.draws)
         metrics["chosen_fall"] = float(scores.chosen_ratio.mean() / scores.reference_chosen.mean())
         return {f"validation/{name}": value for name, value in metrics.items()}
@@ -75,18 +111,20 @@ class PreferenceScores:
 def score_preferences(
     denoiser: Denoiser,
     items: Sequence[Item],
-    objective: DpoObjective,
+    objective: DpoObjective | CompletionObjective,
     block: int,
     token_budget: int | TokenBudget,
     ranks: Ranks = ALONE,
     stop: StopFlag | None = None,
-) -> PreferenceScores:
-    """The policy's values on held-out pairs, whose items carry the reference's; several ranks share them out.
+) -> PreferenceScores | CompletionRewards:
+    """The policy's values on held-out pairs or completions, whose items carry the reference's; several ranks share them
+    out.
 
     Raises `Stopped` as `score_windows` does.
     """
     parts = [draws.cpu() for _, draws in score_windows(denoiser, items, token_budget, ranks, stop)]
-    return PreferenceScores(items, torch.cat(parts), objective, block)
+    kind = PreferenceScores if items[0].label is None else CompletionRewards
+    return kind(items, torch.cat(parts), objective, block)
 
 
 def score_windows(

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from laddpo.core.budget import TokenBudget
+from laddpo.core.completions import CompletionObjective
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item, lockstep, score_items
 from laddpo.core.losses import LOSSES, LossOptions
 from laddpo.core.noise import step_items
 from laddpo.core.objectives import DpoObjective
-from laddpo.core.tasks import pair_item, stored_pair
+from laddpo.core.tasks import pair_item, responses_of, stored_pair
 from laddpo.errors import RunFault, Stopped, UserError
 from laddpo.inputs.margins import WINDOW
 from laddpo.inputs.policy import Loaded
@@ -117,7 +118,7 @@ def own_pairs(pairs: Sequence[EncodedPair], ranks: Ranks) -> Sequence[EncodedPai
     """This rank's share of a window, as `core/sharing.py` will share out its items."""
     if ranks.world == 1:
         return pairs
-    sizes = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
+    sizes = [sum(len(pair.prompt_ids) + len(response) for response in responses_of(pair)) for pair in pairs]
     return [pairs[i] for i in share_out(sizes, ranks.world)[ranks.rank]]
 
 
@@ -136,16 +137,20 @@ def _append(store: ReferenceStore, pending: list[tuple[StoredPair, int, np.ndarr
 
 
 def training_estimator(dpo: DpoSettings, seed: int, block_length: int) -> ElboEstimator:
-    """The policy's draws during training. `block_length` of the model, 0 for a bidirectional one."""
+    """The policy's draws during training. `block_length` of the model, 0 for a bidirectional one.
+
+    A single completion has no other side: nothing is shared with it, and nothing differs from it.
+    """
+    has_sides = LOSSES[dpo.loss].takes_pairs
     return ElboEstimator(
         dpo.estimator,
         dpo.schedule,
         dpo.diffusion_samples,
         seed,
-        dpo.shared_counts,
+        dpo.shared_counts and has_sides,
         dpo.mask_rounds,
-        shared_masks=dpo.shared_masks,
-        difference_focus=dpo.difference_focus,
+        shared_masks=dpo.shared_masks and has_sides,
+        difference_focus=dpo.difference_focus if has_sides else 0.0,
         count_tilt=dpo.count_tilt,
         block_length=block_length,
     )
@@ -157,9 +162,11 @@ def reference_estimator(dpo: DpoSettings, seed: int, block_length: int) -> ElboE
     return policy if dpo.common_random_numbers else dataclasses.replace(policy, stream="/reference")
 
 
-def objective_of(dpo: DpoSettings) -> DpoObjective:
-    """The loss of pairs of these settings."""
-    return DpoObjective(dpo.loss, loss_options(dpo))
+def objective_of(dpo: DpoSettings) -> DpoObjective | CompletionObjective:
+    """The loss of these settings, of pairs or of completions."""
+    if LOSSES[dpo.loss].takes_pairs:
+        return DpoObjective(dpo.loss, loss_options(dpo))
+    return CompletionObjective(dpo.loss, loss_options(dpo), dpo.kl_baseline)
 
 
 def loss_options(dpo: DpoSettings) -> LossOptions:
@@ -256,6 +263,21 @@ class Reference:
         if ranks.world > 1:
             ranks.barrier()
             store.refresh()
+
+    def complete_training(
+        self,
+        store: ReferenceStore,
+        estimator: ElboEstimator,
+        rows: Sequence[Sequence[EncodedPair] | None],
+        visited: Sequence[tuple[int, Sequence[int]]],
+        stop: StopFlag,
+    ) -> None:
+        """Compute what the store lacks for the steps `visited`: of the training rows, and of those mismatched."""
+        for of_kind, label in zip(rows, (TRAINING, "rows with another's completion"), strict=True):
+            if of_kind is not None:
+                draws = [estimator.draw_indices(epoch) for epoch, _ in visited]
+                windows = [([of_kind[i] for i in step], n) for (_, step), n in zip(visited, draws, strict=True)]
+                self.complete(store, estimator, windows, stop, label)
 
     def items(self, pairs: Sequence[EncodedPair], estimator: ElboEstimator, stop: StopFlag, label: str) -> list[Item]:
         """Pairs with the reference's values under an evaluation's own draws."""

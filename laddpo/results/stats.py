@@ -127,18 +127,20 @@ def difference_over_seeds(runs: Sequence[Mapping[Hashable, float]]) -> Differenc
 
     `runs`: for each seed, the difference of each item. Student's t with one degree of freedom less than there are
     seeds, on the variance between seeds; where all seeds have the same items, that between items is added (two-way
-    clusters: Cameron, Gelbach and Miller 2011, eq. 2.3). At least two seeds.
+    clusters: Cameron, Gelbach and Miller 2011, eq. 2.3), with Satterthwaite's degrees of freedom. At least two seeds.
     """
     means = np.array([np.mean(list(run.values())) for run in runs])
     seeds, variance = len(runs), means.var(ddof=1) / len(runs)
-    items = list(runs[0])
+    items, degrees = list(runs[0]), len(runs) - 1
     if len(items) > 1 and all(run.keys() == runs[0].keys() for run in runs):
         d = np.array([[run[item] for item in items] for run in runs])  # [seeds, items]
         by_item = d.mean(axis=0).var(ddof=1) / len(items)
         rest = d - d.mean(axis=0) - means[:, None] + d.mean()
         both = (rest**2).sum() / ((seeds - 1) * (len(items) - 1)) / d.size  # counted in either of the others
-        variance = max(variance + by_item - both, variance, by_item)
-    mean, reach = float(means.mean()), student_quantile(seeds - 1) * math.sqrt(variance)
+        parts, variance = (variance, by_item), max(variance + by_item - both, variance, by_item)
+        if variance:
+            degrees = int(variance**2 / (parts[0] ** 2 / (seeds - 1) + parts[1] ** 2 / (len(items) - 1)))
+    mean, reach = float(means.mean()), student_quantile(max(degrees, seeds - 1)) * math.sqrt(variance)
     return Difference(mean, mean - reach, mean + reach, sum(map(len, runs)))
 
 

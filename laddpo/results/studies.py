@@ -309,12 +309,13 @@ def _drift_lines(row: Mapping[str, Any]) -> list[str]:
 
 INTRODUCTION = """\
 One factor at a time is changed around the default arm. Exact match is on test problems that neither training nor the
-choice of a checkpoint has seen; differences are paired by problem and averaged over the seeds that both arms have. Their
-95% intervals count seeds and problems (Student's t over seeds; below three seeds, problems alone). ± is the standard
-error over seeds. They are not corrected for the number of arms. "kept / last" is validation exact match of the checkpoint
-that was kept and of the last step: a large gap means that training on destroys what it had won. "chosen fall" is by how
-much of its start the log-likelihood of held-out chosen answers fell at the kept step; negative: it rose. "score
-variance" is the mean over the training steps. With several rounds these two, and reward accuracy, are the last round's.
+choice of a checkpoint has seen. Differences are paired by problem and averaged over the seeds that both arms have.
+Their 95% intervals count seeds and problems (Student's t over seeds; below three seeds, problems alone). They are not
+corrected for the number of arms. ± is the standard error over seeds. "kept / last" is validation exact match of the
+checkpoint that was kept and of the last step: a large gap means that training on destroys what it had won. "chosen
+fall" is by how much of its start the log-likelihood of held-out chosen answers fell at the kept step; negative: it
+rose. "score variance" is the mean over the training steps. With several rounds these two, and reward accuracy, are the
+last round's.
 An arm whose interval includes 0 is not said to help."""
 HEADER = (
     "arm",

@@ -43,10 +43,8 @@ def held_out_note(results: Mapping[str, Any]) -> str:
     prompts = f"{facts['prompts']:,} prompt{'s' * (facts['prompts'] != 1)}"
     said = f"Measured on {pairs} of {prompts}. Neither training nor the choice of the checkpoint saw them."
     if facts["chose_checkpoint"]:
-        said = (
-            f"Measured on {pairs} of {prompts}, which chose the checkpoint: on new {unit}s expect less. Hold {unit}s out "
-        )
-        said += "for a test with data.test_fraction=0.1."
+        said = f"Measured on {pairs} of {prompts}, which chose the checkpoint: on new {unit}s expect less. "
+        said += f"Hold {unit}s out for a test with data.test_fraction=0.1."
     if facts["ties"]:
         said += f" {facts['ties']:,} of them tie with the base: a tie is no win and counts half."
     return said + (f" So few {unit}s give coarse figures." if facts["pairs"] < FEW_PAIRS else "")

@@ -79,7 +79,7 @@ class ReferenceStore:
         return [draw for draw in draws if draw >= values.shape[1] or np.isnan(values[:, draw]).any()]
 
     def values(self, pair: StoredPair, draws: Iterable[int]) -> np.ndarray:
-        """The reference's value of each draw. # float64 [2, draws]. Raises `UserError` when one is absent."""
+        """The reference's value of each draw. # float64 [sides, draws]. Raises `UserError` when one is absent."""
         draws = list(draws)
         absent = self.missing(pair, draws)
         if absent:
@@ -120,7 +120,7 @@ class ReferenceStore:
         return len(self._values)
 
     def append(self, pairs: list[StoredPair], first_draw: int, values: np.ndarray) -> None:
-        """Add a shard. # values float64 [pairs, 2, draws], for the draws first_draw, first_draw + 1, …
+        """Add a shard. # values float64 [pairs, sides, draws], for the draws first_draw, first_draw + 1, …
 
         A bound on a log-probability is never positive and never NaN: such values stop here, naming the pair.
         """
@@ -173,7 +173,7 @@ class ReferenceStore:
         for pair, row in zip(pairs, values, strict=True):
             known = self._values.get(pair)
             if known is None or known.shape[1] < end:
-                grown = np.full((len(SIDES), end), np.nan)
+                grown = np.full((len(row), end), np.nan)
                 if known is not None:
                     grown[:, : known.shape[1]] = known
                 self._values[pair] = known = grown

@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from laddpo.core.completions import CompletionObjective, mismatched_rows
 from laddpo.core.loop import LoopSettings, LoopState, train_loop
+from laddpo.core.losses import LOSSES
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import build_optimizer
-from laddpo.core.tasks import DpoTask, SftTask
+from laddpo.core.tasks import CompletionTask, DpoTask, SftTask
 from laddpo.errors import Stopped
 from laddpo.evaluation import base_and_tuned
 from laddpo.hardware import machine as machines
@@ -31,7 +33,7 @@ from laddpo.hardware.footprint import StepMemory
 from laddpo.hardware.machine import Machine
 from laddpo.hardware.planning import Lengths, pairs_per_step
 from laddpo.inputs import pins, policy, reference_values
-from laddpo.inputs.data import data_lengths
+from laddpo.inputs.data import data_lengths, training_rows
 from laddpo.inputs.margins import evaluation_estimator
 from laddpo.inputs.policy import Loaded
 from laddpo.inputs.reference_values import Reference
@@ -59,7 +61,8 @@ from laddpo.training.validation import LOSS, Validation, open_validation
 class RunData:
     """What a run learns from. `items`: encoded pairs or rows. `content` is their hash in fingerprints. `prepared`:
     their folder, None of a generated corpus. `tasks`: the test tasks that base and tuned model answer at the end.
-    `held_out`: rows whose loss chooses the checkpoint. `from_scratch`: the model begins as random weights."""
+    `held_out`: rows whose loss chooses the checkpoint. `from_scratch`: the model begins as random weights.
+    `mismatched`: as in CompletionTask."""
 
     items: Sequence[Any]
     content: str
@@ -68,6 +71,7 @@ class RunData:
     tasks: Sequence[Any] = ()
     held_out: Sequence[Any] = ()
     from_scratch: bool = False
+    mismatched: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,16 @@ def open_pairs(config: RunConfig) -> RunData:
     prepared = open_prepared(config)
     check_enough(config, prepared)
     say_what_is_measured(config, prepared)
-    lengths = data_lengths(prepared, config.dpo.diffusion_samples, config.model)
-    return RunData(prepared.train, prepared.content, lengths, prepared, tasks)
+    lengths = data_lengths(prepared, config.dpo, config.model)
+    rows = training_rows(prepared, config.dpo)
+    return RunData(
+        rows,
+        prepared.content,
+        lengths,
+        prepared,
+        tasks,
+        mismatched=mismatched_rows(config.dpo.loss, config.dpo.kl_baseline, rows),
+    )
 
 
 def open_model(config: RunConfig, folder: Path, is_resumed: bool, stop: StopFlag, data: RunData) -> Run:
@@ -156,13 +168,9 @@ def fill_reference(run: Run) -> ReferenceStore:
     estimator = reference_values.reference_estimator(config.dpo, config.seed, run.loaded.block_length)
     reference = reference_of(run)
     store = reference.store(estimator)
-    windows = [
-        ([pairs[i] for i in indices], estimator.draw_indices(epoch))
-        for epoch, indices in reference_values.visited_windows(
-            config.seed, settings.total_steps, len(pairs), settings.items_per_step, config.dpo.mask_rounds
-        )
-    ]
-    reference.complete(store, estimator, windows, run.stop, reference_values.TRAINING)
+    steps = (settings.total_steps, len(pairs), settings.items_per_step, config.dpo.mask_rounds)
+    visited = reference_values.visited_windows(config.seed, *steps)
+    reference.complete_training(store, estimator, (pairs, run.data.mismatched), visited, run.stop)
     return store
 
 
@@ -182,24 +190,18 @@ def build_task(run: Run, store: ReferenceStore) -> Training:
 
     backward = machine.choice.setup.backward
     print(f"gradient: {backward} ({machine.choice.reason})")
-    task = DpoTask(
-        run.loaded.denoiser,
-        parameters,
-        pairs,
-        store,
-        reference_values.training_estimator(config.dpo, config.seed, run.loaded.block_length),
-        objective,
-        machine.token_budget,
-        backward,
-        run.ranks,
-    )
+    estimator = reference_values.training_estimator(config.dpo, config.seed, run.loaded.block_length)
+    parts = (run.loaded.denoiser, parameters, pairs, store, estimator, objective, machine.token_budget, backward)
+    is_paired = LOSSES[config.dpo.loss].takes_pairs
+    task = DpoTask(*parts, run.ranks) if is_paired else CompletionTask(*parts, run.ranks, run.data.mismatched)
 
+    unit, method = ("pairs", "DPO") if is_paired else ("rows", "labelled completions")
     settings = loop_settings(config, len(pairs), validation.best_metric)
-    steps = f"{settings.total_steps} steps of {min(settings.items_per_step, len(pairs))} pairs from {len(pairs)}"
-    print(f"DPO: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, draws {config.dpo.diffusion_samples}")
+    steps = f"{settings.total_steps} steps of {min(settings.items_per_step, len(pairs))} {unit} from {len(pairs)}"
+    print(f"{method}: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, draws {config.dpo.diffusion_samples}")
     step_tokens = settings.items_per_step * run.data.lengths.longest_pair
     memory = StepMemory(machine, run.loaded.model, optimizer, step_tokens)
-    return Training(task, parameters, optimizer, settings, validation, watch=memory.watch)
+    return Training(task, parameters, optimizer, settings, validation, unit, watch=memory.watch)
 
 
 def loop_settings(
@@ -235,8 +237,8 @@ def loop_settings(
     )
 
 
-def validation_of_pairs(run: Run, objective: DpoObjective) -> Validation:
-    """Validation on the held-out pairs, with their reference values."""
+def validation_of_pairs(run: Run, objective: DpoObjective | CompletionObjective) -> Validation:
+    """Validation on the held-out pairs or completions, with their reference values."""
     config, prepared = run.config, run.data.prepared
     pairs = list(prepared.validation)[: config.evaluation.num_pairs]
     estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed, run.loaded.block_length)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from laddpo.core.completions import CompletionObjective
 from laddpo.core.gradient import Item, lockstep
 from laddpo.core.objectives import DpoObjective
 from laddpo.errors import visible
@@ -24,9 +25,9 @@ EXACT_MATCH, LOSS = "validation/exact_match", "validation/loss"
 
 @dataclass
 class Validation:
-    """What is measured during training: held-out pairs (`items` in noise blocks of `block`, with the `objective`) or
-    `rows` of an SFT, and the problems of `tasks`. `metric`: best_metric as given. `show(step, text)` takes
-    `sample_count` answers as they are now; where no task is answered they are made for `prompts`."""
+    """What is measured during training: held-out pairs or completions (`items` in noise blocks of `block`, with the
+    `objective`) or `rows` of an SFT, and the problems of `tasks`. `metric`: best_metric as given. `show(step, text)`
+    takes `sample_count` answers as they are now; where no task is answered they are made for `prompts`."""
 
     loaded: Loaded
     answers: Answerer
@@ -37,7 +38,7 @@ class Validation:
     prompts: Sequence[np.ndarray] = ()
     items: Sequence[Item] = ()
     block: int = 1
-    objective: DpoObjective | None = None
+    objective: DpoObjective | CompletionObjective | None = None
     rows: Sequence[Item] = ()
     show: Callable[[int, str], None] = lambda step, text: None
 

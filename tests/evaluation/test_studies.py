@@ -23,10 +23,19 @@ def arm(name: str, *right: float, seeds=(1, 2, 3), items=200, against="default",
 
 
 def test_a_difference_is_paired_by_problem_and_pooled_over_seeds():
-    found = difference(arm("a", 0.7, 0.8, 0.9), arm("default", 0.7, 0.7, 0.7))
+    default = arm("default", 0.7, 0.7, 0.7)
+    found = difference(arm("a", 0.78, 0.8, 0.82), default)
     assert found.difference == pytest.approx(0.1) and found.items == 600
     assert 0 < found.low < 0.1 < found.high
     assert difference(arm("a", 0.7, 0.8, 0.9), None).difference == pytest.approx(0.3)
+
+
+def test_seeds_that_differ_widen_the_interval_and_seeds_that_agree_by_chance_do_not_narrow_it():
+    default = arm("default", 0.7, 0.7, 0.7)
+    unsure, sure = difference(arm("a", 0.7, 0.8, 0.9), default), difference(arm("a", 0.8, 0.8, 0.8), default)
+    assert unsure.low < 0 < unsure.high  # 4.303 standard errors of three seeds
+    assert unsure.high - unsure.difference == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+    assert sure.low > 0 and sure.high - sure.low > 0.03
 
 
 def test_seeds_that_only_one_arm_has_are_left_out():

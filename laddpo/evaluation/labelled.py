@@ -1,0 +1,88 @@
+"""The result on held-out completions with labels: how well rewards tell the good ones from the bad ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from laddpo.core.objectives import reference_draws
+from laddpo.inputs.margins import CompletionRewards
+from laddpo.preference.encoding.encode import EncodedCompletion
+from laddpo.results.stats import compare, normal_quantile
+
+
+def labelled_results(
+    scores: CompletionRewards, rows: Sequence[EncodedCompletion], seed: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Entries of results.json, and a record of each row. Where all rows have one label, nothing can be told apart."""
+    groups = [row.group for row in rows]
+    good, rewards = scores.labels, scores.rewards
+    policy = scores.draws.mean(dim=-1)[:, 0].numpy()
+    reference = reference_draws(scores.items, scores.draws.device).mean(dim=-1)[:, 0].numpy()
+    found: dict[str, Any] = {}
+    if good.any() and not good.all():
+        found["reward_accuracy"] = _entry(0.5, *ordered_share(rewards, good, groups), len(rows), bounds=(0.0, 1.0))
+        found["reward_margin"] = _entry(0.0, *mean_difference(rewards, good, groups), len(rows))
+    for side, of_side in (("chosen", good), ("rejected", ~good)):
+        if of_side.any():
+            own = [group for group, is_own in zip(groups, of_side, strict=True) if is_own]
+            own = None if len(set(own)) == len(own) else own
+            values = (list(reference[of_side]), list(policy[of_side]))
+            found[f"logps_{side}"] = compare(*values, np.random.default_rng(seed), own, is_share=False)
+    records = [
+        {"id": row.id, "label": row.label, "reward": float(reward), "response_tokens": list(item.response_tokens)}
+        for row, reward, item in zip(rows, rewards, scores.items, strict=True)
+    ]
+    return found, records
+
+
+def ordered_share(rewards: np.ndarray, good: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
+    """(share of couples (good, bad) in which the good one has the higher reward, its standard error); ties count half.
+
+    The area under the ROC curve. Its error is DeLong's (1988), from each row's share of couples won, with the rows of
+    a group taken together.
+    """
+    shares = np.empty(len(rewards))
+    for own, others in ((good, rewards[~good]), (~good, rewards[good])):
+        sorted_others = np.sort(others)
+        below = np.searchsorted(sorted_others, rewards[own], side="left")
+        upto = np.searchsorted(sorted_others, rewards[own], side="right")
+        shares[own] = (below + upto) / 2 / len(others)
+    shares[~good] = 1 - shares[~good]
+    share = float(shares[good].mean())
+    return share, _error((shares - share) / np.where(good, good.sum(), (~good).sum()), groups)
+
+
+def mean_difference(rewards: np.ndarray, good: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
+    """(mean reward of good rows minus that of bad ones, its standard error with the rows of a group together)."""
+    means = rewards[good].mean(), rewards[~good].mean()
+    parts = np.where(good, (rewards - means[0]) / good.sum(), -(rewards - means[1]) / (~good).sum())
+    return float(means[0] - means[1]), _error(parts, groups)
+
+
+def _error(parts: np.ndarray, groups: Sequence[str]) -> float:
+    """Standard error of a sum of independent groups of parts; 0 where it cannot be known."""
+    _, places = np.unique(groups, return_inverse=True)
+    sums = np.bincount(places, weights=parts)
+    return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums @ sums))) if len(sums) > 1 else 0.0
+
+
+def _entry(
+    base: float, tuned: float, error: float, items: int, bounds: tuple[float, float] | None = None
+) -> Mapping[str, Any]:
+    """As results.stats.compare makes it: `base` follows from the definition, and is not measured."""
+    reach = normal_quantile(0.95) * error
+    low, high = tuned - reach, tuned + reach
+    if bounds:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+    return {
+        "base": base,
+        "tuned": tuned,
+        "difference": tuned - base,
+        "interval": [low - base, high - base] if error else None,
+        "items": items,
+        "base_interval": [base, base],
+        "tuned_interval": [low, high] if error else None,
+    }
