@@ -12,7 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from laddpo.cli.app import run_stage
-from laddpo.errors import RunFault
+from laddpo.core.losses import LOSSES
+from laddpo.errors import RunFault, UserError
 from laddpo.settings.schema import RunConfig
 
 VERIFIED_PAIRS = 32
@@ -29,6 +30,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.processes.signals import stop_on_signal
     from laddpo.training.pairs import open_prepared
 
+    if not LOSSES[config.dpo.loss].needs_reference:
+        raise UserError(
+            f"dpo.loss is {config.dpo.loss!r}, which compares with no reference: there is nothing to compute. Run "
+            "python -m laddpo.train with these settings."
+        )
     config = dataclasses.replace(config, auto=True)  # asked for by name: there is nothing to refuse
     policy.check_before_loading(config)
     prepared = open_prepared(config)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from laddpo.cli.app import run_stage
+from laddpo.core.losses import LOSSES
 from laddpo.errors import UserError
 from laddpo.settings.schema import RunConfig
 
@@ -28,6 +29,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.storage.folders import owned
     from laddpo.training.pairs import open_prepared
 
+    if not LOSSES[config.dpo.loss].needs_reference:
+        raise UserError(
+            f"{config.run}: was trained with dpo.loss={config.dpo.loss}, which compares with no reference. What is "
+            "measured here is the noise of the score against the reference; name a run whose loss has one."
+        )
     tuned = moved_weights(config)
     policy.check_before_loading(config)
     nothing = f"{run_folder}: stopped; nothing was written."  # all is written at the end

@@ -45,7 +45,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
         "train", [*TRAIN, "optim.num_train_epochs=0.2", "quantization=nf4", "optim.num_warmup_steps=9"]
     ),
     "train, adapter.path": ("train", [*TRAIN, TWO, "adapter.path={train}/adapter"]),
-    "train, full": ("train", [*TRAIN, TWO, "adapter=full"]),
+    "train, full": ("train", [*TRAIN, TWO, "adapter=full", "dpo.loss=simpo"]),
     "train, rows": ("train", [*ROWS, "data.dataset_name={rows}", "quantization=int8", "best_metric=none"]),
     "sft, from scratch": (
         "sft",

@@ -35,7 +35,8 @@ class Item:
 
     A preference pair has the sides chosen and rejected; an SFT row and a labelled completion have one. `reference`
     holds the reference model's value of every draw. # float64 [sides, draws]
-    `label`: whether a completion is desirable; None of pairs and SFT rows. `weight` multiplies its loss.
+    `label`: whether a completion is desirable; None of pairs and SFT rows. `weight` multiplies the item's loss.
+    `margin` is by how much the score of a pair should exceed 0.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Item:
     reference: np.ndarray | None = None
     label: bool | None = None
     weight: float = 1.0
+    margin: float = 0.0
 
     @property
     def response_tokens(self) -> tuple[int, ...]:

@@ -183,7 +183,7 @@ def cpo(scores: PairScores, options: LossOptions) -> Tensor:
 def orpo(scores: PairScores, options: LossOptions) -> Tensor:
     """ORPO (2403.07691 eq. 4, 6-7), without a reference: -B_w / L_w - beta * log sigma(log odds_w - log odds_l).
 
-    odds = p / (1 - p) of p = exp(B / L), the probability per token.
+    odds = p / (1 - p) of p = exp(B / L), the probability per token. Here beta is the weight of a term, not a scale.
     """
     chosen, rejected = scores.policy_chosen / scores.chosen_tokens, scores.policy_rejected / scores.rejected_tokens
     return -chosen - options.beta * logsigmoid(log_odds(chosen) - log_odds(rejected))
@@ -328,7 +328,7 @@ LOSSES: dict[str, PreferenceLoss] = {
         takes_margin=True,
         has_sft_term=True,
     ),
-    "orpo": PreferenceLoss(orpo, depends_on_margin=False, is_per_token=True, needs_reference=False, has_sft_term=True),
+    "orpo": PreferenceLoss(orpo, depends_on_margin=False, needs_reference=False, has_sft_term=True),
     "kto": PreferenceLoss(kto, depends_on_margin=False, reads=LABEL_WEIGHTS, takes_pairs=False, has_baseline=True),
     "apo_zero_unpaired": PreferenceLoss(
         apo_zero_unpaired, depends_on_margin=False, reads=LABEL_WEIGHTS, takes_pairs=False

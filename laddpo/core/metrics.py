@@ -16,10 +16,11 @@ def preference_metrics(
 ) -> dict[str, float]:
     """Means over the pairs of one step or one evaluation.
 
-    Rewards are beta times the ELBO ratio to the reference. A margin of exactly 0 counts half for the accuracy, so an
-    untrained policy has 0.5. `kl` is the mean over both responses of policy minus reference (not a true divergence:
-    the responses are the data's, not the policy's own). `elbo/std_error`: of the mean over draws, in nats, from each
-    response's own draws in independent blocks of `block`; absent where there is only one block.
+    Rewards are beta times the ELBO ratio to the reference; without a reference, beta times the ELBO, and there is no
+    `kl`. A margin of exactly 0 counts half for the accuracy, so an untrained policy has 0.5. `kl` is the mean over both
+    responses of policy minus reference (not a true divergence: the responses are the data's, not the policy's own).
+    `elbo/std_error`: of the mean over draws, in nats, from each response's own draws in independent blocks of `block`;
+    absent where there is only one block.
     """
     scores = pair_scores(items, draws)
     margins = beta * scores.margin
@@ -31,8 +32,9 @@ def preference_metrics(
         "rewards/accuracies": accuracy(margins).mean(),
         "logps/chosen": scores.policy_chosen.mean(),
         "logps/rejected": scores.policy_rejected.mean(),
-        "kl": 0.5 * (scores.chosen_ratio + scores.rejected_ratio).mean(),
     }
+    if items[0].reference is not None:
+        metrics["kl"] = 0.5 * (scores.chosen_ratio + scores.rejected_ratio).mean()
     if draws.shape[-1] // block > 1:
         metrics["elbo/std_error"] = mean_variance(draws, block).mean().sqrt()
         metrics["score/variance"] = score_variance(items, draws, beta, block).mean()

@@ -41,6 +41,7 @@ class DpoObjective:
     def losses(self, items: Sequence[Item], draws: Tensor) -> Tensor:
         """Loss per pair. # float64 [items]"""
         assert not self.needs_reference or all(item.reference is not None for item in items), "a pair without reference"
+        assert LOSSES[self.loss].takes_margin or not any(item.margin for item in items), "a margin that nothing reads"
         return preference_loss(self.loss, pair_scores(items, draws), self.options)
 
     @property
@@ -81,7 +82,8 @@ def reference_draws(items: Sequence[Item], device: torch.device) -> Tensor:
 def pair_scores(items: Sequence[Item], draws: Tensor) -> PairScores:
     """ELBOs of policy and reference per pair: means over draws. # fields float64 [items]"""
     policy, reference = draws.mean(dim=-1), reference_draws(items, draws.device).mean(dim=-1)
-    tokens = torch.tensor([item.response_tokens for item in items], dtype=torch.float64, device=draws.device)
+    known = {"dtype": torch.float64, "device": draws.device}
+    tokens = torch.tensor([item.response_tokens for item in items], **known)
     return PairScores(
         policy_chosen=policy[:, CHOSEN],
         policy_rejected=policy[:, REJECTED],
@@ -89,6 +91,8 @@ def pair_scores(items: Sequence[Item], draws: Tensor) -> PairScores:
         reference_rejected=reference[:, REJECTED],
         chosen_tokens=tokens[:, CHOSEN],
         rejected_tokens=tokens[:, REJECTED],
+        target_margin=torch.tensor([item.margin for item in items], **known),
+        weights=torch.tensor([item.weight for item in items], **known),
     )
 
 

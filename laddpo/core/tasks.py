@@ -45,7 +45,7 @@ def pair_item(
         estimator.sequences(pair.id, side, pair.prompt_ids, response, draws, differing_positions(response, other))
         for side, response, other in zip(SIDES, (chosen, rejected), (rejected, chosen), strict=True)
     )
-    return Item(pair.id, sides, reference)
+    return Item(pair.id, sides, reference, weight=pair.weight, margin=pair.margin)
 
 
 def example_item(row: EncodedExample, estimator: ElboEstimator, draws: Sequence[int]) -> Item:
@@ -70,7 +70,7 @@ def stored_pair(pair: EncodedPair | EncodedCompletion) -> StoredPair:
 
 @dataclass(frozen=True)
 class DpoTask:
-    """DPO on `pairs` against stored reference values.
+    """DPO on `pairs` against stored reference values, or a loss without a reference, which has no store.
 
     With common random numbers the store was filled with the draws of `estimator`; otherwise with the same indices of
     another stream.
@@ -79,7 +79,7 @@ class DpoTask:
     denoiser: Denoiser
     parameters: Mapping[str, Tensor]
     pairs: Sequence[EncodedPair]
-    store: ReferenceStore
+    store: ReferenceStore | None
     estimator: ElboEstimator
     objective: DpoObjective
     token_budget: int | TokenBudget
@@ -95,12 +95,13 @@ class DpoTask:
         return [self.pairs[i].id for i in indices]
 
     def items(self, indices: Sequence[int], epoch: int) -> list[Item]:
-        """The pairs with their draws of this epoch and the reference's value of each."""
+        """The pairs with their draws of this epoch and the reference's value of each, if there is a reference."""
         return self._with_reference([self.pairs[i] for i in indices], epoch)
 
     def _with_reference(self, rows: Sequence[EncodedPair | EncodedCompletion], epoch: int) -> list[Item]:
-        draws = self.estimator.draw_indices(epoch)
-        return [pair_item(row, self.estimator, draws, self.store.values(stored_pair(row), draws)) for row in rows]
+        draws, store = self.estimator.draw_indices(epoch), self.store
+        references = [None if store is None else store.values(stored_pair(row), draws) for row in rows]
+        return [pair_item(row, self.estimator, draws, values) for row, values in zip(rows, references, strict=True)]
 
     def accumulate(self, indices: Sequence[int], epoch: int, loss_scale: float) -> dict[str, float]:
         """Gradient of the mean loss of these pairs, times `loss_scale`; metrics of the step."""

@@ -221,13 +221,14 @@ def _measure_pairs(config: RunConfig, prepared, loaded, folder: Path, stop) -> C
     entries of results.json, and the margins of the held-out pairs. Of completions with labels likewise, without
     margins."""
     from laddpo.inputs.margins import evaluation_estimator
-    from laddpo.inputs.reference_values import Reference
+    from laddpo.inputs.reference_values import Reference, objective_of
     from laddpo.preference.prepared import PreparedUnpaired
 
     held_out = list(prepared.result_rows(config.evaluation.num_pairs))
     seen = training_sample(config.seed, prepared)
     estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed, loaded.block_length)
-    reference = Reference(config.paths.data_dir, config.auto, config.quantization, prepared, loaded)
+    auto = config.auto or not objective_of(config.dpo).needs_reference  # then no other stage computes these
+    reference = Reference(config.paths.data_dir, auto, config.quantization, prepared, loaded)
     items = reference.items(held_out, estimator, stop, "held-out pairs")
     is_labelled = isinstance(prepared, PreparedUnpaired)
     seen_items = [] if is_labelled else reference.items(seen, estimator, stop, "training pairs of the evaluation")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from laddpo.core.losses import LOSSES
 from laddpo.errors import UserError
 from laddpo.hardware.memory import GIB, explain, gib
 from laddpo.hardware.planning import (
@@ -41,6 +42,8 @@ def plan_text(config: RunConfig, lengths: Lengths, pairs: int | None) -> str:
         lines.append(f"  not counted: {gib(CONTEXT_BYTES)} that CUDA itself takes on the card")
     lines += ["", *_budget_lines(config, choice, lengths)]
     lines.append(f"backward: {choice.setup.backward} ({choice.reason})")
+    if not LOSSES[config.dpo.loss].needs_reference:
+        lines.append(f"reference: none (dpo.loss={config.dpo.loss} compares with no reference)")
     if choice.fits:
         lines.append(_hours_line(config, choice, lengths, pairs, device))
     else:
@@ -137,10 +140,11 @@ def _hours_line(config: RunConfig, choice: Choice, lengths: Lengths, pairs: int 
     speed = device_speed(config) or (measured_cpu_speed(choice.setup.shape, lengths) if device == "cpu" else None)
     if speed is None:
         return "time: unknown without hardware.tflops; dry_run=true measures it"
-    work, unit = work_of(config, lengths, pairs), "reference and training"
+    what = "reference and training" if LOSSES[config.dpo.loss].needs_reference else "training"
+    work, unit = work_of(config, lengths, pairs), what
     if work is None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, random_sample_size=10_000))
-        work, unit = work_of(config, lengths, 10_000), "10,000 pairs of reference and training"
+        work, unit = work_of(config, lengths, 10_000), f"10,000 pairs of {what}"
     count, per_step = processes(config.hardware), pairs_per_step(config.optim, config.hardware)
     share = dataclasses.replace(work, tokens=work.tokens / count, masked=work.masked / count)
     steps = work.tokens / (2 * config.dpo.diffusion_samples * work.length * per_step)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from laddpo.core.losses import gradient_buffers
+from laddpo.core.losses import LOSSES, gradient_buffers
 from laddpo.core.sequences import tokens_of
 from laddpo.hardware.memory import (
     BUDGET_STEP,
@@ -224,6 +224,7 @@ def work_of(config: RunConfig, lengths: Lengths, pairs: int | None) -> Work | No
         return None
     sequences = 2 * visited * dpo.diffusion_samples
     reference = min(1.0, dpo.mask_rounds * pairs / visited) if pairs else 1.0
+    reference *= LOSSES[dpo.loss].needs_reference
     return Work(sequences * lengths.mean, sequences * lengths.response / 2, lengths.mean, reference)
 
 

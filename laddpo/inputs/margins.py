@@ -100,11 +100,13 @@ class PreferenceScores(Scores):
     def metrics(self) -> dict[str, float]:
         """Validation metrics: those of training under `validation/`, and `chosen_fall`.
 
-        `chosen_fall` is by how much of the reference's the chosen log-likelihood has fallen: 0.2 is 20% lower.
+        `chosen_fall` is by how much of the reference's the chosen log-likelihood has fallen: 0.2 is 20% lower. It is
+        absent without a reference.
         """
         metrics = preference_metrics(self.items, self.draws, self.losses(), self.objective.beta, self.block)
         scores = pair_scores(self.items, self.draws)
-        metrics["chosen_fall"] = float(scores.chosen_ratio.mean() / scores.reference_chosen.mean())
+        if self.items[0].reference is not None:
+            metrics["chosen_fall"] = float(scores.chosen_ratio.mean() / scores.reference_chosen.mean())
         return {f"validation/{name}": value for name, value in metrics.items()}
 
 

@@ -52,7 +52,7 @@ def card_text(
     what = "LoRA adapter for" if facts.is_adapter else "Fine-tuned"
     is_sft = (sealed or {}).get("kind") == "sft"
     title = "fine-tuned" if is_sft or is_foreign else "trained on preferences"
-    method = "supervised fine-tuning" if is_sft else "direct preference optimization"
+    method = "supervised fine-tuning" if is_sft else f"preference optimization (loss {config.dpo.loss})"
     made = (
         "exported with laddpo. How it was trained is not recorded" if is_foreign else f"trained by {method} with laddpo"
     )

@@ -19,7 +19,7 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
     repeats_masks = optim.num_train_epochs > dpo.mask_rounds and optim.max_train_steps is None
     notes = [
         (
-            not recommended.beta / 5 <= dpo.beta <= recommended.beta * 5,
+            not LOSSES[dpo.loss].is_per_token and not recommended.beta / 5 <= dpo.beta <= recommended.beta * 5,
             f"dpo.beta={dpo.beta:g} is far from what suits {name} ({recommended.beta:g}): too small lets the policy "
             "leave the reference, too large holds it still.",
         ),
@@ -33,7 +33,7 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
             "pairs, for instance data=hh_rlhf.",
         ),
         (
-            is_arithmetic and dpo.beta < 0.3,
+            is_arithmetic and dpo.beta < 0.3 and dpo.loss != "orpo",  # where it is the weight of a term
             f"dpo.beta={dpo.beta:g} with data.source=arithmetic: so short an answer has a likelihood of a few nats, "
             "and a beta below 0.3 made a small model collapse; near 1 suits it.",
         ),
@@ -50,7 +50,8 @@ def unlikely_settings(config: RunConfig, stage: str = "train") -> list[str]:
         (
             repeats_masks,
             f"optim.num_train_epochs={optim.num_train_epochs:g} with dpo.mask_rounds={dpo.mask_rounds}: later epochs "
-            "see the same masks again and may fit their noise; raise dpo.mask_rounds (each costs one reference pass).",
+            "see the same masks again and may fit their noise; raise dpo.mask_rounds"
+            f"{' (each costs one reference pass)' if LOSSES[dpo.loss].needs_reference else ''}.",
         ),
         (
             LOSSES[dpo.loss].is_per_token and dpo.beta == recommended.beta,

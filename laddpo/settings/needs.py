@@ -220,6 +220,11 @@ NEEDS = (
         if option != "label_smoothing"  # whose 0 fits every loss; laddpo/settings/checks.py refuses the rest
     ),
     Need(
+        ("dpo.common_random_numbers", "stopping.max_chosen_fall"),
+        lambda stage, config: _loss_is(lambda row: row.needs_reference, config),
+        "it is about the reference, and this dpo.loss compares with none",
+    ),
+    Need(
         ("dpo.kl_baseline",),
         lambda stage, config: _loss_is(lambda row: row.has_baseline, config),
         f"only dpo.loss={' or '.join(name for name, row in LOSSES.items() if row.has_baseline)} reads it",

@@ -62,7 +62,7 @@ PLANNED = ("dpo.diffusion_samples", "dpo.loss", "dpo.sft_weight", "optim.optimiz
 # By stage, what it reads in any of its variants.
 READS: dict[str, tuple[str, ...]] = {
     "prepare": (*PREPARED, "run", "verify"),
-    "precompute": (*PREPARED, *DRAWS, *HELD_OUT, "evaluation.at_end", *LENGTH, "verify"),
+    "precompute": (*PREPARED, "dpo.loss", *DRAWS, *HELD_OUT, "evaluation.at_end", *LENGTH, "verify"),
     "train": (*PREPARED, "adapter.", "dpo.", *STEPS, "evaluation.", "data.rounds", "dry_run"),
     "sft": (*PREPARED, "data.columns.response", "adapter.", "dpo.diffusion_samples", *MEASURED, *STEPS,
             "-stopping.max_chosen_fall", "evaluation.", "sft."),

@@ -109,6 +109,22 @@ def check_enough(config: RunConfig, prepared) -> None:
         )
 
 
+def check_margins(loss: str, prepared) -> None:
+    """Refuse pairs with a margin if the loss does not read it."""
+    from laddpo.core.losses import LOSSES
+    from laddpo.errors import UserError
+
+    ids, margins = prepared.columns["id"], prepared.columns.get("margin", ())
+    row = next((row for row, margin in enumerate(margins) if margin), None)
+    if row is None or LOSSES[loss].takes_margin:
+        return
+    readers = ", ".join(name for name, of_loss in LOSSES.items() if of_loss.takes_margin)
+    raise UserError(
+        f"{prepared.folder}: pair {ids[row]} has the margin {margins[row]:g} and dpo.loss is {loss!r}, which does not "
+        f"read margins; those that do: {readers}. Choose one, or leave the margins out of the data."
+    )
+
+
 def say_what_is_measured(config: RunConfig, prepared) -> None:
     """One line for data whose answers no task grades: what the table at the end is measured on."""
     from laddpo.processes.ranks import here

@@ -25,7 +25,7 @@ from laddpo.core.loop import LoopSettings, LoopState, train_loop
 from laddpo.core.losses import LOSSES
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.optim import build_optimizer
-from laddpo.core.tasks import CompletionTask, DpoTask, SftTask
+from laddpo.core.tasks import CompletionTask, DpoTask, SftTask, pair_item
 from laddpo.errors import Stopped
 from laddpo.evaluation import base_and_tuned
 from laddpo.hardware import machine as machines
@@ -52,7 +52,7 @@ from laddpo.storage.run_outputs import RunOutputs
 from laddpo.training.faults import fault_reports, step_zero_check
 from laddpo.training.lengths import total_steps, warmup_note
 from laddpo.training.outputs import SEALED, check_weights, open_trackers, resume_step, run_outputs, watch_of
-from laddpo.training.pairs import check_enough, open_prepared, say_what_is_measured
+from laddpo.training.pairs import check_enough, check_margins, open_prepared, say_what_is_measured
 from laddpo.training.tracking import log_results
 from laddpo.training.validation import LOSS, Validation, open_validation
 
@@ -123,6 +123,7 @@ def open_pairs(config: RunConfig) -> RunData:
 
     prepared = open_prepared(config)
     check_enough(config, prepared)
+    check_margins(config.dpo.loss, prepared)
     say_what_is_measured(config, prepared)
     lengths = data_lengths(prepared, config.dpo, config.model)
     rows = training_rows(prepared, config.dpo)
@@ -155,8 +156,8 @@ def open_model(config: RunConfig, folder: Path, is_resumed: bool, stop: StopFlag
     return Run(config, folder, is_resumed, stop, data, pinned, loaded)
 
 
-def fill_reference(run: Run) -> ReferenceStore:
-    """The store with the reference's values of all draws that the run will make.
+def fill_reference(run: Run) -> ReferenceStore | None:
+    """The store with the reference's values of all draws that the run will make; None if the loss needs no reference.
 
     The windows are the optimizer steps: packed as training packs them, so that a value has the same bits.
     """
@@ -164,6 +165,9 @@ def fill_reference(run: Run) -> ReferenceStore:
     settings = loop_settings(config, len(pairs), best_metric=None)
     if not config.dry_run:
         warmup_note(config.optim, settings)
+    if not LOSSES[config.dpo.loss].needs_reference:
+        print(f"reference: none. dpo.loss={config.dpo.loss} compares with none; rewards are beta times the ELBO.")
+        return None
 
     estimator = reference_values.reference_estimator(config.dpo, config.seed, run.loaded.block_length)
     reference = reference_of(run)
@@ -180,8 +184,8 @@ def reference_of(run: Run) -> Reference:
     return Reference(config.paths.data_dir, config.auto, config.quantization, run.data.prepared, run.loaded)
 
 
-def build_task(run: Run, store: ReferenceStore) -> Training:
-    """DPO on the run's pairs against the stored reference, with what its loop takes."""
+def build_task(run: Run, store: ReferenceStore | None) -> Training:
+    """The loss on the run's pairs against the stored reference, with what its loop takes."""
     config, machine, pairs = run.config, run.machine, run.data.items
     objective = reference_values.objective_of(config.dpo)
     validation = validation_of_pairs(run, objective)
@@ -195,10 +199,11 @@ def build_task(run: Run, store: ReferenceStore) -> Training:
     is_paired = LOSSES[config.dpo.loss].takes_pairs
     task = DpoTask(*parts, run.ranks) if is_paired else CompletionTask(*parts, run.ranks, run.data.mismatched)
 
-    unit, method = ("pairs", "DPO") if is_paired else ("rows", "labelled completions")
+    method, unit = ("pairs" if store is None else "DPO", "pairs") if is_paired else ("completions", "rows")
     settings = loop_settings(config, len(pairs), validation.best_metric)
     steps = f"{settings.total_steps} steps of {min(settings.items_per_step, len(pairs))} {unit} from {len(pairs)}"
-    print(f"{method}: {steps}, loss {config.dpo.loss}, beta {config.dpo.beta:g}, draws {config.dpo.diffusion_samples}")
+    loss = f"loss {config.dpo.loss}, beta {config.dpo.beta:g}, draws {config.dpo.diffusion_samples}"
+    print(f"{method}: {steps}, {loss}")
     step_tokens = settings.items_per_step * run.data.lengths.longest_pair
     memory = StepMemory(machine, run.loaded.model, optimizer, step_tokens)
     return Training(task, parameters, optimizer, settings, validation, unit, watch=memory.watch)
@@ -238,11 +243,14 @@ def loop_settings(
 
 
 def validation_of_pairs(run: Run, objective: DpoObjective | CompletionObjective) -> Validation:
-    """Validation on the held-out pairs or completions, with their reference values."""
+    """Validation on the held-out pairs or completions, with their reference values if the loss needs them."""
     config, prepared = run.config, run.data.prepared
     pairs = list(prepared.validation)[: config.evaluation.num_pairs]
     estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed, run.loaded.block_length)
-    items = reference_of(run).items(pairs, estimator, run.stop, "validation pairs")
+    if objective.needs_reference:
+        items = reference_of(run).items(pairs, estimator, run.stop, "validation pairs")
+    else:
+        items = [pair_item(pair, estimator, estimator.draw_indices(0)) for pair in pairs]
     prompts = list({pair.group: pair.prompt_ids for pair in pairs}.values())
     return validation_of(run, prompts, items=items, block=estimator.block, objective=objective)
 
@@ -263,7 +271,9 @@ def optimizer_of(config: RunConfig, parameters: Mapping[str, Tensor]) -> torch.o
 def check_step_zero(run: Run, training: Training) -> None:
     """A new run stops here where policy and reference differ before the first step."""
     stop_if_asked(run.folder, run.stop, run.ranks)
-    if not run.is_resumed:
+    if training.task.store is None:
+        print("step 0: not checked, since there is no reference to compare with")
+    elif not run.is_resumed:
         is_paired = run.config.dpo.common_random_numbers
         step_zero_check(training.task, training.settings, run.machine.precision, is_paired)
 
@@ -278,7 +288,8 @@ def run_loop(run: Run, training: Training, of_weights: Mapping[str, object] | No
         fault_reports(folder, training.parameters, config.seed, ranks),
     ):
         kept = (config.adapter, config.model, folder, run.loaded)
-        beta = validation.objective.beta if validation.objective else None  # of rewards, which sft has not
+        objective = validation.objective  # beta is that of rewards against a reference, which sft has not
+        beta = objective.beta if objective and objective.needs_reference else None
         watch = watch_of(folder, beta, at_step)
         outputs = run_outputs(*kept, trackers, watch, validation, fields, keeps_weights=not config.dry_run)
         state = train_loop(

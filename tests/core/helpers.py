@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -81,4 +83,4 @@ def referenced_items(denoiser, pairs: list[EncodedPair], estimator: ElboEstimato
     items = [pair_item(pair, estimator, draws) for pair in pairs]
     values = score_items(denoiser, items, ANY_BUDGET).numpy()
     values = values + spread * np.random.default_rng(1).standard_normal(values.shape)
-    return [Item(item.id, item.sides, value) for item, value in zip(items, values, strict=True)]
+    return [replace(item, reference=value) for item, value in zip(items, values, strict=True)]

@@ -6,6 +6,7 @@ The step's gradient is a difference of the two products and may be much smaller 
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,9 +61,12 @@ def objective(loss: str, sft_weight: float = 0.0) -> DpoObjective:
 
 
 def random_case(denoiser, loss: str, estimator: str, sft_weight: float, seed: int) -> tuple[DpoObjective, list[Item]]:
-    """1 to 4 pairs of 1 to 6 tokens a side, 1 to 5 draws, references away from the policy by a nat or so."""
+    """1 to 4 pairs of 1 to 6 tokens a side, 1 to 5 draws, references away from the policy by a nat or so; every second
+    pair with a weight and, if the loss reads it, a target margin."""
     rng = np.random.default_rng([seed, *map(ord, loss + estimator), int(10 * sft_weight)])
     pairs = [random_pair(rng, f"{seed}-{i}", prompt=int(rng.integers(0, 4))) for i in range(int(rng.integers(1, 5)))]
+    margin = 0.7 if LOSSES[loss].takes_margin else 0.0
+    pairs[1::2] = [replace(pair, weight=2.5, margin=margin) for pair in pairs[1::2]]
     e = ElboEstimator(estimator, diffusion_samples=int(rng.integers(1, 6)), seed=seed)
     return objective(loss, sft_weight), referenced_items(denoiser, pairs, e, spread=1.0)
 

@@ -1,6 +1,7 @@
 """Metrics and variance estimates of preference steps, against values derived by hand and against simulation."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,6 +47,13 @@ def test_scores_are_means_over_draws(items):
     assert scores.reference_chosen.tolist() == [-7, -2] and scores.reference_rejected.tolist() == [-8, -2]
     assert scores.chosen_tokens.tolist() == [2, 4] and scores.rejected_tokens.tolist() == [3, 1]
     assert scores.margin.tolist() == [3, 0]
+
+
+def test_the_losses_of_items_are_weighted_and_know_their_target_margins(items):
+    """Scores 1.5 and 0: 3 * log(1 + e^(1 - 1.5)) and log 2."""
+    items[0] = replace(items[0], weight=3.0, margin=1.0)
+    losses = DpoObjective("sigmoid", LossOptions(beta=0.5)).losses(items, POLICY)
+    assert losses.tolist() == pytest.approx([3 * math.log1p(math.exp(-0.5)), math.log(2)], rel=1e-14)
 
 
 def test_metrics_are_those_derived_by_hand(items):

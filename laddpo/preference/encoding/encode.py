@@ -34,6 +34,8 @@ class EncodedPair:
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
     group: str
+    weight: float = 1.0
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
