@@ -141,18 +141,18 @@ def training_estimator(dpo: DpoSettings, seed: int, block_length: int) -> ElboEs
 
     A single completion has no other side: nothing is shared with it, and nothing differs from it.
     """
-    has_sides = LOSSES[dpo.loss].takes_pairs
+    of_sides = {"shared_counts": False}
+    if LOSSES[dpo.loss].takes_pairs:
+        of_sides = {name: getattr(dpo, name) for name in ("shared_counts", "shared_masks", "difference_focus")}
     return ElboEstimator(
         dpo.estimator,
         dpo.schedule,
         dpo.diffusion_samples,
         seed,
-        dpo.shared_counts and has_sides,
-        dpo.mask_rounds,
-        shared_masks=dpo.shared_masks and has_sides,
-        difference_focus=dpo.difference_focus if has_sides else 0.0,
+        mask_rounds=dpo.mask_rounds,
         count_tilt=dpo.count_tilt,
         block_length=block_length,
+        **of_sides,
     )
 
 

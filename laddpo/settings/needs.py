@@ -225,6 +225,11 @@ NEEDS = (
         "it is about the reference, and this dpo.loss compares with none",
     ),
     Need(
+        ("dpo.difference_focus", "dpo.shared_counts", "dpo.shared_masks"),
+        lambda stage, config: _loss_is(lambda row: row.takes_pairs, config),
+        "a completion has no other side; only losses of pairs read it",
+    ),
+    Need(
         ("dpo.kl_baseline",),
         lambda stage, config: _loss_is(lambda row: row.has_baseline, config),
         f"only dpo.loss={' or '.join(name for name, row in LOSSES.items() if row.has_baseline)} reads it",
