@@ -51,13 +51,13 @@ def _prepared(config: RunConfig):
         return None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from laddpo.preference.preparation import find_prepared
-    from laddpo.preference.prepared import PreparedPairs
+    from laddpo.preference.prepared import kind_of_folder
     from laddpo.training.pairs import _arguments
 
     try:
         # auto: nothing is sampled to find out
         folder = find_prepared(*_arguments(dataclasses.replace(config, auto=False)))
-        return PreparedPairs.load(folder) if folder else None
+        return kind_of_folder(folder).load(folder) if folder else None
     except Damaged:
         raise
     except UserError:

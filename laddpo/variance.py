@@ -39,7 +39,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     nothing = f"{run_folder}: stopped; nothing was written."  # all is written at the end
     with owned(run_folder, "variance", config.resume != "false"), stop_on_signal() as stop:
         with at_once(stop, nothing, "The same command starts again from the beginning."):
-            prepared = open_prepared(config)
+            prepared = open_prepared(config, pairs_for="variance measures the noise of pairs")
             pins.require_inputs_of(tuned, config, prepared.content)
             loaded = policy.load(config, find_machine(config, data_lengths(prepared, config.dpo, config.model)))
             parameters = list(policy.make_trainable(config, loaded).values())

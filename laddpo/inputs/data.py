@@ -53,6 +53,7 @@ def request_of(
         revision=part.revision,
         columns=keywords(part.columns),
         format=part.format,
+        label_threshold=data.label_threshold,
         preference_dir=Path(data_dir) / "preference_data",
         max_line_bytes=data.max_line_bytes,
         follow_symlinks=data.follow_symlinks,

@@ -33,7 +33,7 @@ def read_example(row: dict, rules: RowRules, warn: Warn, to_pair: ToPair) -> tup
         return explicit_example(row, rules, warn)
     chosen, is_named = rules.column("chosen"), rules.columns.get("response") not in (None, "response")
     if row.get(chosen) is None and row.get(MESSAGES) is not None and not is_named:
-        prompt, response = _conversation(row[MESSAGES], MESSAGES, rules, warn)
+        prompt, response = conversation(row[MESSAGES], MESSAGES, rules, warn)
         return with_system(row, prompt, rules, warn), response
     if row.get(chosen) is None or is_named:
         get_field(row, "response", rules)  # raises: says what is missing, and which field may be meant
@@ -41,7 +41,7 @@ def read_example(row: dict, rules: RowRules, warn: Warn, to_pair: ToPair) -> tup
     if row.get(rules.column("rejected")) is not None:
         return to_pair(one_pair_each(row, rules, lambda *_: None)[0], rules, warn)[:2]
     if isinstance(row[chosen], list) and rules.column("prompt") not in row:
-        prompt, response = _conversation(row[chosen], chosen, rules, warn)
+        prompt, response = conversation(row[chosen], chosen, rules, warn)
         return with_system(row, prompt, rules, warn), response
     return explicit_example(row, RowRules({**rules.columns, "response": chosen}, *_flags(rules)), warn)
 
@@ -59,7 +59,7 @@ def _flags(rules: RowRules) -> tuple[bool, bool]:
     return rules.allow_empty_prompt, rules.allow_nul
 
 
-def _conversation(value: object, name: str, rules: RowRules, warn: Warn) -> tuple[Prompt, str]:
+def conversation(value: object, name: str, rules: RowRules, warn: Warn) -> tuple[Prompt, str]:
     """A list of messages whose last turn, the assistant's, is the response."""
     messages = read_messages(value, name, rules, warn)
     response = last_answer(messages, name)

@@ -11,7 +11,7 @@ from laddpo.errors import UserError
 from laddpo.preference.reading.bad_rows import BadRow
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.reading.hub import NoSuchSplit
-from laddpo.preference.reading.pairs import Example, PreferencePair
+from laddpo.preference.reading.pairs import Example, PreferencePair, UnpairedRow
 from laddpo.preference.report import ReportBuilder
 from laddpo.preference.sources import Request, Source
 from laddpo.preference.spool import Spool
@@ -21,7 +21,7 @@ FEW_HELD_OUT = 30  # pairs below which figures of them say little
 
 def own_test_rows(
     source: Source, request: Request, log: ReadLog, is_needed: bool
-) -> Iterator[PreferencePair | Example | BadRow]:
+) -> Iterator[PreferencePair | UnpairedRow | Example | BadRow]:
     """The rows of the split `request.test_split`; none if the data have no such split."""
     if "test_split" not in source.reads or not request.has_test_split:
         return
@@ -54,25 +54,25 @@ def leave_out_trained(spool: Spool, rows: np.ndarray, test: np.ndarray, report: 
 
 def check_held_out(split: str, fraction: float, report: ReportBuilder, log: ReadLog, *, is_needed: bool) -> None:
     """Refuse a split that is needed and has no pair; count the pairs of a small one."""
-    found = report.rows[split]
+    found, noun = report.rows[split], "pairs" if len(report.sides) == 2 else "rows"
     if not found and is_needed:
-        raise none_held_out(split, fraction, report.rows["kept"], report.facts["prompts"])
+        raise none_held_out(split, fraction, report.rows["kept"], report.facts["prompts"], noun)
     if not found:
-        log.warn("pairs, of so few prompts that none is held out for the test", report.rows["kept"])
+        log.warn(f"{noun}, of so few prompts that none is held out for the test", report.rows["kept"])
     elif found < FEW_HELD_OUT:
         log.warn(
-            f"pairs held out for {NAMES[split]}, fewer than {FEW_HELD_OUT}: figures of them are coarse; raise "
-            f"data.{split}_fraction or give more pairs",
+            f"{noun} held out for {NAMES[split]}, fewer than {FEW_HELD_OUT}: figures of them are coarse; raise "
+            f"data.{split}_fraction or give more {noun}",
             found,
         )
 
 
-def none_held_out(split: str, fraction: float, kept: int, prompts: int) -> UserError:
-    """Why a split that was asked for has no pair."""
+def none_held_out(split: str, fraction: float, kept: int, prompts: int, noun: str = "pairs") -> UserError:
+    """Why a split that was asked for has no pair, or no row that is unpaired."""
     same = " All of them have one prompt, and the split is by prompt." if prompts == 1 else ""
     return UserError(
-        f"data.{split}_fraction is {fraction:g}, and of the {kept:,} pairs kept none is held out for {NAMES[split]} "
-        f"(DATA-88).{same} Set data.{split}_fraction=0 to train without {split}, raise it, or give pairs of more "
+        f"data.{split}_fraction is {fraction:g}, and of the {kept:,} {noun} kept none is held out for {NAMES[split]} "
+        f"(DATA-88).{same} Set data.{split}_fraction=0 to train without {split}, raise it, or give {noun} of more "
         "prompts."
     )
 

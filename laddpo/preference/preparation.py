@@ -1,8 +1,9 @@
 """Prepares rows for training: reads, samples, splits, encodes and reports, into one folder that is whole or absent.
 
-`prepare_pairs` for preference data and `prepare_examples` for an SFT corpus. Rows are streamed: they are read once into
-a temporary file beside the result, and what stays in memory is a few dozen bytes a row. Every decision (sample, split,
-order) is by the content of rows and the seed, so the same rows in another order or in other files give the same pairs.
+`prepare_pairs`, `prepare_unpaired`, and `prepare_examples` for an SFT corpus. Rows are streamed: they are read once
+into a temporary file beside the result, and what stays in memory is a few dozen bytes a row. Every decision (sample,
+split, order) is by the content of rows and the seed, so the same rows in another order or in other files give the same
+pairs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from laddpo.errors import Damaged, UserError, choose, visible
+from laddpo.preference.balance import conflicting, require_both_labels
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.held_out import (
     check_held_out,
@@ -33,6 +35,7 @@ from laddpo.preference.prepared import (
     Prepared,
     PreparedExamples,
     PreparedPairs,
+    PreparedUnpaired,
     PreparedWriter,
     whole_folder,
 )
@@ -41,7 +44,7 @@ from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.reading.pairs import prompt_rows
 from laddpo.preference.report import ReportBuilder, leak_lines, note_lines, report_figure, report_table
 from laddpo.preference.selection import choose_rows, choose_splits
-from laddpo.preference.sources import Request, Source, open_corpus, open_source
+from laddpo.preference.sources import Request, Source, open_corpus, open_source, open_unpaired
 from laddpo.preference.spool import Spool
 from laddpo.processes.progress import Progress
 from laddpo.storage.atomic import atomic_file
@@ -122,8 +125,7 @@ def _prepare(
     `evaluation_prompts`: the sets of problems that a model will be tested on, for the report of leaks. Raises UserError
     when rows stop the run; then nothing is left behind.
     """
-    find_source = open_source if kind is PreparedPairs else open_corpus
-    sources = [find_source(part.source) for part in parts]
+    sources = [FIND_SOURCE[kind](part.source) for part in parts]
     for part in parts if rules.needs_test_split else ():
         require_test_split(part.request)
     job = _Job(kind, parts, sources, encoder, rules, evaluation_prompts or {}, progress)
@@ -136,7 +138,13 @@ def _prepare(
     return kind.load(folder)
 
 
+FIND_SOURCE: dict[type[Prepared], Callable[[str], Source]] = {
+    PreparedPairs: open_source,
+    PreparedUnpaired: open_unpaired,
+    PreparedExamples: open_corpus,
+}
 prepare_pairs = partial(_prepare, PreparedPairs)
+prepare_unpaired = partial(_prepare, PreparedUnpaired)
 prepare_examples = partial(_prepare, PreparedExamples)  # an SFT corpus
 
 
@@ -153,7 +161,7 @@ def find_prepared(
     fields = prepared_fields(parts, [find_source(part.source) for part in parts], encoder, rules)
     folder = prepared_folder(prepared_dir, name, fields)
     try:
-        manifest = read_manifest(folder, PreparedPairs.kind, PreparedExamples.kind, verify=False)
+        manifest = read_manifest(folder, *(kind.kind for kind in FIND_SOURCE), verify=False)
     except Damaged:
         raise
     except UserError as error:  # by its name the folder holds these rows, whatever is in it
@@ -203,7 +211,7 @@ def _found(job: _Job, folder: Path, fields: Mapping[str, Any], show: Callable[[s
     if _wants_validation(job) and not len(found.validation):
         show("  note            0  pairs are held out for validation: prepared by an earlier version")
     if job.rules.needs_test and not len(found.test):
-        raise none_held_out("test", job.rules.test_fraction, len(found), found.report()["prompts"])
+        raise none_held_out("test", job.rules.test_fraction, len(found), found.report()["prompts"], found.noun)
     _refuse_too_many_bad(job, found)
     _look_for_leaks(job, found, show)
     return found
@@ -310,7 +318,7 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
     report.facts = {
         "prompts": len(np.unique(spool.groups[chosen])),
         "duplicates": int(repeats.sum()),
-        "contradictions": spool.contradictions(chosen),
+        "contradictions": 0 if job.prepared is PreparedUnpaired else spool.contradictions(chosen),
         "leaks": leaks,
         "leaks_unknown": unknown,
         "commits": log.commits,
@@ -319,14 +327,19 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
         refuse_leaks(leaks)
     is_repeat = np.zeros(len(spool), dtype=bool)
     is_repeat[chosen] = repeats
+    opposites = np.full(len(spool), -1)
+    if job.prepared is PreparedUnpaired:
+        opposites[chosen] = spool.opposites(chosen)
     rows = spool.read(chosen)
     with Progress(total=len(chosen), desc="encoding", unit=" rows", disable=not job.progress, mininterval=0.5) as bar:
         while batch := list(islice(rows, BATCH_ROWS)):
-            _encode_batch(job, spool, batch, split, is_repeat, report, writer)
+            _encode_batch(job, spool, batch, split, is_repeat, opposites, report, writer)
             bar.update(len(batch))
     report.bad.stop_if_too_many(job.rules.on_bad_row, job.rules.max_bad_fraction, report.rows["read"])
     if not report.rows["kept"]:
         raise UserError("No row is left to train on:", *report.dropped_examples(), *report.bad.lines())
+    if job.prepared is PreparedUnpaired:
+        require_both_labels(report.labels)
     if _wants_validation(job):
         check_held_out("validation", job.rules.validation_fraction, report, log, is_needed=True)
     if job.rules.test_fraction or len(own_test):
@@ -335,7 +348,7 @@ def _encode_rows(job: _Job, spool: Spool, report: ReportBuilder, writer: Prepare
 
 def _wants_validation(job: _Job) -> bool:
     """Whether pairs shall be held out: an SFT corpus is not validated on its rows."""
-    return job.prepared is PreparedPairs and job.rules.validation_fraction > 0
+    return job.prepared is not PreparedExamples and job.rules.validation_fraction > 0
 
 
 def _encode_batch(
@@ -344,6 +357,7 @@ def _encode_batch(
     batch: list,
     splits: np.ndarray,
     is_repeat: np.ndarray,
+    opposites: np.ndarray,
     report: ReportBuilder,
     writer: PreparedWriter,
 ) -> None:
@@ -353,6 +367,8 @@ def _encode_batch(
             is_too_long = outcome.code in ("DATA-75", "DATA-79")
             leave_out = report.drop if is_too_long and job.encoder.truncation == "drop" else report.bad.add
             leave_out(outcome.at(row.place))
+        elif (other := opposites[row.index]) >= 0:
+            report.bad.add(conflicting(row.place, row.label, spool.place(other)))
         elif job.rules.duplicates == "drop" and is_repeat[row.index]:
             report.drop(BadRow(row.place, "DATA-83", "", "repeats another row", "Set data.duplicates=keep to keep it."))
         else:

@@ -70,6 +70,7 @@ class Prepared:
     """A finished folder. `train`, `validation` and `test` behave like lists of encoded rows."""
 
     kind, rows_file, sides = "", "", ()
+    noun = "rows"
     read_columns: tuple[str, ...] = ("id", "group", "answer", "split")
 
     def __init__(self, folder: Path, manifest: dict):
@@ -145,6 +146,7 @@ class PreparedPairs(Prepared):
     """Prepared preference pairs."""
 
     kind, rows_file, sides = "prepared", "pairs.jsonl", ("chosen", "rejected")
+    noun = "pairs"
 
     def row(self, row: int) -> EncodedPair:
         return EncodedPair(self.columns["id"][row], *self.sequences(row), self.columns["group"][row])
@@ -170,11 +172,11 @@ class PreparedExamples(Prepared):
         return EncodedExample(self.columns["id"][row], *self.sequences(row))
 
 
-def load_prepared(folder: Path, verify: bool = True) -> PreparedPairs | PreparedUnpaired:
-    """The rows of a folder of preference data, pairs or unpaired as its manifest says."""
+def kind_of_folder(folder: Path) -> type[PreparedPairs] | type[PreparedUnpaired]:
+    """What a folder of preference data holds, pairs or unpaired rows, as its manifest says."""
     manifest = read_manifest(Path(folder), PreparedPairs.kind, PreparedUnpaired.kind, verify=False)
     is_unpaired = manifest is not None and manifest["kind"] == PreparedUnpaired.kind
-    return (PreparedUnpaired if is_unpaired else PreparedPairs).load(folder, verify)
+    return PreparedUnpaired if is_unpaired else PreparedPairs
 
 
 def split_in_two(pairs: Iterable[EncodedPair]) -> list[EncodedCompletion]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from laddpo.preference.balance import label_lines
 from laddpo.preference.encoding.encode import EncodedRow, TextEncoder
 from laddpo.preference.onpolicy import sampling_lines
 from laddpo.preference.reading.bad_rows import CODES, EXAMPLES, BadRow, BadRows
@@ -145,6 +146,7 @@ def report_table(report: Mapping[str, Any]) -> str:
     wide = "\n".join(f"{first:<21}" + "".join(f"{cell:>8}" for cell in rest) for first, *rest in (header, *shown))
     narrow = [[f"  tokens of {first.strip()}", *rest] for first, *rest in shown]
     lines.append(wide if terminal.fits(wide) else terminal.stacked(header, narrow))
+    lines += label_lines(report["labels"]) if "labels" in report else []
     facts = [
         ("duplicates", "rows that repeat another row"),
         ("contradictions", "rows whose preference another row reverses"),
@@ -260,6 +262,7 @@ SERIES = {  # dashed, so that equal lengths of chosen and rejected are both seen
     "prompt": ("#2a6f97", "-"),
     "chosen": ("#588157", "-"),
     "response": ("#588157", "-"),
+    "completion": ("#588157", "-"),
     "rejected": ("#c1121f", "--"),
     "prompt + response": ("#8d99ae", "-"),
 }

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from laddpo.errors import UserError
 from laddpo.preference.examples import MESSAGES
@@ -24,20 +24,27 @@ if TYPE_CHECKING:
 
 def with_guesses(request: Request, log: ReadLog, *, is_pair: bool) -> Request:
     """The request with columns that rows have under another common name, which the log says in one line."""
+    seen = first_values(request)
+    guessed = guess_columns(seen, request.columns, request.dataset_name, is_pair=is_pair)
+    if guessed:
+        log.warn(taken_text(guessed))
+    return replace(request, columns={**request.columns, **guessed}) if guessed else request
+
+
+def first_values(request: Request, names: Sequence[str] = ("chosen", "rejected")) -> dict[str, Any]:
+    """A value of each column, of the first rows. In tables only our `names` are decoded: the others are None."""
     scratch, seen = ReadLog(), {}
     if files := local_files(request, scratch):
         kind = "json" if request.format == "json" else None
-        sides = [request.columns.get(name) or name for name in ("chosen", "rejected")]
-        rows = read_rows(files, request.max_line_bytes, scratch, kind, wanted=sides)
+        rows = read_rows(
+            files, request.max_line_bytes, scratch, kind, wanted=[request.columns.get(n) or n for n in names]
+        )
     else:
         rows = hub_rows(request.dataset_name, request.dataset_split, request.revision, scratch, request.dataset_config)
     with closing(rows):
         for row in islice(rows, LOOKED_AT):
             seen = seen if isinstance(row, BadRow) else {**row[1], **seen}
-    guessed = guess_columns(seen, request.columns, request.dataset_name, is_pair=is_pair)
-    if guessed:
-        log.warn(taken_text(guessed))
-    return replace(request, columns={**request.columns, **guessed}) if guessed else request
+    return seen
 
 
 def raw_rows(
@@ -70,4 +77,4 @@ def local_files(request: Request, log: ReadLog) -> list[Path]:
 
 
 LOOKED_AT = 50  # rows from which columns are guessed
-TEXT_COLUMNS = (*PAIR, "response", MESSAGES)
+TEXT_COLUMNS = (*PAIR, "response", "completion", MESSAGES)

@@ -15,14 +15,37 @@ from laddpo.errors import choose
 from laddpo.preference.candidates import Grader, candidate_pairs
 from laddpo.preference.embedded import arithmetic
 from laddpo.preference.examples import COLUMNS, chosen_sides, read_example
+from laddpo.preference.generated import (
+    arithmetic_corpus,
+    arithmetic_identity,
+    arithmetic_pairs,
+    arithmetic_split,
+    corpus_identity,
+)
 from laddpo.preference.onpolicy import sampled_pairs
 from laddpo.preference.reading.bad_rows import BadRow, RowError, made_of
 from laddpo.preference.reading.files import ReadLog, content_sha256, file_kind, read_rows
 from laddpo.preference.reading.locate import has_split
-from laddpo.preference.reading.pairs import Example, PreferencePair, Prompt, RowIds, example_of, pair_of
+from laddpo.preference.reading.pairs import (
+    Example,
+    PreferencePair,
+    Prompt,
+    RowIds,
+    UnpairedRow,
+    example_of,
+    pair_of,
+)
 from laddpo.preference.reading.rows import SHAPES, WITHOUT_PROMPT, RowRules, mapped_text, one_pair_each
-from laddpo.preference.reading.unread import OPTIONAL, accounted, refuse_unread_columns
+from laddpo.preference.reading.unread import OPTIONAL, accounted, is_mapped, refuse_unread_columns
 from laddpo.preference.requested import local_files, raw_rows, with_guesses
+from laddpo.preference.unpaired import (
+    are_unpaired,
+    desirable,
+    have_labels_for_sft,
+    read_unpaired,
+    refuse_threshold,
+    split_pairs,
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +53,8 @@ class Request:
     """What is asked of a source; each uses the part that concerns it.
 
     Rows of files and of the hub: `dataset_name` (path, name in `preference_dir`, or hub id), `dataset_split`,
-    `test_split`, `dataset_config`, `revision`, `columns`, `format` (a shape of rows, or auto), limits. Generated rows:
+    `test_split`, `dataset_config`, `revision`, `columns`, `format` (a shape of rows, or auto), `label_threshold` (from
+    which ratings are desirable), limits. Generated rows:
     `num_pairs`, `difficulty`, `habit`, `seed`, and the share that validation gets; for a corpus `num_examples` and
     `mistake_share`.
     Graded candidates: `candidates_name` (files of candidates, if they are not in the rows of their questions),
@@ -44,6 +68,7 @@ class Request:
     revision: str | None = None
     columns: Mapping[str, str | None] = field(default_factory=dict)
     format: str = "auto"
+    label_threshold: float | None = None
     preference_dir: Path | None = None
     max_line_bytes: int = 16 * 2**20
     follow_symlinks: bool = False
@@ -79,15 +104,18 @@ class Source:
     """`read` streams the rows, `identity` lists what they depend on, `split_of` places a prompt where the source itself
     has splits of its own (None: the split is by prompt), `is_graded` says whether pairs carry a gold answer.
     `read_examples` streams SFT examples where rows may hold more than pairs; `corpus` is a source of such examples.
+    `read_unpaired` streams unpaired rows where `is_unpaired` finds that a request asks for some.
     `reads` names the settings of data, or groups of them, that not every source reads. `needs_dataset`: there is no
     default for data.dataset_name. `needs_grader`: its pairs are answers told right from wrong."""
 
-    read: Callable[[Request, ReadLog], Iterator[PreferencePair | Example | BadRow]]
+    read: Callable[[Request, ReadLog], Iterator[PreferencePair | UnpairedRow | Example | BadRow]]
     identity: Callable[[Request], dict]
     split_of: Callable[[Prompt], str] | None = None
     is_graded: bool = False
     read_examples: Callable[[Request, ReadLog], Iterator[Example | BadRow]] | None = None
     corpus: Source | None = None
+    read_unpaired: Callable[[Request, ReadLog], Iterator[UnpairedRow | BadRow]] | None = None
+    is_unpaired: Callable[[Request], bool] = lambda request: False
     reads: tuple[str, ...] = ()
     needs_dataset: bool = False
     needs_grader: bool = False
@@ -102,6 +130,18 @@ def open_corpus(name: str) -> Source:
     """The source of SFT examples of that name: its corpus, else what its rows hold."""
     source = open_source(name)
     return source.corpus or examples_of(source)
+
+
+def open_unpaired(name: str) -> Source:
+    """The source of unpaired rows of that name. Of pairs both sides are taken, each with its label."""
+    source = open_source(name)
+
+    def read(request: Request, log: ReadLog) -> Iterator[UnpairedRow | BadRow]:
+        if source.read_unpaired and source.is_unpaired(request):
+            return source.read_unpaired(request, log)
+        return split_pairs(source.read(request, log), log)
+
+    return replace(source, read=read)
 
 
 def read_pairs(
@@ -139,8 +179,15 @@ def read_pairs(
 
 
 def read_examples(request: Request, log: ReadLog, shape: str | None = None) -> Iterator[Example | BadRow]:
-    """SFT examples of local files or of the hub: a response, a conversation, or the chosen side of a pair."""
+    """SFT examples of local files or of the hub: a response, a conversation, the chosen side of a pair, or a desirable
+    completion."""
+    if shape is None and have_labels_for_sft(request):
+        columns, response = dict(request.columns), request.columns.get("response")
+        if is_mapped("response", response) and not is_mapped("completion", columns.get("completion")):
+            columns["completion"] = response
+        return desirable(read_unpaired(replace(request, columns=columns), log), log)
     if shape is None:
+        refuse_threshold(request)
         request = with_guesses(request, log, is_pair=False)
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
     to_pair = SHAPES[shape or shape_name(request.format)]
@@ -216,7 +263,11 @@ def rows_identity(request: Request) -> dict:
     for path in files if request.format != "json" else ():
         file_kind(path)  # a wrong ending is refused, whatever was prepared of the same bytes
     fields = {
-        "columns": {name: c for name, c in sorted(request.columns.items()) if c and name != "response"},
+        "columns": {
+            name: c
+            for name, c in sorted(request.columns.items())
+            if c and name != "response" and (name, c) not in USUAL
+        },
         "format": request.format,
         "allow_empty_prompt": request.allow_empty_prompt,
         "allow_nul": request.allow_nul,
@@ -234,41 +285,6 @@ def rows_identity(request: Request) -> dict:
     return {**fields, "hub": hub}
 
 
-def arithmetic_pairs(request: Request, log: ReadLog) -> Iterator[PreferencePair | BadRow]:
-    """Generated pairs: the validation share from problems of the validation split, the rest from the training split."""
-    num_validation = round(request.num_pairs * request.validation_fraction)
-    if request.validation_fraction > 0 and request.num_pairs > 1:
-        num_validation = max(1, num_validation)
-    for split, num_pairs in (("train", request.num_pairs - num_validation), ("validation", num_validation)):
-        yield from arithmetic.preference_pairs(split, num_pairs, request.seed, request.difficulty, request.habit)
-
-
-def arithmetic_identity(request: Request) -> dict:
-    """What generated pairs depend on."""
-    return {
-        "num_pairs": request.num_pairs,
-        "operand_max": request.difficulty.operand_max,
-        "terms": request.difficulty.terms,
-        "width": request.difficulty.width,
-        "habit": request.habit,
-        "seed": request.seed,
-        "validation_fraction": request.validation_fraction,
-    }
-
-
-def arithmetic_corpus(request: Request, log: ReadLog) -> Iterator[Example | BadRow]:
-    """The generated SFT corpus, a share of it with the wrong habit."""
-    return arithmetic.corpus(
-        request.num_examples, request.mistake_share, request.seed, request.difficulty, request.habit
-    )
-
-
-def corpus_identity(request: Request) -> dict:
-    """What the generated corpus depends on."""
-    sizes = {"num_examples": request.num_examples, "mistake_share": request.mistake_share}
-    return {**{key: value for key, value in arithmetic_identity(request).items() if key != "num_pairs"}, **sizes}
-
-
 def rows_in_shape(shape: str | None = None, **defaults) -> Source:
     """A source of files or of the hub: rows in that shape, with `defaults` for what the request leaves open (columns
     where it names none)."""
@@ -283,11 +299,18 @@ def rows_in_shape(shape: str | None = None, **defaults) -> Source:
             columns=columns,
         )
 
+    def identity(request: Request) -> dict:
+        threshold = None if shape else request.label_threshold
+        more = {} if threshold is None else {"label_threshold": threshold}
+        return {"shape": shape, **rows_identity(completed(request)), **more}
+
     return Source(
         read=lambda request, log: read_pairs(completed(request), log, shape),
-        identity=lambda request: {"shape": shape, **rows_identity(completed(request))},
+        identity=identity,
         read_examples=lambda request, log: read_examples(completed(request), log, shape),
-        reads=PAIRS_READ if "format" in defaults else (*PAIRS_READ, "format"),
+        read_unpaired=lambda request, log: read_unpaired(completed(request), log),
+        is_unpaired=lambda request: shape is None and are_unpaired(completed(request)),
+        reads=(*PAIRS_READ, *(() if "format" in defaults else ("format",)), *(() if shape else UNPAIRED_READ)),
         needs_dataset="dataset_name" not in defaults,
     )
 
@@ -303,16 +326,14 @@ def examples_of(source: Source) -> Source:
     )
 
 
-def arithmetic_split(prompt: Prompt) -> str:
-    return arithmetic.split_of(prompt[0].content)
-
-
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+USUAL = (("completion", "completion"), ("label", "label"))  # not in the keys, which are older than these settings
 OF_ROWS = (
     *("dataset_name", "dataset_split", "dataset_config", "revision", "columns", "max_line_bytes", "follow_symlinks"),
     *("allow_empty_prompt", "allow_nul"),
 )
 ROWS_READ = (*OF_ROWS, "test_split", "test_fraction")
+UNPAIRED_READ = ("columns.completion", "columns.label", "label_threshold")
 PAIRS_READ = (*ROWS_READ, *(f"columns.{name}" for name in ("chosen", "rejected", "system", "input")))
 SOURCES: dict[str, Source] = {
     "arithmetic": Source(

@@ -118,6 +118,10 @@ class Spool:
         found = np.minimum(np.searchsorted(digests, mirrored), len(rows) - 1)
         return np.where(digests[found] == mirrored, rows[found], -1)
 
+    def place(self, row: int) -> str:
+        """Where a row was read."""
+        return next(self.read(np.array([row]))).place
+
     def read(self, rows: np.ndarray) -> Iterator[SpooledRow]:
         """The rows asked for, in that order."""
         for index in rows:

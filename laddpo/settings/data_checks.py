@@ -134,8 +134,10 @@ WANTED = {
     **dict.fromkeys(("dataset_name", "dataset_split", "dataset_config", "test_split", "revision"), OWN_ROWS),
     "test_fraction": OWN_ROWS,
     **dict.fromkeys(("columns.candidates", "columns.candidate"), CANDIDATES),
-    **dict.fromkeys([f"columns.{name}" for name in ("chosen", "rejected", "system", "input")], OWN_ROWS),
-    **dict.fromkeys(("columns", "format", "max_line_bytes", "follow_symlinks"), OWN_ROWS),
+    **dict.fromkeys(
+        [f"columns.{name}" for name in ("chosen", "rejected", "system", "input", "completion", "label")], OWN_ROWS
+    ),
+    **dict.fromkeys(("columns", "format", "label_threshold", "max_line_bytes", "follow_symlinks"), OWN_ROWS),
     **dict.fromkeys(("allow_empty_prompt", "allow_nul"), OWN_ROWS),
     "candidates_name": CANDIDATES,
     **dict.fromkeys(("pairs_per_question", "questions", "sampling", "grader", "balance_lengths"), OWN_ANSWERS),

@@ -50,7 +50,8 @@ class QuantizationSettings:
 @dataclass
 class Columns:
     """Names of the row fields that hold the texts. `input` is written behind the prompt, `candidates` is a list
-    beside a question, `candidate` one of a file of candidates, `response` the one text that sft learns."""
+    beside a question, `candidate` one of a file of candidates, `response` the one text that sft learns, `completion`
+    the one answer of an unpaired row and `label` whether it is desirable."""
 
     prompt: str | None = "prompt"
     input: str | None = None
@@ -61,11 +62,13 @@ class Columns:
     candidates: str | None = "candidates"
     candidate: str | None = "candidate"
     response: str | None = "response"
+    completion: str | None = "completion"
+    label: str | None = "label"
 
 
 def unnamed_columns() -> Columns:
     """Columns that nobody named: those that the source knows."""
-    return Columns(prompt=None, chosen=None, rejected=None, candidates=None, candidate=None, response=None)
+    return Columns(**dict.fromkeys(item.name for item in fields(Columns)))
 
 
 @dataclass
@@ -129,6 +132,7 @@ class DataSettings:
     balance_lengths: bool = True
     rounds: int = 1
     format: str = "auto"
+    label_threshold: float | None = None
     template: str = "auto"
     max_length: int = 1024
     truncation: str = "error"

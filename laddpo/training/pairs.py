@@ -12,15 +12,22 @@ from laddpo.settings.schema import MixturePart, RunConfig
 
 if TYPE_CHECKING:
     from laddpo.preference.candidates import Grader
+    from laddpo.preference.prepared import PreparedPairs, PreparedUnpaired
 
 
-def open_prepared(config: RunConfig):
-    """The prepared pairs of this configuration: found, or made now with auto=true."""
+def open_prepared(config: RunConfig, *, pairs_for: str | None = "dpo.loss") -> PreparedPairs | PreparedUnpaired:
+    """The prepared pairs or unpaired rows of this configuration: found, or made now with auto=true.
+
+    `pairs_for` names what may need pairs and then refuses unpaired rows before they are prepared: "dpo.loss", where the
+    loss decides, or what the caller does; None takes both kinds.
+    """
     from laddpo.preference.preparation import find_prepared
 
-    if not config.auto and find_prepared(*_arguments(config)) is None:
+    arguments = _arguments(config)
+    if not config.auto and find_prepared(*arguments) is None:
+        _close_graders(arguments)
         raise _not_prepared(config, f"Run {command_of('prepare')}, or set auto=true.")
-    return prepare(config)
+    return _prepared_as_they_are(config, arguments, pairs_for)
 
 
 def open_examples(config: RunConfig):
@@ -36,11 +43,40 @@ def open_examples(config: RunConfig):
     return _prepared(config, prepare_examples, examples)
 
 
-def prepare(config: RunConfig):
-    """The finished folder as `PreparedPairs`."""
-    from laddpo.preference.preparation import prepare_pairs
+def prepare(config: RunConfig) -> PreparedPairs | PreparedUnpaired:
+    """The finished folder of the rows, pairs or unpaired."""
+    return _prepared_as_they_are(config, _arguments(config))
 
-    return _prepared(config, prepare_pairs, _arguments(config))
+
+def _prepared_as_they_are(config: RunConfig, arguments: tuple, pairs_for: str | None = None):
+    """Pairs or unpaired rows, as the data are."""
+    from laddpo.preference.kinds import kind_of_rows
+    from laddpo.preference.preparation import prepare_pairs, prepare_unpaired
+    from laddpo.preference.prepared import PreparedUnpaired
+
+    try:
+        is_unpaired = kind_of_rows(*arguments) is PreparedUnpaired
+        if is_unpaired and pairs_for is not None:
+            _refuse_unpaired(config.dpo.loss, pairs_for)
+    except BaseException:
+        _close_graders(arguments)
+        raise
+    return _prepared(config, prepare_unpaired if is_unpaired else prepare_pairs, arguments)
+
+
+def _refuse_unpaired(loss: str, pairs_for: str) -> None:
+    """Refuse unpaired rows where pairs are needed."""
+    from laddpo.core.losses import LOSSES
+    from laddpo.errors import UserError
+
+    takers = [name for name, row in LOSSES.items() if not getattr(row, "takes_pairs", True)]
+    if pairs_for != "dpo.loss":
+        raise UserError(f"The rows have labels and no pairs, and {pairs_for}. Name data with pairs.")
+    if loss not in takers:
+        raise UserError(
+            f"dpo.loss is {loss!r}, which compares the two answers of a pair, and the rows have labels and no pairs. "
+            f"Set dpo.loss to {' or '.join(takers) or 'kto'}, or name data with pairs."
+        )
 
 
 def _prepared(config: RunConfig, make: Callable, arguments: tuple):

@@ -54,7 +54,7 @@ def open_rows(config: RunConfig) -> RunData:
     if kind == "corpus":
         examples = corpus_examples(config, tokenizer)
     elif kind == "chosen":
-        prepared = open_prepared(config)
+        prepared = open_prepared(config, pairs_for=None)
         examples = chosen_examples(prepared.train)
     else:
         prepared = open_examples(config)

@@ -99,7 +99,7 @@ REFUSED = {  # case: row, settings, code, field, words of the advice
     ),
     "input beside conversations": ({**WHOLE, "input": "q"}, {"columns": {"input": "input"}}, "DATA-58", "input", ""),
     "text and conversations": ({**WHOLE, "prompt": "p"}, {}, "DATA-58", "", "data.format=conversation"),
-    "an unpaired row": ({"prompt": "p", "completion": "c", "label": True}, {}, "DATA-105", "", "label true as chosen"),
+    "an unpaired row": ({"prompt": "p", "completion": "c", "label": True}, {}, "DATA-105", "", "data.format=unpaired"),
     "several chosen answers": ({**TEXTS, "chosen": ["c", "d"]}, {}, "DATA-12", "chosen", "Only rejected"),
     "no prompt": ({"chosen": "c", "rejected": "r"}, {}, "DATA-01", "prompt", "data.allow_empty_prompt=true"),
 }

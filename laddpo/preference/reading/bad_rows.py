@@ -241,5 +241,9 @@ CODES: dict[str, str] = {
     "DATA-108": "several columns may be meant",
     "DATA-107": "the prompt of a test row is also trained on",
     "DATA-105": "an answer has a label instead of a counterpart",
+    "DATA-120": "a label says neither yes nor no",
+    "DATA-121": "labels are numbers whose meaning is not clear",
+    "DATA-122": "a completion has both labels",
+    "DATA-123": "all labels say the same",
     "DATA-106": "the response repeats a tag that the template opens",
 }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from laddpo.preference.reading.rows import RowRules
 
 PAIR = ("prompt", "chosen", "rejected")
+UNPAIRED = ("prompt", "completion", "label")
 
 
 def guess_columns(
@@ -36,13 +37,50 @@ def guess_columns(
         if not {"chosen", "rejected"} & lacking and _hold_the_prompt(seen, columns):
             lacking -= {"prompt"}
 
+    return _taken(lacking, options, seen, columns, dataset_name)
+
+
+def guess_unpaired(
+    seen: Mapping[str, Any], columns: Mapping[str, str | None], dataset_name: str | None
+) -> dict[str, str]:
+    """As guess_columns, for unpaired rows: prompt, completion and label."""
+    taken = {column for name, column in columns.items() if is_mapped(name, column)}
+    lacking = {name for name in UNPAIRED if not _is_there(name, seen, columns)}
+    if "messages" in seen and "completion" in lacking:
+        lacking -= {"prompt", "completion"}
+    options = {name: _options(name, seen, taken) for name in lacking}
+    return _taken(lacking, options, seen, columns, dataset_name)
+
+
+def seen_kind(seen: Mapping[str, Any], columns: Mapping[str, str | None]) -> str:
+    """pairs or unpaired: what rows with the columns `seen` look like. `columns` are those that the settings name."""
+    if any(is_mapped(name, columns.get(name)) for name in ("completion", "label")):
+        return "unpaired"
+    taken = {column for name, column in columns.items() if is_mapped(name, column)}
+    has = {
+        name: _is_there(name, seen, columns) or bool(_options(name, seen, taken))
+        for name in ("chosen", "rejected", "completion", "label")
+    }
+    is_unpaired = has["label"] and (has["completion"] or "messages" in seen)
+    return "unpaired" if is_unpaired and not (has["chosen"] and has["rejected"]) else "pairs"
+
+
+def _taken(
+    lacking: set[str],
+    options: dict[str, list[str]],
+    seen: Mapping[str, Any],
+    columns: Mapping[str, str | None],
+    dataset_name: str | None,
+) -> dict[str, str]:
+    """Our name -> column for what is lacking; UserError where several columns may be meant."""
     guessed: dict[str, str] = {}
     if "prompt" in lacking and not columns.get("input") and {"instruction", "input"} <= set(options["prompt"]):
         guessed, options["prompt"] = {"input": "input"}, ["instruction"]
     unclear = {name: found for name in lacking if len(found := options[name]) > 1}
     if unclear:
         raise UserError(_unclear(unclear, lacking, options, seen, dataset_name))
-    return {**{name: options[name][0] for name in (*PAIR, "response") if name in lacking and options[name]}, **guessed}
+    names = dict.fromkeys((*PAIR, *UNPAIRED, "response"))
+    return {**{name: options[name][0] for name in names if name in lacking and options[name]}, **guessed}
 
 
 def taken_text(guessed: Mapping[str, str]) -> str:
@@ -77,7 +115,8 @@ def _hold_the_prompt(seen: Mapping[str, Any], columns: Mapping[str, str | None])
 def _unclear(unclear, lacking, options, seen, dataset_name) -> str:
     """The message for columns that may mean the same, with all columns and a line that maps them."""
     found = "; ".join(f"{' and '.join(columns)} may each be the {name}" for name, columns in sorted(unclear.items()))
-    example = " ".join(f"data.columns.{name}={options[name][0]}" for name in PAIR if name in lacking and options[name])
+    names = dict.fromkeys((*PAIR, *UNPAIRED))
+    example = " ".join(f"data.columns.{name}={options[name][0]}" for name in names if name in lacking and options[name])
     example = example or " ".join(f"data.columns.{name}={columns[0]}" for name, columns in unclear.items())
     names = ", ".join(map(str, seen)).encode("utf-8", "backslashreplace").decode("utf-8")
     return (
@@ -147,4 +186,23 @@ OTHER_NAMES: dict[str, Sequence[str]] = {
     "candidate": ("output", "completion", "response", "solution", "generation"),
     "answer": ("gold", "target", "label", "ground_truth"),
     "response": ("answer", "output", "completion", "target", "solution", "chosen"),
+    "completion": (
+        *("response", "answer", "output", "generation", "reply", "completion_text", "response_text", "model_output"),
+        *("model_response", "assistant_response", "bot_response"),
+    ),
+    "label": (
+        *(
+            "labels",
+            "kto_tag",
+            "thumbs",
+            "thumb",
+            "thumbs_up",
+            "feedback",
+            "vote",
+            "is_good",
+            "is_desirable",
+            "desirable",
+        ),
+        *("liked", "is_positive", "rating", "score", "stars"),
+    ),
 }

@@ -25,8 +25,8 @@ Warn = Callable[[str], None]
 class RowRules:
     """How rows are understood: which column holds what, and which doubtful rows are accepted.
 
-    `columns` maps our names (prompt, input, chosen, rejected, response, system, answer, candidates, candidate) to the
-    data's.
+    `columns` maps our names (prompt, input, chosen, rejected, completion, label, response, system, answer, candidates,
+    candidate) to the data's.
     """
 
     columns: Mapping[str, str | None] = field(default_factory=dict)
@@ -316,8 +316,8 @@ def get_field(row: dict, name: str, rules: RowRules) -> Any:
 
 TOOL_TURN = "Turns of tools cannot be used: write the result into a user turn, or remove the row."
 UNPAIRED = (
-    "Unpaired rows cannot be trained on yet. Make pairs of them: where a prompt has both labels, write one row with "
-    "the prompt, a completion of label true as chosen and one of label false as rejected."
+    "Rows with a label are read by data.format=unpaired and trained on by dpo.loss=kto. Keep them and pairs in files "
+    "of their own; data=mixture reads both."
 )
 ROLE_NAMES = {
     "human": "user",
