@@ -19,7 +19,7 @@ from laddpo.core.gradient import Item, lockstep, score_items
 from laddpo.core.losses import LOSSES, LossOptions
 from laddpo.core.noise import step_items
 from laddpo.core.objectives import DpoObjective
-from laddpo.core.tasks import pair_item, responses_of, stored_pair
+from laddpo.core.tasks import is_completion, pair_item, responses_of, stored_pair
 from laddpo.errors import RunFault, Stopped, UserError
 from laddpo.inputs.margins import WINDOW
 from laddpo.inputs.policy import Loaded
@@ -233,21 +233,22 @@ class Reference:
         ]
         lacking = max(ranks.gather(len(absent)))  # another run may be adding to the store while the ranks look
         total = sum(len(pairs) for pairs, _ in windows)
+        unit = "rows" if any(is_completion(pair) for pairs, _ in windows for pair in pairs[:1]) else "pairs"
         if not lacking:
-            print(f"reference, {label}: all {total} pairs are in {store.folder}")
+            print(f"reference, {label}: all {total} {unit} are in {store.folder}")
             return
         if not self.auto:
             raise UserError(
-                f"{store.folder}: {lacking} of {total} pairs ({label}) have no reference values yet and auto is "
+                f"{store.folder}: {lacking} of {total} {unit} ({label}) have no reference values yet and auto is "
                 f"false. Run {command_of('precompute')}, or set auto=true."
             )
         meaning = "" if len(store) else " (log-likelihoods before training, which later runs reuse)"
-        print(f"reference, {label}: computing {lacking} of {total} pairs into {store.folder}{meaning}")
+        print(f"reference, {label}: computing {lacking} of {total} {unit} into {store.folder}{meaning}")
         why = store.why_missing(absent)
         if label == TRAINING and why != NOTHING_STORED:  # evaluations have draws of their own
             print(f"reference, {label}: {why}")
 
-        progress = Progress(total=total, unit="pairs", desc="reference", dynamic_ncols=True, disable=not ranks.is_main)
+        progress = Progress(total=total, unit=unit, desc="reference", dynamic_ncols=True, disable=not ranks.is_main)
         with progress:
             fill_reference(
                 loaded.denoiser,
@@ -273,7 +274,7 @@ class Reference:
         stop: StopFlag,
     ) -> None:
         """Compute what the store lacks for the steps `visited`: of the training rows, and of those mismatched."""
-        for of_kind, label in zip(rows, (TRAINING, "rows with another's completion"), strict=True):
+        for of_kind, label in zip(rows, (TRAINING, "the same prompts with other completions"), strict=True):
             if of_kind is not None:
                 draws = [estimator.draw_indices(epoch) for epoch, _ in visited]
                 windows = [([of_kind[i] for i in step], n) for (_, step), n in zip(visited, draws, strict=True)]
