@@ -219,6 +219,7 @@ def loop_settings(
 ) -> LoopSettings:
     """The loop's settings for a run over `item_count` rows: pairs, which have a chosen side to watch, or SFT rows."""
     optim, stopping = config.optim, config.stopping
+    has_reference = has_pairs and LOSSES[config.dpo.loss].needs_reference
     is_watched = config.evaluation.every_steps is not None and config.best_metric != "none"
     return LoopSettings(
         seed=config.seed,
@@ -237,7 +238,7 @@ def loop_settings(
         best_metric=best_metric,
         higher_is_better=best_metric != LOSS,
         patience=(stopping.patience or 0) if is_watched else 0,
-        max_chosen_fall=(stopping.max_chosen_fall or 0.0) if has_pairs else 0.0,
+        max_chosen_fall=(stopping.max_chosen_fall or 0.0) if has_reference else 0.0,
         skip_nonfinite=optim.skip_nonfinite,
     )
 
