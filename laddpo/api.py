@@ -68,7 +68,8 @@ def fit(
 ) -> Run:
     """Train with DPO, as `laddpo train` does: the same files, byte for byte. Returns the finished run.
 
-    `pairs`: a file, a folder or a hub id; or rows with prompt, chosen and rejected as text or as lists of messages.
+    `pairs`: a file, a folder or a hub id; or rows with prompt, chosen and rejected as text or as lists of messages; or
+    rows with prompt, completion and label, which need a loss such as dpo__loss="kto".
     Rows are written to <paths.data_dir>/from_python/ first, so that the run can be resumed and evaluated. None: the
     pairs that `data` names, by default generated arithmetic.
 
@@ -162,11 +163,16 @@ class Model:
         - (logps_rejected - reference_logps_rejected)) and `margin_std_error`; these are None otherwise. The draws and
         values are those that `laddpo evaluate` measures.
 
+        Rows with prompt, completion and label give records with `id`, `label`, `logps`, `logps_std_error`,
+        `response_tokens`, and with a base `reference_logps`, `reward` = beta * (logps - reference_logps) and
+        `reward_std_error`.
+
         Raises `UserError` naming the rows that cannot be used, and settings that cannot be meant.
         """
-        from laddpo.evaluation.scoring import score_pairs
+        from laddpo.evaluation.scoring import score_completions, score_pairs
         from laddpo.inputs.data import encoder_for
-        from laddpo.preference.given import encoded_pairs
+        from laddpo.preference.encoding.encode import EncodedCompletion
+        from laddpo.preference.given import encoded_rows
 
         samples, seed, beta, tokens = self._checked(
             {
@@ -177,9 +183,10 @@ class Model:
             }
         )
         loaded = self._both.loaded
-        encoded = encoded_pairs(pairs, columns or {}, encoder_for(self.config.data, loaded.tokenizer))
+        encoded = encoded_rows(pairs, columns or {}, encoder_for(self.config.data, loaded.tokenizer))
         budget = loaded.machine.token_budget if token_budget is None else tokens
-        return score_pairs(self._both, encoded, samples, seed, beta, budget)
+        score = score_completions if isinstance(encoded[0], EncodedCompletion) else score_pairs
+        return score(self._both, encoded, samples, seed, beta, budget)
 
     def _decoding(self, option: str | None, settings: Mapping[str, Any]) -> EvaluationSettings:
         """The settings of evaluation with some changed, checked as those of a command are."""

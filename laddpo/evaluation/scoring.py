@@ -13,10 +13,10 @@ from laddpo.core.budget import TokenBudget
 from laddpo.core.gradient import Item
 from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective, mean_variance
-from laddpo.core.tasks import pair_item
+from laddpo.core.tasks import example_item, pair_item
 from laddpo.inputs.both_models import BASE, TUNED, BothModels
 from laddpo.inputs.margins import PreferenceScores, evaluation_estimator, score_windows
-from laddpo.preference.encoding.encode import EncodedPair
+from laddpo.preference.encoding.encode import EncodedCompletion, EncodedExample, EncodedPair
 
 
 def score_pairs(
@@ -34,12 +34,7 @@ def score_pairs(
     estimator = evaluation_estimator(diffusion_samples, seed, both.loaded.block_length)
     draws = estimator.draw_indices(0)
     items = [pair_item(pair, estimator, draws) for pair in pairs]
-    values: dict[str, Tensor] = {}  # float64 [pairs, 2, draws]
-    for name in both.names:
-        with both.weights_of(name):
-            parts = [part.cpu() for _, part in score_windows(both.loaded.denoiser, items, token_budget)]
-            values[name] = torch.cat(parts)
-
+    values = _values(both, items, token_budget)
     policy = values[both.names[-1]]
     columns = {
         "id": [pair.id for pair in pairs],
@@ -53,6 +48,45 @@ def score_pairs(
     if TUNED in values:
         columns |= dict(zip(OF_BOTH, _beside_base(items, values, beta, estimator.block), strict=True))
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def score_completions(
+    both: BothModels,
+    rows: Sequence[EncodedCompletion],
+    diffusion_samples: int,
+    seed: int,
+    beta: float,
+    token_budget: int | TokenBudget,
+) -> list[dict[str, Any]]:
+    """As score_pairs, one record per unpaired row. Its reward is beta * (logps - reference_logps)."""
+    estimator = evaluation_estimator(diffusion_samples, seed, both.loaded.block_length)
+    examples = [EncodedExample(row.id, row.prompt_ids, row.completion_ids) for row in rows]
+    items = [example_item(example, estimator, estimator.draw_indices(0)) for example in examples]
+    values = _values(both, items, token_budget)
+    policy, reference = values[both.names[-1]][:, 0], values[BASE][:, 0] if TUNED in values else None
+    columns = {
+        "id": [row.id for row in rows],
+        "label": [row.label for row in rows],
+        "logps": policy.mean(-1).tolist(),
+        "logps_std_error": _std_errors(policy, estimator.block),
+        "response_tokens": [item.response_tokens[0] for item in items],
+        **dict.fromkeys(("reference_logps", "reward", "reward_std_error"), [None] * len(items)),
+    }
+    if reference is not None:
+        reward = beta * (policy - reference)
+        columns["reference_logps"], columns["reward"] = reference.mean(-1).tolist(), reward.mean(-1).tolist()
+        columns["reward_std_error"] = _std_errors(reward, estimator.block)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _values(both: BothModels, items: Sequence[Item], token_budget: int | TokenBudget) -> dict[str, Tensor]:
+    """By the name of the model, its value of every draw. # float64 [items, sides, draws]"""
+    values = {}
+    for name in both.names:
+        with both.weights_of(name):
+            parts = [part.cpu() for _, part in score_windows(both.loaded.denoiser, items, token_budget)]
+            values[name] = torch.cat(parts)
+    return values
 
 
 def _beside_base(items: Sequence[Item], values: Mapping[str, Tensor], beta: float, block: int) -> Iterator[list]:

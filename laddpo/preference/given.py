@@ -10,43 +10,61 @@ from pathlib import Path
 from typing import Any
 
 from laddpo.errors import UserError
-from laddpo.preference.encoding.encode import EncodedPair, TextEncoder
+from laddpo.preference.encoding.encode import EncodedCompletion, EncodedPair, TextEncoder
 from laddpo.preference.reading.bad_rows import BadRow, BadRows, RowError
 from laddpo.preference.reading.files import ReadLog
-from laddpo.preference.reading.pairs import PreferencePair, RowIds
+from laddpo.preference.reading.guesses import seen_kind
+from laddpo.preference.reading.pairs import PreferencePair, RowIds, UnpairedRow
+from laddpo.preference.requested import LOOKED_AT
 from laddpo.preference.sources import Request, read_pairs
+from laddpo.preference.unpaired import are_unpaired, read_unpaired
 from laddpo.storage.atomic import write_text
 
-CURE = "Give dictionaries with prompt, chosen and rejected; of a DataFrame, frame.to_dict('records')."
+CURE = (
+    "Give dictionaries with prompt, chosen and rejected, or prompt, completion and label; of a DataFrame, "
+    "frame.to_dict('records')."
+)
 LISTED = 20  # problems shown in an error message
 
 
-def encoded_pairs(
+def encoded_rows(
     pairs: str | Path | Iterable[Any], columns: Mapping[str, str], encoder: TextEncoder
-) -> list[EncodedPair]:
-    """The pairs of a file or of rows, in their order, with the ids that `prepare` gives them. `UserError` names the
-    rows that cannot be used."""
+) -> list[EncodedPair] | list[EncodedCompletion]:
+    """The pairs or unpaired rows of a file or of dictionaries, in their order, with the ids that `prepare` gives them.
+    `UserError` names the rows that cannot be used."""
     log, ids, bad = ReadLog(), RowIds(), BadRows()
     is_path = isinstance(pairs, str | Path)
     request = Request(dataset_name=str(pairs) if is_path else None, columns=columns)
-    found: list[PreferencePair] = []
-    for row in read_pairs(request, log, rows=None if is_path else numbered(pairs)):
+    rows = None if is_path else list(numbered(pairs))
+    is_unpaired = are_unpaired(request) if is_path else seen_kind(_seen(rows), columns) == "unpaired"
+    found: list[PreferencePair | UnpairedRow] = []
+    for row in (read_unpaired if is_unpaired else read_pairs)(request, log, rows=rows):
         if isinstance(row, BadRow):
             bad.add(row)
         else:
             found.append(replace(row, id=ids.next_id(row.id.partition("-")[0])))
-    encoded: list[EncodedPair] = []
-    for pair, row in zip(found, encoder.encode_rows([(p.prompt, (p.chosen, p.rejected)) for p in found]), strict=True):
+    encoded: list = []
+    texts = [(row.prompt, (row.completion,) if is_unpaired else (row.chosen, row.rejected)) for row in found]
+    for given, row in zip(found, encoder.encode_rows(texts), strict=True):
         if isinstance(row, RowError):
-            bad.add(row.at(pair.source))
+            bad.add(row.at(given.source))
+        elif is_unpaired:
+            ids_of = (row.prompt_ids, *row.response_ids)
+            encoded.append(EncodedCompletion(given.id, *ids_of, given.label, given.group, given.weight))
         else:
-            encoded.append(EncodedPair(pair.id, row.prompt_ids, *row.response_ids, pair.group))
+            encoded.append(EncodedPair(given.id, row.prompt_ids, *row.response_ids, given.group))
     if bad.total:
-        lines = "\n".join(f"  {line}" for line in bad.lines())
-        raise UserError(f"{bad.total:,} of {bad.total + len(encoded):,} pairs cannot be used:\n{lines}")
+        lines, noun = "\n".join(f"  {line}" for line in bad.lines()), "rows" if is_unpaired else "pairs"
+        raise UserError(f"{bad.total:,} of {bad.total + len(encoded):,} {noun} cannot be used:\n{lines}")
     if not encoded:
         raise UserError(EMPTY)
     return encoded
+
+
+def _seen(rows: list[tuple[str, dict] | BadRow]) -> dict[str, Any]:
+    """A value of each column of the first rows."""
+    fields = [row[1] for row in rows[:LOOKED_AT] if not isinstance(row, BadRow)]
+    return {name: value for row in reversed(fields) for name, value in row.items()}
 
 
 def numbered(rows: Iterable[Any]) -> Iterator[tuple[str, dict] | BadRow]:
@@ -88,4 +106,4 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a value is {type(value).__name__}")
 
 
-EMPTY = "pairs is empty; expected at least one row with prompt, chosen and rejected."
+EMPTY = "pairs is empty; expected at least one row with prompt, chosen and rejected, or prompt, completion and label."

@@ -125,6 +125,17 @@ def test_a_margin_is_what_its_record_says_and_scales_with_beta(tuned):
     assert small[0]["margin"] == pytest.approx(one["margin"], abs=1e-4)
 
 
+def test_unpaired_rows_get_a_reward_each(home, tuned):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2} for i, row in enumerate(ROWS[:4])]
+    found = tuned.score(rows, beta=2.0, diffusion_samples=16)
+    assert [record["label"] for record in found] == [False, True, False, True]
+    for record in found:
+        assert record["reward"] == pytest.approx(2 * (record["logps"] - record["reference_logps"]), abs=1e-9)
+        assert record["reward_std_error"] >= 0 and record["response_tokens"] == 6
+    with pytest.raises(UserError, match=r"1 of 2 rows cannot be used:\n  pairs\[1\]: label: is 'so so', want true"):
+        tuned.score([rows[0], {**rows[1], "label": "so so"}])
+
+
 def test_pairs_are_read_from_a_file_and_columns_of_other_names_are_mapped(home, tuned):
     assert tuned.score(home.folder / "rows.jsonl") == tuned.score(ROWS)
     renamed = [{"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in ROWS[:3]]
@@ -186,11 +197,13 @@ def said_by(capsys, stage: str, *words: str) -> str:
 def test_what_a_caller_gets_wrong_is_told_as_on_the_command_line(home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    (tmp_path / "thumbs.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n')
     wrong = [
         (lambda: laddpo.fit(None, {"dpo.betta": 1}), ["train", "dpo.betta=1"]),
         (lambda: laddpo.fit(None, dpo__beta=-1), ["train", "dpo.beta=-1"]),
         (lambda: laddpo.fit("bad.jsonl"), ["train", "data=bad.jsonl"]),
         (lambda: laddpo.fit("none.jsonl"), ["train", "data=none.jsonl"]),
+        (lambda: laddpo.fit("thumbs.jsonl"), ["train", "data=thumbs.jsonl"]),  # a loss of pairs on rows with labels
         (lambda: laddpo.fit(None, output_dir=__file__), ["train", f"output_dir={__file__}"]),
         (lambda: laddpo.load(run="nowhere"), ["generate", "run=nowhere", "prompt=a"]),
         (lambda: laddpo.load("llada_nana"), ["generate", "model=llada_nana", "prompt=a"]),
