@@ -32,14 +32,12 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def find_lengths(config: RunConfig) -> tuple[Lengths, int | None]:
     """Lengths of the prepared pairs and their number; assumed ones, and the number if the settings give one."""
-    from laddpo.hardware.planning import assumed_lengths, block_length_of, prepared_lengths
+    from laddpo.hardware.planning import assumed_lengths
+    from laddpo.inputs.data import data_lengths, row_lengths
 
     prepared = _prepared(config)
     if prepared is not None:
-        rows = prepared.train.lengths()
-        return prepared_lengths(
-            rows, config.dpo.diffusion_samples, str(prepared.folder), block_length_of(config.model)
-        ), len(rows)
+        return data_lengths(prepared, config.dpo, config.model), len(row_lengths(prepared, config.dpo))
     data = config.data
     pairs = data.random_sample_size or (data.num_pairs if data.source == "arithmetic" else None)
     return assumed_lengths(config), pairs

@@ -91,7 +91,8 @@ def _run_line(config: RunConfig, device: str, precision: str, trained: int) -> s
 
 
 def _data_line(lengths: Lengths, pairs: int | None) -> str:
-    count = "pairs not counted" if pairs is None else f"{pairs:,} pairs"
+    unit = "pairs" if lengths.sides == 2 else "rows"
+    count = f"{unit} not counted" if pairs is None else f"{pairs:,} {unit}"
     counted = " (with its share of the context that draws have in common)" if lengths.keys else ""
     longest = f"longest {lengths.longest}{counted}"
     return f"{count}, mean sequence {lengths.mean:.0f} tokens, {longest}; from {lengths.source}"
@@ -147,7 +148,7 @@ def _hours_line(config: RunConfig, choice: Choice, lengths: Lengths, pairs: int 
         work, unit = work_of(config, lengths, 10_000), f"10,000 pairs of {what}"
     count, per_step = processes(config.hardware), pairs_per_step(config.optim, config.hardware)
     share = dataclasses.replace(work, tokens=work.tokens / count, masked=work.masked / count)
-    steps = work.tokens / (2 * config.dpo.diffusion_samples * work.length * per_step)
+    steps = work.tokens / (lengths.sides * config.dpo.diffusion_samples * work.length * per_step)
     exchange = exchange_seconds(choice.setup, work, choice.token_budget, count, steps)
     low, high = (s + exchange for s in predicted_seconds(choice.setup, share, choice.token_budget, speed))
     line = (

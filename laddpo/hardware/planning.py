@@ -222,10 +222,12 @@ def work_of(config: RunConfig, lengths: Lengths, pairs: int | None) -> Work | No
         visited = optim.num_train_epochs * pairs
     else:
         return None
-    sequences = 2 * visited * dpo.diffusion_samples
+    sequences, loss = lengths.sides * visited * dpo.diffusion_samples, LOSSES[dpo.loss]
     reference = min(1.0, dpo.mask_rounds * pairs / visited) if pairs else 1.0
-    reference *= LOSSES[dpo.loss].needs_reference
-    return Work(sequences * lengths.mean, sequences * lengths.response / 2, lengths.mean, reference)
+    forwards = reference * loss.needs_reference
+    if loss.has_baseline:  # of the policy in every step; mismatched rows have reference values of their own
+        forwards += 1 + reference * (dpo.kl_baseline == "mismatched")
+    return Work(sequences * lengths.mean, sequences * lengths.response / 2, lengths.mean, forwards)
 
 
 def pairs_per_step(optim: OptimSettings, hardware: HardwareSettings) -> int:
@@ -257,10 +259,11 @@ def assumed_lengths(config: RunConfig) -> Lengths:
     longest = min(data.max_length, 2 * quantiles.p99) if quantiles.p99 else data.max_length
     source = f"{source} (nothing is prepared yet)"
     draws, block_length = config.dpo.diffusion_samples, block_length_of(config.model)
+    sides = 2 if LOSSES[config.dpo.loss].takes_pairs else 1
     if not block_length:
-        return Lengths(longest, 2 * draws * longest, mean, mean - prompt, source)
+        return Lengths(longest, sides * draws * longest, mean, mean - prompt, source, sides)
     of_longest = round(longest * prompt / mean)  # the longest pair has a prompt of the mean share
-    rows = np.array([[of_longest, *2 * [longest - of_longest]], [round(prompt), *2 * [round(mean - prompt)]]])
+    rows = np.array([[of_longest, *sides * [longest - of_longest]], [round(prompt), *sides * [round(mean - prompt)]]])
     long, usual = (prepared_lengths(row[None], draws, source, block_length) for row in rows)
     most = {name: max(getattr(long, name), getattr(usual, name)) for name in ("keys", "seen")}
     return dataclasses.replace(usual, longest=long.longest, longest_pair=long.longest_pair, **most)

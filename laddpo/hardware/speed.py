@@ -32,13 +32,13 @@ class Device:
 class Work:
     """All training sequences of a run, each draw counted: how many `tokens`, of which `masked`, of mean `length`.
 
-    `reference_share`: the part of them for which the reference is computed too (1 in the first epoch).
+    `other_forwards`: passes over them beside those of training: 1 for a reference in the first epoch, 1 for a baseline.
     """
 
     tokens: float
     masked: float
     length: float
-    reference_share: float = 1.0
+    other_forwards: float = 1.0
 
 
 def forward_flops(setup: Setup, work: Work) -> float:
@@ -59,7 +59,7 @@ def training_passes(setup: Setup) -> float:
 
 def predicted_seconds(setup: Setup, work: Work, token_budget: int, device: Device) -> tuple[float, float]:
     """The shorter and the longer forecast for training on `work`, its share of the reference included."""
-    passes = training_passes(setup) + work.reference_share
+    passes = training_passes(setup) + work.other_forwards
     multiply = forward_flops(setup, work) * passes / (device.tflops * 1e12)
     micro_steps = max(1.0, work.tokens / max(1, min(token_budget, work.tokens)))
     fixed = micro_steps * setup.shape.n_layers * LAUNCH_SECONDS[setup.device]
@@ -93,7 +93,7 @@ def exchange_seconds(setup: Setup, work: Work, token_budget: int, processes: int
     else:
         element = 4 if setup.is_full else ELEMENT_BYTES[setup.precision]
         micro_steps = max(1.0, work.tokens / processes / max(1, token_budget))
-        gathers = 3 + work.reference_share + setup.checkpointing  # score, forward, backward, reference
+        gathers = 3 + work.other_forwards + setup.checkpointing  # score, forward, backward, reference
         moved = micro_steps * (gathers * element * setup.shape.parameters + 4 * setup.trained)
     speed = LINK_GB_PER_S[processes > ONE_MACHINE]
     return moved * (processes - 1) / processes / (speed * 1e9)

@@ -23,12 +23,18 @@ def training_rows(prepared: Prepared, dpo: DpoSettings) -> Sequence[Any]:
     return split_in_two(prepared.train) if is_split else prepared.train
 
 
+def row_lengths(prepared: Prepared, dpo: DpoSettings) -> np.ndarray:
+    """Tokens of the prompt and of each response of training_rows. # int64 [rows, 1 + sides]"""
+    lengths = prepared.train.lengths()
+    if LOSSES[dpo.loss].takes_pairs:
+        return lengths
+    return np.stack([lengths[:, [0, side]] for side in range(1, lengths.shape[1])], axis=1).reshape(-1, 2)
+
+
 def data_lengths(prepared: Prepared, dpo: DpoSettings, model: ModelSettings) -> Lengths:
     """What the memory plan must know of these rows, as a step takes them."""
-    lengths, block_length = prepared.train.lengths(), block_length_of(model)
-    if not LOSSES[dpo.loss].takes_pairs:
-        lengths = np.concatenate([lengths[:, [0, side]] for side in range(1, lengths.shape[1])])
-    return prepared_lengths(lengths, dpo.diffusion_samples, str(prepared.folder), block_length)
+    draws, block_length = dpo.diffusion_samples, block_length_of(model)
+    return prepared_lengths(row_lengths(prepared, dpo), draws, str(prepared.folder), block_length)
 
 
 def encoder_for(data: DataSettings, tokenizer) -> TextEncoder:

@@ -13,6 +13,7 @@ import numpy as np
 from laddpo.errors import Stopped
 from laddpo.hardware.footprint import dry_run_text
 from laddpo.hardware.planning import pairs_per_step, work_of
+from laddpo.inputs.data import row_lengths
 from laddpo.processes import signals
 from laddpo.processes.ranks import here
 from laddpo.training.resuming import held
@@ -48,19 +49,22 @@ def two_steps(run: Run) -> Run:
     evaluation = dataclasses.replace(config.evaluation, at_end=False, num_pairs=0, tasks=[], every_steps=None)
     logger = dataclasses.replace(config.logger, tensorboard=False, wandb=False)
     config = dataclasses.replace(config, evaluation=evaluation, logger=logger, best_metric="none")
-    pairs = longest_pairs(run.data.items, pairs_per_step(config.optim, config.hardware))
-    return dataclasses.replace(run, config=config, data=dataclasses.replace(run.data, items=pairs))
+    data = run.data
+    longest = longest_rows(row_lengths(data.prepared, config.dpo), pairs_per_step(config.optim, config.hardware))
+    kinds = {"items": data.items, "mismatched": data.mismatched}
+    picked = {name: rows if rows is None else [rows[i] for i in longest] for name, rows in kinds.items()}
+    return dataclasses.replace(run, config=config, data=dataclasses.replace(data, **picked))
 
 
 def say_forecast(run: Run, ended: Ended) -> None:
     """Memory and hours of the whole run, from its two steps."""
     if run.ranks.is_main:
         speed = ended.outputs.timing.read()[-1]["speed/tokens_per_s"]
-        print(dry_run_text(work_of(run.config, run.data.lengths, len(run.data.prepared.train)), speed))
+        rows = len(row_lengths(run.data.prepared, run.config.dpo))
+        print(dry_run_text(work_of(run.config, run.data.lengths, rows), speed))
 
 
-def longest_pairs(pairs, count: int) -> list:
-    """The `count` pairs with the most tokens: the batch that needs the most memory."""
-    lengths = pairs.lengths()
-    tokens = 2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2]
-    return [pairs[int(i)] for i in np.argsort(-tokens, kind="stable")[:count]]
+def longest_rows(lengths: np.ndarray, count: int) -> list[int]:
+    """The `count` rows with the most tokens: the batch that needs the most memory. # lengths as of row_lengths"""
+    tokens = (lengths.shape[1] - 1) * lengths[:, 0] + lengths[:, 1:].sum(axis=1)
+    return np.argsort(-tokens, kind="stable")[:count].tolist()

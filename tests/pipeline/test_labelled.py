@@ -110,6 +110,19 @@ def test_flipped_labels_give_another_adapter_and_pairs_are_split_in_two(labelled
     assert all(not torch.equal(weights[0][name], other[name]) for other in weights[1:])
 
 
+def test_a_dry_run_and_a_plan_count_rows_and_the_passes_of_the_baseline(labelled, capsys):
+    stages, data, _ = labelled
+    assert stages.run("train", *data, *BRIEF, "dry_run=true") == 0
+    assert "completions: 2 steps of 4 rows" in capsys.readouterr().out
+    tokens = {}
+    for more in (["dpo.loss=sigmoid"], ["dpo.loss=kto"], ["dpo.loss=apo_zero_unpaired"]):
+        assert stages.run("plan", "hardware.vram_gib=8", "hardware.tflops=1e-3", "optim.max_train_steps=90", *more) == 0
+        tokens[more[0]] = capsys.readouterr().out
+    assert "rows not counted" not in tokens["dpo.loss=kto"] and " rows, mean" in tokens["dpo.loss=kto"]
+    times = {name.partition("=")[2]: text.split("time: ")[1].split(" to ")[0] for name, text in tokens.items()}
+    assert times["apo_zero_unpaired"] != times["sigmoid"] != times["kto"] != times["apo_zero_unpaired"], times
+
+
 def test_ten_bad_rows_for_a_good_one_train_without_running_away(labelled):
     stages, _, _ = labelled
     data = ["data=jsonl", write_rows(stages.folder / "rare.jsonl", 66, good=11)]
