@@ -17,6 +17,7 @@ from pathlib import Path
 from laddpo.cli.app import run_stage
 from laddpo.errors import UserError
 from laddpo.settings.data_checks import sft_examples
+from laddpo.settings.loggers import check_trackers
 from laddpo.settings.schema import RunConfig
 
 
@@ -39,6 +40,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if place.is_finished:
         check_finished(config, place.folder, "sft")
     else:
+        check_trackers(config.logger)
         with held(place.folder, "sft", place.is_resumed), told_to_resume(place.folder), stop_on_signal() as stop:
             train(step_processes(config, place), place.folder, place.is_resumed, stop)
     print(place.folder)
@@ -51,8 +53,9 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     data = rows.open_rows(config)
     begun = run.open_model(config, folder, is_resumed, stop, data)
     training = rows.build_task(begun)
-    ended = run.run_loop(begun, training, rows.kept_with_weights(config))
-    rows.finish(begun, training, ended)
+    with run.trackers_of(begun) as trackers:
+        ended = run.run_loop(begun, training, trackers, rows.kept_with_weights(config))
+        rows.finish(begun, training, ended, trackers)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from laddpo.cli.app import run_stage
+from laddpo.settings.loggers import check_trackers
 from laddpo.settings.schema import RunConfig
 
 
@@ -39,6 +40,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         dry_run(place.folder, train_first)
         return
 
+    check_trackers(config.logger)
     with held(place.folder, "train", place.is_resumed), told_to_resume(place.folder), stop_on_signal() as stop:
         config = step_processes(config, place)
         if config.data.rounds > 1:
@@ -65,14 +67,15 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     training = steps.build_task(run, store)
     steps.check_step_zero(run, training)
 
-    ended = steps.run_loop(run, training)
-    if run.machine.token_budget.retries:
-        print(retries_text(run.machine))
-    if config.dry_run:
-        say_forecast(run, ended)
-        return
+    with steps.trackers_of(run) as trackers:
+        ended = steps.run_loop(run, training, trackers)
+        if run.machine.token_budget.retries:
+            print(retries_text(run.machine))
+        if config.dry_run:
+            say_forecast(run, ended)
+            return
+        said = steps.finish(run, training, ended, trackers)
 
-    said = steps.finish(run, training, ended)
     state = ended.state
     steps.seal(run, "train", {"step": state.step, "best_step": state.best_step, "stopped_early": state.stopped_early})
     if run.ranks.is_main:  # for people, once nothing of the run can be lost

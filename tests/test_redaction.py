@@ -14,7 +14,8 @@ from laddpo.results.model_card import CardFacts, card_text
 from laddpo.settings.compose import compose, read_config, write_config
 from laddpo.settings.redaction import find_secrets, foreign_variables, redact
 from laddpo.settings.schema import RunConfig
-from laddpo.training.tracking import TRACKERS, Trackers
+from laddpo.training.trackers import TRACKERS
+from laddpo.training.tracking import Trackers
 
 CANARY = "cAn4ry/K7MDENG+bPxRfi"
 SECRETS = (
@@ -124,7 +125,7 @@ def test_no_sink_shows_a_secret_of_the_environment(monkeypatch, tmp_path, capsys
     config.logger.wandb_name = config.data.dataset_name = everything
     config.logger.wandb_tags = [everything]
     write_config(config, tmp_path / "run")
-    with Trackers(tmp_path / "board", {"tensorboard": True}, {"a": {"b": [everything]}}) as trackers:
+    with Trackers(tmp_path / "board", ["tensorboard"], {}, {"a": {"b": [everything]}}) as trackers:
         trackers.scalars(1, {"loss": 1.0})
     said: list[str] = []
 
@@ -132,7 +133,7 @@ def test_no_sink_shows_a_secret_of_the_environment(monkeypatch, tmp_path, capsys
         raise RuntimeError(everything)
 
     monkeypatch.setitem(TRACKERS, "wandb", fails)
-    with Trackers(tmp_path / "other", {"wandb": True}, {}, say=said.append):
+    with Trackers(tmp_path / "other", ["wandb"], {}, {}, say=said.append):
         pass
     card = card_text(config, CardFacts("fp32", everything, 1), {}, None, everything, 1, [])
     errors = (UserError(everything), RunFault(everything), Stopped(everything, everything), RuntimeError(everything))

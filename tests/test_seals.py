@@ -56,7 +56,7 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "storage.temporaries": "the system's boot and namespace ids",
     "api": "what a finished run wrote, shown to its caller as it is",
     "training.outputs": "metrics.jsonl of the run itself, which its checkpoint compares by `cut`",
-    "training.tracking": "wandb_id.txt is a name at a tracker; no value depends on it",
+    "training.tracker_opening": "wandb_id.txt is a name at a tracker; no value depends on it",
 }
 
 

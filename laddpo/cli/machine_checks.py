@@ -17,6 +17,7 @@ from pathlib import Path
 
 from laddpo.models.foreign_logs import quiet_bitsandbytes
 from laddpo.processes.terminal import hanging
+from laddpo.settings.loggers import install_command, is_installed, wanted_trackers
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.redaction import redact
 from laddpo.settings.schema import (
@@ -26,7 +27,7 @@ from laddpo.settings.schema import (
     PathSettings,
     QuantizationSettings,
 )
-from laddpo.training.tracking import has_wandb_key
+from laddpo.training.trackers import has_wandb_key
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
@@ -246,7 +247,10 @@ def check_start() -> Iterator[Finding]:
 
 
 def check_loggers(logger: LoggerSettings) -> Iterator[Finding]:
-    if not logger.wandb:
+    for name in wanted_trackers(logger):
+        if not is_installed(name):
+            yield Finding(name, FAIL, "its package is not installed", install_command(name))
+    if "wandb" not in wanted_trackers(logger) or not is_installed("wandb"):
         return
     has_key = has_wandb_key()
     found = "a key is set" if has_key else f"no key; wandb_mode is {logger.wandb_mode}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from laddpo.core.losses import LOSSES, OPTION_READERS, PreferenceLoss
 from laddpo.problems.tasks import TASKS, embedded
 from laddpo.settings.data_checks import sft_examples
+from laddpo.settings.loggers import wanted_trackers
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.schema import RunConfig
 
@@ -129,8 +130,13 @@ NEEDS = (
     ),
     Need(
         ("logger.wandb_",),
-        lambda stage, config: config.logger.wandb,
+        lambda stage, config: "wandb" in wanted_trackers(config.logger),
         "it is read only with logger.wandb=true (logger=wandb or logger=both)",
+    ),
+    Need(
+        ("logger.project", "logger.name", "logger.group", "logger.tags"),
+        lambda stage, config: bool(set(wanted_trackers(config.logger)) - {"tensorboard"}),
+        "TensorBoard has no such names; name another tracker (logger=wandb, logger.trackers=[mlflow])",
     ),
     Need(
         ("run", "verify", "quantization.", "adapter."),

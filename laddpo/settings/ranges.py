@@ -199,6 +199,7 @@ CHOICES: dict[str, Collection[str]] = {
     "evaluation.harness": ("none", "lm_eval"),
     "evaluation.grader": GRADERS,
     "export.dtype": ("fp32", "bf16", "fp16"),
+    "logger.trackers": ("tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet"),
     "logger.wandb_mode": ("online", "offline", "disabled"),
     "sft.examples": ("auto", "corpus", "chosen"),
     "variance.settings": (

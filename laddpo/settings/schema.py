@@ -251,7 +251,12 @@ class EvaluationSettings:
 class LoggerSettings:
     tensorboard: bool = True
     wandb: bool = False
-    wandb_project: str = "laddpo"
+    trackers: list[str] = field(default_factory=list)
+    project: str = "laddpo"
+    name: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    wandb_project: str | None = None
     wandb_name: str | None = None
     wandb_group: str | None = None
     wandb_tags: list[str] = field(default_factory=list)

@@ -47,7 +47,7 @@ def two_steps(run: Run) -> Run:
     """The run with its longest pairs alone, without validation, evaluation and trackers."""
     config = run.config
     evaluation = dataclasses.replace(config.evaluation, at_end=False, num_pairs=0, tasks=[], every_steps=None)
-    logger = dataclasses.replace(config.logger, tensorboard=False, wandb=False)
+    logger = dataclasses.replace(config.logger, tensorboard=False, wandb=False, trackers=[])
     config = dataclasses.replace(config, evaluation=evaluation, logger=logger, best_metric="none")
     data = run.data
     longest = longest_rows(row_lengths(data.prepared, config.dpo), pairs_per_step(config.optim, config.hardware))

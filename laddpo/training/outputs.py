@@ -13,7 +13,8 @@ from laddpo.inputs.tuned import kept_names, what_is_left
 from laddpo.models import adapters, loading
 from laddpo.processes.progress import Progress
 from laddpo.processes.ranks import Ranks, whole
-from laddpo.settings.schema import AdapterSettings, LoggerSettings, ModelSettings, keywords
+from laddpo.settings.loggers import names_of, wanted_trackers
+from laddpo.settings.schema import AdapterSettings, LoggerSettings, ModelSettings
 from laddpo.storage import atomic, manifests
 from laddpo.storage.checkpoint import step_folders, step_of
 from laddpo.storage.json_lines import JsonLines
@@ -32,8 +33,8 @@ def open_trackers(
     logger: LoggerSettings, folder: Path, settings: Mapping[str, Any], resume_step: int | None, ranks: Ranks
 ) -> Trackers:
     """The trackers that `logger` switches on, of rank 0 alone. `settings`: all of the run's, for people who compare."""
-    wanted = keywords(logger) if logger.wandb else {"tensorboard": logger.tensorboard}
-    return Trackers(folder, wanted if ranks.is_main else {}, settings, resume_step=resume_step)
+    names = wanted_trackers(logger) if ranks.is_main else []
+    return Trackers(folder, names, names_of(logger), settings, resume_step=resume_step)
 
 
 def watch_of(folder: Path, beta: float | None, resume_step: int | None) -> Watch:

@@ -38,6 +38,7 @@ from laddpo.training.run import (
     seal,
     validation_of,
 )
+from laddpo.training.tracking import Trackers
 
 if TYPE_CHECKING:
     from laddpo.preference.encoding.encode import EncodedExample
@@ -105,13 +106,13 @@ def kept_with_weights(config: RunConfig) -> dict[str, str]:
     return {EXAMPLES: "rows"} if sft_examples(config) == "rows" else {}
 
 
-def finish(run: Run, training: Training, ended: Ended) -> None:
+def finish(run: Run, training: Training, ended: Ended, trackers: Trackers) -> None:
     """Plot the run, evaluate base against tuned where there is a base, and seal the run."""
     config, state = run.config, ended.state
     plot_run(run, training, ended, f"{config.model.name}: SFT on {source_of(config)}")
     said: list[str] = []
     if is_evaluated(config):
-        evaluate_at_end(run, said.append)
+        evaluate_at_end(run, trackers, said.append)
 
     fields = {"step": state.step, "best_step": state.best_step, "best_value": state.best_value}
     seal(run, "sft", {**fields, **kept_with_weights(config)})

@@ -53,7 +53,7 @@ from laddpo.training.faults import fault_reports, step_zero_check
 from laddpo.training.lengths import total_steps, warmup_note
 from laddpo.training.outputs import SEALED, check_weights, open_trackers, resume_step, run_outputs, watch_of
 from laddpo.training.pairs import check_enough, check_margins, open_prepared, say_what_is_measured
-from laddpo.training.tracking import log_results
+from laddpo.training.tracking import Trackers, log_results
 from laddpo.training.validation import LOSS, Validation, open_validation
 
 
@@ -279,15 +279,18 @@ def check_step_zero(run: Run, training: Training) -> None:
         step_zero_check(training.task, training.settings, run.machine.precision, is_paired)
 
 
-def run_loop(run: Run, training: Training, of_weights: Mapping[str, object] | None = None) -> Ended:
+def trackers_of(run: Run) -> Trackers:
+    """The trackers of the run, open until its results are logged."""
+    at_step = resume_step(run.folder) if run.is_resumed else None
+    return open_trackers(run.config.logger, run.folder, dataclasses.asdict(run.config), at_step, run.ranks)
+
+
+def run_loop(run: Run, training: Training, trackers: Trackers, of_weights: Mapping[str, object] | None = None) -> Ended:
     """All steps of the run. `of_weights` is written to the manifests of its weights."""
     config, folder, ranks, validation = run.config, run.folder, run.ranks, training.validation
     at_step = resume_step(folder) if run.is_resumed else None
     fields = {"pins": dict(run.pins), **(of_weights or {})}
-    with (
-        open_trackers(config.logger, folder, dataclasses.asdict(config), at_step, ranks) as trackers,
-        fault_reports(folder, training.parameters, config.seed, ranks),
-    ):
+    with fault_reports(folder, training.parameters, config.seed, ranks):
         kept = (config.adapter, config.model, folder, run.loaded)
         objective = validation.objective  # beta is that of rewards against a reference, which sft has not
         beta = objective.beta if objective and objective.needs_reference else None
@@ -322,7 +325,7 @@ def plot_run(run: Run, training: Training, ended: Ended, title: str) -> None:
         )
 
 
-def finish(run: Run, training: Training, ended: Ended) -> list[str]:
+def finish(run: Run, training: Training, ended: Ended, trackers: Trackers) -> list[str]:
     """Plot the run and evaluate base against tuned; how the run ended, in lines for people."""
     config, state, settings = run.config, ended.state, training.settings
     title = f"{config.model.name}, {config.data.source}: beta {config.dpo.beta:g}, n {config.dpo.diffusion_samples}"
@@ -336,17 +339,16 @@ def finish(run: Run, training: Training, ended: Ended) -> list[str]:
         if state.best_step == 0:
             said.append("no evaluation beat step 0: the weights before training are kept, the last ones beside them")
     if config.evaluation.at_end:
-        evaluate_at_end(run, said.append)
+        evaluate_at_end(run, trackers, said.append)
     return [*said, f"adapter, metrics, checkpoints and plots: {run.folder}"]
 
 
-def evaluate_at_end(run: Run, say: Callable[[str], None]) -> None:
+def evaluate_at_end(run: Run, trackers: Trackers, say: Callable[[str], None]) -> None:
     """evaluation/ of the run: base against tuned on its test tasks and held-out rows."""
     tuned, place = tuned_weights(run.config.adapter, run.folder), run.folder / "evaluation"
     asked = (run.data.prepared, run.loaded, run.stop, run.data.tasks, say)
     results = base_and_tuned.evaluate_run(run.config, tuned, place, *asked)
-    if run.ranks.is_main:
-        log_results(run.folder, run.config.logger.tensorboard, results, resume_step(run.folder), say)
+    log_results(trackers, results, resume_step(run.folder))
 
 
 def seal(run: Run, kind: str, fields: Mapping[str, Any]) -> None:
