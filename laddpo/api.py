@@ -109,7 +109,7 @@ class Model:
 
     def generate(
         self,
-        prompts: str | Sequence[str | Conversation],
+        prompts: str | Sequence[str | Conversation | Mapping[str, Any]],
         *,
         base: bool = False,
         seed: int | None = None,
@@ -118,7 +118,8 @@ class Model:
     ) -> str | list[str]:
         """The answers of the model to these prompts, in their order; those of the base with `base=True`.
 
-        A prompt is a text, or a list of messages {"role", "content"} that ends with the user's. A single text gives one
+        A prompt is a text, or a list of messages {"role", "content"} that ends with the user's or a tool's. A row with
+        the keys prompt, tools and chat_template_kwargs gives the chat template more to write. A single text gives one
         answer, a list of prompts gives a list. `decoding` is an option of conf/decoding ("fast"). `settings` are those
         of evaluation by their names: gen_length and block_length (tokens), steps (forward passes), temperature,
         confidence_threshold, batch_size and the others that `laddpo generate` takes. What is not named is as it was
@@ -233,14 +234,14 @@ class Run:
         return load(run=self.folder, settings=settings, **more)
 
 
-def _prompt(prompt: str | Conversation, place: str) -> Prompt:
-    """A text as one user message; a list of messages as it is."""
+def _prompt(prompt: str | Conversation | Mapping[str, Any], place: str) -> Prompt:
+    """A text as one user message; a list of messages as it is; a row with prompt, tools and chat_template_kwargs."""
+    from laddpo.preference.given import prompt_in
     from laddpo.preference.reading.pairs import user_prompt
-    from laddpo.preference.reading.rows import RowRules, as_prompt
 
     if isinstance(prompt, str):
         return user_prompt(prompt)
     try:
-        return as_prompt({}, list(prompt), RowRules(), lambda _: None)
+        return prompt_in(prompt if isinstance(prompt, Mapping) else {"prompt": list(prompt)})
     except RowError as error:
         raise UserError(str(error.at(place))) from error

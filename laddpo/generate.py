@@ -3,6 +3,7 @@
     python -m laddpo.generate prompt="08+06+09="                              the configured model
     python -m laddpo.generate run=outputs/train/<run> prompt="08+06+09="      base and tuned side by side
     python -m laddpo.generate run=outputs/train/<run> prompts=questions.txt   one prompt a line
+    python -m laddpo.generate run=outputs/train/<run> prompts=rows.jsonl      one row a line: prompt, and tools if any
 
 Prints the texts and writes generations.jsonl into outputs/generate/<date-time>/. The evaluation group sets decoding.
 """
@@ -10,17 +11,21 @@ Prints the texts and writes generations.jsonl into outputs/generate/<date-time>/
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from laddpo.cli.app import run_stage
 from laddpo.errors import UserError, visible
 from laddpo.settings.schema import RunConfig
+
+if TYPE_CHECKING:
+    from laddpo.preference.reading.pairs import Prompt
 
 PROMPT_BYTES = 2**20  # a longer line of a file of prompts has no room in any model
 
 
 def main(config: RunConfig, run_folder: Path) -> None:
     """Answer every prompt with the base and, with `run`, with the tuned model."""
-    texts = wanted_prompts(config)
+    prompts = wanted_prompts(config)
 
     from laddpo.inputs.both_models import checked_weights
     from laddpo.storage import atomic
@@ -28,25 +33,26 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
     tuned = checked_weights(config)
     with owned(run_folder, "generations", config.resume != "false"):
-        answers = answer_prompts(config, texts, tuned)
-        rows = [{"prompt": text, **{name: found[i] for name, found in answers.items()}} for i, text in enumerate(texts)]
+        answers = answer_prompts(config, [prompt for _, prompt in prompts], tuned)
+        rows = [
+            {"prompt": shown, **{name: found[i] for name, found in answers.items()}}
+            for i, (shown, _) in enumerate(prompts)
+        ]
         atomic.write_text(run_folder / "generations.jsonl", "".join(atomic.canonical_json(row) + "\n" for row in rows))
     for row in rows:
         print()
         for name, text in row.items():
-            print(f"{name:>6}  {visible(text)}")
+            print(f"{name:>6}  {visible(text if isinstance(text, str) else str(text[-1].get('content')))}")
     print(f"\n{run_folder}")
 
 
-def answer_prompts(config: RunConfig, texts: list[str], tuned: Path | None) -> dict[str, list[str]]:
+def answer_prompts(config: RunConfig, prompts: list[Prompt], tuned: Path | None) -> dict[str, list[str]]:
     """The answers of the base, and with `tuned` those of the tuned model, by name."""
     from laddpo.evaluation.answering import answerer
     from laddpo.inputs.both_models import open_both
-    from laddpo.preference.reading.pairs import user_prompt
 
     both = open_both(config, tuned)
     answers = answerer(both.loaded, config.evaluation, config.data, config.seed)
-    prompts = [user_prompt(text) for text in texts]
     names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     found: dict[str, list[str]] = {}
     for name in both.names:
@@ -55,16 +61,22 @@ def answer_prompts(config: RunConfig, texts: list[str], tuned: Path | None) -> d
     return found
 
 
-def wanted_prompts(config: RunConfig) -> list[str]:
-    """The prompt given, or the lines of the file given that are not blank."""
+def wanted_prompts(config: RunConfig) -> list[tuple[str | list, Prompt]]:
+    """Each prompt as it is shown and as it is asked: the one given, or those of the file given. A file that is named
+    .jsonl has a row on each line, other files have a text."""
+    from laddpo.preference.given import read_prompts
+    from laddpo.preference.reading.pairs import user_prompt
+
     if config.prompt is not None and config.prompts is not None:
         raise UserError(
             f"prompt is {config.prompt!r} and prompts is {config.prompts!r}; expected one of them; leave one out."
         )
     if config.prompt is not None:
-        return [config.prompt]
+        return [(config.prompt, user_prompt(config.prompt))]
     if config.prompts is not None:
         path = Path(config.prompts)
+        if path.suffix == ".jsonl":
+            return read_prompts(path, PROMPT_BYTES)
         from laddpo.preference.reading.files import ReadLog, open_checked, text_lines
 
         with open_checked(path, ReadLog(), "prompts") as stream:
@@ -72,7 +84,7 @@ def wanted_prompts(config: RunConfig) -> list[str]:
         lines = [line for line in read if line.strip()]
         if not lines:
             raise UserError(f"{path}: holds no prompt; expected one prompt a line.")
-        return lines
+        return [(line, user_prompt(line)) for line in lines]
     raise UserError(
         'neither prompt nor prompts is set; expected prompt="a question" or prompts=<file, one prompt a line>.'
     )

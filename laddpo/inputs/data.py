@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from laddpo.core.losses import LOSSES
+from laddpo.errors import UserError
 from laddpo.hardware.planning import Lengths, block_length_of, prepared_lengths
 from laddpo.preference.embedded.arithmetic import Difficulty
 from laddpo.preference.encoding.encode import TextEncoder
+from laddpo.preference.encoding.templates import GivenTemplate
 from laddpo.preference.prepared import Prepared, PreparedUnpaired, split_in_two
 from laddpo.preference.sources import Request
 from laddpo.settings.schema import DataSettings, DpoSettings, MixturePart, ModelSettings, SftSettings, keywords
@@ -39,7 +41,31 @@ def data_lengths(prepared: Prepared, dpo: DpoSettings, model: ModelSettings) -> 
 
 def encoder_for(data: DataSettings, tokenizer) -> TextEncoder:
     """How this run's texts become tokens."""
-    return TextEncoder(tokenizer, template=data.template, max_length=data.max_length, truncation=data.truncation)
+    return TextEncoder(tokenizer, data.template, data.max_length, data.truncation, given_template(data))
+
+
+def given_template(data: DataSettings) -> GivenTemplate:
+    """What the settings say of the chat template. `UserError` for a file that cannot be read as one."""
+    if not data.chat_template:
+        return GivenTemplate(variables=data.template_kwargs)
+    place = f"data.chat_template is {data.chat_template!r}"
+    try:
+        with open(data.chat_template, "rb") as file:
+            content = file.read(TEMPLATE_BYTES + 1)
+        source = content.decode("utf-8").replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{place}: cannot be read: {why}; expected a jinja file. {COPY_OF_RUN}") from error
+    if len(content) > TEMPLATE_BYTES or not source.strip():
+        found = f"has more than {TEMPLATE_BYTES:,} bytes" if source.strip() else "is empty"
+        raise UserError(
+            f"{place}: {found}; expected a jinja file, as chat_template.jinja of a model. Correct the path."
+        )
+    return GivenTemplate(source, data.chat_template, data.template_kwargs)
+
+
+TEMPLATE_BYTES = 2**20
+COPY_OF_RUN = "Correct the path. A run keeps a copy beside its weights, as chat_template.jinja."
 
 
 def difficulty_of(data: DataSettings) -> Difficulty:

@@ -16,6 +16,7 @@ from typing import Any
 from laddpo.errors import UserError
 from laddpo.models.block_length import resolve
 from laddpo.models.families import FAMILIES
+from laddpo.models.tokenizers import TEMPLATE
 from laddpo.settings.compose import plain_settings, read_config
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.schema import ModelSettings, RunConfig
@@ -24,6 +25,7 @@ from laddpo.storage.seals import sealed_file
 
 PINS_FILE = "pins.json"  # of a folder that is worked on in parts: an evaluation, a run of several rounds
 OF_EXAMPLES = "examples:"  # begins the data pin of SFT rows that are no prepared pairs
+OF_TEMPLATE = ("template", "terminator", "bos", "template_kwargs")  # the fields of an encoder in the template's pin
 RANDOM = "random weights"  # begins the base pin of a model that training made from nothing
 
 Pins = dict[str, Any]
@@ -41,16 +43,16 @@ def make(config: RunConfig, data: str | None = None, from_scratch: bool = False)
 
     `data`: a digest of the rows, if there are any. `from_scratch`: training starts from random weights.
     """
+    from laddpo.inputs.data import encoder_for
     from laddpo.models import adapters, loading
-    from laddpo.preference.encoding.encode import TextEncoder
 
     path, revision = model_path(config.model), config.model.revision
-    encoder = TextEncoder(loading.load_tokenizer(path, revision), config.data.template)
+    encoder = encoder_for(config.data, loading.load_tokenizer(path, revision))
     folder = loading.checkpoint_folder(path, revision)
     spoken = {**encoder.fields(), "bos": encoder.bos_id}
     pins: Pins = {
         "tokenizer": loading.tokenizer_digest(folder),
-        "template": manifests.fingerprint({name: spoken[name] for name in ("template", "terminator", "bos")}),
+        "template": manifests.fingerprint({name: spoken[name] for name in OF_TEMPLATE if name in spoken}),
         "adapter": "none",
     }
     if from_scratch:
@@ -198,6 +200,9 @@ def check_adapter(config: RunConfig) -> None:
     now = make(config)
     compared = ("base", "config", "block_length", "tokenizer", "template")
     cure = "An adapter belongs to what it was trained with. Restore that, or start without adapter.path."
+    kept = folder / TEMPLATE
+    if kept.exists() and stored.get("template") != now["template"]:
+        cure = f"Its own chat template lies beside it: set data.chat_template={kept}, with its data.template_kwargs."
     require_same(folder, stored, {name: now[name] for name in compared if name in now}, config, cure)
 
 
@@ -243,7 +248,10 @@ def _problem(where: Path, name: str, stored: Any, now: Any, config: RunConfig, c
         "model.block_length": config.model.block_length,
         "adapter.path": config.adapter.path,
         "data.template": config.data.template,
+        "data.chat_template": config.data.chat_template,
     }
+    if setting == "data.template" and config.data.chat_template:
+        setting = "data.chat_template"
     commit = re.fullmatch(r"commit:([0-9a-f]{40})", str(stored)) if name == "base" else None
     cure = f"Set model.revision={commit[1]}." if commit else cure or usual_cure
     return f"{where}: {what} changed ({setting}={values[setting]}): stored {stored}, now {now}. {cure}"
@@ -286,7 +294,7 @@ NAMED_BY = {  # by pin: the settings that name its input
     "config": BASE_KEYS,
     "block_length": (*BASE_KEYS, "model.attention", "model.block_length"),
     "tokenizer": BASE_KEYS,
-    "template": (*BASE_KEYS, "data.template"),
+    "template": (*BASE_KEYS, "data.template", "data.chat_template", "data.template_kwargs"),
     "adapter": ("adapter.path",),
     "adapter_scaling": ("adapter.path",),
     "data": (*BASE_KEYS, "data", "sft", "seed"),
@@ -296,7 +304,8 @@ RESTORE = "Restore it, or start a new run with it."
 INPUTS = {
     "tokenizer": ("the tokenizer (tokenizer.json)", "model.model_name_or_path", RESTORE),
     "template": (
-        "the chat template or its special tokens (tokenizer_config.json, chat_template.jinja)",
+        "the chat template or its special tokens (tokenizer_config.json, chat_template.jinja, data.chat_template, "
+        "data.template_kwargs)",
         "data.template",
         RESTORE,
     ),

@@ -27,6 +27,7 @@ from laddpo.models.foreign import (
     text,
     whole,
 )
+from laddpo.storage import atomic
 
 TOKENIZER, SETTINGS, SPECIAL_TOKENS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
@@ -58,6 +59,17 @@ def build_tokenizer(folder: Path):
         ) from error
     tokenizer.name_or_path = str(folder)
     return tokenizer
+
+
+def write_template(folder: Path, source: str) -> list[str]:
+    """Give the tokenizer in `folder`, if there is one, this chat template. Returns the names of the files written."""
+    atomic.write_text(folder / TEMPLATE, source)
+    settings = folder / SETTINGS
+    content = read_settings(settings) if settings.exists() else {}
+    if "chat_template" not in content:
+        return [TEMPLATE]
+    atomic.write_json(settings, {**content, "chat_template": source})  # for programs that do not know the other file
+    return [TEMPLATE, SETTINGS]
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

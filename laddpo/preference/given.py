@@ -11,10 +11,11 @@ from typing import Any
 
 from laddpo.errors import UserError
 from laddpo.preference.encoding.encode import EncodedCompletion, EncodedPair, TextEncoder
-from laddpo.preference.reading.bad_rows import BadRow, BadRows, RowError
-from laddpo.preference.reading.files import ReadLog
+from laddpo.preference.reading.bad_rows import BadRow, BadRows, RowError, made_of
+from laddpo.preference.reading.files import ReadLog, read_rows
 from laddpo.preference.reading.guesses import seen_kind
-from laddpo.preference.reading.pairs import PreferencePair, RowIds, UnpairedRow
+from laddpo.preference.reading.pairs import OF_ROW, PreferencePair, Prompt, RowIds, UnpairedRow
+from laddpo.preference.reading.rows import RowRules, as_prompt, get_field
 from laddpo.preference.requested import LOOKED_AT
 from laddpo.preference.sources import Request, read_pairs
 from laddpo.preference.unpaired import are_unpaired, read_unpaired
@@ -65,6 +66,33 @@ def _seen(rows: list[tuple[str, dict] | BadRow]) -> dict[str, Any]:
     """A value of each column of the first rows."""
     fields = [row[1] for row in rows[:LOOKED_AT] if not isinstance(row, BadRow)]
     return {name: value for row in reversed(fields) for name, value in row.items()}
+
+
+def read_prompts(path: Path, max_line_bytes: int) -> list[tuple[str | list, Prompt]]:
+    """The prompts of a file of rows with prompt, and perhaps tools and chat_template_kwargs: as the row has it, and as
+    it is asked. `UserError` names the rows that cannot be used."""
+    log, bad, found = ReadLog(), BadRows(), []
+
+    def keep(_: str, row: dict) -> tuple:
+        found.append((row.get("prompt"), prompt_in(row)))
+        return ()
+
+    for row in made_of(read_rows([path], max_line_bytes, log), keep):
+        bad.add(row)
+    if bad.total:
+        lines = "\n".join(f"  {line}" for line in bad.lines())
+        raise UserError(f"{path}: {bad.total:,} of {bad.total + len(found):,} prompts cannot be used:\n{lines}")
+    if not found:
+        raise UserError(f'{path}: holds no prompt; expected rows such as {{"prompt": "a question"}}.')
+    return found
+
+
+def prompt_in(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a row: a text or a list of messages, with its tools and variables for the template. RowError."""
+    if unread := [key for key in row if key not in ("prompt", *OF_ROW)]:
+        problem = f"is not read; a prompt has the keys prompt, {', '.join(OF_ROW)}"
+        raise RowError("DATA-01", str(unread[0]), problem, "Remove it.")
+    return as_prompt(dict(row), get_field(dict(row), "prompt", RowRules()), RowRules(), lambda _: None)
 
 
 def numbered(rows: Iterable[Any]) -> Iterator[tuple[str, dict] | BadRow]:

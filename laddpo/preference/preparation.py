@@ -375,7 +375,7 @@ def _encode_batch(
             place_by_source = job.sources[min(spool.parts[row.index], len(job.sources) - 1)].split_of
             split = place_by_source(row.prompt) if place_by_source else SPLITS[int(splits[row.index])]
             row_id = spool.row_id(row.index)
-            texts = dict(zip(job.prepared.sides, row.responses, strict=True))
+            texts = dict(zip(job.prepared.sides, outcome.responses, strict=True))
             record = {"id": row_id, "prompt": prompt_rows(outcome.prompt), **texts, "split": split, "group": row.group}
             if row.label is not None:
                 record["label"] = row.label

@@ -27,6 +27,7 @@ from laddpo.preference.reading.bad_rows import BadRow, RowError, made_of
 from laddpo.preference.reading.files import ReadLog, content_sha256, file_kind, read_rows
 from laddpo.preference.reading.locate import has_split
 from laddpo.preference.reading.pairs import (
+    OF_ROW,
     Example,
     PreferencePair,
     Prompt,
@@ -172,7 +173,7 @@ def read_pairs(
             except RowError as error:  # the row's other pairs may be good
                 yield error.at(place)
 
-    names = [n for n in readable if n in PAIR_COLUMNS or rules.columns.get(n)]
+    names = [*(n for n in readable if n in PAIR_COLUMNS or rules.columns.get(n)), *OF_ROW]
     if rows is None:
         return made_of(raw_rows(request, log, names), pairs)
     return made_of(accounted(rows, names, request.columns, "the pairs", log.warn), pairs)
@@ -193,7 +194,7 @@ def read_examples(request: Request, log: ReadLog, shape: str | None = None) -> I
     to_pair = SHAPES[shape or shape_name(request.format)]
     readable = [*COLUMNS, *OPTIONAL]
     refuse_unread_columns(rules.columns, readable, "sft on rows")
-    rows = raw_rows(request, log, [n for n in readable if n not in OPTIONAL or rules.columns.get(n)])
+    rows = raw_rows(request, log, [*(n for n in readable if n not in OPTIONAL or rules.columns.get(n)), *OF_ROW])
     return made_of(
         rows,
         lambda place, fields: [example_of(RowIds(), *read_example(fields, rules, log.warn, to_pair), place)],

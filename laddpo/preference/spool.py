@@ -14,13 +14,13 @@ import numpy as np
 
 from laddpo.preference.reading.pairs import (
     Example,
-    Message,
     PreferencePair,
     Prompt,
     UnpairedRow,
     content_digest,
     labelled_digest,
     prompt_group,
+    prompt_of,
     prompt_rows,
 )
 
@@ -127,9 +127,8 @@ class Spool:
         for index in rows:
             self._file.seek(self._places[index])
             prompt, responses, place, group, answer = json.loads(self._file.readline())
-            messages = tuple(Message(message["role"], message["content"]) for message in prompt)
             label = None if self.labels[index] < 0 else bool(self.labels[index])
-            yield SpooledRow(int(index), messages, tuple(responses), place, group, answer, label)
+            yield SpooledRow(int(index), prompt_of(prompt), tuple(responses), place, group, answer, label)
 
     def close(self) -> None:
         self._file.close()

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from laddpo.errors import RunFault, UserError
 from laddpo.hardware.planning import stored_adapter
-from laddpo.inputs.data import encoder_for
+from laddpo.inputs.data import encoder_for, given_template
 from laddpo.inputs.pins import check_adapter, model_path, require_inputs_of
 from laddpo.inputs.policy import check_adapter_fits
 from laddpo.inputs.tuned import tuned_weights
 from laddpo.models import adapters, loading
 from laddpo.models.families import find_family
+from laddpo.models.tokenizers import TEMPLATE, write_template
 from laddpo.preference.reading.pairs import user_prompt
 from laddpo.results.model_card import CardFacts, card_text, licences
 from laddpo.settings.schema import RunConfig
@@ -110,6 +111,8 @@ def export_merged(config: RunConfig, source: Source, folder: Path) -> tuple[list
     if not (source.is_full and config.sft.from_scratch):
         loading.keep_original_fields(folder, loading.checkpoint_folder(path, revision))
     files += loading.copy_tokenizer(path, revision, folder)
+    if template := given_template(config.data).source:
+        files += [name for name in write_template(folder, template) if name not in files]
     del model  # two 8B models would not fit beside each other
     again = loading.load_model(str(folder), dtype=dtype, device=device)
     changed = [name for name, digest in tensor_digests(again).items() if digests.get(name) != digest]
@@ -137,7 +140,13 @@ def export_adapter(config: RunConfig, source: Source, folder: Path) -> tuple[lis
     atomic.write_json(folder / settings, content)
     atomic.write_bytes(folder / weights, (source.folder / weights).read_bytes())
     base = loading.checkpoint_folder(model_path(config.model), config.model.revision, ["config.json"])
-    return [settings, weights], CardFacts(dtype="fp32", check="", tensors=0, is_adapter=True, **_family_facts(base))
+    kept = [name for name in (TEMPLATE,) if (source.folder / name).exists()]
+    require_sealed(source.folder, *kept)
+    for name in kept:
+        atomic.write_bytes(folder / name, (source.folder / name).read_bytes())
+    return [settings, weights, *kept], CardFacts(
+        dtype="fp32", check="", tensors=0, is_adapter=True, **_family_facts(base)
+    )
 
 
 def _family_facts(folder: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from laddpo.preference.reading.splits import HUB_ID, has_file_name
 from laddpo.results.tables import before_after_rows, held_out_note, markdown
 from laddpo.results.using import use_section
 from laddpo.settings.data_checks import sft_examples
+from laddpo.settings.ranges import as_written
 from laddpo.settings.redaction import redact
-from laddpo.settings.schema import RunConfig
+from laddpo.settings.schema import DataSettings, RunConfig
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,16 @@ def _settings(config: RunConfig, is_foreign: bool) -> str:
 def _use(config: RunConfig, facts: CardFacts, base: str, is_foreign: bool) -> str:
     is_arithmetic = config.data.source == "arithmetic" and not is_foreign
     prompt = "08+06+09=" if is_arithmetic else "What is the capital of France?"
-    template = "auto" if is_foreign else config.data.template
+    template = "" if is_foreign else _template_settings(config.data, facts.is_adapter)
     return use_section(base, facts.architecture, facts.public_code, facts.is_adapter, prompt, template)
+
+
+def _template_settings(data: DataSettings, is_adapter: bool) -> str:
+    """How the run wrote its prompts, as settings on a command line, each behind a space."""
+    own = {"data.template": data.template} if data.template != "auto" else {}
+    own |= {"data.chat_template": "THIS_FOLDER/chat_template.jinja"} if data.chat_template and is_adapter else {}
+    own |= {f"data.template_kwargs.{name}": as_written(value) for name, value in data.template_kwargs.items()}
+    return "".join(f" {shlex.quote(f'{key}={value}')}" for key, value in own.items())
 
 
 def _without_places(value: Any) -> Any:

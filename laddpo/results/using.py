@@ -17,12 +17,12 @@ def use_section(
     public_code: str | None,
     is_adapter: bool,
     prompt: str,
-    template: str = "auto",
+    template: str = "",
 ) -> str:
     """Markdown that generates text with the folder of an export.
 
     `architecture`: as config.json has it; `public_code`: the hub repository with its modelling code; None: unknown.
-    `base`: the model under an adapter. `template`: how the run wrote its prompts.
+    `base`: the model under an adapter. `template`: settings that say how the run wrote its prompts.
     """
     code, engines = OTHERS.get(architecture or "", ("", ""))
     if is_adapter:
@@ -32,7 +32,7 @@ def use_section(
     words = {
         "PROMPT": prompt,
         "PUBLIC_CODE": public_code or "the public code",
-        " TEMPLATE": "" if template == "auto" else f" data.template={template}",
+        " TEMPLATE": template,
         '"BASE"': json.dumps(base),
         "BASE": shlex.quote(base).replace("`", ""),
     }

@@ -22,7 +22,7 @@ from laddpo.problems.tasks import TASKS, embedded
 from laddpo.settings.data_checks import file_problems, onpolicy_problems, unread_settings
 from laddpo.settings.decoding_checks import decoding_problems, room_problems
 from laddpo.settings.hardware_checks import device_problems, step_problems
-from laddpo.settings.ranges import CHOICES, single_problems, unknown_name
+from laddpo.settings.ranges import CHOICES, as_written, single_problems, unknown_name
 from laddpo.settings.schema import RunConfig
 
 
@@ -220,6 +220,12 @@ def _data(config: RunConfig) -> Iterator[str]:
             f"data.test_fraction is {data.test_fraction:g} and data.validation_fraction is "
             f"{data.validation_fraction:g}; together they leave nothing to train on; lower one of them."
         )
+    for key in ("chat_template", "template_kwargs") if data.template == "plain" else ():
+        if value := getattr(data, key):
+            yield (
+                f"data.{key} is {as_written(value)} and data.template is 'plain', which uses no template; leave one of "
+                "them out."
+            )
     yield from _mixture_parts(config)
     yield from onpolicy_problems(config)
     if data.source == "arithmetic" and data.operand_max >= 10**data.width:

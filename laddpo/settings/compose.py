@@ -35,12 +35,14 @@ from laddpo.errors import UserError
 from laddpo.settings.checks import EPOCHS, STEPS, find_problems
 from laddpo.settings.decoding_checks import follow_model_block
 from laddpo.settings.mistakes import (
+    OPEN,
     REMOVED,
     diagnose,
     forbidden,
     foreign_code,
     put_stand_in,
     schema_types,
+    setting_of,
     unresolved,
     yaml_mistake,
 )
@@ -53,7 +55,7 @@ from laddpo.storage.atomic import write_text
 from laddpo.storage.seals import read_checked_text, sealed_file, with_check
 
 # in these a ~ at the beginning is the user's home
-HOME_PATHS = (*PATHS, "run", "prompts", "evaluation.dataset_name", "evaluation.harness_dir")
+HOME_PATHS = (*PATHS, "run", "prompts", "data.chat_template", "evaluation.dataset_name", "evaluation.harness_dir")
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "config", config_dir: str | None = None) -> RunConfig:
@@ -66,7 +68,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "config", config_d
 def open_hydra(task_name: str, config_dir: str | None = None) -> Iterator[Hydra]:
     """Hydra over our conf/ and, after it, the user's own folder; cleared again on the way out."""
     setbase("1.3")
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+    ConfigStore.instance().store(name="schema", node=_schema())
     if not (CONF_DIR / "config.yaml").is_file():
         raise UserError(f"{CONF_DIR}: config.yaml is missing; the installation is damaged; install laddpo again.")
     search_path = create_config_search_path(str(CONF_DIR))
@@ -84,6 +86,14 @@ def open_hydra(task_name: str, config_dir: str | None = None) -> Iterator[Hydra]
         yield Hydra.create_main_hydra2(task_name=task_name, config_search_path=search_path)
     finally:
         GlobalHydra.instance().clear()
+
+
+def _schema() -> DictConfig:
+    """The schema, with the settings that hold names of the user's own open for new names."""
+    schema = OmegaConf.structured(RunConfig)
+    for key in OPEN:
+        OmegaConf.set_struct(OmegaConf.select(schema, key), False)
+    return schema
 
 
 def compose_tree(hydra: Hydra, config_name: str, overrides: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
@@ -161,7 +171,7 @@ def typed_settings(tree: DictConfig) -> Typed:
     given: set[str] = set()
     if "hydra" in tree:
         overrides = OmegaConf.to_container(tree.hydra.overrides.task, resolve=False)
-        keys = {re.split(r"[=\[]", text)[0] for text in overrides}
+        keys = {setting_of(re.split(r"[=\[]", text)[0]) for text in overrides}
         given = {key for key in keys if "." in key or key in schema_types()}  # not the groups chosen
         HydraConfig.instance().set_config(tree)
         OmegaConf.set_struct(tree, False)
@@ -186,6 +196,7 @@ def typed_settings(tree: DictConfig) -> Typed:
         node = operator.attrgetter(group)(config) if group else config
         setattr(node, name, _from_home(getattr(node, name)))
     config.runs = [_from_home(folder) for folder in config.runs]
+    config.data.chat_template = _in_data_dir(config.data.chat_template, config.paths.data_dir)
     problems += [*broken.values(), *path_problems(config, set(broken))]
     return Typed(config, problems, secret | set(broken), given)
 
@@ -199,6 +210,14 @@ def _only_steps_are_recommended(tree: DictConfig) -> bool:
 
 def _from_home(path: str | None) -> str | None:
     return os.path.expanduser(path) if path and path.startswith("~") else path
+
+
+def _in_data_dir(path: str | None, data_dir: str) -> str | None:
+    """The path as given, or where it lies in the data directory if it only is there."""
+    if not path or "\0" in path or os.path.lexists(path):
+        return path
+    inside = [os.path.join(data_dir, *more, path) for more in ((), ("preference_data",))]
+    return next((place for place in inside if os.path.isfile(place)), path)
 
 
 def group_settings(hydra: Hydra, group: str, option: str) -> DictConfig:

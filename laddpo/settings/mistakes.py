@@ -96,7 +96,7 @@ def forbidden(text: str) -> list[str]:
         instead = f"write {bare}=null to switch it off" if is_optional else "leave it out to take its default"
         return [f"{text}: a setting cannot be removed; expected key=value; {instead}."]
     if key.startswith("+") and not bare.startswith("hydra"):
-        known = bare in schema_types()
+        known = setting_of(bare) in schema_types()
         return [
             f"{text}: settings cannot be added; "
             + (f"write {text.lstrip('+')}." if known else unknown_key(bare, set()))
@@ -209,8 +209,13 @@ def _apply(tree: DictConfig, override: Override, groups: set[str]) -> str | None
 
 
 def _is_known(key: str, groups: set[str]) -> bool:
-    key = key.partition("[")[0]  # of an item of data.mixture the type is checked where it is applied
+    key = setting_of(key.partition("[")[0])  # of an item of data.mixture the type is checked where it is applied
     return key in groups or key in schema_types() or any(name.startswith(f"{key}.") for name in schema_types())
+
+
+def setting_of(key: str) -> str:
+    """The setting that a key names: a key inside of one that holds names of its own belongs to it."""
+    return next((name for name in OPEN if key.startswith(f"{name}.")), key)
 
 
 def unknown_key(key: str, groups: set[str]) -> str:
@@ -315,6 +320,7 @@ NAMED = {"data": "a file of rows", "run": "a run's folder"}
 NOT_GROUPS = ("accelerate",)  # files for accelerate's launcher, which lie in conf/ to be found
 CODE_KEYS = r"_(target|partial|args|recursive|convert)_"
 ALLOWED_RESOLVERS = {"oc.env", "oc.select"}  # which variables oc.env may read: laddpo/settings/redaction.py
+OPEN = ("data.template_kwargs",)  # settings that hold names of the user's own
 TYPE_WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -323,6 +329,7 @@ TYPE_WORDS = {
     "str": "text",
     "list[str]": "a list like [a,b]",
     "list[float]": "a list of numbers like [0.9,0.95]",
+    "dict": "names with values like {enable_thinking:false}",
     "list[MixturePart]": "a list like [{source:hh_rlhf,weight:2},{dataset_name:my_pairs.jsonl,weight:1}]",
 }
 KEY_WORDS = {
@@ -349,5 +356,6 @@ STAND_INS = {
     "str": "unset",
     "list[str]": [],
     "list[float]": [0.9, 0.95],
+    "dict": {},
     "list[MixturePart]": [],
 }

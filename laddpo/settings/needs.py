@@ -13,7 +13,7 @@ from laddpo.settings.loggers import wanted_trackers
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.schema import RunConfig
 
-ENCODING = ("data.template", "data.max_length", "data.truncation")
+ENCODING = ("data.template", "data.chat_template", "data.template_kwargs", "data.max_length", "data.truncation")
 DIFFICULTY = ("data.operand_max", "data.terms", "data.width")
 NEW_ADAPTER = (
     *("adapter.r", "adapter.lora_alpha", "adapter.lora_dropout", "adapter.target_modules"),

@@ -15,6 +15,7 @@ from laddpo.errors import UserError
 from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import read_config
 from laddpo.settings.decoding_checks import follow_model_block
+from laddpo.settings.mistakes import setting_of
 from laddpo.settings.ranges import as_written, leaves
 from laddpo.settings.redaction import redact
 from laddpo.settings.schema import RunConfig
@@ -78,10 +79,20 @@ def settings_of_run(
             group, name = re.split(r"[.\[]", key)[:2]
             setattr(getattr(merged, group), name, getattr(getattr(asked, group), name))
     follow_model_block(merged, keys)
+    merged.data.chat_template = _kept_template(stored, asked.run)
     known = find_problems(stored)
     if problems := [problem for problem in find_problems(merged) if problem not in known]:
         raise UserError(*problems)
     return merged
+
+
+def _kept_template(stored: RunConfig, run: str | None) -> str | None:
+    """The run's copy of its own chat template: the file that it was read from may be another by now."""
+    if stored.data.chat_template is None or run is None:
+        return stored.data.chat_template
+    weights = "model" if stored.adapter.kind == "full" else "adapter"
+    kept = Path(run) / weights / "chat_template.jinja"
+    return str(kept) if kept.is_file() else stored.data.chat_template
 
 
 def _of_begun(asked: RunConfig, stored: RunConfig, begun: Path, keys: Sequence[str]) -> RunConfig:
@@ -129,7 +140,7 @@ def refuse_decided(
     wanted, found = dict(leaves(asked)), dict(leaves(stored))
     given, has = [], []
     for override in overrides:
-        key = re.split(r"[=\[]", override.lstrip("+~"))[0]
+        key = setting_of(re.split(r"[=\[]", override.lstrip("+~"))[0])
         if re.split("[./]", key)[0] in may_change or key in PLACES_OF_BASE:
             continue
         concerned = [name for name in wanted if f"{name}.".startswith(f"{key}.")]

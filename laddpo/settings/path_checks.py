@@ -17,7 +17,7 @@ from laddpo.settings.ranges import PATHS
 
 # data.dataset_name is looked at where it is read: it may be a pattern
 NAMED = (*PATHS, "run", "prompts", "data.questions", "data.candidates_name", "evaluation.dataset_name")
-NAMED += ("evaluation.shots_from", "evaluation.harness_dir")
+NAMED += ("data.chat_template", "evaluation.shots_from", "evaluation.harness_dir")
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes; what Linux and macOS take at most
 
 

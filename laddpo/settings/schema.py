@@ -134,6 +134,8 @@ class DataSettings:
     format: str = "auto"
     label_threshold: float | None = None
     template: str = "auto"
+    chat_template: str | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_length: int = 1024
     truncation: str = "error"
     random_sample_size: int | None = None

@@ -11,6 +11,7 @@ from laddpo.inputs import policy
 from laddpo.inputs.policy import Loaded
 from laddpo.inputs.tuned import kept_names, what_is_left
 from laddpo.models import adapters, loading
+from laddpo.models.tokenizers import write_template
 from laddpo.processes.progress import Progress
 from laddpo.processes.ranks import Ranks, whole
 from laddpo.settings.loggers import names_of, wanted_trackers
@@ -56,11 +57,13 @@ def run_outputs(
     validation: Validation,
     fields: Mapping[str, Any],
     *,
+    template: str | None = None,
     keeps_weights: bool = True,
 ) -> RunOutputs:
     """Where the loop writes: weights, metrics, sample answers, and the trackers.
 
-    `fields` go into the manifest of the weights; `pins` among them into checkpoints, too.
+    `fields` go into the manifest of the weights; `pins` among them into checkpoints, too. `template`: a chat template
+    that is kept beside the weights.
     """
     is_full = adapter.kind == "full"
     best, last = kept_names(adapter)
@@ -81,6 +84,7 @@ def run_outputs(
                 files += loading.copy_tokenizer(policy.model_path(model), model.revision, target)
             else:
                 files = adapters.save_adapter(loaded.model, target, state)
+            files += [name for name in (write_template(target, template) if template else []) if name not in files]
             content = {"step": step, "base": loaded.weights, **fields}
             manifests.write_manifest(target, "weights", content, files, **manifests.provenance())
 

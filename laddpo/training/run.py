@@ -33,7 +33,7 @@ from laddpo.hardware.footprint import StepMemory
 from laddpo.hardware.machine import Machine
 from laddpo.hardware.planning import Lengths, pairs_per_step
 from laddpo.inputs import pins, policy, reference_values
-from laddpo.inputs.data import data_lengths, training_rows
+from laddpo.inputs.data import data_lengths, given_template, training_rows
 from laddpo.inputs.margins import evaluation_estimator
 from laddpo.inputs.policy import Loaded
 from laddpo.inputs.reference_values import Reference
@@ -295,7 +295,8 @@ def run_loop(run: Run, training: Training, trackers: Trackers, of_weights: Mappi
         objective = validation.objective  # beta is that of rewards against a reference, which sft has not
         beta = objective.beta if objective and objective.needs_reference else None
         watch = watch_of(folder, beta, at_step)
-        outputs = run_outputs(*kept, trackers, watch, validation, fields, keeps_weights=not config.dry_run)
+        more = {"template": given_template(config.data).source, "keeps_weights": not config.dry_run}
+        outputs = run_outputs(*kept, trackers, watch, validation, fields, **more)
         state = train_loop(
             training.task,
             training.parameters,

@@ -99,7 +99,8 @@ BAD_ROWS = {
     "unknown role": (
         row(prompt=[user("p")], chosen=[{"role": "bot", "content": "c"}], rejected=[assistant("r")]),
         "DATA-63",
-        "chosen[0].role: is 'bot', want one of system, user, assistant (DATA-63). Did you mean assistant?",
+        "chosen[0].role: is 'bot', want one of system, developer, user, assistant, tool (DATA-63). Did you mean "
+        "assistant?",
     ),
     "two users": (
         row(prompt=[user("p"), user("q")], chosen=[assistant("c")], rejected=[assistant("r")]),

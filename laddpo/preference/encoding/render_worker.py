@@ -1,9 +1,10 @@
 """The process that renders chat templates: it can be stopped, for a template is foreign code that may never end.
 
 laddpo/preference/encoding/rendering.py starts this file. A request is one line of JSON: the template, its variables,
-the limits of time and the jobs (messages, and whether an open assistant turn is wanted). The answer is one line of
-JSON: for each job its text, or what went wrong, with the line of the template. The jinja environment is the one of
-transformers, sandbox included, without the time that importing transformers takes. Imports nothing of laddpo.
+the limits of time and the jobs (messages, whether an open assistant turn is wanted, and perhaps further variables such
+as tools). The answer is one line of JSON: for each job its text, or what went wrong, with the line of the template. The
+jinja environment is the one of transformers, sandbox included, without the time that importing transformers takes.
+Imports nothing of laddpo.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_BYTES = 2**30  # address space of the process
 SPARE_CHARACTERS = 2**20  # a rendering may be longer than its messages by this, and by this factor
 SPARE_FACTOR = 16
+READ_VARIABLES = [{"read": "variables"}]  # the messages of a job that asks for names of variables instead of a text
 
 
 class TooLong(BaseException):
@@ -107,11 +110,27 @@ def compiled(source: str) -> jinja2.Template:
     return environment().from_string(source)
 
 
-def render(source: str, variables: dict, messages: list, opens_turn: bool) -> str:
+def characters(messages: list, opens_turn: bool = True, more: dict | None = None) -> int:
+    """About how many characters a job gives its template."""
+    size = sum(len(str(message.get("content", ""))) for message in messages)
+    extras = sum(len(str(message)) for message in messages if len(message) > 2)
+    return size + extras + (len(str(more)) if more else 0)
+
+
+def read_variables(source: str) -> list[str]:
+    """What the template reads and does not set, without what the environment gives it."""
+    made = environment()
+    return sorted(jinja2.meta.find_undeclared_variables(made.parse(source)) - made.globals.keys())
+
+
+def render(source: str, variables: dict, messages: list, opens_turn: bool, more: dict | None = None) -> str:
     """The text, whole; TooLong as soon as it grows past what messages of this size can need."""
+    if messages == READ_VARIABLES:
+        return json.dumps(read_variables(source))
     template = compiled(source)
     given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": opens_turn, **variables}
-    limit = SPARE_CHARACTERS + SPARE_FACTOR * sum(len(str(message.get("content", ""))) for message in messages)
+    given |= more or {}
+    limit = SPARE_CHARACTERS + SPARE_FACTOR * characters(messages, opens_turn, more)
     pieces: list[str] = []
     size = 0
     stream = template.root_render_func(template.new_context(given))
@@ -199,11 +218,11 @@ def main() -> None:
     while line := requests.readline():
         request = json.loads(line)
         done, armed = [], 0.0
-        for messages, opens_turn in request["jobs"]:
+        for job in request["jobs"]:
             if time.monotonic() - armed > 1:  # not at each job: every call starts a thread
                 faulthandler.dump_traceback_later(request["stalled"], exit=True, file=silent)
                 armed = time.monotonic()
-            done.append(outcome(request["seconds"], request["template"], request["variables"], messages, opens_turn))
+            done.append(outcome(request["seconds"], request["template"], request["variables"], *job))
         faulthandler.cancel_dump_traceback_later()
         answers.write(json.dumps(done).encode() + b"\n")
         answers.flush()

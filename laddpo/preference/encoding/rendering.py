@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laddpo.preference.encoding.render_worker import READ_VARIABLES, characters
+
 SECONDS = 5.0  # of processor time for one rendering
 STALLED_SECONDS = 20.0  # until a rendering that cannot be interrupted ends the process
 REQUEST_CHARACTERS = 2**22  # of one request, unless a single job has more
 
-Job = tuple[list[dict[str, Any]], bool]  # messages, and whether an open assistant turn is wanted at the end
+# messages, whether an open assistant turn is wanted at the end, and perhaps what the template is given beside them
+Job = tuple[list[dict[str, Any]], bool] | tuple[list[dict[str, Any]], bool, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,18 @@ def render_jobs(template: str, variables: Mapping[str, Any], jobs: Sequence[Job]
     return [found for part in parts(jobs) for found in _PROCESS.render(template, variables, part)]
 
 
+def read_variables(template: str) -> list[str] | Failure:
+    """The names of the variables that a template reads and does not set itself, sorted."""
+    (found,) = render_jobs(template, {}, [(READ_VARIABLES, False)])
+    return found if isinstance(found, Failure) else json.loads(found)
+
+
 def parts(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     """The jobs in requests of a bounded size, so that the process needs little memory."""
     part: list[Job] = []
     size = 0
     for job in jobs:
-        length = sum(len(str(message.get("content", ""))) for message in job[0])
+        length = characters(*job)
         if part and size + length > REQUEST_CHARACTERS:
             yield part
             part, size = [], 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from laddpo.preference.encoding.special_text import PlainTokenizer
 from laddpo.preference.reading.bad_rows import RowError
-from laddpo.preference.reading.pairs import Message, Prompt
+from laddpo.preference.reading.pairs import FIRST_ROLES, Prompt
 
 
 def shorten_prompt(
@@ -20,7 +21,7 @@ def shorten_prompt(
     first, then the end of the newest that is left. A system turn stays as long as there is another turn to cut, and
     what is left starts and ends with the user. RowError when not even one token of text fits.
     """
-    system = prompt[:1] if prompt[0].role == "system" and len(prompt) > 1 else ()
+    system = prompt[:1] if prompt[0].role in FIRST_ROLES and len(prompt) > 1 else ()
     turns = prompt[len(system) :]
     while len(turns) > 1:
         fewer = _without_edge(turns, keep)
@@ -37,7 +38,7 @@ def shorten_prompt(
         if left <= 0:
             break
         text = _cut(text_ids, left, keep, tokens, turns[edge].content)
-        candidate = system + turns[:edge] + (Message(turns[edge].role, text),) + turns[edge + 1 :]
+        candidate = system + turns[:edge] + (replace(turns[edge], content=text),) + turns[edge + 1 :]
         ids = encode(candidate)
         excess = len(ids) - room
         if excess <= 0 and text.strip():

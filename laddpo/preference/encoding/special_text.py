@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from laddpo.errors import UserError
@@ -45,6 +46,19 @@ class PlainTokenizer:
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._special_id_set = frozenset(self.special_ids.values())
+
+    def may_join(self, text: str) -> bool:
+        """Whether a text may be a part of a special token that a template completes."""
+        inside, starts, ends = self._parts
+        edges = range(1, min(len(text), max(map(len, self.special_ids), default=0)) + 1)
+        return text in inside or any(text[-size:] in starts or text[:size] in ends for size in edges)
+
+    @cached_property
+    def _parts(self) -> tuple[set[str], set[str], set[str]]:
+        """Texts inside special tokens, their beginnings and their ends."""
+        cuts = [(token, place) for token in self.special_ids for place in range(1, len(token))]
+        inside = {token[place:end] for token, place in cuts for end in range(place + 1, len(token))}
+        return inside, {token[:place] for token, place in cuts}, {token[place:] for token, place in cuts}
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts in which everything is text."""

@@ -246,4 +246,6 @@ CODES: dict[str, str] = {
     "DATA-122": "a completion has both labels",
     "DATA-123": "all labels say the same",
     "DATA-106": "the response repeats a tag that the template opens",
+    "DATA-130": "tools, or calls of tools, are not as templates take them",
+    "DATA-131": "variables for the template are not as it takes them",
 }

@@ -8,22 +8,32 @@ No torch here: the settings and the readers are checked before anything heavy is
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from laddpo.storage.atomic import canonical_json
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FIRST_ROLES = ("system", "developer")  # of which one may be the first turn
+OF_ROW = ("tools", "chat_template_kwargs")  # what a template is given beside the messages
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `role` is one of ROLES."""
+    """One turn of a conversation; `role` is one of ROLES.
+
+    `extra` is the JSON of an object with what a template reads beside role and content: `tool_calls`, `tool_call_id`
+    and `name` of the turn, and on the first turn of a prompt the OF_ROW of its row. "" where there is nothing. It is
+    text because the order of its keys counts: templates write them in that order.
+    """
 
     role: str
     content: str
+    extra: str = ""
 
 
 Prompt = tuple[Message, ...]  # all turns before the response, oldest first
@@ -89,13 +99,45 @@ def user_prompt(text: str) -> Prompt:
 
 
 def prompt_rows(prompt: Iterable[Message]) -> list[dict[str, str]]:
-    """The prompt as JSON-ready message objects, which is also what chat templates take."""
-    return [{"role": message.role, "content": message.content} for message in prompt]
+    """The prompt as JSON-ready objects with role, content and, where there is one, extra."""
+    return [
+        {"role": message.role, "content": message.content, **({"extra": message.extra} if message.extra else {})}
+        for message in prompt
+    ]
+
+
+def prompt_of(rows: Iterable[dict[str, str]]) -> Prompt:
+    """The prompt of the objects that `prompt_rows` made."""
+    return tuple(Message(**row) for row in rows)
+
+
+def extra_of(values: dict[str, Any]) -> str:
+    """The `extra` of a message with these values."""
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")) if values else ""
+
+
+def with_row_values(prompt: Prompt, values: dict[str, Any]) -> Prompt:
+    """The prompt with the OF_ROW of its row: a template is given them beside the messages."""
+    if not values or not prompt:
+        return prompt
+    own = json.loads(prompt[0].extra or "{}")
+    return (replace(prompt[0], extra=extra_of({**own, **values})), *prompt[1:])
+
+
+def split_row_values(prompt: Prompt) -> tuple[Prompt, dict[str, Any]]:
+    """The prompt without the values that `with_row_values` put into it, and these values."""
+    if not prompt or not prompt[0].extra:
+        return prompt, {}
+    own = json.loads(prompt[0].extra)
+    values = {name: own.pop(name) for name in OF_ROW if name in own}
+    return (replace(prompt[0], extra=extra_of(own)), *prompt[1:]), values
 
 
 def prompt_group(prompt: Iterable[Message]) -> str:
     """The key of a prompt: 16 hex digits. Prompts that differ only in case, spacing or normal form share one."""
-    return _digest([[message.role, fold(message.content).casefold()] for message in prompt])[:16]
+    return _digest(
+        [[turn.role, fold(turn.content).casefold(), *([turn.extra] if turn.extra else [])] for turn in prompt]
+    )[:16]
 
 
 def fold(text: str) -> str:

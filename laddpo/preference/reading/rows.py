@@ -14,9 +14,18 @@ from typing import Any
 from laddpo.errors import nearest
 from laddpo.preference.reading.bad_rows import RowError
 from laddpo.preference.reading.guesses import OTHER_NAMES, hint_for, hint_for_all, hint_for_texts
-from laddpo.preference.reading.pairs import ROLES, Message, Prompt, fold
+from laddpo.preference.reading.pairs import (
+    FIRST_ROLES,
+    ROLES,
+    Message,
+    Prompt,
+    fold,
+    split_row_values,
+    with_row_values,
+)
 from laddpo.preference.reading.texts import FIX, check_text, is_blank, kind_of
-from laddpo.preference.reading.unread import refuse_stored_messages, refuse_unread_keys
+from laddpo.preference.reading.tools import refuse_order, response_text, row_values, turn_extra
+from laddpo.preference.reading.unread import is_empty, refuse_stored_messages, refuse_unread_keys
 
 Warn = Callable[[str], None]
 
@@ -120,7 +129,7 @@ def as_prompt(row: dict, value: Any, rules: RowRules, warn: Warn) -> Prompt:
         prompt: Prompt = (Message("user", value if more is None else f"{value}\n\n{more}"),)
     else:
         prompt = read_messages(value, "prompt", rules, warn)
-        if prompt[-1].role != "user":
+        if prompt[-1].role not in ("user", "tool"):
             problem = f"ends with a {prompt[-1].role} turn, want a user turn"
             raise RowError("DATA-65", "prompt", problem, "Move the last turn into chosen and rejected.")
         if mapped_text(row, "input", rules, warn) is not None:
@@ -129,15 +138,17 @@ def as_prompt(row: dict, value: Any, rules: RowRules, warn: Warn) -> Prompt:
 
 
 def with_system(row: dict, prompt: Prompt, rules: RowRules, warn: Warn) -> Prompt:
-    """The prompt behind the text of the system column, if that is mapped and the row has one."""
+    """The prompt behind the text of the system column, if that is mapped and the row has one; with the tools and the
+    template's variables that the row has."""
+    values = row_values(row, rules, warn)
     system = mapped_text(row, "system", rules, warn)
     if system is None:
-        return prompt
-    if prompt and prompt[0].role == "system":
+        return with_row_values(prompt, values)
+    if prompt and prompt[0].role in FIRST_ROLES:
         problem = "has a text, and the messages begin with a system turn too: which of them counts cannot be known"
         advice = "Set data.columns.system=null to keep the turn, or remove the turn."
         raise RowError("DATA-103", rules.column("system"), problem, advice)
-    return (Message("system", system), *prompt)
+    return with_row_values((Message("system", system), *prompt), values)
 
 
 def mapped_text(row: dict, name: str, rules: RowRules, warn: Warn) -> str | None:
@@ -177,9 +188,10 @@ def as_response(value: Any, name: str, prompt: Prompt, rules: RowRules, warn: Wa
     if isinstance(value, str):
         check_text(value, name, rules, warn)
         return value
-    messages = read_messages(value, name, rules, warn, is_response=True)
+    messages, (prompt, _) = read_messages(value, name, rules, warn, is_response=True), split_row_values(prompt)
     if messages[0].role != "assistant":
-        shown = prompt if messages[0].role == "system" else tuple(m for m in prompt if m.role != "system")
+        is_whole = messages[0].role in FIRST_ROLES
+        shown = prompt if is_whole else tuple(m for m in prompt if m.role not in FIRST_ROLES)
         for index, expected in enumerate(shown):
             if index >= len(messages) or messages[index] != expected:
                 problem = f"starts with a {messages[0].role} turn but differs from the prompt at message {index + 1}"
@@ -188,7 +200,7 @@ def as_response(value: Any, name: str, prompt: Prompt, rules: RowRules, warn: Wa
     if len(messages) != 1 or messages[0].role != "assistant":
         problem = f"has {len(messages)} turns after the prompt, want one assistant turn"
         raise RowError("DATA-68", name, problem, "Move all turns but the last into the prompt.")
-    return messages[0].content
+    return response_text(messages[0])
 
 
 def split_at_last_turn(chosen: Prompt, rejected: Prompt, warn: Warn) -> tuple[Prompt, str, str]:
@@ -202,12 +214,12 @@ def split_at_last_turn(chosen: Prompt, rejected: Prompt, warn: Warn) -> tuple[Pr
         index = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)) - 1)
         problem = f"the dialogues differ at message {index + 1}, before the last assistant turn"
         raise RowError("DATA-66", "", problem, "A pair is two answers to one prompt; this row is two dialogues.")
-    return chosen[:-1], *different(chosen[-1].content, rejected[-1].content, warn)
+    return chosen[:-1], *different(response_text(chosen[-1]), response_text(rejected[-1]), warn)
 
 
 def last_answer(messages: Prompt, name: str) -> str:
     """The text of the last turn, which must be the assistant's and must have one."""
-    role, text = messages[-1].role, messages[-1].content
+    role, text = messages[-1].role, response_text(messages[-1])
     if role != "assistant":
         problem = f"ends with a {role} turn, want an assistant turn"
         raise RowError("DATA-65", name, problem, "Cut the dialogue after its last assistant turn.")
@@ -248,7 +260,10 @@ def read_messages(value: Any, name: str, rules: RowRules, warn: Warn, is_respons
     messages = []
     for index, message in enumerate(value):
         place = f"{name}[{index}]"
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        calls = (
+            isinstance(message, dict) and message.get("role") == "assistant" and not is_empty(message.get("tool_calls"))
+        )
+        if not isinstance(message, dict) or "role" not in message or ("content" not in message and not calls):
             found = (
                 f"has the keys {sorted(map(str, message))}" if isinstance(message, dict) else f"is {kind_of(message)}"
             )
@@ -257,20 +272,15 @@ def read_messages(value: Any, name: str, rules: RowRules, warn: Warn, is_respons
         role = message["role"]
         if role not in ROLES:
             meant = ROLE_NAMES.get(str(role).lower()) or nearest(str(role), ROLES) or "user"
-            hint = TOOL_TURN if role in ("tool", "function") else f"Did you mean {meant}?"
+            hint = f"Did you mean {meant}?"
             raise RowError("DATA-63", f"{place}.role", f"is {role!r}, want one of {', '.join(ROLES)}", hint)
-        refuse_unread_keys(message, ("role", "content"), place, warn)
-        content = join_parts(message["content"], f"{place}.content", warn)
-        check_text(content, f"{place}.content", rules, warn)
-        messages.append(Message(role, content))
-    spoken = [message.role for message in messages if message.role != "system"]
-    first = 1 if is_response and spoken[:1] == ["assistant"] else 0
-    wanted = [("user", "assistant")[(index + first) % 2] for index in range(len(spoken))]
-    system_later = any(message.role == "system" for message in messages[1:])
-    if spoken != wanted or system_later or not spoken:
-        roles = ", ".join(message.role for message in messages)
-        problem = f"has its turns in the order {roles}; want an optional system turn, then user and assistant in turn"
-        raise RowError("DATA-64", name, problem, FIX)
+        extra = turn_extra(message, place, rules, warn)
+        content = message.get("content")
+        if not calls or not is_empty(content):  # a turn that calls tools may say nothing
+            content = join_parts(content, f"{place}.content", warn)
+            check_text(content, f"{place}.content", rules, warn)
+        messages.append(Message(role, content or "", extra))
+    refuse_order(messages, name, is_response=is_response)
     return tuple(messages)
 
 
@@ -314,14 +324,13 @@ def get_field(row: dict, name: str, rules: RowRules) -> Any:
     return value
 
 
-TOOL_TURN = "Turns of tools cannot be used: write the result into a user turn, or remove the row."
 UNPAIRED = (
     "Rows with a label are read by data.format=unpaired and trained on by dpo.loss=kto. Keep them and pairs in files "
     "of their own; data=mixture reads both."
 )
 ROLE_NAMES = {
     "human": "user",
-    "developer": "system",
+    "function": "tool",
     **dict.fromkeys(("bot", "gpt", "model", "ai"), "assistant"),
 }
 SHAPES: dict[str, Callable[[dict, RowRules, Warn], tuple[Prompt, str, str]]] = {

@@ -45,6 +45,14 @@ def parse_object(text: str, ends_file: bool = False) -> dict:
         raise RowError("DATA-38", "", "is nested too deep", "Rows are flat objects or lists of messages.") from error
 
 
+def parse_value(text: str) -> object:
+    """One strict JSON value, of any kind."""
+    try:
+        return _STRICT.decode(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RowError("DATA-35", "", f"is not JSON: {one_line(error)}", "Write it as JSON.") from error
+
+
 def check_object(value: object) -> dict:
     """The value, which must be an object."""
     if not isinstance(value, dict):

@@ -117,11 +117,12 @@ FURTHER = "further columns that are not used"
 OPTIONAL = ("system", "input", "answer")  # read only where a setting names their column
 STORED = re.compile(r"""\s*(?:array\(\s*)?\[?\s*\{\s*(["'])(?:role|content|from|value)\1\s*:""")
 KEYS = (re.compile(r"""["'](?:role|from)["']\s*:"""), re.compile(r"""["'](?:content|value)["']\s*:"""))
-CALL = "Write the call into content as the model shall write it, or remove the row."
+CALL = "Only a turn of the assistant calls tools. Move it there, or remove it."
+FUNCTION_CALL = "Write it as tool_calls, or into content as the model shall write it."
 REASONING = "Write it into content, as <think>…</think> before the answer, if it shall be learned; else remove the key."
 KEY_CURES: dict[str | None, str] = {
     "tool_calls": CALL,
-    "function_call": CALL,
+    "function_call": FUNCTION_CALL,
     "reasoning_content": REASONING,
     "reasoning": REASONING,
     "thinking": REASONING,
