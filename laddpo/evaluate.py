@@ -14,6 +14,7 @@ from laddpo.cli.app import run_stage
 from laddpo.errors import UserError
 from laddpo.evaluation.base_and_tuned import evaluate_base, evaluate_run, learned_rows, open_tasks, seal, unseal
 from laddpo.inputs.tuned import tuned_weights
+from laddpo.problems.tasks import JUDGED
 from laddpo.settings.schema import RunConfig
 
 
@@ -23,6 +24,11 @@ def main(config: RunConfig, run_folder: Path) -> None:
         raise UserError(
             "evaluation.tasks is empty and run is not set; a base model alone can only be measured on tasks. "
             "Add run=outputs/train/<run>, or evaluation=arithmetic."
+        )
+    if not config.run and config.evaluation.harness == "none" and JUDGED in config.evaluation.tasks:
+        raise UserError(
+            f"evaluation.tasks has {JUDGED} and run is not set; a base model alone has nothing to be compared with. "
+            "Add run=outputs/train/<run>."
         )
 
     from laddpo.hardware.machine import find_machine

@@ -27,6 +27,8 @@ CHECKING = (
         "settings.data_checks",
         "settings.decoding_checks",
         "settings.hardware_checks",
+        "settings.judge_checks",
+        "settings.judge_schema",
         "cli.launch",
         "settings.mistakes",
         "settings.needs",

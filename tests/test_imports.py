@@ -20,6 +20,7 @@ FOLDERS = [
     {"preference"},
     {"problems"},
     {"core"},
+    {"judging"},
     {"models"},
     {"settings"},
     {"hardware"},
@@ -37,7 +38,7 @@ CORE = [
     *("muon", "optim", "tasks", "loop"),
 ]
 # Functions of these folders take plain values and never see the settings.
-PLAIN = {"errors", "processes", "storage", "preference", "problems", "core", "models", "estimator_study"}
+PLAIN = {"errors", "processes", "storage", "preference", "problems", "core", "judging", "models", "estimator_study"}
 # Whoever composes a run or asks for help waits for these: they load nothing heavy.
 LIGHT = {"errors", "problems", "settings", "jobs", "cli", "the doors", "api"}
 LIGHT_MODULES = {
@@ -49,6 +50,7 @@ LIGHT_MODULES = {
         "core.sequences",
         "core.draws",
         "core.optim",
+        "judging.judges",
         "preference.sources",
         "preference.reading.rows",
     ),

@@ -61,6 +61,10 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "prepare, hh": ("prepare", [*DATA, "data=hh_rlhf", "data.dataset_name={dialogues}"]),
     "prepare, file": ("prepare", [*PAIRS, "evaluation=file", "evaluation.dataset_name={questions}", "seed=1"]),
     "prepare, own answers": ("prepare", OWN),
+    "prepare, judged": (
+        "prepare",
+        [*OWN, "seed=3", "data.judge.kind=rule", "data.judge.rule=must_match", "data.judge.pattern=a"],
+    ),
     "prepare, mixture": (
         "prepare",
         [*DATA, "data=mixture", "data.mixture=[{dataset_name: {rows}}, {source: arithmetic}]", "data.num_pairs=9"],
@@ -69,6 +73,10 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "evaluate": ("evaluate", [*LOOK, "evaluation.tasks=[arithmetic]"]),
     "evaluate, file": ("evaluate", [*LOOK, "evaluation=file", "evaluation.dataset_name={questions}"]),
     "evaluate, run": ("evaluate", ["run={train}"]),
+    "evaluate, winrate": (
+        "evaluate",
+        ["run={train}", "evaluation=winrate", *LOOK, "evaluation.judge.rule=must_match", "evaluation.judge.pattern=1"],
+    ),
     "generate": ("generate", [*LOOK[1:], "prompt=hello"]),
     "generate, file": ("generate", [*LOOK[1:], "prompts={asked}"]),
     "generate, run": ("generate", ["run={train}", "prompt=hello"]),

@@ -57,7 +57,7 @@ def run(installed: Path, folder: Path, *arguments: str, timeout: float = 300) ->
 
 def test_the_wheel_holds_every_yaml_template_and_module(installed):
     for folder, inside in (("conf", "laddpo/conf"), ("laddpo", "laddpo")):
-        for suffix in ("*.yaml", "*.py", "*.html"):
+        for suffix in ("*.yaml", "*.py", "*.html", "*.jinja"):
             wanted = {path.relative_to(REPOSITORY / folder) for path in (REPOSITORY / folder).rglob(suffix)}
             found = {path.relative_to(installed / inside) for path in (installed / inside).rglob(suffix)}
             assert wanted <= found

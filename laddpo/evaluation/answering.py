@@ -45,7 +45,7 @@ def open_task(
     return load_task(
         name,
         TaskOptions(
-            split=split,
+            split=split if name not in TASKS or TASKS[name].is_embedded else evaluation.dataset_split or split,
             limit=limit,
             seed=seed,
             benchmarks_dir=Path(data_dir) / "benchmarks",

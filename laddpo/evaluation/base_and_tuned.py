@@ -48,9 +48,10 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     takes what is only for people, once all is written.
     """
     from laddpo.evaluation.answering import answer_task, answerer
+    from laddpo.evaluation.winrate import with_prompts
     from laddpo.preference.prepared import PreparedExamples
     from laddpo.results.plots import evaluation_plot
-    from laddpo.results.tables import before_after_table, examples_text, held_out_note
+    from laddpo.results.tables import before_after_table, held_out_note, judged_note
     from laddpo.storage import atomic, manifests
     from laddpo.storage.seals import CheckedLines
 
@@ -60,7 +61,8 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     answers = answerer(loaded, config.evaluation, config.data, config.seed)
     with base_model(config.model, config.adapter, loaded):
         measure_tuned = measure_base(config, prepared, loaded, folder, stop)
-        tasks = open_tasks(config) if tasks is None else tasks
+        opened = open_tasks(config) if tasks is None else tasks
+        tasks = with_prompts(opened, prepared, config.evaluation)
         harness = _harness(config, answers, folder, "base", loaded.weights, stop)
         base_records = {
             task.name: answer_task(answers, task, folder / "items.jsonl", loaded.weights, "base", stop)
@@ -75,15 +77,8 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     }  # checked above
     for task in tasks:
         records = answer_task(answers, task, folder / "items.jsonl", digest, "tuned", stop)
-        base = base_records[task.name]
-        key = "exact_match" if len(tasks) == 1 else f"{task.name}/exact_match"
-        results[key] = _compare(
-            [r["correct"] for r in base], [r["correct"] for r in records], config.seed, is_share=True
-        )
-        results[key]["task"] = {"name": task.name, "grader": task.grader.name, **task.fields}
-        results.update(_compare_lengths(config, base, records, "" if len(tasks) == 1 else f"{task.name}/", say))
-        if is_main:
-            atomic.write_text(folder / f"examples_{task.name}.txt", examples_text(base, records) + "\n")
+        both = (base_records[task.name], records, "" if len(tasks) == 1 else f"{task.name}/")
+        results.update(_compare_answers(config, task, *both, folder, loaded, stop, say))
     harness_tuned = _harness(config, answers, folder, "tuned", digest, stop)
     if not is_main:
         return results
@@ -93,9 +88,34 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     evaluation_plot(results, folder / "plots" / "evaluation.png", tuned_margins=margins, title=tuned.parent.name)
     say("")
     say(before_after_table(results))
-    if note := held_out_note(results):
+    for note in filter(None, (held_out_note(results), judged_note(results))):
         say(note)
     say(f"\nresults, answers and plots: {folder}")
+    return results
+
+
+def _compare_answers(config: RunConfig, task, base, tuned, prefix: str, folder: Path, loaded, stop, say) -> dict:
+    """Entries of results.json for one task, from the records of both models; `prefix` tells several tasks apart."""
+    from laddpo.evaluation.winrate import judge_answers
+    from laddpo.inputs.judge import Surroundings
+    from laddpo.problems.tasks import TASKS
+    from laddpo.results.tables import WIN_RATE, examples_text
+    from laddpo.storage import atomic
+
+    results: dict = {}
+    graded = [[record["correct"] for record in records] for records in (base, tuned)]
+    if None not in graded[0]:
+        key = f"{prefix}exact_match"
+        results[key] = _compare(*graded, config.seed, is_share=True)
+        results[key]["task"] = {"name": task.name, "grader": task.grader.name, **task.fields}
+    results.update(_compare_lengths(config, base, tuned, prefix, say))
+    if TASKS[task.name].is_judged:
+        around = Surroundings("evaluation.judge", Path(config.paths.data_dir), str(loaded.machine.device), stop=stop)
+        asked = (config.evaluation, task, base, tuned, folder / "items.jsonl", config.seed, around)
+        ranks = loaded.machine.ranks
+        results[WIN_RATE] = ranks.broadcast(judge_answers(*asked) if ranks.is_main else None)
+    if loaded.machine.ranks.is_main:
+        atomic.write_text(folder / f"examples_{task.name}.txt", examples_text(base, tuned) + "\n")
     return results
 
 
@@ -136,9 +156,13 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=prin
 def open_tasks(config: RunConfig) -> list:
     """The test problems of the tasks that this program answers and grades itself."""
     from laddpo.evaluation.answering import open_task
+    from laddpo.inputs.judge import check_judge
+    from laddpo.problems.tasks import TASKS
 
     evaluation = config.evaluation
     own = evaluation.tasks if evaluation.harness == "none" else []
+    if any(TASKS[name].is_judged for name in own if name in TASKS):
+        check_judge(evaluation.judge, "evaluation.judge")
     of_data = (evaluation, config.data, config.seed, config.paths.data_dir)
     return [open_task(name, "test", evaluation.limit, *of_data) for name in own]
 

@@ -106,7 +106,8 @@ def _run_batches(generate, task, batch_size, log, labels, prints, done, show_pro
             records = ranks.broadcast(records)
             done.update((record["id"], record) for record in records)
             bar.update(len(records))
-            bar.set_postfix_str(f"right {sum(record['correct'] for record in done.values()) / len(done):.1%}")
+            if graded := [record["correct"] for record in done.values() if record["correct"] is not None]:
+                bar.set_postfix_str(f"right {sum(graded) / len(graded):.1%}")
 
 
 def as_answer(given: str | Answer) -> Answer:

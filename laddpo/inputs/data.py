@@ -74,9 +74,10 @@ def difficulty_of(data: DataSettings) -> Difficulty:
 
 
 def request_of(
-    data: DataSettings, part: MixturePart, sft: SftSettings, data_dir: str, seed: int, grader=None
+    data: DataSettings, part: MixturePart, sft: SftSettings, data_dir: str, seed: int, grader=None, rater=None
 ) -> Request:
-    """What is asked of one source of rows; `grader` tells right from wrong where pairs are made of answers."""
+    """What is asked of one source of rows; `grader` tells right from wrong, or `rater` better from worse, where pairs
+    are made of answers."""
     return Request(
         dataset_name=part.dataset_name,
         dataset_split=part.dataset_split,
@@ -100,6 +101,8 @@ def request_of(
         pairs_per_question=data.pairs_per_question,
         grader=grader,
         balance_lengths=data.balance_lengths,
+        rater=rater,
+        pair_by=data.pair_by,
         num_examples=sft.num_examples,
         mistake_share=sft.mistake_share,
     )

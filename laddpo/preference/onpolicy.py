@@ -22,14 +22,17 @@ from laddpo.preference.reading.rows import RowRules
 
 @dataclass(frozen=True)
 class Question:
-    """A question as it is asked, and its gold answer."""
+    """A question as it is asked, and its gold answer, where it is known."""
 
     text: str
-    answer: str
+    answer: str | None
 
 
-def read_questions(rows: Iterable[Raw], rules: RowRules, instruction: str, log: ReadLog) -> list[Question]:
-    """The questions of rows with a question and a gold answer; a UserError lists the rows that have none.
+def read_questions(
+    rows: Iterable[Raw], rules: RowRules, instruction: str, log: ReadLog, needs_answer: bool = True
+) -> list[Question]:
+    """The questions of rows with a question and, if it is needed, a gold answer; a UserError lists the rows that lack
+    either.
 
     `instruction` is put behind every question, as the evaluation of the task does. Equal questions are asked once.
     """
@@ -37,8 +40,9 @@ def read_questions(rows: Iterable[Raw], rules: RowRules, instruction: str, log: 
     bad = BadRows()
 
     def keep(place: str, fields: dict) -> tuple:
-        text, answer = (read_text(fields, name, rules, log) for name in ("prompt", "answer"))
-        found.setdefault(text, Question(text + instruction, short_answer(answer)))
+        text = read_text(fields, "prompt", rules, log)
+        answer = short_answer(read_text(fields, "answer", rules, log)) if needs_answer else None
+        found.setdefault(text, Question(text + instruction, answer))
         return ()
 
     for row in made_of(rows, keep):
@@ -118,10 +122,6 @@ def balanced_pairs(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
 
 def _facts(counts: Counter[str], made: Sequence[PreferencePair], kept: Sequence[PreferencePair]) -> dict:
     questions, samples = counts["questions"], counts["samples"]
-    mean = {
-        side: round(sum(len(getattr(pair, side)) for pair in kept) / len(kept), 3) if kept else None
-        for side in ("chosen", "rejected")
-    }
     return {
         "questions": questions,
         "samples": samples,
@@ -132,6 +132,17 @@ def _facts(counts: Counter[str], made: Sequence[PreferencePair], kept: Sequence[
         "never_right": counts["never_right"],
         "pairs": len(kept),
         "left_out": {"more_than_pairs_per_question": counts["too_many"], "for_length": len(made) - len(kept)},
+        **length_facts(kept),
+    }
+
+
+def length_facts(kept: Sequence[PreferencePair]) -> dict:
+    """Whether length tells the chosen from the rejected answer."""
+    mean = {
+        side: round(sum(len(getattr(pair, side)) for pair in kept) / len(kept), 3) if kept else None
+        for side in ("chosen", "rejected")
+    }
+    return {
         "chosen_longer": len(_of_sign(kept, 1)),
         "chosen_shorter": len(_of_sign(kept, -1)),
         "mean_characters": mean,

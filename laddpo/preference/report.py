@@ -17,6 +17,7 @@ import numpy as np
 
 from laddpo.preference.balance import label_lines
 from laddpo.preference.encoding.encode import EncodedRow, TextEncoder
+from laddpo.preference.judged import judged_lines
 from laddpo.preference.onpolicy import sampling_lines
 from laddpo.preference.reading.bad_rows import CODES, EXAMPLES, BadRow, BadRows
 from laddpo.preference.reading.files import ReadLog
@@ -129,7 +130,8 @@ def report_table(report: Mapping[str, Any]) -> str:
         + f"from {report['prompts']:,} prompts",
     ]
     if "sampling" in report:
-        lines += sampling_lines(report["sampling"])
+        facts = report["sampling"]
+        lines += judged_lines(facts) if "judge" in facts else sampling_lines(facts)
     for title in ("bad", "dropped"):
         for code, entry in report[title].items():
             lines.append(f"  {title:8} {entry['count']:>8,}  {code} {entry['meaning']}; e.g. {entry['examples'][0]}")

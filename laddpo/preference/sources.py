@@ -22,6 +22,7 @@ from laddpo.preference.generated import (
     arithmetic_split,
     corpus_identity,
 )
+from laddpo.preference.judged import Rater, judged_pairs
 from laddpo.preference.onpolicy import sampled_pairs
 from laddpo.preference.reading.bad_rows import BadRow, RowError, made_of
 from laddpo.preference.reading.files import ReadLog, content_sha256, file_kind, read_rows
@@ -59,7 +60,8 @@ class Request:
     `num_pairs`, `difficulty`, `habit`, `seed`, and the share that validation gets; for a corpus `num_examples` and
     `mistake_share`.
     Graded candidates: `candidates_name` (files of candidates, if they are not in the rows of their questions),
-    `pairs_per_question`, `grader`; sampled answers also `balance_lengths`.
+    `pairs_per_question`, `grader`; sampled answers also `balance_lengths`,
+    and `rater` and `pair_by` where a judge rates them.
     """
 
     dataset_name: str | None = None
@@ -84,6 +86,8 @@ class Request:
     pairs_per_question: int = 4
     grader: Grader | None = None
     balance_lengths: bool = True
+    rater: Rater | None = None
+    pair_by: str = "best_worst"
     num_examples: int = 20_000
     mistake_share: float = 0.0
 
@@ -226,15 +230,20 @@ def graded_identity(request: Request) -> dict:
 
 
 def onpolicy_pairs(request: Request, log: ReadLog) -> Iterator[PreferencePair | BadRow]:
-    """Right over wrong answers of the model itself: `dataset_name` is the file of samples."""
+    """Right over wrong answers of the model itself, or better over worse ones. `dataset_name`: the file of samples."""
     rows = read_rows([Path(request.dataset_name or "")], request.max_line_bytes, log)
     balance = request.balance_lengths
+    if request.rater is not None:
+        asked = (request.pair_by, request.pairs_per_question, request.seed)
+        return judged_pairs(rows, request.rater, *asked, log, balance)
     return sampled_pairs(rows, request.grader, request.pairs_per_question, request.seed, log, balance)
 
 
 def onpolicy_identity(request: Request) -> dict:
-    """What they depend on: the samples, the grader, and how pairs are chosen among them."""
+    """What they depend on: the samples, the grader or the judge, and how pairs are chosen among them."""
+    judged = {"judge": request.rater.fields(), "pair_by": request.pair_by} if request.rater else {}
     return {
+        **judged,
         "samples": content_sha256(Path(request.dataset_name or "")),
         "grader": request.grader.name if request.grader else None,
         "pairs_per_question": request.pairs_per_question,
@@ -327,6 +336,7 @@ def examples_of(source: Source) -> Source:
     )
 
 
+JUDGING = ("grader", "judge", "pair_by", "balance_lengths")
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 USUAL = (("completion", "completion"), ("label", "label"))  # not in the keys, which are older than these settings
 OF_ROWS = (
@@ -373,7 +383,7 @@ SOURCES: dict[str, Source] = {
         onpolicy_pairs,
         onpolicy_identity,
         is_graded=True,
-        reads=(*OF_ROWS, "test_fraction", "pairs_per_question", "questions", "sampling", "grader", "balance_lengths"),
+        reads=(*OF_ROWS, "test_fraction", "pairs_per_question", "questions", "sampling", *JUDGING),
         needs_grader=True,
     ),
 }

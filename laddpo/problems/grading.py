@@ -43,6 +43,18 @@ class FunctionGrader:
         pass
 
 
+class NoGrader:
+    """For answers that nobody knows to be right or wrong: each is None."""
+
+    name = "none"
+
+    def grade_all(self, texts: Sequence[str], answers: Sequence[str]) -> list[None]:
+        return [None] * len(texts)
+
+    def close(self) -> None:
+        pass
+
+
 class WorkerGrader:
     """A grader in a worker process, started at the first text; `close()` ends it.
 
@@ -98,7 +110,7 @@ class WorkerGrader:
             self._worker = self._pipe = None
 
 
-Grader = FunctionGrader | WorkerGrader
+Grader = FunctionGrader | WorkerGrader | NoGrader
 
 
 def math_grader(answers: Sequence[str] = ()) -> Grader:
@@ -228,6 +240,7 @@ def _delimited(formula: str) -> str:
 CHOICE = re.compile(r"(?<![\w'])([B-H1-8]|A(?!\s+(?!(?:is|was|because|since|as|for|and|or|but)\b)[a-z]))(?![\w'])")
 FORMULA = re.compile(r"[-+$\\]?[\d.,]+%?|\$?\\?[\\{}()\[\]\d\s+\-*/^_.,a-z]*\\[a-z]+.*\$?")
 
+UNGRADED = NoGrader()
 GRADERS: dict[str, Callable[[Sequence[str]], Grader]] = {
     "auto": auto_grader,
     "exact": lambda answers: FunctionGrader("equal text", same_text),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from laddpo.errors import UserError, choose
 from laddpo.preference.embedded import arithmetic
 from laddpo.preference.embedded.word_problems import INSTRUCTION as GSM8K_INSTRUCTION
 from laddpo.preference.embedded.word_problems import word_problems
+from laddpo.preference.reading.bad_rows import RowError
 from laddpo.preference.reading.pairs import Message, Prompt, user_prompt
-from laddpo.problems.grading import FunctionGrader, Grader, math_grader, same_choice, text_grader
+from laddpo.preference.reading.rows import RowRules, as_prompt
+from laddpo.preference.reading.texts import kind_of
+from laddpo.problems.grading import UNGRADED, FunctionGrader, Grader, math_grader, same_choice, text_grader
 from laddpo.problems.rows import is_choices, local_file, matches, task_rows
 
 GSM8K_HUB_ID = "openai/gsm8k"
@@ -219,6 +222,37 @@ def file_task(options: TaskOptions) -> Task:
     return _row_task("file", source, [(user_prompt(prompt), answer) for prompt, answer in rows], grader, options)
 
 
+def winrate_task(options: TaskOptions) -> Task:
+    """The user's own prompts, as text or as messages, for answers that are compared. An `answer` may stand beside them.
+
+    Without options.dataset_name it has no items: the held-out prompts of the run take their place."""
+    source, rows = options.dataset_name, []
+    if source is None:
+        return Task(JUDGED, [], UNGRADED)
+    for number, row in enumerate(
+        task_rows(source, None, options.split, options.revision, options.benchmarks_dir, ()), 1
+    ):
+        value = next((row[name] for name in ("prompt", "question", "messages") if row.get(name) is not None), None)
+        try:
+            if not isinstance(value, str | list):
+                raise RowError("DATA-12", "prompt", f"is {kind_of(value)}, want text or a list of messages", "")
+            prompt = as_prompt(row, value, RowRules(), lambda text: None)
+        except RowError as error:
+            raise UserError(
+                f"{source}: row {number}: {error.field}: {error.problem}. Mend or remove the row, or name another file "
+                "in evaluation.dataset_name."
+            ) from error
+        rows.append((prompt, "" if row.get("answer") is None else str(row["answer"]).strip()))
+    task = _row_task(JUDGED, source, rows, UNGRADED, options)
+    return replace(task, grader=grader_of(task.items, options.grader))
+
+
+def grader_of(items: list[Item], name: str) -> Grader:
+    """The grader of that name if every item has a gold answer, else none."""
+    has_gold = all(item.answer for item in items)
+    return text_grader(name, [item.answer for item in items]) if has_gold else UNGRADED
+
+
 def _row_task(name: str, source: str, rows: list[tuple[Prompt, str]], grader: Grader, options: TaskOptions) -> Task:
     items = [Item(f"{name}-{options.split}-{i}", *row) for i, row in enumerate(rows[: options.limit])]
     if not items:
@@ -231,10 +265,11 @@ def _row_task(name: str, source: str, rows: list[tuple[Prompt, str]], grader: Gr
 class TaskKind:
     """A row of TASKS.
 
-    `is_embedded`: its problems are made here, also some to choose a checkpoint by; the others read rows and have test
-    problems only. `has_difficulty`: data.operand_max and its like are its difficulty. `has_shots`: it can show worked
-    examples. `needs_file`: the file that the user must name. `takes_grader`: evaluation.grader says how its answers are
-    compared. `instruction`: what it writes behind a question, which `lists_choices` before that.
+    `is_embedded`: its problems are made here, also some to choose a checkpoint by; the others read rows and have
+    test problems only. `has_difficulty`: data.operand_max and its like are its difficulty. `has_shots`: it can show
+    worked examples. `needs_file`: the file that the user must name. `takes_grader`: evaluation.grader says how its
+    answers are compared. `is_judged`: base and tuned answers are compared with each other. `instruction`: what it
+    writes behind a question, which `lists_choices` before that.
     """
 
     load: Callable[[TaskOptions], Task]
@@ -245,8 +280,10 @@ class TaskKind:
     takes_grader: bool = False
     instruction: str = ""
     lists_choices: bool = False
+    is_judged: bool = False
 
 
+JUDGED = "winrate"  # the task whose answers are compared
 TASKS: dict[str, TaskKind] = {
     "arithmetic": TaskKind(arithmetic_task, is_embedded=True, has_difficulty=True),
     "word_problems": TaskKind(word_problems_task, is_embedded=True, instruction=GSM8K_INSTRUCTION),
@@ -254,4 +291,5 @@ TASKS: dict[str, TaskKind] = {
     "math500": TaskKind(math500_task, instruction=MATH500_INSTRUCTION),
     "arc_c": TaskKind(arc_c_task, instruction=ARC_INSTRUCTION, lists_choices=True),
     "file": TaskKind(file_task, needs_file="a .jsonl with prompt and answer on each line", takes_grader=True),
+    JUDGED: TaskKind(winrate_task, takes_grader=True, is_judged=True),
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 MEANINGS = {
     "exact match": "share of problems whose final answer is right",
+    "win rate": "share of prompts to which the tuned model's answer is better, a tie as one half; 50% is chance",
     "reward accuracy": "share of pairs in which the chosen answer has the higher reward; 50% is chance",
     "reward accuracy on training pairs": "the same for pairs that training has seen",
     "reward margin": "reward of the chosen answer minus reward of the rejected one",

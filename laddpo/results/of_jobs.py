@@ -13,7 +13,8 @@ from laddpo.storage.atomic import read_json, write_text
 from laddpo.storage.json_lines import JsonLines
 from laddpo.storage.seals import sealed_file
 
-FINAL = ("exact_match", "reward_accuracy", "held_out_loss")  # of the final evaluation
+FINAL = ("exact_match", "win_rate", "reward_accuracy", "held_out_loss")  # of the final evaluation
+USUAL = ("exact_match", "reward_accuracy")
 VALIDATION = ("validation/exact_match", "validation/loss")
 RESULT_COLUMNS = (*FINAL, *VALIDATION)  # in the order in which they rank jobs
 LOWER_IS_BETTER = ("loss", "std_error", "variance", "kl", "chosen_fall")  # ends of names
@@ -99,7 +100,7 @@ def _has_tuned(value: Any) -> bool:
 def jobs_table(records: list[dict[str, Any]]) -> str:
     """One line for each job: what was varied, how it ended, what came out."""
     common = set.intersection(*(set(record["overrides"]) for record in records)) if len(records) > 1 else set()
-    shown = [name for name in RESULT_COLUMNS if name in FINAL[:2] or any(name in r["results"] for r in records)]
+    shown = [name for name in RESULT_COLUMNS if name in USUAL or any(name in r["results"] for r in records)]
     rows = [["job", "settings", "state", *shown]]
     for record in records:
         varied = " ".join(text for text in record["overrides"] if text not in common) or "-"

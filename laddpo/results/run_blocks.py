@@ -11,7 +11,7 @@ from laddpo.results.plots import constant_curves, evaluation_plot, margins_plot,
 from laddpo.results.rounds import rounds_plot, rounds_rows, rounds_verdict
 from laddpo.results.runs import Run, read_rounds, read_run
 from laddpo.results.sweeps import number_text
-from laddpo.results.tables import before_after_rows, example_pairs, held_out_note, is_share, is_tied
+from laddpo.results.tables import before_after_rows, example_pairs, held_out_note, is_share, is_tied, judged_note
 from laddpo.storage.run_outputs import round_folders
 
 
@@ -63,8 +63,7 @@ def _result_blocks(run: Run, plots: Path) -> list[str]:
         if row[0] in (name.replace("_", " ") for name in tied):
             row[1] = "ties"
     blocks = [html.table(header, rows)]
-    if note := held_out_note(results):
-        blocks.append(html.paragraph(note))
+    blocks += [html.paragraph(note) for note in (held_out_note(results), judged_note(results)) if note]
     if tied:
         blocks.append(html.paragraph(TIES))
     blocks.append(html.words(explained(compared)))
@@ -137,6 +136,6 @@ def _example_blocks(run: Run, count: int) -> list[str]:
 
 
 TIES = (
-    "ties: the base is compared with itself, so its margin is 0 on every pair and it prefers no answer. The difference "
-    "is from chance, 50%."
+    "ties: the base is compared with itself, so its margin is 0 on every pair and it prefers no answer, nor does it "
+    "win against itself. The difference is from chance, 50%."
 )

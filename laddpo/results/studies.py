@@ -82,7 +82,8 @@ def read_outcome(folder: Path, seed: int) -> Outcome | None:
 def right_by_item(run: Path, model: str) -> dict[str, bool]:
     """Which test problems a run's evaluation found right for `model` (base or tuned), by task and problem."""
     records = CheckedLines(sealed_file(run, "evaluation/items.jsonl")).read()
-    return {f"{r['task']}/{r['id']}": bool(r["correct"]) for r in records if r["model"] == model}
+    graded = [r for r in records if r["model"] == model and r["correct"] is not None]
+    return {f"{r['task']}/{r['id']}": bool(r["correct"]) for r in graded}
 
 
 def difference(arm: Arm, other: Arm | None) -> Difference | None:

@@ -11,7 +11,9 @@ from laddpo.results.sweeps import SweepCell, SweepTable, number_text
 
 Record = Mapping[str, Any]
 
+WIN_RATE = "win_rate"  # name of the result of a judge
 FEW_PAIRS = 30  # below which the figures of a table say little
+MARKS = {True: "✓", False: "✗", None: " "}  # None: nobody knows whether the answer is right
 EXAMPLE_CHARACTERS = 600  # of one text in the side-by-side examples
 
 
@@ -50,6 +52,29 @@ def held_out_note(results: Mapping[str, Any]) -> str:
     return said + (f" So few {unit}s give coarse figures." if facts["pairs"] < FEW_PAIRS else "")
 
 
+def judged_note(results: Mapping[str, Any]) -> str:
+    """How the tuned model's answers fared against the base's, in a sentence or two; empty if nobody judged them."""
+    facts = results.get(WIN_RATE)
+    if not facts:
+        return ""
+    said = f"The tuned model won {facts['wins']:,}, tied {facts['ties']:,} and lost {facts['losses']:,} prompts"
+    said += f" ({judge_text(facts['judge'])})."
+    if unjudged := sum(facts["unjudged"].values()):
+        why = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in facts["unjudged"].items() if count)
+        said += f" {unjudged:,} have no verdict and do not count ({why})."
+    if facts["longer_won"] is not None:
+        lengths = facts["mean_characters"]
+        said += f" The longer answer won {facts['longer_won']:.0%} of the decided prompts; answers have "
+        said += f"{lengths['base']:.0f} (base) and {lengths['tuned']:.0f} (tuned) characters on average."
+    return said
+
+
+def judge_text(judge: Mapping[str, Any]) -> str:
+    """A judge in a few words, from what results.json says of it."""
+    name = judge.get("rule") or judge.get("model", "")
+    return f"judge: {judge['judge'].replace('_', ' ')} {visible(str(name))}".strip()
+
+
 def is_share(name: str, entry: Mapping[str, Any]) -> bool:
     """Whether an entry of results.json is a share of items (shown in percent) rather than a number of another kind."""
     is_inside = all(0 <= entry.get(key, -1) <= 1 for key in ("base", "tuned"))
@@ -58,8 +83,10 @@ def is_share(name: str, entry: Mapping[str, Any]) -> bool:
 
 def is_tied(name: str, results: Mapping[str, Any]) -> bool:
     """Whether the base's reward accuracy is ties alone: as its own reference it has margin 0 on every pair, which
-    counts one half. That is no measured result."""
+    counts one half. Nor can it win against itself. That is no measured result."""
     entry = results[name]
+    if name == WIN_RATE:
+        return True
     if not name.startswith("reward_accuracy") or entry.get("base") != 0.5:
         return False
     margin = results.get("reward_margin")
@@ -85,9 +112,11 @@ def examples_text(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str
     """
     blocks = []
     for before, after in example_pairs(base, tuned, count):
-        lines = [f"prompt  {shortened(before['prompt'])}", f"gold    {visible(str(before['answer']))}"]
+        lines = [f"prompt  {shortened(before['prompt'])}"]
+        if before["correct"] is not None:
+            lines.append(f"gold    {visible(str(before['answer']))}")
         for name, record in (("base ", before), ("tuned", after)):
-            lines.append(f"{name} {'✓' if record['correct'] else '✗'} {shortened(record['text'])}")
+            lines.append(f"{name} {MARKS[record['correct']]} {shortened(record['text'])}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 

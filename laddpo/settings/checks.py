@@ -17,11 +17,13 @@ from laddpo.errors import UserError
 from laddpo.models import block_length
 from laddpo.models.families import FAMILIES
 from laddpo.models.linears import match_linears, unknown_target
+from laddpo.preference.reading.splits import has_file_name
 from laddpo.preference.sources import SOURCES
 from laddpo.problems.tasks import TASKS, embedded
 from laddpo.settings.data_checks import file_problems, onpolicy_problems, unread_settings
 from laddpo.settings.decoding_checks import decoding_problems, room_problems
 from laddpo.settings.hardware_checks import device_problems, step_problems
+from laddpo.settings.judge_checks import judge_problems
 from laddpo.settings.ranges import CHOICES, as_written, single_problems, unknown_name
 from laddpo.settings.schema import RunConfig
 
@@ -51,6 +53,7 @@ def _contradictions(config: RunConfig, wrong_keys: set[str], given: Collection[s
     """Problems between settings, leaving out those that speak of a key whose own value is already refused."""
     parts = (_weights, _lengths, _objective, _data, _schedule, device_problems, _decoding, step_problems)
     found = (problem for part in parts for problem in part(config))
+    found = (*found, *judge_problems(config))
     late = (_length, unread_settings, file_problems)
     for problem in (*found, *(problem for check in late for problem in check(config, given))):
         if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in wrong_keys):
@@ -291,6 +294,11 @@ def _decoding(config: RunConfig) -> Iterator[str]:
         yield (
             f"evaluation.dataset_name is {evaluation.dataset_name!r} with the tasks {', '.join(of_rows)}; one file "
             "holds the rows of one task; set evaluation.dataset_name=null, or name one task."
+        )
+    if evaluation.dataset_split and has_file_name(evaluation.dataset_name or ""):
+        yield (
+            f"evaluation.dataset_split is {evaluation.dataset_split!r} and evaluation.dataset_name is the file "
+            f"{evaluation.dataset_name!r}, which has no splits; leave evaluation.dataset_split out."
         )
     yield from decoding_problems(evaluation, "evaluation", config.model.known_block_length)
 

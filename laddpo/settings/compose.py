@@ -34,6 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from laddpo.errors import UserError
 from laddpo.settings.checks import EPOCHS, STEPS, find_problems
 from laddpo.settings.decoding_checks import follow_model_block
+from laddpo.settings.judge_ranges import JUDGE_GROUPS
 from laddpo.settings.mistakes import (
     OPEN,
     REMOVED,
@@ -56,6 +57,7 @@ from laddpo.storage.seals import read_checked_text, sealed_file, with_check
 
 # in these a ~ at the beginning is the user's home
 HOME_PATHS = (*PATHS, "run", "prompts", "data.chat_template", "evaluation.dataset_name", "evaluation.harness_dir")
+HOME_PATHS += tuple(f"{group}.{name}" for group in JUDGE_GROUPS for name in ("model", "prompt"))
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "config", config_dir: str | None = None) -> RunConfig:

@@ -128,6 +128,7 @@ OF_EACH_PART = ("dataset_name", "dataset_split", "dataset_config", "test_split",
 OWN_ROWS = "write data=jsonl to read rows of your own"
 OWN_ANSWERS = "write data=onpolicy to make pairs of the model's own answers"
 CANDIDATES = "write data=gsm8k_candidates to make pairs of candidates"
+OF_OWN_ANSWERS = ("pairs_per_question", "questions", "sampling", "grader", "judge", "pair_by", "balance_lengths")
 # By setting or group of settings that only some rows of SOURCES read, the most special first: what was probably wanted.
 # What is not here concerns every source, or is read elsewhere too: evaluation and sft pose problems of operand_max.
 WANTED = {
@@ -140,6 +141,6 @@ WANTED = {
     **dict.fromkeys(("columns", "format", "label_threshold", "max_line_bytes", "follow_symlinks"), OWN_ROWS),
     **dict.fromkeys(("allow_empty_prompt", "allow_nul"), OWN_ROWS),
     "candidates_name": CANDIDATES,
-    **dict.fromkeys(("pairs_per_question", "questions", "sampling", "grader", "balance_lengths"), OWN_ANSWERS),
+    **dict.fromkeys(OF_OWN_ANSWERS, OWN_ANSWERS),
     "num_pairs": "write data.random_sample_size to take so many rows",
 }

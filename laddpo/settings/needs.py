@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from laddpo.core.losses import LOSSES, OPTION_READERS, PreferenceLoss
-from laddpo.problems.tasks import TASKS, embedded
+from laddpo.problems.tasks import JUDGED, TASKS, embedded
 from laddpo.settings.data_checks import sft_examples
+from laddpo.settings.judge_schema import JudgeSettings, RatingSettings, fields_read, needs_gold
 from laddpo.settings.loggers import wanted_trackers
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.schema import RunConfig
@@ -85,6 +86,23 @@ def _generates(stage: str, config: RunConfig) -> bool:
     has_pairs = stage not in ("evaluate", "generate", "chat", "export")
     return (has_pairs and ("arithmetic" in sources_of(config) or own_questions)) or _asks(
         stage, config, "has_difficulty"
+    )
+
+
+def _has_hub_judge(judge: JudgeSettings) -> bool:
+    return "revision" in fields_read(judge, False) and not Path(judge.model or "").expanduser().is_dir()
+
+
+def _is_judged(config: RunConfig) -> bool:
+    return config.evaluation.harness == "none" and JUDGED in config.evaluation.tasks
+
+
+def _of_judge(group: str, name: str) -> Need:
+    """The row of one setting of a judge."""
+    return Need(
+        (f"{group}.judge.{name}",),
+        lambda stage, config: name in fields_read(getattr(config, group).judge, group == "data"),
+        f"the judge that {group}.judge.kind names does not read it",
     )
 
 
@@ -258,7 +276,7 @@ NEEDS = (
         "it is read only for embedded questions and corpora (data=onpolicy, sft.examples=corpus)",
     ),
     Need(
-        ("evaluation.dataset_name",),
+        ("evaluation.dataset_name", "evaluation.dataset_split"),
         _asks,
         "it names the rows of a task, and evaluation.tasks has none that reads a file",
     ),
@@ -276,6 +294,36 @@ NEEDS = (
         ("evaluation.grader",),
         lambda stage, config: _asks(stage, config, "takes_grader"),
         "it is read only by the task file (evaluation=file)",
+    ),
+    Need(
+        ("evaluation.judge.",),
+        lambda stage, config: _is_judged(config),
+        "it is read only where answers are judged (evaluation=winrate)",
+    ),
+    *(
+        _of_judge(group, item.name)
+        for group, kind in (("evaluation", JudgeSettings), ("data", RatingSettings))
+        for item in fields(kind)
+        if item.name not in ("kind", "revision")
+    ),
+    *(
+        Need(
+            (f"{group}.judge.revision",),
+            lambda stage, config, group=group: _has_hub_judge(getattr(config, group).judge),
+            "only a reward model of the hub has revisions",
+        )
+        for group in ("evaluation", "data")
+    ),
+    Need(
+        ("data.pair_by",),
+        lambda stage, config: config.data.judge.kind != "none",
+        "it is read only where a judge rates answers (data.judge.kind); without one right answers are preferred over "
+        "wrong ones",
+    ),
+    Need(
+        ("data.grader",),
+        lambda stage, config: config.data.judge.kind == "none" or needs_gold(config.data.judge),
+        "data.judge says which answers are better; only its rule `right` reads it",
     ),
     Need(
         ("evaluation.elbo_draws", "evaluation.harness_dir"),

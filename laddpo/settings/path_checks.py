@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from laddpo.errors import UserError
+from laddpo.settings.judge_ranges import JUDGE_GROUPS
 from laddpo.settings.ranges import PATHS
 
 # data.dataset_name is looked at where it is read: it may be a pattern
 NAMED = (*PATHS, "run", "prompts", "data.questions", "data.candidates_name", "evaluation.dataset_name")
 NAMED += ("data.chat_template", "evaluation.shots_from", "evaluation.harness_dir")
+NAMED += tuple(f"{group}.{name}" for group in JUDGE_GROUPS for name in ("model", "prompt"))
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes; what Linux and macOS take at most
 
 

@@ -25,6 +25,8 @@ from laddpo.preference.reading.rows import SHAPES
 from laddpo.preference.sources import SOURCES
 from laddpo.problems.grading import GRADERS
 from laddpo.problems.tasks import TASKS, embedded
+from laddpo.settings.bounds import Range, at_least, more_than
+from laddpo.settings.judge_ranges import JUDGE_CHOICES, JUDGE_RANGES
 
 
 def single_problems(config: Any) -> Iterator[str]:
@@ -108,24 +110,6 @@ def unknown_name(key: str, name: str, known: Collection[str]) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Bounds of a number, both allowed (`above`: the lower one is not), and what is usual."""
-
-    usual: str
-    low: float | None = None
-    high: float | None = None
-    above: bool = False
-
-
-def at_least(low: float, usual: str, high: float | None = None) -> Range:
-    return Range(usual, low, high)
-
-
-def more_than(low: float, usual: str, high: float | None = None) -> Range:
-    return Range(usual, low, high, above=True)
-
-
 def _outside(key: str, value: float, bounds: Range) -> Iterator[str]:
     too_low = value <= bounds.low if bounds.above else value < bounds.low
     if too_low or (bounds.high is not None and value > bounds.high):
@@ -154,6 +138,7 @@ YES_OR_NAME = ("evaluation.suppress_eos", "data.sampling.suppress_eos")  # true 
 # not here: the harness knows thousands more, so laddpo/settings/checks.py looks at evaluation.harness first.
 REMASKING_NAMES = ("low_confidence", "certainty", "random", "sequential", "maskgit_plus", "entropy", "topk_margin")
 CHOICES: dict[str, Collection[str]] = {
+    **JUDGE_CHOICES,
     "model.architecture": FAMILIES,
     "model.attention": ("bidirectional", "block"),
     # validation numbers of which more is better, and the loss
@@ -337,6 +322,7 @@ RANGES: dict[str, Range] = {
     "evaluation.confidence_threshold": more_than(0, "0.9 is usual, 1 is one token a step, null takes `steps` steps", 1),
     "evaluation.samples": at_least(0, "0 shows none"),
     "evaluation.elbo_draws": at_least(1, "128 is LLaDA's own"),
+    **JUDGE_RANGES,
     "export.shard_gib": more_than(0, "4 is usual"),
     "report.examples": at_least(0, "0 shows none"),
     "benchmark.mean": more_than(16, "157 is HH-RLHF's"),

@@ -47,7 +47,7 @@ ANSWERS = (
     *("evaluation.cfg_scale", "evaluation.remasking", "evaluation.suppress_eos", "evaluation.confidence_threshold"),
     *("evaluation.stop_early", "evaluation.block_cache", "evaluation.batch_size"),
 )
-GRADED = ("evaluation.tasks", "evaluation.dataset_name", "evaluation.grader")
+GRADED = ("evaluation.tasks", "evaluation.dataset_name", "evaluation.dataset_split", "evaluation.grader")
 MODEL = ("model.model_name_or_path", "model.revision")
 LOADED = (*MODEL, "adapter.kind", "adapter.path", "quantization.")
 ROWS = (*LOADED, "data.", "-data.rounds", "-data.length_quantiles.", "-data.columns.response")

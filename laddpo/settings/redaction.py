@@ -115,7 +115,7 @@ READABLE = (
     r"HOME|USER|LOGNAME|HOSTNAME|PWD|TMPDIR|TMP|TEMP|SCRATCH|WORK|WORKDIR|CUDA_VISIBLE_DEVICES|"
     r"(SLURM|PBS|LSB|LADDPO)_[A-Z0-9_]+|[A-Z0-9_]+_(DIR|DIRS|HOME|ROOT|PATH|FOLDER|SCRATCH)"
 )
-NOT_SECRET = ("plan_tokens", "card_tokens")  # settings of other meaning whose names end like one
+NOT_SECRET = ("plan_tokens", "card_tokens", "max_tokens")  # settings of other meaning whose names end like one
 USER_IN_URL = r"(\w+://[^/\s:@]*:)[^/\s@]+@"
 PATTERNS = (
     (r"\bhf_[A-Za-z0-9]{20,}", "a Hugging Face token"),

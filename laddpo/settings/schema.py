@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from laddpo.settings.judge_schema import JudgeSettings, RatingSettings
 from laddpo.settings.model_schema import ModelSettings, Sizes
 from laddpo.settings.stage_schema import (
     CardSpeed,
@@ -129,6 +130,8 @@ class DataSettings:
     questions: str | None = None
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     grader: str = "auto"
+    judge: RatingSettings = field(default_factory=RatingSettings)
+    pair_by: str = "best_worst"
     balance_lengths: bool = True
     rounds: int = 1
     format: str = "auto"
@@ -225,6 +228,7 @@ class EvaluationSettings:
     at_end: bool = True
     tasks: list[str] = field(default_factory=list)
     dataset_name: str | None = None
+    dataset_split: str | None = None
     shots: int = 0
     shots_from: str | None = None
     limit: int | None = None
@@ -247,6 +251,7 @@ class EvaluationSettings:
     harness: str = "none"
     elbo_draws: int = 128
     harness_dir: str | None = None
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
 
 
 @dataclass

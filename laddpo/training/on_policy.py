@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from laddpo.errors import UserError
+from laddpo.settings.judge_schema import needs_gold
 from laddpo.settings.read_settings import command_of
 from laddpo.settings.schema import MixturePart, RunConfig
 from laddpo.storage import atomic
@@ -94,8 +95,9 @@ def open_questions(config: RunConfig) -> list:
         dataset_config=data.dataset_config,
     )
     request = request_of(config.data, asked, config.sft, config.paths.data_dir, config.seed)
-    rows = raw_rows(request, log)
-    found = read_questions(rows, RowRules(request.columns), sampling.instruction, log)
+    needs_answer = data.judge.kind == "none" or needs_gold(data.judge)
+    rows = raw_rows(request, log, ("prompt", "answer") if needs_answer else ("prompt",))
+    found = read_questions(rows, RowRules(request.columns), sampling.instruction, log, needs_answer)
     if here().is_main:
         for message, count in log.warnings.items():
             print(f"note: questions of {data.dataset_name}: {count:,} {message}", file=sys.stderr)
@@ -149,6 +151,30 @@ def sampling_config(config: RunConfig) -> RunConfig:
     names = [field.name for field in dataclasses.fields(sampling) if field.name in known and field.name != "samples"]
     chosen = {name: getattr(sampling, name) for name in names}
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, cfg_scale=0.0, **chosen))
+
+
+def graded_or_rated(config: RunConfig, questions: list) -> tuple:
+    """(grader, rater) of the answers to `questions`, one of them None: data.judge rates them, else the grader tells
+    right from wrong."""
+    from laddpo.inputs.judge import Surroundings, open_rater
+
+    judge = config.data.judge
+    if judge.kind == "none":
+        return pair_grader(config, questions), None
+    around = Surroundings("data.judge", Path(config.paths.data_dir), _device(config), seed=config.seed)
+    if needs_gold(judge):
+        grader = pair_grader(config, questions)
+        around = dataclasses.replace(around, grade=grader.grade_all, grader=grader.name, close=grader.close)
+    return None, open_rater(judge, around)
+
+
+def _device(config: RunConfig) -> str:
+    """Where a reward model runs if data.judge.device leaves it open."""
+    if config.data.judge.kind != "reward_model":
+        return "cpu"
+    from laddpo.hardware.machine import find_device
+
+    return str(find_device(config.hardware))
 
 
 def pair_grader(config: RunConfig, questions: list):

@@ -12,6 +12,7 @@ from laddpo.settings.schema import MixturePart, RunConfig
 
 if TYPE_CHECKING:
     from laddpo.preference.candidates import Grader
+    from laddpo.preference.judged import Rater
     from laddpo.preference.prepared import PreparedPairs, PreparedUnpaired
 
 
@@ -96,8 +97,9 @@ def _prepared(config: RunConfig, make: Callable, arguments: tuple):
 
 def _close_graders(arguments: tuple) -> None:
     for part in arguments[2]:
-        if part.request.grader is not None:
-            part.request.grader.close()
+        for opened in (part.request.grader, part.request.rater):
+            if opened is not None:
+                opened.close()
 
 
 def _not_prepared(config: RunConfig, cure: str):
@@ -197,10 +199,10 @@ def _arguments(config: RunConfig) -> tuple:
     parts = [
         Part(
             part.source,
-            request_of(config.data, part, config.sft, config.paths.data_dir, config.seed, grader),
+            request_of(config.data, part, config.sft, config.paths.data_dir, config.seed, grader, rater),
             part.weight,
         )
-        for part, grader in _graded_mixture(config)
+        for part, grader, rater in _graded_mixture(config)
     ]
     encoder = encoder_for(config.data, load_tokenizer(model_path(config.model), config.model.revision))
     return Path(config.paths.data_dir) / "prepared", data.source, parts, encoder, rules
@@ -210,16 +212,17 @@ def _is_given(key: str) -> bool:
     return any(text.startswith(f"{key}=") for text in given_overrides.get())
 
 
-def _graded_mixture(config: RunConfig) -> list[tuple[MixturePart, Grader | None]]:
-    """The parts of data.mixture, or the one source as a mixture of one; each with what grades its answers, if it has
-    any."""
-    from laddpo.training.on_policy import open_questions, pair_grader, sampled_file
+def _graded_mixture(config: RunConfig) -> list[tuple[MixturePart, Grader | None, Rater | None]]:
+    """The parts of data.mixture, or the one source as a mixture of one; each with what grades or rates its answers, if
+    it has any."""
+    from laddpo.training.on_policy import graded_or_rated, open_questions, sampled_file
 
     data, mixture = config.data, config.data.mixture
     if data.source == "onpolicy":
         questions = open_questions(config)
-        return [(MixturePart(data.source, str(sampled_file(config, questions))), pair_grader(config, questions))]
-    return [(part, _grader(config, part.source)) for part in mixture or [_only_part(config)]]
+        sampled = sampled_file(config, questions)
+        return [(MixturePart(data.source, str(sampled)), *graded_or_rated(config, questions))]
+    return [(part, *_graded_or_rated(config, part.source)) for part in mixture or [_only_part(config)]]
 
 
 def _only_part(config: RunConfig) -> MixturePart:
@@ -236,16 +239,16 @@ def _only_part(config: RunConfig) -> MixturePart:
     )
 
 
-def _grader(config: RunConfig, source: str) -> Grader | None:
-    """What tells right from wrong where pairs are made of answers; None elsewhere."""
+def _graded_or_rated(config: RunConfig, source: str) -> tuple[Grader | None, Rater | None]:
+    """What tells right from wrong, or better from worse, where pairs are made of answers; None elsewhere."""
     if source == "onpolicy":  # samples that a mixture names
-        from laddpo.training.on_policy import open_questions, pair_grader
+        from laddpo.training.on_policy import graded_or_rated, open_questions
 
-        return pair_grader(config, open_questions(config))
+        return graded_or_rated(config, open_questions(config))
     from laddpo.preference.sources import open_source
     from laddpo.problems.grading import math_grader
 
-    return math_grader() if open_source(source).needs_grader else None
+    return math_grader() if open_source(source).needs_grader else None, None
 
 
 def evaluation_prompts(config: RunConfig) -> dict[str, Callable[[], set[str]]]:

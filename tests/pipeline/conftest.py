@@ -83,3 +83,22 @@ QUICK = (
 @pytest.fixture
 def stages(tmp_path, tiny_model) -> Stages:
     return Stages(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory) -> Path:
+    """BERT with random weights, one layer, and a tokenizer of characters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("classifier")
+    letters = ["[PAD]", "[UNK]", *"0123456789+-=# "]
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    labels = {0: "bad", 1: "good", 2: "fair"}
+    config = BertConfig(vocab_size=len(letters), max_position_embeddings=40, id2label=labels, **sizes)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
