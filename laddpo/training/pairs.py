@@ -70,13 +70,13 @@ def _refuse_unpaired(loss: str, pairs_for: str) -> None:
     from laddpo.core.losses import LOSSES
     from laddpo.errors import UserError
 
-    takers = [name for name, row in LOSSES.items() if not getattr(row, "takes_pairs", True)]
+    takers = [name for name, row in LOSSES.items() if not row.takes_pairs]
     if pairs_for != "dpo.loss":
         raise UserError(f"The rows have labels and no pairs, and {pairs_for}. Name data with pairs.")
     if loss not in takers:
         raise UserError(
             f"dpo.loss is {loss!r}, which compares the two answers of a pair, and the rows have labels and no pairs. "
-            f"Set dpo.loss to {' or '.join(takers) or 'kto'}, or name data with pairs."
+            f"Set dpo.loss to {' or '.join(takers)}, or name data with pairs."
         )
 
 
