@@ -29,17 +29,19 @@ def main(config: RunConfig, run_folder: Path) -> None:
     from laddpo.storage.folders import owned
     from laddpo.training.pairs import open_prepared
 
-    if not LOSSES[config.dpo.loss].needs_reference:
+    loss = LOSSES[config.dpo.loss]
+    if not (loss.needs_reference and loss.takes_pairs):
+        lacking = "compares with no reference" if loss.takes_pairs else "takes single completions"
         raise UserError(
-            f"{config.run}: was trained with dpo.loss={config.dpo.loss}, which compares with no reference. What is "
-            "measured here is the noise of the score against the reference; name a run whose loss has one."
+            f"{config.run}: was trained with dpo.loss={config.dpo.loss}, which {lacking}. What is measured here is the "
+            "noise of a pair's score against the reference; name a run whose loss has one."
         )
     tuned = moved_weights(config)
     policy.check_before_loading(config)
     nothing = f"{run_folder}: stopped; nothing was written."  # all is written at the end
     with owned(run_folder, "variance", config.resume != "false"), stop_on_signal() as stop:
         with at_once(stop, nothing, "The same command starts again from the beginning."):
-            prepared = open_prepared(config, pairs_for="variance measures the noise of pairs")
+            prepared = open_prepared(config)
             pins.require_inputs_of(tuned, config, prepared.content)
             loaded = policy.load(config, find_machine(config, data_lengths(prepared, config.dpo, config.model)))
             parameters = list(policy.make_trainable(config, loaded).values())

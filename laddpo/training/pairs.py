@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from laddpo.preference.prepared import PreparedPairs, PreparedUnpaired
 
 
-def open_prepared(config: RunConfig, *, pairs_for: str | None = "dpo.loss") -> PreparedPairs | PreparedUnpaired:
+def open_prepared(config: RunConfig, *, takes_both: bool = False) -> PreparedPairs | PreparedUnpaired:
     """The prepared pairs or unpaired rows of this configuration: found, or made now with auto=true.
 
-    `pairs_for` names what may need pairs and then refuses unpaired rows before they are prepared: "dpo.loss", where the
-    loss decides, or what the caller does; None takes both kinds.
+    Unpaired rows are refused before they are prepared where dpo.loss needs pairs, unless the caller `takes_both`.
     """
     from laddpo.preference.preparation import find_prepared
 
@@ -28,7 +27,7 @@ def open_prepared(config: RunConfig, *, pairs_for: str | None = "dpo.loss") -> P
     if not config.auto and find_prepared(*arguments) is None:
         _close_graders(arguments)
         raise _not_prepared(config, f"Run {command_of('prepare')}, or set auto=true.")
-    return _prepared_as_they_are(config, arguments, pairs_for)
+    return _prepared_as_they_are(config, arguments, takes_both)
 
 
 def open_examples(config: RunConfig):
@@ -46,10 +45,10 @@ def open_examples(config: RunConfig):
 
 def prepare(config: RunConfig) -> PreparedPairs | PreparedUnpaired:
     """The finished folder of the rows, pairs or unpaired."""
-    return _prepared_as_they_are(config, _arguments(config))
+    return _prepared_as_they_are(config, _arguments(config), takes_both=True)
 
 
-def _prepared_as_they_are(config: RunConfig, arguments: tuple, pairs_for: str | None = None):
+def _prepared_as_they_are(config: RunConfig, arguments: tuple, takes_both: bool):
     """Pairs or unpaired rows, as the data are."""
     from laddpo.preference.kinds import kind_of_rows
     from laddpo.preference.preparation import prepare_pairs, prepare_unpaired
@@ -57,22 +56,20 @@ def _prepared_as_they_are(config: RunConfig, arguments: tuple, pairs_for: str | 
 
     try:
         is_unpaired = kind_of_rows(*arguments) is PreparedUnpaired
-        if is_unpaired and pairs_for is not None:
-            _refuse_unpaired(config.dpo.loss, pairs_for)
+        if is_unpaired and not takes_both:
+            _refuse_unpaired(config.dpo.loss)
     except BaseException:
         _close_graders(arguments)
         raise
     return _prepared(config, prepare_unpaired if is_unpaired else prepare_pairs, arguments)
 
 
-def _refuse_unpaired(loss: str, pairs_for: str) -> None:
-    """Refuse unpaired rows where pairs are needed."""
+def _refuse_unpaired(loss: str) -> None:
+    """Refuse unpaired rows for a loss that needs pairs."""
     from laddpo.core.losses import LOSSES
     from laddpo.errors import UserError
 
     takers = [name for name, row in LOSSES.items() if not row.takes_pairs]
-    if pairs_for != "dpo.loss":
-        raise UserError(f"The rows have labels and no pairs, and {pairs_for}. Name data with pairs.")
     if loss not in takers:
         raise UserError(
             f"dpo.loss is {loss!r}, which compares the two answers of a pair, and the rows have labels and no pairs. "

@@ -55,7 +55,7 @@ def open_rows(config: RunConfig) -> RunData:
     if kind == "corpus":
         examples = corpus_examples(config, tokenizer)
     elif kind == "chosen":
-        prepared = open_prepared(config, pairs_for=None)
+        prepared = open_prepared(config, takes_both=True)
         examples = chosen_examples(prepared.train)
     else:
         prepared = open_examples(config)
