@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from laddpo.core.losses import LOSSES
 from laddpo.inputs.pins import model_path
 from laddpo.models.families import FAMILIES
 from laddpo.preference.reading.splits import HUB_ID, has_file_name
@@ -132,7 +133,7 @@ def _origin(config, facts, sealed, base, step, name, licence, is_sft, is_foreign
     elif examples == "corpus":
         trained_on = f"{config.sft.num_examples:,} generated examples (sft.examples=corpus, seed {config.seed})"
     else:
-        kind = "rows" if examples == "rows" else "pairs"
+        kind = "rows" if examples == "rows" or not LOSSES[config.dpo.loss].takes_pairs else "pairs"
         trained_on = f"{rows}, fingerprint of the prepared {kind} `{data or 'not recorded by this run'}`"
     lines = [
         f"base: {inline(name)}{f', revision {inline(config.model.revision)}' if config.model.revision else ''} "

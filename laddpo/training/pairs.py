@@ -116,6 +116,7 @@ def check_enough(config: RunConfig, prepared) -> None:
 
     from laddpo.errors import UserError
     from laddpo.hardware.planning import pairs_per_step
+    from laddpo.inputs.data import row_lengths
     from laddpo.problems.tasks import embedded
     from laddpo.processes.ranks import here
 
@@ -129,17 +130,17 @@ def check_enough(config: RunConfig, prepared) -> None:
             else f"evaluation.every_steps is {config.evaluation.every_steps}"
         )
         raise UserError(
-            f"{prepared.folder}: holds no validation pair and {why}, which is measured on them (DATA-88). Raise "
-            f"data.validation_fraction (it is {config.data.validation_fraction:g}; the split is by prompt), or set "
-            "evaluation.every_steps=null and best_metric=auto."
+            f"{prepared.folder}: holds no validation {prepared.noun} and {why}, which is measured on them (DATA-88). "
+            f"Raise data.validation_fraction (it is {config.data.validation_fraction:g}; the split is by prompt), or "
+            "set evaluation.every_steps=null and best_metric=auto."
         )
-    count, batch = len(prepared.train), pairs_per_step(config.optim, config.hardware)
+    count, batch = len(row_lengths(prepared, config.dpo)), pairs_per_step(config.optim, config.hardware)
     is_accumulated = config.optim.gradient_accumulation_steps > 1
     larger = "gradient_accumulation_steps" if is_accumulated else "per_device_train_batch_size"
     if count < batch and here().is_main:
         print(
-            f"note: {count:,} training pairs are fewer than the {batch:,} of a step: each step is a whole epoch. Lower "
-            f"optim.{larger}, or give more pairs.",
+            f"note: {count:,} training {prepared.noun} are fewer than the {batch:,} of a step: each step is a whole "
+            f"epoch. Lower optim.{larger}, or give more {prepared.noun}.",
             file=sys.stderr,
         )
 
@@ -168,8 +169,8 @@ def say_what_is_measured(config: RunConfig, prepared) -> None:
         return
     count = len(prepared.result_rows(config.evaluation.num_pairs))
     print(
-        f"result: {count:,} {prepared.result_split} pairs, base against tuned. No task grades answers to these "
-        "prompts; evaluation=gsm8k, for instance, would add one."
+        f"result: {count:,} {prepared.result_split} {prepared.noun}, base against tuned. No task grades answers to "
+        "these prompts; evaluation=gsm8k, for instance, would add one."
     )
 
 
