@@ -47,7 +47,7 @@ def test_every_setting_of_the_data_reaches_the_source_or_the_rules():
         "data.random_sample_size=11",
         "data.on_bad_row=skip", "data.max_bad_fraction=0.5",
         "data.duplicates=drop", "data.fail_on_leak=true", "data.columns.system=s", "data.columns.answer=gold",
-        "data.terms=4", "data.width=3", "data.operand_max=100", "seed=5",
+        "data.terms=4", "data.width=3", "data.operand_max=100", "seed=5", "data.label_threshold=4",
     ]  # fmt: skip
     *_, plain_parts, _, plain_rules = _arguments(compose(["data=jsonl", "data.dataset_name=b.jsonl"]))
     of_other_sources = {"num_pairs": 7, "pairs_per_question": 9, "candidates_name": "c", "balance_lengths": False}

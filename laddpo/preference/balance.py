@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from laddpo.errors import UserError
+from laddpo.preference.prepared import SPLITS
 from laddpo.preference.reading.bad_rows import BadRow
 
 LABELS = ("undesirable", "desirable")
@@ -38,8 +39,9 @@ def balance_note(desirable: int, undesirable: int, desirable_weight: float, unde
 def label_lines(labels: Mapping[str, Mapping[str, int]]) -> list[str]:
     """The labels of each split, and the weights that balance those of the training rows."""
     lines = [
-        f"  labels   {split}: {counts['desirable']:,} desirable, {counts['undesirable']:,} undesirable"
-        for split, counts in labels.items()
+        f"  labels   {split}: {labels[split]['desirable']:,} desirable, {labels[split]['undesirable']:,} undesirable"
+        for split in SPLITS
+        if split in labels
     ]
     note = balance_note(labels["train"]["desirable"], labels["train"]["undesirable"], 1.0, 1.0)
     return [*lines, f"  labels   {note}"] if note else lines

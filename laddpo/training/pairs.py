@@ -130,9 +130,9 @@ def check_enough(config: RunConfig, prepared) -> None:
             else f"evaluation.every_steps is {config.evaluation.every_steps}"
         )
         raise UserError(
-            f"{prepared.folder}: holds no validation {prepared.noun} and {why}, which is measured on them (DATA-88). "
-            f"Raise data.validation_fraction (it is {config.data.validation_fraction:g}; the split is by prompt), or "
-            "set evaluation.every_steps=null and best_metric=auto."
+            f"{prepared.folder}: holds no validation {prepared.noun[:-1]} and {why}, which is measured on them "
+            f"(DATA-88). Raise data.validation_fraction (it is {config.data.validation_fraction:g}; the split is by "
+            "prompt), or set evaluation.every_steps=null and best_metric=auto."
         )
     count, batch = len(row_lengths(prepared, config.dpo)), pairs_per_step(config.optim, config.hardware)
     is_accumulated = config.optim.gradient_accumulation_steps > 1
