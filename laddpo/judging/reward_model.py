@@ -60,6 +60,11 @@ class RewardModel:
             return
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        if self.device.startswith("cuda") and int(self.device[5:] or 0) >= torch.cuda.device_count():
+            raise UserError(
+                f"{self.key}.device is {self.device!r}, and this machine has {torch.cuda.device_count()} GPUs; write "
+                f"{self.key}.device=cpu."
+            )
         place = {"revision": self.revision, "trust_remote_code": False}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.path, padding_side="right", **place)
@@ -81,7 +86,8 @@ class RewardModel:
         self.column = self._column(model.config)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.limit = min(self.max_length, getattr(model.config, "max_position_embeddings", None) or self.max_length)
+        positions = getattr(model.config, "max_position_embeddings", None) or self.max_length
+        self.limit = min(self.max_length, positions, self.tokenizer.model_max_length)
         self.model = model.to(self.device).eval()
 
     def _column(self, config) -> int:
@@ -101,7 +107,14 @@ class RewardModel:
         if not self.tokenizer.chat_template:
             return dict(self.tokenizer(plain_prompt(answer.prompt), answer.text))
         said = [*prompt_rows(answer.prompt), {"role": "assistant", "content": answer.text}]
-        text = self.tokenizer.apply_chat_template(said, tokenize=False)
+        try:
+            text = self.tokenizer.apply_chat_template(said, tokenize=False)
+        except Exception as error:  # whatever a template may raise
+            turns = ", ".join(message["role"] for message in said)
+            raise UserError(
+                f"{self.key}.model is {self.path!r}, whose chat template refuses the turns {turns}: "
+                f"{type(error).__name__}: {error}. Name another reward model."
+            ) from error
         return dict(self.tokenizer(text, add_special_tokens=False))
 
     @torch.inference_mode()

@@ -34,6 +34,8 @@ def judge_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _of_kind(judge: JudgeSettings, key: str) -> Iterator[str]:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", judge.device):
+        yield f"{key}.device is {judge.device!r}; expected auto, cpu, cuda, or one GPU such as cuda:1; write one."
     if judge.kind == "reward_model" and not judge.model:
         yield (
             f"{key}.model is not set and {key}.kind is 'reward_model'; expected a folder or hub id of a sequence "

@@ -297,8 +297,8 @@ NEEDS = (
     ),
     Need(
         ("evaluation.judge.",),
-        lambda stage, config: _is_judged(config),
-        "it is read only where answers are judged (evaluation=winrate)",
+        lambda stage, config: _is_judged(config) and (stage == "evaluate" or config.evaluation.at_end),
+        "it is read only where answers are judged (evaluation=winrate, at the end of a run or by evaluate)",
     ),
     *(
         _of_judge(group, item.name)

@@ -76,8 +76,11 @@ def settings_of_run(
         merged.hardware = dataclasses.replace(asked.hardware, precision=stored.hardware.precision)
     for key in keys:
         if key.startswith(("evaluation.", "hardware.", "paths.", *PLACES_OF_BASE)):
-            group, name = re.split(r"[.\[]", key)[:2]
-            setattr(getattr(merged, group), name, getattr(getattr(asked, group), name))
+            group, name, *inner = re.split(r"[.\[]", key)
+            to, of = getattr(merged, group), getattr(asked, group)
+            if inner and dataclasses.is_dataclass(getattr(of, name)):  # evaluation.judge.tie: the rest stays the run's
+                to, of, name = getattr(to, name), getattr(of, name), inner[0]
+            setattr(to, name, getattr(of, name))
     follow_model_block(merged, keys)
     merged.data.chat_template = _kept_template(stored, asked.run)
     known = find_problems(stored)

@@ -117,8 +117,11 @@ def test_a_classifier_judges_by_the_label_that_is_named(lab, classifier, capsys)
     before = [path.read_text() for path in kept]
     assert lab.evaluate("again", *asked) == 0
     assert [path.read_text() for path in kept] == before and lab.results("again") == results
-    assert lab.evaluate("wide", *asked, "evaluation.judge.tie=1000") == 0
-    assert lab.results("wide")["win_rate"]["ties"] == results["win_rate"]["items"]
+    again = ["resume=true", "evaluation.judge.tie=1000"]  # the rest of the judge stays as the evaluation was begun
+    place = [f"output_dir={lab.folder / 'classified'}", f"paths.data_dir={lab.folder / 'data'}"]
+    assert cli("evaluate", [f"run={lab.run}", *place, *again]) == 0
+    wide = lab.results("classified")["win_rate"]
+    assert wide["ties"] == results["win_rate"]["items"] and wide["judge"]["label"] == "good"
 
 
 def _score(folder: Path, name: str, items: list[dict], text: str) -> float:
@@ -172,6 +175,7 @@ def test_what_a_judge_lacks_is_said_before_anything_is_loaded(lab, monkeypatch, 
     for more, said in (
         (["kind=endpoint"], "LADDPO_JUDGE_URL is not set"),
         (["parallel=2"], "does not read it"),
+        (["kind=reward_model", "model=x", "label=a", "device=cuda:99"], "evaluation.judge.model is 'x'"),
     ):
         assert lab.evaluate("never", *(f"evaluation.judge.{text}" for text in more)) == 2
         assert said in capsys.readouterr().err
@@ -180,6 +184,7 @@ def test_what_a_judge_lacks_is_said_before_anything_is_loaded(lab, monkeypatch, 
         (["rule=must_match"], "evaluation.judge.pattern is not set"),
         (["rule=must_match", "pattern='('"], "is no regular expression"),
         (["kind=none"], "expected who judges"),
+        (["kind=reward_model", "model=x", "device=gpu"], "expected auto, cpu, cuda"),
     ):
         with pytest.raises(UserError, match=said):
             compose(["evaluation=winrate", *(f"evaluation.judge.{text}" for text in more)])
