@@ -59,7 +59,7 @@ ADAPTER = """With laddpo, as it is, or merged into its base for other programs:
 
 ```bash
 laddpo generate model=BASE adapter.path=THIS_FOLDER TEMPLATE prompt="PROMPT"
-laddpo export model=BASE adapter.path=THIS_FOLDER
+laddpo export model=BASE adapter.path=THIS_FOLDER TEMPLATE
 ```"""
 
 PEFT = """With peft and transformers 4:
