@@ -15,6 +15,7 @@ from laddpo.preference.embedded.arithmetic import Difficulty
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.encoding.templates import GivenTemplate
 from laddpo.preference.prepared import Prepared, PreparedUnpaired, split_in_two
+from laddpo.preference.reading.ranked import PairRule
 from laddpo.preference.sources import Request
 from laddpo.settings.schema import DataSettings, DpoSettings, MixturePart, ModelSettings, SftSettings, keywords
 
@@ -103,6 +104,7 @@ def request_of(
         balance_lengths=data.balance_lengths,
         rater=rater,
         pair_by=data.pair_by,
+        pair_rule=PairRule(data.pairs_from, data.min_gap, data.margin_per_gap),
         num_examples=sft.num_examples,
         mistake_share=sft.mistake_share,
     )

@@ -53,7 +53,8 @@ def encoded_rows(
             ids_of = (row.prompt_ids, *row.response_ids)
             encoded.append(EncodedCompletion(given.id, *ids_of, given.label, given.group, given.weight))
         else:
-            encoded.append(EncodedPair(given.id, row.prompt_ids, *row.response_ids, given.group))
+            ids_of = (row.prompt_ids, *row.response_ids)
+            encoded.append(EncodedPair(given.id, *ids_of, given.group, given.weight, given.margin))
     if bad.total:
         lines, noun = "\n".join(f"  {line}" for line in bad.lines()), "rows" if is_unpaired else "pairs"
         raise UserError(f"{bad.total:,} of {bad.total + len(encoded):,} {noun} cannot be used:\n{lines}")

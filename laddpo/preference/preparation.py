@@ -30,6 +30,7 @@ from laddpo.preference.held_out import (
 )
 from laddpo.preference.leaks import EvaluationPrompts, count_leaks, refuse_leaks
 from laddpo.preference.prepared import (
+    PLAIN,
     REJECTED,
     SPLITS,
     Prepared,
@@ -42,6 +43,7 @@ from laddpo.preference.prepared import (
 from laddpo.preference.reading.bad_rows import BadRow, BadRows, RowError
 from laddpo.preference.reading.files import ReadLog
 from laddpo.preference.reading.pairs import prompt_rows
+from laddpo.preference.reading.ranked import refuse_unused
 from laddpo.preference.report import ReportBuilder, leak_lines, note_lines, report_figure, report_table
 from laddpo.preference.selection import choose_rows, choose_splits
 from laddpo.preference.sources import Request, Source, open_corpus, open_source, open_unpaired
@@ -287,6 +289,8 @@ def _read_rows(job: _Job, spool: Spool, report: ReportBuilder, log: ReadLog) -> 
             spool.add(row, part)
             usable[part] += 1
     report.bad.stop_if_too_many(job.rules.on_bad_row, job.rules.max_bad_fraction, report.rows["read"])
+    if job.prepared is PreparedPairs:
+        refuse_unused((part.request.pair_rule for part in job.parts), log)
     empty = [part for part, rows_of_it in enumerate(usable[:-1]) if not rows_of_it]
     if empty:
         raise UserError(*(_no_row(job, part, bad[part].lines() or list(log.warnings)) for part in empty))
@@ -381,6 +385,7 @@ def _encode_batch(
                 record["label"] = row.label
             if row.answer is not None:
                 record["answer"] = row.answer
+            record |= {name: getattr(row, name) for name, plain in PLAIN.items() if getattr(row, name) != plain}
             if outcome.cut_tokens:
                 record["cut_tokens"] = outcome.cut_tokens
             writer.add(record, (outcome.prompt_ids, *outcome.response_ids))

@@ -1,6 +1,7 @@
 """The folder of prepared rows: written whole or not at all, read without pyarrow, datasets or torch.
 
-    pairs.jsonl          one object per row: id, prompt (messages), chosen, rejected, split, group, answer?
+    pairs.jsonl          one object per row: id, prompt (messages), chosen, rejected, split, group, answer?,
+                         weight?, margin?
     tokens.safetensors   "ids" int32, all tokens one after the other; "offsets" int64 [rows * sequences + 1], in the
                          order prompt, chosen, rejected (examples: prompt, response)
     report.json  report.png  rejected.jsonl (with on_bad_row=skip)  manifest.json (last)
@@ -41,6 +42,7 @@ from laddpo.storage.temporaries import make_folder, remove_orphans, temporary_be
 
 TOKENS, REPORT, FIGURE, REJECTED = "tokens.safetensors", "report.json", "report.png", "rejected.jsonl"
 SPLITS = ("train", "validation", "test")
+PLAIN = {"weight": 1.0, "margin": 0.0}  # of rows that say nothing else, which are written without them
 
 
 class PairRows(Sequence):
@@ -71,7 +73,7 @@ class Prepared:
 
     kind, rows_file, sides = "", "", ()
     noun = "rows"
-    read_columns: tuple[str, ...] = ("id", "group", "answer", "split")
+    read_columns: tuple[str, ...] = ("id", "group", "answer", "split", "weight", "margin")
 
     def __init__(self, folder: Path, manifest: dict):
         self.folder, self.manifest = folder, manifest
@@ -81,7 +83,7 @@ class Prepared:
                 record = json.loads(line)
                 record["split"] = SPLITS[SPLITS.index(record["split"])]  # one string for all rows, not one for each
                 for name, values in self.columns.items():
-                    values.append(record.get(name))
+                    values.append(record.get(name, PLAIN.get(name)))
         ids, self._offsets = map_tokens(folder / TOKENS)
         self._ids = ids.view(np.ndarray)  # a memory map still, without the cost of its class at every slice
         split = np.array([SPLITS.index(name) for name in self.columns["split"]])
@@ -149,7 +151,8 @@ class PreparedPairs(Prepared):
     noun = "pairs"
 
     def row(self, row: int) -> EncodedPair:
-        return EncodedPair(self.columns["id"][row], *self.sequences(row), self.columns["group"][row])
+        names = ("group", "weight", "margin")
+        return EncodedPair(self.columns["id"][row], *self.sequences(row), *(self.columns[name][row] for name in names))
 
 
 class PreparedUnpaired(Prepared):
@@ -159,8 +162,9 @@ class PreparedUnpaired(Prepared):
     read_columns = (*Prepared.read_columns, "label")
 
     def row(self, row: int) -> EncodedCompletion:
-        label, group = self.columns["label"][row], self.columns["group"][row]
-        return EncodedCompletion(self.columns["id"][row], *self.sequences(row), label, group)
+        names = ("label", "group", "weight")
+        known = (self.columns[name][row] for name in names)
+        return EncodedCompletion(self.columns["id"][row], *self.sequences(row), *known)
 
 
 class PreparedExamples(Prepared):
@@ -182,7 +186,7 @@ def kind_of_folder(folder: Path) -> type[PreparedPairs] | type[PreparedUnpaired]
 def split_in_two(pairs: Iterable[EncodedPair]) -> list[EncodedCompletion]:
     """The chosen side of each pair as a desirable completion, then its rejected side as an undesirable one."""
     return [
-        EncodedCompletion(f"{pair.id}-{side}", pair.prompt_ids, ids, label, pair.group, getattr(pair, "weight", 1.0))
+        EncodedCompletion(f"{pair.id}-{side}", pair.prompt_ids, ids, label, pair.group, pair.weight)
         for pair in pairs
         for side, ids, label in (("chosen", pair.chosen_ids, True), ("rejected", pair.rejected_ids, False))
     ]

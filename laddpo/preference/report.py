@@ -21,6 +21,7 @@ from laddpo.preference.judged import judged_lines
 from laddpo.preference.onpolicy import sampling_lines
 from laddpo.preference.reading.bad_rows import CODES, EXAMPLES, BadRow, BadRows
 from laddpo.preference.reading.files import ReadLog
+from laddpo.preference.reading.pair_counts import ranked_lines
 from laddpo.preference.reading.splits import NO_SPLIT
 from laddpo.processes import terminal
 
@@ -115,6 +116,7 @@ class ReportBuilder:
             "samples": self._samples,
             **({"labels": self.labels} if self.labels else {}),
             **self._log.facts,
+            **self._log.pairs.facts(),
             **self.facts,
         }
 
@@ -132,6 +134,8 @@ def report_table(report: Mapping[str, Any]) -> str:
     if "sampling" in report:
         facts = report["sampling"]
         lines += judged_lines(facts) if "judge" in facts else sampling_lines(facts)
+    if "ranked" in report:
+        lines += ranked_lines(report["ranked"])
     for title in ("bad", "dropped"):
         for code, entry in report[title].items():
             lines.append(f"  {title:8} {entry['count']:>8,}  {code} {entry['meaning']}; e.g. {entry['examples'][0]}")

@@ -13,7 +13,7 @@ from laddpo.errors import UserError
 from laddpo.preference.examples import MESSAGES
 from laddpo.preference.reading.bad_rows import BadRow
 from laddpo.preference.reading.files import ReadLog, read_rows
-from laddpo.preference.reading.guesses import PAIR, guess_columns, taken_text
+from laddpo.preference.reading.guesses import LISTS, PAIR, guess_columns, guess_scores, taken_text
 from laddpo.preference.reading.hub import hub_rows
 from laddpo.preference.reading.locate import locate
 from laddpo.preference.reading.unread import accounted
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 def with_guesses(request: Request, log: ReadLog, *, is_pair: bool) -> Request:
     """The request with columns that rows have under another common name, which the log says in one line."""
-    seen = first_values(request)
+    seen = first_values(request, ("chosen", "rejected", "candidates", *(LISTS if is_pair else ())))
     guessed = guess_columns(seen, request.columns, request.dataset_name, is_pair=is_pair)
+    if is_pair:
+        reads_scores = request.pair_rule.min_gap is not None
+        guessed |= guess_scores(seen, {**request.columns, **guessed}, request.dataset_name, reads_scores)
     if guessed:
         log.warn(taken_text(guessed))
     return replace(request, columns={**request.columns, **guessed}) if guessed else request

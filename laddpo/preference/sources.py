@@ -8,7 +8,7 @@ source is its functions and one row; settings read the row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from laddpo.errors import choose
@@ -37,8 +37,9 @@ from laddpo.preference.reading.pairs import (
     example_of,
     pair_of,
 )
-from laddpo.preference.reading.rows import SHAPES, WITHOUT_PROMPT, RowRules, mapped_text, one_pair_each
-from laddpo.preference.reading.unread import OPTIONAL, accounted, is_mapped, refuse_unread_columns
+from laddpo.preference.reading.ranked import PairMaker, PairRule
+from laddpo.preference.reading.rows import SHAPES, WITHOUT_PROMPT, RowRules, mapped_text
+from laddpo.preference.reading.unread import OF_SCORES, OPTIONAL, accounted, is_mapped, refuse_unread_columns
 from laddpo.preference.requested import local_files, raw_rows, with_guesses
 from laddpo.preference.unpaired import (
     are_unpaired,
@@ -55,13 +56,12 @@ class Request:
     """What is asked of a source; each uses the part that concerns it.
 
     Rows of files and of the hub: `dataset_name` (path, name in `preference_dir`, or hub id), `dataset_split`,
-    `test_split`, `dataset_config`, `revision`, `columns`, `format` (a shape of rows, or auto), `label_threshold` (from
-    which ratings are desirable), limits. Generated rows:
-    `num_pairs`, `difficulty`, `habit`, `seed`, and the share that validation gets; for a corpus `num_examples` and
-    `mistake_share`.
-    Graded candidates: `candidates_name` (files of candidates, if they are not in the rows of their questions),
-    `pairs_per_question`, `grader`; sampled answers also `balance_lengths`,
-    and `rater` and `pair_by` where a judge rates them.
+    `dataset_config`, `test_split`, `revision`, `columns` (our names to the data's), `format` (one of SHAPES, unpaired
+    or json), `label_threshold` (which ratings are desirable), `pair_rule` (of scores, ranks or several answers), limits.
+    Generated rows: `num_pairs`, `difficulty`, `habit`, `seed`, and the share that validation gets; for a corpus
+    `num_examples` and `mistake_share`. Graded candidates: `candidates_name` (files of candidates, if they are not in
+    the rows of their questions), `pairs_per_question`, `grader`; sampled answers also `balance_lengths`, and `rater`
+    and `pair_by` where a judge rates them.
     """
 
     dataset_name: str | None = None
@@ -88,6 +88,7 @@ class Request:
     balance_lengths: bool = True
     rater: Rater | None = None
     pair_by: str = "best_worst"
+    pair_rule: PairRule = field(default_factory=PairRule)
     num_examples: int = 20_000
     mistake_share: float = 0.0
 
@@ -160,27 +161,33 @@ def read_pairs(
         request = with_guesses(request, log, is_pair=True)
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
     shape = shape or shape_name(request.format)
-    readable = [*PAIR_COLUMNS, *OPTIONAL]
+    readable = [*PAIR_COLUMNS, "candidates", "candidate", *OPTIONAL]
     if shape in WITHOUT_PROMPT:
         readable = [name for name in readable if name not in ("prompt", "input")]
     refuse_unread_columns(rules.columns, readable, f"data.format={shape}")
     kind: bool | None = None
+    maker = PairMaker(rules, request.pair_rule, log)
 
     def pairs(place: str, fields: dict) -> Iterator[PreferencePair | BadRow]:
         nonlocal kind
         if request.format == "explicit":
             kind = same_kind(kind, fields, rules)
         answer = mapped_text(fields, "answer", rules, log.warn)
-        for each in one_pair_each(fields, rules, log.warn):
+        for made in maker.pairs(fields):
             try:
-                yield pair_of(RowIds(), *SHAPES[shape](each, rules, log.warn), place, answer)
+                texts = SHAPES[shape](made.fields, rules, log.warn)
+                yield pair_of(RowIds(), *texts, place, answer, made.weight, made.margin)
             except RowError as error:  # the row's other pairs may be good
                 yield error.at(place)
 
-    names = [*(n for n in readable if n in PAIR_COLUMNS or rules.columns.get(n)), *OF_ROW]
+    used = (*PAIR_COLUMNS, "candidates", *(name for name in OPTIONAL if rules.columns.get(name)))
+    names = [*(name for name in readable if name in used), *OF_ROW]
     if rows is None:
-        return made_of(raw_rows(request, log, names), pairs)
-    return made_of(accounted(rows, names, request.columns, "the pairs", log.warn), pairs)
+        rows = raw_rows(request, log, names)
+    else:
+        rows = accounted(rows, names, request.columns, "the pairs", log.warn)
+    yield from made_of(rows, pairs)
+    maker.finish()
 
 
 def read_examples(request: Request, log: ReadLog, shape: str | None = None) -> Iterator[Example | BadRow]:
@@ -196,7 +203,7 @@ def read_examples(request: Request, log: ReadLog, shape: str | None = None) -> I
         request = with_guesses(request, log, is_pair=False)
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
     to_pair = SHAPES[shape or shape_name(request.format)]
-    readable = [*COLUMNS, *OPTIONAL]
+    readable = [*COLUMNS, *(name for name in OPTIONAL if name not in OF_SCORES)]
     refuse_unread_columns(rules.columns, readable, "sft on rows")
     rows = raw_rows(request, log, [*(n for n in readable if n not in OPTIONAL or rules.columns.get(n)), *OF_ROW])
     return made_of(
@@ -282,6 +289,8 @@ def rows_identity(request: Request) -> dict:
         "allow_empty_prompt": request.allow_empty_prompt,
         "allow_nul": request.allow_nul,
     }
+    rule, plain = asdict(request.pair_rule), asdict(PairRule())
+    fields |= {name: value for name, value in rule.items() if value != plain[name]}
     test = replace(request, dataset_split=request.test_split) if request.has_test_split else None
     if files:
         if test:
@@ -345,7 +354,10 @@ OF_ROWS = (
 )
 ROWS_READ = (*OF_ROWS, "test_split", "test_fraction")
 UNPAIRED_READ = ("columns.completion", "columns.label", "label_threshold")
-PAIRS_READ = (*ROWS_READ, *(f"columns.{name}" for name in ("chosen", "rejected", "system", "input")))
+PAIRS_READ = (
+    *(*ROWS_READ, *(f"columns.{name}" for name in ("chosen", "rejected", "system", "input", *OF_SCORES))),
+    *("columns.candidates", "columns.candidate", "pairs_from", "min_gap", "margin_per_gap"),
+)
 SOURCES: dict[str, Source] = {
     "arithmetic": Source(
         arithmetic_pairs,

@@ -38,6 +38,8 @@ class SpooledRow:
     group: str
     answer: str | None
     label: bool | None = None
+    weight: float = 1.0
+    margin: float = 0.0
 
 
 class Spool:
@@ -54,6 +56,7 @@ class Spool:
         self._positions = array("q")
         self._digests, self._mirrored = bytearray(), bytearray()
         self._groups, self._parts, self._labels = array("Q"), array("B"), array("b")
+        self._weights, self._margins = array("d"), array("d")
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -61,7 +64,8 @@ class Spool:
     def add(self, row: PreferencePair | UnpairedRow | Example, part: int) -> None:
         responses = [getattr(row, side) for side in self._sides]
         group = prompt_group(row.prompt) if isinstance(row, Example) else row.group
-        record = [prompt_rows(row.prompt), responses, row.source, group, getattr(row, "answer", None)]
+        extra = [getattr(row, "weight", 1.0), getattr(row, "margin", 0.0)]
+        record = [prompt_rows(row.prompt), responses, row.source, group, getattr(row, "answer", None), *extra]
         self._positions.append(self._file.tell())
         self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
         self._digests += bytes.fromhex(row.id.partition("-")[0])
@@ -72,13 +76,16 @@ class Spool:
         self._labels.append(int(row.label) if isinstance(row, UnpairedRow) else -1)
         self._groups.append(int(group, 16))
         self._parts.append(part)
+        self._weights.append(extra[0])
+        self._margins.append(extra[1])
 
     def sort(self) -> None:
         """Put rows in the order of their content and number equal ones."""
         self._file.flush()
         digests = np.frombuffer(bytes(self._digests), dtype=f"V{DIGEST_BYTES}")
         keys = np.frombuffer(bytes(self._digests), dtype=">u4").reshape(-1, 3)
-        order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
+        extra = (np.frombuffer(self._margins), np.frombuffer(self._weights))  # so that equal rows have one order
+        order = np.lexsort((*extra, keys[:, 2], keys[:, 1], keys[:, 0]))
         self._order = order
         self.digests = digests[order]
         self.groups = np.frombuffer(self._groups, dtype=np.uint64)[order]
@@ -126,9 +133,9 @@ class Spool:
         """The rows asked for, in that order."""
         for index in rows:
             self._file.seek(self._places[index])
-            prompt, responses, place, group, answer = json.loads(self._file.readline())
+            prompt, responses, place, group, answer, *extra = json.loads(self._file.readline())
             label = None if self.labels[index] < 0 else bool(self.labels[index])
-            yield SpooledRow(int(index), prompt_of(prompt), tuple(responses), place, group, answer, label)
+            yield SpooledRow(int(index), prompt_of(prompt), tuple(responses), place, group, answer, label, *extra)
 
     def close(self) -> None:
         self._file.close()

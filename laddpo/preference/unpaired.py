@@ -131,7 +131,8 @@ def split_pairs(rows: Iterable[PreferencePair | BadRow], log: ReadLog) -> Iterat
             continue
         log.warn("pairs beside unpaired rows, each made a desirable and an undesirable completion")
         for completion, label in ((row.chosen, True), (row.rejected, False)):
-            yield unpaired_of(RowIds(), row.prompt, completion, label, row.source, row.answer)
+            made = unpaired_of(RowIds(), row.prompt, completion, label, row.source, row.answer)
+            yield replace(made, weight=row.weight)
 
 
 def desirable(rows: Iterable[UnpairedRow | BadRow], log: ReadLog) -> Iterator[Example | BadRow]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from laddpo.preference.reading.splits import contradicted_split, has_file_name
+from laddpo.preference.reading.unread import OF_SCORES
 from laddpo.preference.sources import SOURCES
 from laddpo.problems.tasks import embedded
 from laddpo.settings.decoding_checks import decoding_problems, room_problems
@@ -139,6 +140,7 @@ WANTED = {
         [f"columns.{name}" for name in ("chosen", "rejected", "system", "input", "completion", "label")], OWN_ROWS
     ),
     **dict.fromkeys(("columns", "format", "label_threshold", "max_line_bytes", "follow_symlinks"), OWN_ROWS),
+    **dict.fromkeys((*(f"columns.{name}" for name in OF_SCORES), "pairs_from", "min_gap", "margin_per_gap"), OWN_ROWS),
     **dict.fromkeys(("allow_empty_prompt", "allow_nul"), OWN_ROWS),
     "candidates_name": CANDIDATES,
     **dict.fromkeys(OF_OWN_ANSWERS, OWN_ANSWERS),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from laddpo.core.losses import LOSSES, OPTION_READERS, PreferenceLoss
+from laddpo.preference.reading.unread import OF_SCORES
 from laddpo.problems.tasks import JUDGED, TASKS, embedded
 from laddpo.settings.data_checks import sft_examples
 from laddpo.settings.judge_schema import JudgeSettings, RatingSettings, fields_read, needs_gold
@@ -190,6 +191,11 @@ NEEDS = (
         ("optim.num_train_epochs",),
         lambda stage, config: config.optim.max_train_steps is None,
         "optim.max_train_steps decides when the run ends",
+    ),
+    Need(
+        ("data.pairs_from", "data.min_gap", "data.margin_per_gap", *(f"data.columns.{name}" for name in OF_SCORES)),
+        lambda stage, config: not _learns_rows(stage, config),
+        "sft on rows makes no pairs; sft.examples=chosen learns the chosen side of pairs",
     ),
     Need(
         ("stopping.patience",),

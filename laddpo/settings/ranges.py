@@ -21,6 +21,7 @@ from laddpo.core.optim import OPTIMIZERS, SCHEDULES
 from laddpo.errors import nearest
 from laddpo.models.families import FAMILIES
 from laddpo.preference.embedded.arithmetic import HABITS
+from laddpo.preference.reading.ranked import PAIRS_FROM
 from laddpo.preference.reading.rows import SHAPES
 from laddpo.preference.sources import SOURCES
 from laddpo.problems.grading import GRADERS
@@ -157,6 +158,7 @@ CHOICES: dict[str, Collection[str]] = {
     "quantization.bnb_4bit_compute_dtype": ("bf16", "fp16", "fp32"),
     "data.source": (*SOURCES, "mixture"),
     "data.format": (*SHAPES, "unpaired", "json"),
+    "data.pairs_from": PAIRS_FROM,
     "data.problems": ("arithmetic", "word_problems"),
     "data.habit": HABITS,
     "data.template": ("auto", "chat", "plain"),
@@ -258,6 +260,8 @@ RANGES: dict[str, Range] = {
     "data.max_bad_fraction": at_least(0, "1 never stops because of skipped rows", 1),
     "data.max_line_bytes": at_least(1024, "16777216 is usual"),
     "data.pairs_per_question": at_least(1, "4 is usual; more weigh questions with many candidates more"),
+    "data.min_gap": at_least(0, "0 leaves no pair out, null does not look at scores"),
+    "data.margin_per_gap": at_least(0, "0 gives no margin"),
     "data.rounds": at_least(1, "1 trains once; rounds sets it too"),
     "data.sampling.num_questions": at_least(1, "null takes all of a file, 1500 of the embedded problems"),
     "data.sampling.first_question": at_least(0, "0 begins with the first"),

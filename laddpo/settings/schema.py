@@ -51,8 +51,8 @@ class QuantizationSettings:
 @dataclass
 class Columns:
     """Names of the row fields that hold the texts. `input` is written behind the prompt, `candidates` is a list
-    beside a question, `candidate` one of a file of candidates, `response` the one text that sft learns, `completion`
-    the one answer of an unpaired row and `label` whether it is desirable."""
+    of answers, `candidate` the text of one, `response` the one text that sft learns, `completion` the one answer of an
+    unpaired row and `label` whether it is desirable. The rest hold numbers."""
 
     prompt: str | None = "prompt"
     input: str | None = None
@@ -65,6 +65,13 @@ class Columns:
     response: str | None = "response"
     completion: str | None = "completion"
     label: str | None = "label"
+    scores: str | None = None
+    ranks: str | None = None
+    score_chosen: str | None = None
+    score_rejected: str | None = None
+    preference: str | None = None
+    margin: str | None = None
+    weight: str | None = None
 
 
 def unnamed_columns() -> Columns:
@@ -127,6 +134,9 @@ class DataSettings:
     mixture: list[MixturePart] = field(default_factory=list)
     candidates_name: str | None = None
     pairs_per_question: int = 4
+    pairs_from: str = "all"
+    min_gap: float | None = 0.0
+    margin_per_gap: float = 0.0
     questions: str | None = None
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     grader: str = "auto"

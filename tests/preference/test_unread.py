@@ -135,7 +135,8 @@ WRONG_COLUMNS = {  # case: rows, source, settings, words
     "chosen": ([TEXTS], "jsonl", {"chosen": "good"}, "data.columns.chosen=chosen"),
     "a column of dialogues": ([HH], "hh_rlhf", {"prompt": "question"}, "hh_rlhf does not read"),
     "an input of dialogues": ([HH | {"input": "x"}], "hh_rlhf", {"input": "input"}, "hh_rlhf does not read"),
-    "candidates of pairs": ([TEXTS], "jsonl", {"candidates": "solutions"}, "does not read"),
+    "candidates of pairs": ([TEXTS], "jsonl", {"candidates": "solutions"}, "data.columns.candidates is 'solutions'"),
+    "scores of pairs": ([TEXTS], "jsonl", {"scores": "score"}, "no row is a list of answers"),
     "system of questions": ([TEXTS], "graded_candidates", {"system": "s"}, "does not read"),
 }
 

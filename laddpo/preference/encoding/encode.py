@@ -159,7 +159,7 @@ class TextEncoder:
     def encode_pair(self, pair: PreferencePair) -> EncodedPair:
         """One pair; RowError when it cannot be used. Many pairs are faster through `encode_rows`."""
         row = self._encode_row(pair.prompt, pair.chosen, pair.rejected)
-        return EncodedPair(pair.id, row.prompt_ids, *row.response_ids, pair.group)
+        return EncodedPair(pair.id, row.prompt_ids, *row.response_ids, pair.group, pair.weight, pair.margin)
 
     def encode_completion(self, row: UnpairedRow) -> EncodedCompletion:
         """One unpaired row; RowError when it cannot be used."""

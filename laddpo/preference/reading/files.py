@@ -23,6 +23,7 @@ from laddpo.errors import UserError, nearest
 from laddpo.preference.reading.bad_rows import BadRow, RowError, file_error, printable
 from laddpo.preference.reading.compression import open_plain
 from laddpo.preference.reading.json_arrays import read_json_array
+from laddpo.preference.reading.pair_counts import PairCounts
 from laddpo.preference.reading.splits import SUFFIXES, last_suffix
 from laddpo.preference.reading.strict_json import decode_line, one_line, parse_object
 from laddpo.preference.reading.tables import read_arrow, read_parquet
@@ -33,13 +34,15 @@ from laddpo.storage.seals import require_if_sealed
 @dataclass
 class ReadLog:
     """What reading found besides rows: files with their rows, unread files with their split, things worth a warning
-    with their counts, the commit of each dataset of the hub, and what else a source has to say for the report."""
+    with their counts, the commit of each dataset of the hub, what else a source has to say for the report, and what
+    was made of scores and lists of answers."""
 
     files: dict[str, int] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     commits: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    pairs: PairCounts = field(default_factory=PairCounts)
 
     def warn(self, message: str, count: int = 1) -> None:
         message = printable(message)

@@ -83,6 +83,36 @@ def _taken(
     return {**{name: options[name][0] for name in names if name in lacking and options[name]}, **guessed}
 
 
+def guess_scores(
+    seen: Mapping[str, Any], columns: Mapping[str, str | None], dataset_name: str | None, reads_scores: bool
+) -> dict[str, str]:
+    """Our name -> column, for the scores of pairs and for lists of answers with their scores. `reads_scores`: whether
+    score_chosen and score_rejected are looked at. Ranks are never guessed: a low one is good."""
+    pair = {name: _matching(seen, SCORES_OF[name]) for name in SCORES_OF if not columns.get(name)}
+    if all(_is_there(name, seen, columns) for name in ("chosen", "rejected")):
+        has_both = reads_scores and len(pair) == 2 and all(len(found) == 1 for found in pair.values())
+        return {name: found[0] for name, found in pair.items()} if has_both else {}
+    lists = [columns["candidates"]] if columns.get("candidates") in seen else _matching(seen, LISTS)
+    lists = [column for column in lists if seen[column] and isinstance(seen[column], list)]
+    if not lists or any(_is_there(name, seen, columns) for name in ("chosen", "rejected")):
+        return {}
+    found = {"candidates": lists}
+    first = seen[lists[0]][0]
+    inside = first if isinstance(first, dict) else {}
+    if inside and (columns.get("candidate") or "candidate") not in inside:
+        found["candidate"] = _matching(inside, ("text", "answer", *OTHER_NAMES["candidate"]))
+    if not columns.get("scores") and not columns.get("ranks"):
+        found["scores"] = _matching(inside, SCORES) or _matching(seen, SCORES)
+    unclear = {name: options for name, options in found.items() if len(options) > 1}
+    if unclear:
+        raise UserError(_unclear(unclear, set(), found, {**seen, **inside}, dataset_name))
+    return {name: options[0] for name, options in found.items() if options and options[0] != columns.get(name)}
+
+
+def _matching(seen: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [column for column in seen if plain_name(column) in names]
+
+
 def taken_text(guessed: Mapping[str, str]) -> str:
     """What was taken for what, and how to set it otherwise: one line."""
     pairs = ", ".join(f"{column} as {name}" for name, column in guessed.items())
@@ -205,4 +235,11 @@ OTHER_NAMES: dict[str, Sequence[str]] = {
         ),
         *("liked", "is_positive", "rating", "score", "stars"),
     ),
+}
+LISTS = ("candidates", *OTHER_NAMES["candidates"], "answers")  # columns of several answers to one prompt
+SCORES = ("scores", "score", "ratings", "rating", "rewards", "reward", "overall_score")
+RANKS = ("ranks", "rank", "rankings", "ranking")
+SCORES_OF = {
+    f"score_{side}": [f"{word}_{side}" for word in SCORES] + [f"{side}_{word}" for word in SCORES]
+    for side in ("chosen", "rejected")
 }

@@ -45,6 +45,7 @@ class PreferencePair:
 
     `source` says where the row was read ("file:line"), `group` is the key of the prompt (rows of one prompt never lie
     on both sides of the train/validation split), `answer` the gold answer where the data has a grader.
+    `weight` and `margin` are the row's own in the loss.
     """
 
     id: str
@@ -54,6 +55,8 @@ class PreferencePair:
     source: str
     group: str
     answer: str | None = None
+    weight: float = 1.0
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -176,11 +179,18 @@ class RowIds:
 
 
 def pair_of(
-    ids: RowIds, prompt: Prompt, chosen: str, rejected: str, source: str, answer: str | None = None
+    ids: RowIds,
+    prompt: Prompt,
+    chosen: str,
+    rejected: str,
+    source: str,
+    answer: str | None = None,
+    weight: float = 1.0,
+    margin: float = 0.0,
 ) -> PreferencePair:
     """A PreferencePair with its id and group filled in."""
     row_id = ids.next_id(content_digest(prompt, chosen, rejected))
-    return PreferencePair(row_id, prompt, chosen, rejected, source, prompt_group(prompt), answer)
+    return PreferencePair(row_id, prompt, chosen, rejected, source, prompt_group(prompt), answer, weight, margin)
 
 
 def unpaired_of(

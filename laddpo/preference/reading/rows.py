@@ -179,7 +179,7 @@ def one_pair_each(row: dict, rules: RowRules, warn: Warn) -> list[dict]:
     is_list = isinstance(answers, list) and bool(answers)
     if not is_list or not any(all(isinstance(answer, kind) for answer in answers) for kind in (str, list)):
         return [row]
-    warn("rows with a list of rejected answers, each of which makes a pair")
+    warn(MANY)
     return [{**row, column: answer} for answer in answers]
 
 
@@ -324,6 +324,7 @@ def get_field(row: dict, name: str, rules: RowRules) -> Any:
     return value
 
 
+MANY = "rows with a list of rejected answers, each of which makes a pair"
 UNPAIRED = (
     "Rows with a label are read by data.format=unpaired and trained on by dpo.loss=kto. Keep them and pairs in files "
     "of their own; data=mixture reads both."

@@ -68,7 +68,8 @@ def accounted(
     """
     names = list(names)
     used = {columns.get(name) or name for name in names}
-    absent = {name: column for name in names if is_mapped(name, column := columns.get(name))}
+    inside = OF_ANSWERS if "candidates" in names else ()  # columns, or keys of each answer
+    absent = {name: column for name in names if name not in inside and is_mapped(name, column := columns.get(name))}
     unused: Counter[str] = Counter()
     found: dict[str, None] = {}
     for row in rows:
@@ -82,6 +83,8 @@ def accounted(
         yield row
     for extra, count in unused.items():
         warn(FURTHER if extra == FURTHER else f"column {extra!r} is not used", count)
+        if extra in OFFERED:
+            warn(f"rows to which data.columns.{extra}={extra} would give a {extra} of their own in the loss", count)
     if absent and found:
         raise UserError(*(_no_such_column(name, column, found, dataset_name) for name, column in absent.items()))
 
@@ -114,7 +117,10 @@ def _no_such_column(name: str, column: str, found: Collection[str], dataset_name
 
 
 FURTHER = "further columns that are not used"
-OPTIONAL = ("system", "input", "answer")  # read only where a setting names their column
+OF_ANSWERS = ("candidate", "scores", "ranks")
+OF_SCORES = ("scores", "ranks", "score_chosen", "score_rejected", "preference", "margin", "weight")
+OPTIONAL = ("system", "input", "answer", *OF_SCORES)  # read only where a setting names their column
+OFFERED = ("margin", "weight")  # change the loss, so a setting must name them
 STORED = re.compile(r"""\s*(?:array\(\s*)?\[?\s*\{\s*(["'])(?:role|content|from|value)\1\s*:""")
 KEYS = (re.compile(r"""["'](?:role|from)["']\s*:"""), re.compile(r"""["'](?:content|value)["']\s*:"""))
 CALL = "Only a turn of the assistant calls tools. Move it there, or remove it."
