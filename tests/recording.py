@@ -111,7 +111,10 @@ def _reader(names: set[str], is_root: bool, found: set[str], no_use: set[tuple[s
 def _request_reader(found: set[str]):
     """A source asks for settings of data on its Request."""
     own = {item.name for item in dataclasses.fields(DataSettings)} - {"grader"}  # which is no setting there
-    others = {"difficulty": ("operand_max", "terms", "width")}
+    others = {
+        "difficulty": ("operand_max", "terms", "width"),
+        "pair_rule": ("pairs_from", "min_gap", "margin_per_gap"),
+    }
 
     def __getattribute__(self, name):
         module = sys._getframe(1).f_globals["__name__"]

@@ -77,8 +77,8 @@ READS: dict[str, tuple[str, ...]] = {
              "data.length_quantiles.mean", "data.length_quantiles.p99", "data.length_quantiles.prompt_mean"),
     "benchmark": (*LOADED, "adapter.", *ENCODING, *DIFFICULTY, *PLANNED, "optim.betas",
                   "optim.eps", "benchmark.", *ANSWERS),
-    "doctor": ("model.model_name_or_path", "quantization.load_in_4bit", "quantization.load_in_8bit", "logger.wandb",
-               "logger.wandb_mode"),
+    "doctor": ("model.model_name_or_path", "quantization.load_in_4bit", "quantization.load_in_8bit",
+               "logger.tensorboard", "logger.wandb", "logger.trackers", "logger.wandb_mode"),
     "study": ("study.",),
 }  # fmt: skip
 
