@@ -57,11 +57,10 @@ class Request:
 
     Rows of files and of the hub: `dataset_name` (path, name in `preference_dir`, or hub id), `dataset_split`,
     `dataset_config`, `test_split`, `revision`, `columns` (our names to the data's), `format` (one of SHAPES, unpaired
-    or json), `label_threshold` (which ratings are desirable), `pair_rule` (of scores, ranks or several answers), limits.
+    or json), `label_threshold` (which ratings are desirable), `pair_rule` (scores, ranks or several answers), limits.
     Generated rows: `num_pairs`, `difficulty`, `habit`, `seed`, and the share that validation gets; for a corpus
-    `num_examples` and `mistake_share`. Graded candidates: `candidates_name` (files of candidates, if they are not in
-    the rows of their questions), `pairs_per_question`, `grader`; sampled answers also `balance_lengths`, and `rater`
-    and `pair_by` where a judge rates them.
+    `num_examples` and `mistake_share`. Graded candidates: `candidates_name` (files of them, if the rows have none),
+    `pairs_per_question`, `grader`; sampled answers also `balance_lengths`, and a judge's `rater` and `pair_by`.
     """
 
     dataset_name: str | None = None
