@@ -13,7 +13,7 @@ import numpy as np
 from laddpo.errors import UserError
 from laddpo.inputs.judge import Surroundings, open_judge
 from laddpo.judging.judges import Answered, Verdict
-from laddpo.preference.reading.pairs import Message, prompt_group
+from laddpo.preference.reading.pairs import prompt_group, prompt_of
 from laddpo.problems.tasks import JUDGED, Item, Task, grader_of
 from laddpo.results.stats import compare
 from laddpo.settings.schema import EvaluationSettings
@@ -32,7 +32,7 @@ def with_prompts(tasks: Sequence[Task], prepared: Any, evaluation: EvaluationSet
 def _held_out(task: Task, prepared: Any, evaluation: EvaluationSettings) -> Task:
     items: dict[str, Item] = {}
     for row in prepared.texts(prepared.result_split):
-        prompt = tuple(Message(**message) for message in row["prompt"])
+        prompt = prompt_of(row["prompt"])
         name = f"{JUDGED}-{prompt_group(prompt)}"
         items.setdefault(name, Item(name, prompt, row.get("answer") or ""))
         if len(items) == evaluation.limit:
