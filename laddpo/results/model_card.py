@@ -110,7 +110,9 @@ def _front_matter(
     if not is_foreign and _is_on_hub(config):
         content["datasets"] = [config.data.dataset_name]
     content["library_name"] = "peft" if facts.is_adapter else "transformers"
-    method = [] if is_foreign else ["sft" if is_sft else "dpo"]
+    of_loss = LOSSES.get(config.dpo.loss)
+    is_dpo = of_loss is None or (of_loss.takes_pairs and of_loss.needs_reference)
+    method = [] if is_foreign else ["sft" if is_sft else "dpo" if is_dpo else config.dpo.loss]
     content["tags"] = [*method, "masked-diffusion", FAMILIES[config.model.architecture].tag]
     written = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True, width=math.inf)
     return f"---\n{written}---"

@@ -62,8 +62,8 @@ PANELS: tuple[Panel, ...] = (
         "Reward drift",
         "reward",
         (Curve("rewards/chosen", "chosen"), Curve("rewards/rejected", "rejected", ACCENT, "--")),
-        "Reward of each side: beta times the change of its ELBO since training began. If both fall, answers of both "
-        "kinds become less likely.",
+        "Reward of each side: beta times the change of its ELBO since training began, or beta times its ELBO if the "
+        "loss has no reference. If both fall, answers of both kinds become less likely.",
         level=0.0,
     ),
     Panel(
