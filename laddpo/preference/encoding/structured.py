@@ -76,12 +76,10 @@ def structure_probe(prompt: Prompt) -> tuple[Prompt, Words]:
 
 
 def _call(words: Words, place: str, call: dict) -> dict[str, Any]:
-    name = words.new(f"{place}.name")
-    arguments = {words.new(f"{place}.arguments"): words.new(f"{place}.arguments")}
-    return {
-        "type": "function",
-        "function": {"name": name, "arguments": arguments if call["function"]["arguments"] else {}},
-    }
+    function: dict[str, Any] = {"name": words.new(f"{place}.name"), "arguments": {}}
+    if call["function"]["arguments"]:
+        function["arguments"] = {words.new(f"{place}.arguments"): words.new(f"{place}.arguments")}
+    return {"type": "function", "function": function}
 
 
 def _tool(words: Words, place: str) -> dict[str, Any]:
