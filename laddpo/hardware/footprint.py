@@ -16,7 +16,7 @@ from laddpo.hardware.machine import Machine
 from laddpo.hardware.measuring import bytes_before, peak_bytes
 from laddpo.hardware.memory import GIB, explain, gib
 from laddpo.hardware.planning import Choice, usable
-from laddpo.hardware.speed import Work, duration
+from laddpo.hardware.speed import duration
 from laddpo.processes.progress import Progress
 
 WATCHED_STEP = 1  # counted from 0 in this process: the first one that finds the optimizer's state allocated
@@ -76,12 +76,13 @@ def retries_text(machine: Machine) -> str:
     )
 
 
-def dry_run_text(work: Work, tokens_per_s: float) -> str:
-    """What two steps on the longest batch say of the whole run."""
+def dry_run_text(tokens: float, tokens_per_s: float, has_reference: bool) -> str:
+    """What two steps on the longest batch say of the whole run, whose steps take so many `tokens`."""
+    without = "the reference and without evaluation" if has_reference else "evaluation"
     return (
         f"dry run: the longest batch fits. At its {tokens_per_s:,.0f} tokens/s the whole training "
-        f"({work.tokens:,.0f} tokens under all draws) takes about {duration(work.tokens / tokens_per_s)}, without the "
-        "reference and without evaluation. No run was kept; prepared pairs and reference values are."
+        f"({tokens:,.0f} tokens under all draws) takes about {duration(tokens / tokens_per_s)}, without {without}. No "
+        f"run was kept; prepared rows{' and reference values' if has_reference else ''} are."
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from laddpo.core.losses import LOSSES
 from laddpo.errors import Stopped
 from laddpo.hardware.footprint import dry_run_text
 from laddpo.hardware.planning import pairs_per_step, work_of
@@ -60,8 +61,9 @@ def say_forecast(run: Run, ended: Ended) -> None:
     """Memory and hours of the whole run, from its two steps."""
     if run.ranks.is_main:
         speed = ended.outputs.timing.read()[-1]["speed/tokens_per_s"]
-        rows = len(row_lengths(run.data.prepared, run.config.dpo))
-        print(dry_run_text(work_of(run.config, run.data.lengths, rows), speed))
+        loss, rows = LOSSES[run.config.dpo.loss], len(row_lengths(run.data.prepared, run.config.dpo))
+        tokens = work_of(run.config, run.data.lengths, rows).tokens * (1 + loss.has_baseline)
+        print(dry_run_text(tokens, speed, loss.needs_reference))
 
 
 def longest_rows(lengths: np.ndarray, count: int) -> list[int]:
