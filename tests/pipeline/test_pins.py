@@ -245,3 +245,28 @@ def test_the_jobs_of_a_sweep_share_their_inputs(place, capsys):
         with pytest.raises(UserError, match=r"sweep/0: config\.json of the base model changed.*start a new sweep"):
             pins.require_like_siblings(Path(f"sweep/{number}"), now, config)
         pins.require_like_siblings(Path("elsewhere"), now, config)
+
+
+def test_a_run_keeps_its_chat_template_and_a_changed_file_is_refused_by_name(place, capsys):
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{{ 'short: ' if terse else '' }}{% endif %}"
+    )
+    Path("own.jinja").write_text(template)
+    own = ["data.chat_template=own.jinja", "data.template_kwargs.terse=true", "output_dir=own"]
+    assert cli("train", [*SETTINGS, *own]) == 0
+    answered = ["run=own", "prompt=hello", "evaluation.gen_length=8", "evaluation.block_length=8", "evaluation.steps=1"]
+    Path("own.jinja").write_text(template.replace("short", "long"))
+    assert cli("generate", [*answered, "output_dir=out"]) == 0  # with the run's copy
+    assert cli("export", ["run=own", "output_dir=exported"]) == 0
+    assert Path("exported/chat_template.jinja").read_text() == template
+
+    Path("own/manifest.json").unlink()
+    capsys.readouterr()
+    assert cli("train", ["resume=own"]) == 2
+    (problem,) = said(capsys, "train")
+    assert "data.chat_template=own.jinja" in problem
+    like = [text for text in SETTINGS if text.startswith(("model.", "hardware.", "logger"))]
+    assert cli("generate", [*like, "adapter.path=own/adapter", "prompt=hello", "output_dir=other"]) == 2
+    (problem,) = said(capsys, "generate")
+    assert "set data.chat_template=own/adapter/chat_template.jinja" in problem
