@@ -13,6 +13,7 @@ from laddpo.inputs.data import difficulty_of
 from laddpo.inputs.policy import _check_vocabulary, model_path
 from laddpo.models.loading import load_tokenizer
 from laddpo.preference.prepared import SPLITS, PreparedPairs
+from laddpo.preference.reading.ranked import PairRule
 from laddpo.problems.tasks import ARC_INSTRUCTION, GSM8K_INSTRUCTION, MATH500_INSTRUCTION
 from laddpo.settings.compose import compose
 from laddpo.settings.read_settings import stage_reads
@@ -47,6 +48,7 @@ def test_every_setting_of_the_data_reaches_the_source_or_the_rules():
         "data.random_sample_size=11",
         "data.on_bad_row=skip", "data.max_bad_fraction=0.5",
         "data.duplicates=drop", "data.fail_on_leak=true", "data.columns.system=s", "data.columns.answer=gold",
+        "data.min_gap=1.5", "data.pairs_from=best_rest", "data.margin_per_gap=0.5",
         "data.terms=4", "data.width=3", "data.operand_max=100", "seed=5", "data.label_threshold=4",
     ]  # fmt: skip
     *_, plain_parts, _, plain_rules = _arguments(compose(["data=jsonl", "data.dataset_name=b.jsonl"]))
@@ -65,6 +67,7 @@ def test_every_setting_of_the_data_reaches_the_source_or_the_rules():
     difficulty = difficulty_of(config.data)
     assert (difficulty.terms, difficulty.width, difficulty.operand_max) == (4, 3, 100)
     assert parts[0].request.difficulty == difficulty
+    assert parts[0].request.pair_rule == PairRule("best_rest", 1.5, 0.5)
 
 
 def test_sources_are_mixed_in_proportion_to_their_weights(tmp_path):

@@ -289,8 +289,7 @@ def _read_rows(job: _Job, spool: Spool, report: ReportBuilder, log: ReadLog) -> 
             spool.add(row, part)
             usable[part] += 1
     report.bad.stop_if_too_many(job.rules.on_bad_row, job.rules.max_bad_fraction, report.rows["read"])
-    if job.prepared is PreparedPairs:
-        refuse_unused((part.request.pair_rule for part in job.parts), log)
+    refuse_unused(log)
     empty = [part for part, rows_of_it in enumerate(usable[:-1]) if not rows_of_it]
     if empty:
         raise UserError(*(_no_row(job, part, bad[part].lines() or list(log.warnings)) for part in empty))

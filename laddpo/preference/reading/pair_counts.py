@@ -25,9 +25,11 @@ MEANINGS = {
 
 @dataclass
 class PairCounts:
-    """Collected while rows are read. Gaps are differences of scores or ranks, one for each pair that has scores."""
+    """Collected while rows are read. Gaps are differences of scores or ranks, one for each pair that has scores.
+    `rules` are those by which the pairs were made."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    rules: set[Any] = field(default_factory=set)
     values: dict[str, array] = field(default_factory=lambda: {name: array("d") for name in VALUES})
 
     def add(self, gap: float | None, weight: float, margin: float) -> None:

@@ -8,7 +8,7 @@ turned round in silence: a pair whose chosen answer scored lower is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -60,6 +60,7 @@ class PairMaker:
             )
         self._rules, self._rule, self._log = rules, rule, log
         self._counts = log.pairs.counts
+        log.pairs.rules.add(rule)
         self._rows = self._lists = self._scored = self._swapped = 0
 
     def pairs(self, row: dict) -> Iterator[Made]:
@@ -221,11 +222,11 @@ class PairMaker:
         return value
 
 
-def refuse_unused(rules: Iterable[PairRule], log: ReadLog) -> None:
+def refuse_unused(log: ReadLog) -> None:
     """Raise UserError if a rule for scores or lists of answers was set and no row had any."""
     made, plain = log.pairs, PairRule()
     has_list = MANY in log.warnings or made.counts["lists"]
-    for rule in set(rules):
+    for rule in made.rules:
         if rule.pairs_from != plain.pairs_from and not has_list:
             raise UserError(f"data.pairs_from is {rule.pairs_from!r}, and no row has a list of answers. Leave it out.")
         for name in ("min_gap", "margin_per_gap"):
