@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -144,8 +145,9 @@ class Mismatched(Sequence):
 
     def __init__(self, rows: Sequence[EncodedCompletion]):
         self._rows = rows
-        self._lengths = np.array([(len(row.prompt_ids), len(row.completion_ids)) for row in rows]).reshape(-1, 2)
-        groups = [row.group for row in rows]
+        facts = [(row.id, row.group, len(row.prompt_ids), len(row.completion_ids)) for row in rows]
+        ids, groups = [fact[0] for fact in facts], [fact[1] for fact in facts]
+        self._lengths = np.array([fact[2:] for fact in facts]).reshape(-1, 2)
         if len(set(groups)) < 2:
             raise UserError(
                 f"dpo.kl_baseline is {MISMATCHED!r}, which puts completions behind the prompts of others, and the "
@@ -153,24 +155,17 @@ class Mismatched(Sequence):
                 "several prompts."
             )
         self._longest = int(self._lengths.sum(axis=1).max())
-        order = sorted(range(len(rows)), key=lambda i: hashlib.sha256(rows[i].id.encode()).digest())
+        order = sorted(range(len(rows)), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
         self._partners = np.zeros(len(rows), dtype=np.int64)
         for place, i in enumerate(order):
-            self._partners[i] = next(self._candidates(i, place, order, groups))
+            others = (order[(place + step) % len(order)] for step in range(1, len(order)))
+            self._partners[i] = self._partner(i, (other for other in others if groups[other] != groups[i]))
 
-    def _candidates(self, i: int, place: int, order: Sequence[int], groups: Sequence[str]) -> Iterator[int]:
-        """Rows that may stand in: those that fit, then the first of another prompt, which is cut."""
-        others = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        room, first = self._longest - self._lengths[i, 0], None
-        for tried, other in enumerate(others):
-            if groups[other] == groups[i]:
-                continue
-            first = other if first is None else first
-            if self._lengths[other, 1] <= room:
-                yield other
-            if tried >= PARTNERS_TRIED:
-                break
-        yield first
+    def _partner(self, i: int, others: Iterator[int]) -> int:
+        """The first of `others` whose completion fits behind the prompt of row i; if none does, the first, to be cut."""
+        room, first = self._longest - self._lengths[i, 0], next(others)
+        fitting = (other for other in islice(chain([first], others), PARTNERS_TRIED) if self._lengths[other, 1] <= room)
+        return next(fitting, first)
 
     def __len__(self) -> int:
         return len(self._rows)
