@@ -162,7 +162,7 @@ class Mismatched(Sequence):
             self._partners[i] = self._partner(i, (other for other in others if groups[other] != groups[i]))
 
     def _partner(self, i: int, others: Iterator[int]) -> int:
-        """The first of `others` whose completion fits behind the prompt of row i; if none does, the first, to be cut."""
+        """The first of `others` whose completion fits behind the prompt of row i; else the first, which is cut."""
         room, first = self._longest - self._lengths[i, 0], next(others)
         fitting = (other for other in islice(chain([first], others), PARTNERS_TRIED) if self._lengths[other, 1] <= room)
         return next(fitting, first)
