@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from laddpo.errors import UserError
+from laddpo.errors import UserError, visible
 from laddpo.preference.encoding.encode import EncodedCompletion, EncodedPair, TextEncoder
 from laddpo.preference.reading.bad_rows import BadRow, BadRows, RowError, made_of
 from laddpo.preference.reading.files import ReadLog, read_rows
@@ -71,11 +72,13 @@ def _seen(rows: list[tuple[str, dict] | BadRow]) -> dict[str, Any]:
 
 def read_prompts(path: Path, max_line_bytes: int) -> list[tuple[str | list, Prompt]]:
     """The prompts of a file of rows with prompt, and perhaps tools and chat_template_kwargs: as the row has it, and as
-    it is asked. `UserError` names the rows that cannot be used."""
-    log, bad, found = ReadLog(), BadRows(), []
+    it is asked. A note names other columns. `UserError` names the rows that cannot be used."""
+    log, bad, found, unread = ReadLog(), BadRows(), [], {}
 
     def keep(_: str, row: dict) -> tuple:
-        found.append((row.get("prompt"), prompt_in(row)))
+        used = {name: row[name] for name in ("prompt", *OF_ROW) if name in row}
+        unread.update(dict.fromkeys(row.keys() - used.keys()))
+        found.append((row.get("prompt"), prompt_in(used)))
         return ()
 
     for row in made_of(read_rows([path], max_line_bytes, log), keep):
@@ -85,6 +88,9 @@ def read_prompts(path: Path, max_line_bytes: int) -> list[tuple[str | list, Prom
         raise UserError(f"{path}: {bad.total:,} of {bad.total + len(found):,} prompts cannot be used:\n{lines}")
     if not found:
         raise UserError(f'{path}: holds no prompt; expected rows such as {{"prompt": "a question"}}.')
+    if unread:
+        names = ", ".join(sorted(map(str, unread)))
+        print(visible(f"note: {path}: columns that are not read: {names}"), file=sys.stderr)
     return found
 
 
