@@ -60,6 +60,7 @@ def fill(config: RunConfig, reference, store, estimator, stop) -> None:
     from laddpo.inputs.data import training_rows
     from laddpo.inputs.margins import evaluation_estimator
     from laddpo.inputs.reference_values import visited_windows
+    from laddpo.preference.prepared import PreparedUnpaired
     from laddpo.training.lengths import total_steps
 
     rows, optim, hardware = training_rows(reference.prepared, config.dpo), config.optim, config.hardware
@@ -71,12 +72,13 @@ def fill(config: RunConfig, reference, store, estimator, stop) -> None:
     block_length = reference.loaded.block_length
     of_evaluation = evaluation_estimator(config.evaluation.diffusion_samples, config.seed, block_length)
     held_out = list(reference.prepared.validation)[: config.evaluation.num_pairs]
-    reference.items(held_out, of_evaluation, stop, "validation pairs")
+    reference.items(held_out, of_evaluation, stop, f"validation {reference.prepared.noun}")
     if config.evaluation.at_end:
         test = list(reference.prepared.test)[: config.evaluation.num_pairs]
-        reference.items(test, of_evaluation, stop, "test pairs")
-        seen = training_sample(config.seed, reference.prepared)
-        reference.items(seen, of_evaluation, stop, "training pairs of the evaluation")
+        reference.items(test, of_evaluation, stop, f"test {reference.prepared.noun}")
+        if not isinstance(reference.prepared, PreparedUnpaired):
+            seen = training_sample(config.seed, reference.prepared)
+            reference.items(seen, of_evaluation, stop, "training pairs of the evaluation")
 
 
 def verify(loaded, store, estimator, prepared) -> None:

@@ -249,13 +249,13 @@ def _measure_pairs(config: RunConfig, prepared, loaded, folder: Path, stop) -> C
     from laddpo.preference.prepared import PreparedUnpaired
 
     held_out = list(prepared.result_rows(config.evaluation.num_pairs))
-    seen = training_sample(config.seed, prepared)
+    is_labelled = isinstance(prepared, PreparedUnpaired)
+    seen = [] if is_labelled else training_sample(config.seed, prepared)
     estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed, loaded.block_length)
     auto = config.auto or not objective_of(config.dpo).needs_reference  # then no other stage computes these
     reference = Reference(config.paths.data_dir, auto, config.quantization, prepared, loaded)
-    items = reference.items(held_out, estimator, stop, "held-out pairs")
-    is_labelled = isinstance(prepared, PreparedUnpaired)
-    seen_items = [] if is_labelled else reference.items(seen, estimator, stop, "training pairs of the evaluation")
+    items = reference.items(held_out, estimator, stop, f"held-out {prepared.noun}")
+    seen_items = reference.items(seen, estimator, stop, "training pairs of the evaluation")
     block = estimator.block
 
     def measure_tuned():

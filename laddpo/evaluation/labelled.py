@@ -10,21 +10,31 @@ import numpy as np
 from laddpo.core.objectives import reference_draws
 from laddpo.inputs.margins import CompletionRewards
 from laddpo.preference.encoding.encode import EncodedCompletion
-from laddpo.results.stats import compare, normal_quantile
+from laddpo.results.stats import compare, normal_quantile, wilson_interval
 
 
 def labelled_results(
     scores: CompletionRewards, rows: Sequence[EncodedCompletion], seed: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Entries of results.json, and a record of each row. Where all rows have one label, nothing can be told apart."""
+    """Entries of results.json, and a record of each row. Where all rows have one label, nothing can be told apart; with
+    one prompt of a label, no interval is known."""
     groups = [row.group for row in rows]
     good, rewards = scores.labels, scores.rewards
     policy = scores.draws.mean(dim=-1)[:, 0].numpy()
     reference = reference_draws(scores.items, scores.draws.device).mean(dim=-1)[:, 0].numpy()
     found: dict[str, Any] = {}
     if good.any() and not good.all():
-        found["reward_accuracy"] = _entry(0.5, *ordered_share(rewards, good, groups), len(rows), bounds=(0.0, 1.0))
-        found["reward_margin"] = _entry(0.0, *mean_difference(rewards, good, groups), len(rows))
+        prompts = min(len({group for group, own in zip(groups, side, strict=True) if own}) for side in (good, ~good))
+        (share, share_error), (margin, margin_error) = (
+            of_rows(rewards, good, groups) for of_rows in (ordered_share, mean_difference)
+        )
+        interval = _around(share, share_error, prompts)
+        if prompts > 1 and share in (0.0, 1.0):  # no spread is no certainty
+            interval = wilson_interval(share * prompts, prompts)
+        elif interval:
+            interval = (max(interval[0], 0.0), min(interval[1], 1.0))
+        found["reward_accuracy"] = _entry(0.5, share, interval, len(rows))
+        found["reward_margin"] = _entry(0.0, margin, _around(margin, margin_error, prompts), len(rows))
     for side, of_side in (("chosen", good), ("rejected", ~good)):
         if of_side.any():
             own = [group for group, is_own in zip(groups, of_side, strict=True) if is_own]
@@ -69,20 +79,20 @@ def _error(parts: np.ndarray, groups: Sequence[str]) -> float:
     return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums @ sums))) if len(sums) > 1 else 0.0
 
 
-def _entry(
-    base: float, tuned: float, error: float, items: int, bounds: tuple[float, float] | None = None
-) -> Mapping[str, Any]:
-    """As results.stats.compare makes it: `base` follows from the definition, and is not measured."""
+def _around(value: float, error: float, prompts: int) -> tuple[float, float] | None:
+    """The normal 95% interval; None without spread, or with one prompt of a label."""
     reach = normal_quantile(0.95) * error
-    low, high = tuned - reach, tuned + reach
-    if bounds:
-        low, high = max(low, bounds[0]), min(high, bounds[1])
+    return (value - reach, value + reach) if error and prompts > 1 else None
+
+
+def _entry(base: float, tuned: float, interval: tuple[float, float] | None, items: int) -> Mapping[str, Any]:
+    """As results.stats.compare makes it: `base` follows from the definition, and is not measured."""
     return {
         "base": base,
         "tuned": tuned,
         "difference": tuned - base,
-        "interval": [low - base, high - base] if error else None,
+        "interval": [bound - base for bound in interval] if interval else None,
         "items": items,
         "base_interval": [base, base],
-        "tuned_interval": [low, high] if error else None,
+        "tuned_interval": list(interval) if interval else None,
     }

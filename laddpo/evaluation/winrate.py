@@ -16,6 +16,7 @@ from laddpo.judging.judges import Answered, Verdict
 from laddpo.preference.reading.pairs import prompt_group, prompt_of
 from laddpo.problems.tasks import JUDGED, Item, Task, grader_of
 from laddpo.results.stats import compare
+from laddpo.settings.judge_schema import needs_gold
 from laddpo.settings.schema import EvaluationSettings
 from laddpo.storage.seals import CheckedLines
 
@@ -25,8 +26,22 @@ Record = Mapping[str, Any]
 
 
 def with_prompts(tasks: Sequence[Task], prepared: Any, evaluation: EvaluationSettings) -> list[Task]:
-    """The tasks; one of judged answers without prompts of its own asks the held-out ones of the run, each once."""
-    return [_held_out(task, prepared, evaluation) if task.name == JUDGED and not task.items else task for task in tasks]
+    """The tasks; one of judged answers without prompts of its own asks the held-out ones of the run, each once.
+
+    Raises UserError where the judge needs right answers and no prompt has one.
+    """
+    found = [
+        _held_out(task, prepared, evaluation) if task.name == JUDGED and not task.items else task for task in tasks
+    ]
+    for task in found:
+        if task.name == JUDGED and needs_gold(evaluation.judge) and not any(item.answer for item in task.items):
+            raise UserError(
+                f"evaluation.judge.rule is {evaluation.judge.rule!r}, which needs right answers, and none of the "
+                f"{len(task.items):,} prompts has one. Name their column by data.columns.answer, give a file with "
+                "answers as evaluation.dataset_name, or set another judge: evaluation.judge.rule=shorter, "
+                "evaluation.judge.kind=reward_model."
+            )
+    return found
 
 
 def _held_out(task: Task, prepared: Any, evaluation: EvaluationSettings) -> Task:
@@ -77,11 +92,12 @@ def win_rate(verdicts: Sequence[Verdict], contests: Sequence[tuple[Answered, Ans
     decided = [(v.outcome, *pair) for v, pair in zip(verdicts, contests, strict=True) if v.outcome is not None]
     unjudged = Counter(verdict.why for verdict in verdicts if verdict.outcome is None)
     if not decided:
-        told = next((v.details["problem"] for v in verdicts if "problem" in v.details), "")
+        counts = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in unjudged.items())
+        told = next((f" {v.details['problem']}" for v in verdicts if "problem" in v.details), "")
         raise UserError(
-            f"the judge gave no verdict on any of {len(verdicts):,} prompts ({dict(unjudged)}). {told} A rule `right` "
-            "needs an answer beside each prompt, a reward model answers of at most evaluation.judge.max_length tokens, "
-            "and an endpoint's reply one of its marks."
+            f"the judge gave no verdict on any of {len(verdicts):,} prompts ({counts}).{told} A rule `right` needs an "
+            "answer beside each prompt, a reward model answers of at most evaluation.judge.max_length tokens, and an "
+            "endpoint's reply one of its marks. Answers are kept: change evaluation.judge and run evaluate."
         )
     outcomes = [outcome for outcome, *_ in decided]
     entry = compare([0.5] * len(decided), outcomes, np.random.default_rng(seed), is_share=True, is_base_known=True)

@@ -201,13 +201,14 @@ def choose_backward(
     choose_plan."""
     if config.hardware.backward != "auto":
         return config.hardware.backward, "as set in hardware.backward"
-    pairs = f"the largest pair takes {lengths.longest_pair} tokens, a micro-step {token_budget}"
+    unit = "pair" if lengths.sides == 2 else "row"
+    pairs = f"the largest {unit} takes {lengths.longest_pair} tokens, a micro-step {token_budget}"
     if config.hardware.sharding == "fsdp":
         return "two_pass", "weights are sharded, so that every rank must know a pair's weight before its backward pass"
     if lengths.longest_pair <= token_budget:
-        return "stream", f"whole pairs fit a micro-step, so it needs no buffer: {pairs}"
+        return "stream", f"whole {unit}s fit a micro-step, so it needs no buffer: {pairs}"
     if most_pairs(config.optim, config.hardware, world) == gradient_groups(config, lengths.sides) == 1:
-        return "stream", f"one pass, and a step of one pair needs no buffer: {pairs}"
+        return "stream", f"one pass, and a step of one {unit} needs no buffer: {pairs}"
     if config.adapter.kind == "full":
         return "two_pass", f"a gradient buffer would be as large as the model: {pairs}"
     return "stream", f"one pass, and a gradient buffer of the adapter's size is small: {pairs}"

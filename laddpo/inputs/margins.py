@@ -43,12 +43,16 @@ class Scores:
     objective: DpoObjective | CompletionObjective
     block: int
 
+    @property
+    def at_baseline(self) -> DpoObjective | CompletionObjective:
+        """The objective. A baseline that completions share is estimated from these rows, without another forward."""
+        if isinstance(self.objective, CompletionObjective) and self.objective.has_baseline:
+            return self.objective.at_baseline_of(self.items, self.draws)
+        return self.objective
+
     def losses(self) -> Tensor:
-        """Loss of each row. A baseline that completions share is estimated from these rows. # float64 [rows]"""
-        objective = self.objective
-        if isinstance(objective, CompletionObjective) and objective.has_baseline:
-            objective = objective.at_baseline_of(self.items, self.draws)
-        return objective.losses(self.items, self.draws)
+        """Loss of each row. # float64 [rows]"""
+        return self.at_baseline.losses(self.items, self.draws)
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,11 @@ class CompletionRewards(Scores):
 
     def metrics(self) -> dict[str, float]:
         """As PreferenceScores.metrics, with the names of completion_metrics."""
-        metrics = completion_metrics(self.items, self.draws, self.losses(), self.objective, self.block)
+        metrics = completion_metrics(self.items, self.draws, self.losses(), self.at_baseline, self.block)
         good = torch.from_numpy(self.labels)
         reference = reference_draws(self.items, self.draws.device).mean(dim=-1)[:, 0]
         metrics["chosen_fall"] = metrics["rewards/chosen"] / self.objective.beta / float(reference[good].mean())
-        return {f"validation/{name}": value for name, value in metrics.items() if name != "kl/baseline"}
+        return {f"validation/{name}": value for name, value in metrics.items()}
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,7 @@ class Reference:
         lacking = max(ranks.gather(len(absent)))  # another run may be adding to the store while the ranks look
         total = sum(len(pairs) for pairs, _ in windows)
         unit = "rows" if any(is_completion(pair) for pairs, _ in windows for pair in pairs[:1]) else "pairs"
+        is_training, label = label == TRAINING, label.replace(TRAINING, f"training {unit}")
         if not lacking:
             print(f"reference, {label}: all {total} {unit} are in {store.folder}")
             return
@@ -245,7 +246,7 @@ class Reference:
         meaning = "" if len(store) else " (log-likelihoods before training, which later runs reuse)"
         print(f"reference, {label}: computing {lacking} of {total} {unit} into {store.folder}{meaning}")
         why = store.why_missing(absent)
-        if label == TRAINING and why != NOTHING_STORED:  # evaluations have draws of their own
+        if is_training and why != NOTHING_STORED:  # evaluations have draws of their own
             print(f"reference, {label}: {why}")
 
         progress = Progress(total=total, unit=unit, desc="reference", dynamic_ncols=True, disable=not ranks.is_main)

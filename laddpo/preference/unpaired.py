@@ -25,6 +25,7 @@ from laddpo.preference.reading.pairs import (
     example_of,
     unpaired_of,
 )
+from laddpo.preference.reading.ranked import own_weight
 from laddpo.preference.reading.rows import (
     RowRules,
     Warn,
@@ -35,13 +36,14 @@ from laddpo.preference.reading.rows import (
     refuse_input,
     with_system,
 )
-from laddpo.preference.reading.unread import OPTIONAL, accounted, is_mapped, refuse_unread_columns
+from laddpo.preference.reading.unread import accounted, is_mapped, refuse_unread_columns
 from laddpo.preference.requested import first_values, raw_rows
 
 if TYPE_CHECKING:
     from laddpo.preference.sources import Request
 
 UNPAIRED_COLUMNS = ("prompt", "completion", "label")
+NAMED = ("system", "input", "answer", "weight")  # read only where a setting names their column
 
 
 def are_unpaired(request: Request) -> bool:
@@ -83,16 +85,18 @@ def read_unpaired(
             log.warn(taken_text(guessed))
             request = replace(request, columns={**request.columns, **guessed})
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
-    refuse_unread_columns(rules.columns, (*UNPAIRED_COLUMNS, *OPTIONAL), "data.format=unpaired")
+    refuse_unread_columns(rules.columns, (*UNPAIRED_COLUMNS, *NAMED), "data.format=unpaired")
     labels = LabelReader(rules.column("label"), request.label_threshold)
 
     def read(place: str, fields: dict) -> Iterator[UnpairedRow]:
         prompt, completion = read_completion(fields, rules, log.warn)
         label = labels.read(_label_of(fields, rules), place)
         answer = mapped_text(fields, "answer", rules, log.warn)
-        yield unpaired_of(RowIds(), prompt, completion, label, place, answer)
+        weight = own_weight(fields, rules)
+        log.pairs.add(None, weight, 0.0)
+        yield replace(unpaired_of(RowIds(), prompt, completion, label, place, answer), weight=weight)
 
-    names = [*UNPAIRED_COLUMNS, MESSAGES, *(name for name in OPTIONAL if rules.columns.get(name))]
+    names = [*UNPAIRED_COLUMNS, MESSAGES, *(name for name in NAMED if rules.columns.get(name))]
     if rows is None:
         return made_of(raw_rows(request, log, names), read)
     return made_of(accounted(rows, names, request.columns, "the rows", log.warn), read)
@@ -129,6 +133,12 @@ def split_pairs(rows: Iterable[PreferencePair | BadRow], log: ReadLog) -> Iterat
         if isinstance(row, BadRow):
             yield row
             continue
+        if row.margin:
+            raise UserError(
+                f"{row.source}: the pair has the margin {row.margin:g}, and pairs beside unpaired rows are split in "
+                "two, which have none. Leave data.columns.margin and data.margin_per_gap out, or train on the pairs "
+                "alone."
+            )
         log.warn("pairs beside unpaired rows, each made a desirable and an undesirable completion")
         for completion, label in ((row.chosen, True), (row.rejected, False)):
             made = unpaired_of(RowIds(), row.prompt, completion, label, row.source, row.answer)

@@ -15,6 +15,7 @@ from laddpo.errors import UserError
 from laddpo.evaluation import base_and_tuned
 from laddpo.evaluation.base_and_tuned import EXAMPLES
 from laddpo.evaluation.heldout import measured_rows
+from laddpo.evaluation.winrate import with_prompts
 from laddpo.hardware.planning import Lengths, block_length_of, prepared_lengths
 from laddpo.inputs import pins, policy
 from laddpo.inputs.data import difficulty_of, encoder_for
@@ -61,6 +62,8 @@ def open_rows(config: RunConfig) -> RunData:
         prepared = open_examples(config)
         examples, held_out = prepared.train, list(prepared.validation)[: config.evaluation.num_pairs]
         check_held_out(config, prepared)
+    if prepared:
+        tasks = with_prompts(tasks, prepared, config.evaluation)
     content = prepared.content if prepared else pins.examples_pin(examples)
 
     if config.sft.pad_to:

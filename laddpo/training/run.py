@@ -28,6 +28,7 @@ from laddpo.core.optim import build_optimizer
 from laddpo.core.tasks import CompletionTask, DpoTask, SftTask, pair_item
 from laddpo.errors import Stopped
 from laddpo.evaluation import base_and_tuned
+from laddpo.evaluation.winrate import with_prompts
 from laddpo.hardware import machine as machines
 from laddpo.hardware.footprint import StepMemory
 from laddpo.hardware.machine import Machine
@@ -125,6 +126,7 @@ def open_pairs(config: RunConfig) -> RunData:
     check_enough(config, prepared)
     check_margins(config.dpo.loss, prepared)
     say_what_is_measured(config, prepared)
+    tasks = with_prompts(tasks, prepared, config.evaluation)
     lengths = data_lengths(prepared, config.dpo, config.model)
     rows = training_rows(prepared, config.dpo)
     return RunData(
@@ -249,7 +251,7 @@ def validation_of_pairs(run: Run, objective: DpoObjective | CompletionObjective)
     pairs = list(prepared.validation)[: config.evaluation.num_pairs]
     estimator = evaluation_estimator(config.evaluation.diffusion_samples, config.seed, run.loaded.block_length)
     if objective.needs_reference:
-        items = reference_of(run).items(pairs, estimator, run.stop, "validation pairs")
+        items = reference_of(run).items(pairs, estimator, run.stop, f"validation {prepared.noun}")
     else:
         items = [pair_item(pair, estimator, estimator.draw_indices(0)) for pair in pairs]
     prompts = list({pair.group: pair.prompt_ids for pair in pairs}.values())

@@ -225,3 +225,17 @@ def test_a_threshold_beside_pairs_is_refused(tmp_path, encoder):
     part = Part("jsonl", Request(dataset_name=file_of(tmp_path / "a.jsonl", rows), label_threshold=3.0))
     with pytest.raises(UserError, match=r"data\.label_threshold is 3, and the rows of .* have no label"):
         prepare(tmp_path / "out", encoder, [part])
+
+
+def test_a_weight_column_weighs_rows_and_a_margin_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i}?", "completion": "a", "label": i % 2 == 0, "w": i + 1} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def read(**columns):
+        return list(open_unpaired("jsonl").read(Request(dataset_name=str(path), columns=columns), ReadLog()))
+
+    assert [row.weight for row in read(weight="w")] == [1.0, 2.0, 3.0]
+    assert [row.weight for row in read()] == [1.0, 1.0, 1.0]
+    with pytest.raises(UserError, match=r"data\.columns\.margin is 'w', which data\.format=unpaired does not read"):
+        read(margin="w")

@@ -64,6 +64,6 @@ def _quantiles(values: array) -> dict[str, float]:
 
 VALUES = {
     "gap": "gaps between the scores of a pair",
-    "weight": "weights of pairs in the loss",
-    "margin": "margins, which dpo.loss=sigmoid and some others subtract",
+    "weight": "weights in the loss",
+    "margin": "margins in the loss",
 }

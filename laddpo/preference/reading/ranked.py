@@ -65,8 +65,8 @@ class PairMaker:
 
     def pairs(self, row: dict) -> Iterator[Made]:
         """The pairs of a row. RowError: the row, or what is left of it, cannot be used."""
-        weight = self._own_number(row, "weight", 1.0, "more than 0", lambda value: value > 0)
-        margin = self._own_number(row, "margin", 0.0, "0 or more", lambda value: value >= 0)
+        weight = own_weight(row, self._rules)
+        margin = _own_number(row, self._rules, "margin", 0.0, "0 or more", lambda value: value >= 0)
         is_list = self._rules.column("candidates") in row and row.get(self._rules.column("chosen")) is None
         if not is_list and self._rules.column("candidates") in row:
             self._log.warn(f"column {self._rules.column('candidates')!r} is not used")
@@ -115,7 +115,7 @@ class PairMaker:
 
     def _in_order(self, row: dict) -> tuple[dict | None, float | None]:
         """The row with its better answer as chosen, and the strength, if it has a column of signed strengths."""
-        strength = self._own_number(row, "preference", None)
+        strength = _own_number(row, self._rules, "preference", None)
         if strength is None:
             return row, None
         if strength == 0:
@@ -212,14 +212,20 @@ class PairMaker:
             raise RowError("DATA-110", column, problem, "Give one number for each answer, in the same order.")
         return [SIGNS[name] * number(value, f"{column}[{index}]") for index, value in enumerate(values)]
 
-    def _own_number(self, row: dict, name: str, default: Any, wanted: str = "", holds: Any = None) -> Any:
-        """The number in a column that is read only where a setting names it."""
-        if not (column := self._rules.columns.get(name)):
-            return default
-        value = number(row.get(column), column)
-        if holds and not holds(value):
-            raise RowError("DATA-110", column, f"is {value:g}, want {wanted} (data.columns.{name})", "Mend the row.")
-        return value
+
+def own_weight(row: dict, rules: RowRules) -> float:
+    """The row's weight in the loss; 1 where no column is named. Raises RowError."""
+    return _own_number(row, rules, "weight", 1.0, "more than 0", lambda value: value > 0)
+
+
+def _own_number(row: dict, rules: RowRules, name: str, default: Any, wanted: str = "", holds: Any = None) -> Any:
+    """The number in a column that is read only where a setting names it."""
+    if not (column := rules.columns.get(name)):
+        return default
+    value = number(row.get(column), column)
+    if holds and not holds(value):
+        raise RowError("DATA-110", column, f"is {value:g}, want {wanted} (data.columns.{name})", "Mend the row.")
+    return value
 
 
 def refuse_unused(log: ReadLog) -> None:

@@ -83,7 +83,7 @@ def accounted(
         yield row
     for extra, count in unused.items():
         warn(FURTHER if extra == FURTHER else f"column {extra!r} is not used", count)
-        if extra in OFFERED:
+        if extra in OFFERED and not (extra == "margin" and "label" in names):  # a row with a label has no margin
             warn(f"rows to which data.columns.{extra}={extra} would give a {extra} of their own in the loss", count)
     if absent and found:
         raise UserError(*(_no_such_column(name, column, found, dataset_name) for name, column in absent.items()))
