@@ -162,3 +162,12 @@ def test_what_needs_a_pair_is_refused(labelled, given, said, capsys):
     stages, data, _ = labelled
     assert stages.run("train", *data, *BRIEF, *given) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_judge_of_right_answers_is_refused_before_training_where_no_prompt_has_one(labelled, capsys):
+    stages, data, _ = labelled
+    folder = stages.folder / "judged"
+    given = [text for text in BRIEF if not text.startswith("evaluation.tasks")]
+    assert stages.run("train", *data, *given, "evaluation=winrate", f"output_dir={folder}") == 2
+    assert "evaluation.judge.rule is 'right', which needs right answers" in capsys.readouterr().err
+    assert not (folder / "metrics.jsonl").exists()
