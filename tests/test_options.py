@@ -99,7 +99,7 @@ def test_new_options_train_and_are_evaluated(tmp_path, capsys):
     [
         (["dpo.loss=squard"], ["apo_zero_unpaired, squared; did you mean squared?"]),
         (["dpo.estimator=countd"], ["bernoulli, counted; did you mean"]),
-        (["evaluation.tasks=[ecko]"], ["file, echo; did you mean echo?"]),
+        (["evaluation.tasks=[ecko]"], ["file, winrate, echo; did you mean echo?"]),
         (
             ["dpo.loss=hinge", "dpo.label_smoothing=0.1"],
             ["dpo.loss to one of sigmoid, robust,", "cpo, squared."],

@@ -16,7 +16,7 @@ KIND, LOG, ABOUT = "judged", "judged.jsonl", "judge.json"
 class Kept:
     """What one judge has said, by a key of what it was asked. `fields` are what its words depend on.
 
-    Several processes may add to one log. A torn or damaged line is left out, and what it said is asked again.
+    A torn or damaged line is left out, and what it said is asked again.
     """
 
     def __init__(self, data_dir: Path, fields: Mapping[str, Any], say: Callable[[str], None] = print):
@@ -26,8 +26,7 @@ class Kept:
         if not (self.folder / ABOUT).exists():
             atomic.write_json(self.folder / ABOUT, dict(fields))
         if self.log.path.exists() and not self.log.path.read_bytes().endswith(b"\n"):
-            with self.log.path.open("ab") as torn:  # what comes next begins a line of its own
-                torn.write(b"\n")
+            self.log.rewind(lambda record: True)  # without the torn line, so that the next one begins its own
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The record of that key, if there is one."""
