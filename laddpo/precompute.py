@@ -54,10 +54,9 @@ def main(config: RunConfig, run_folder: Path) -> None:
 
 def fill(config: RunConfig, reference, store, estimator, stop) -> None:
     """Compute what the store lacks: for the pairs that training visits, and for those that are measured."""
-    from laddpo.core.completions import mismatched_rows
     from laddpo.evaluation.base_and_tuned import training_sample
     from laddpo.hardware.planning import pairs_per_step
-    from laddpo.inputs.data import training_rows
+    from laddpo.inputs.data import mismatched_rows, training_rows
     from laddpo.inputs.margins import evaluation_estimator
     from laddpo.inputs.reference_values import visited_windows
     from laddpo.preference.prepared import PreparedUnpaired
@@ -66,7 +65,7 @@ def fill(config: RunConfig, reference, store, estimator, stop) -> None:
     rows, optim, hardware = training_rows(reference.prepared, config.dpo), config.optim, config.hardware
     steps, per_step = total_steps(optim, hardware, len(rows)), pairs_per_step(optim, hardware)
     visited = visited_windows(config.seed, steps, len(rows), per_step, config.dpo.mask_rounds)
-    of_kinds = (rows, mismatched_rows(config.dpo.loss, config.dpo.kl_baseline, rows))
+    of_kinds = (rows, mismatched_rows(rows, config.dpo))
     reference.complete_training(store, estimator, of_kinds, visited, stop)
 
     block_length = reference.loaded.block_length

@@ -59,7 +59,11 @@ def test_every_setting_of_the_data_reaches_the_source_or_the_rules():
     assert name == "jsonl" and parts[0].request.columns["system"] == "s"
     assert parts[0].request.columns["answer"] == "gold"
     for made, plain, ours in (
-        (parts[0].request, plain_parts[0].request, {"grader", "preference_dir", "num_examples", "mistake_share"}),
+        (
+            parts[0].request,
+            plain_parts[0].request,
+            {"grader", "rater", "pair_by", "preference_dir", "num_examples", "mistake_share"},
+        ),
         (rules, plain_rules, {"needs_test", "needs_test_split"}),  # of the command line
     ):
         same = {field for field in vars(made) if getattr(made, field) == getattr(plain, field)}

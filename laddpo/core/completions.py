@@ -131,11 +131,6 @@ def ordered_share(good: Tensor, bad: Tensor) -> Tensor:
     return accuracy(good[:, None] - bad[None, :]).mean()
 
 
-def mismatched_rows(loss: str, kl_baseline: str, rows: Sequence[EncodedCompletion]) -> Mismatched | None:
-    """The rows that the loss estimates its baseline from, where it does."""
-    return Mismatched(rows) if LOSSES[loss].has_baseline and kl_baseline == MISMATCHED else None
-
-
 class Mismatched(Sequence):
     """The rows with another row's completion behind each prompt: what KTO estimates its baseline from.
 

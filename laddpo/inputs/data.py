@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,11 +19,21 @@ from laddpo.preference.reading.ranked import PairRule
 from laddpo.preference.sources import Request
 from laddpo.settings.schema import DataSettings, DpoSettings, MixturePart, ModelSettings, SftSettings, keywords
 
+if TYPE_CHECKING:
+    from laddpo.core.completions import Mismatched
+
 
 def training_rows(prepared: Prepared, dpo: DpoSettings) -> Sequence[Any]:
     """What a step takes: pairs; or completions with labels where the loss is of those, pairs split in two."""
     is_split = not LOSSES[dpo.loss].takes_pairs and not isinstance(prepared, PreparedUnpaired)
     return split_in_two(prepared.train) if is_split else prepared.train
+
+
+def mismatched_rows(rows: Sequence[Any], dpo: DpoSettings) -> Mismatched | None:
+    """The rows that the loss estimates its baseline from, where it does."""
+    from laddpo.core.completions import MISMATCHED, Mismatched  # brings torch, which plan does without
+
+    return Mismatched(rows) if LOSSES[dpo.loss].has_baseline and dpo.kl_baseline == MISMATCHED else None
 
 
 def row_lengths(prepared: Prepared, dpo: DpoSettings) -> np.ndarray:

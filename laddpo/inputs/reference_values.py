@@ -166,7 +166,8 @@ def objective_of(dpo: DpoSettings) -> DpoObjective | CompletionObjective:
     """The loss of these settings, of pairs or of completions."""
     if LOSSES[dpo.loss].takes_pairs:
         return DpoObjective(dpo.loss, loss_options(dpo))
-    return CompletionObjective(dpo.loss, loss_options(dpo), dpo.kl_baseline)
+    of_baseline = (dpo.kl_baseline,) if LOSSES[dpo.loss].has_baseline else ()
+    return CompletionObjective(dpo.loss, loss_options(dpo), *of_baseline)
 
 
 def loss_options(dpo: DpoSettings) -> LossOptions:

@@ -66,7 +66,9 @@ class ScoringJudge:
 
     def compare(self, contests: Sequence[tuple[Answered, Answered]]) -> list[Verdict]:
         scores = self.score([answer for pair in contests for answer in pair])
-        return [self._verdict(*scores[i : i + 2]) for i in range(0, len(scores), 2)]
+        both = zip(scores[::2], scores[1::2], contests, strict=True)
+        # equal answers may differ by rounding, where they were scored in batches of other lengths
+        return [self._verdict(a, a if one.text == other.text else b) for a, b, (one, other) in both]
 
     def _verdict(self, first: float | None, second: float | None) -> Verdict:
         details = {"scores": [first, second]}

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laddpo.core.completions import CompletionObjective, mismatched_rows
+from laddpo.core.completions import CompletionObjective
 from laddpo.core.loop import LoopSettings, LoopState, train_loop
 from laddpo.core.losses import LOSSES
 from laddpo.core.objectives import DpoObjective
@@ -34,7 +34,7 @@ from laddpo.hardware.footprint import StepMemory
 from laddpo.hardware.machine import Machine
 from laddpo.hardware.planning import Lengths, pairs_per_step
 from laddpo.inputs import pins, policy, reference_values
-from laddpo.inputs.data import data_lengths, given_template, training_rows
+from laddpo.inputs.data import data_lengths, given_template, mismatched_rows, training_rows
 from laddpo.inputs.margins import evaluation_estimator
 from laddpo.inputs.policy import Loaded
 from laddpo.inputs.reference_values import Reference
@@ -135,7 +135,7 @@ def open_pairs(config: RunConfig) -> RunData:
         lengths,
         prepared,
         tasks,
-        mismatched=mismatched_rows(config.dpo.loss, config.dpo.kl_baseline, rows),
+        mismatched=mismatched_rows(rows, config.dpo),
     )
 
 

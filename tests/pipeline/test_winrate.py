@@ -112,7 +112,8 @@ def test_a_classifier_judges_by_the_label_that_is_named(lab, classifier, capsys)
         if item["model"] == "verdict":
             scores = [_score(classifier, item["id"], items, texts[model, item["id"]]) for model in ("tuned", "base")]
             assert item["scores"] == pytest.approx(scores, abs=1e-4)
-            assert item["verdict"] == ("tie" if scores[0] == scores[1] else "win" if scores[0] > scores[1] else "loss")
+            tuned, base = item["scores"]
+            assert item["verdict"] == ("tie" if tuned == base else "win" if tuned > base else "loss")
     kept = list((lab.folder / "data" / "judged").glob("*/judged.jsonl"))
     before = [path.read_text() for path in kept]
     assert lab.evaluate("again", *asked) == 0

@@ -99,14 +99,14 @@ REFUSED = {  # case: template, change of the row, code, field, words
         {"prompt": [{"role": "developer", "content": "d"}, *ASKED]},
         *("DATA-95", "prompt[0].content", "does not write"),
     ),
-    "variable": (KNOWS, {"chat_template_kwargs": {"ters": 1}}, "DATA-121", "chat_template_kwargs.ters", "reads terse"),
-    "variable of ours": (KNOWS, {"chat_template_kwargs": {"messages": 1}}, "DATA-121", "chat_template_kwargs", "given"),
-    "tools as prose": (KNOWS, {"tools": "sun"}, "DATA-120", "tools", "is not JSON"),
-    "tool without a name": (KNOWS, {"tools": [{"type": "function"}]}, "DATA-120", "tools[0]", "name"),
+    "variable": (KNOWS, {"chat_template_kwargs": {"ters": 1}}, "DATA-131", "chat_template_kwargs.ters", "reads terse"),
+    "variable of ours": (KNOWS, {"chat_template_kwargs": {"messages": 1}}, "DATA-131", "chat_template_kwargs", "given"),
+    "tools as prose": (KNOWS, {"tools": "sun"}, "DATA-130", "tools", "is not JSON"),
+    "tool without a name": (KNOWS, {"tools": [{"type": "function"}]}, "DATA-130", "tools[0]", "name"),
     "arguments as prose": (
         KNOWS,
         {"chosen": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]},
-        *("DATA-120", "chosen[0].tool_calls[0].arguments", "JSON"),
+        *("DATA-130", "chosen[0].tool_calls[0].arguments", "JSON"),
     ),
     "a result of nothing": (KNOWS, {"prompt": [*ASKED, CALLED[2]]}, "DATA-64", "prompt[1]", "must follow"),
     "two results of one call": (KNOWS, {"prompt": [*CALLED, CALLED[2]]}, "DATA-64", "prompt[3]", "tool turn 2"),
@@ -130,7 +130,7 @@ def test_what_a_template_does_not_write_refuses_the_row_at_its_place(case, tmp_p
 def test_a_plain_template_refuses_tools_and_a_given_template_serves_a_tokenizer_without_one(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(NANO)
     tokenizer.chat_template = None
-    assert encoded(tmp_path, TextEncoder(tokenizer), {"prompt": ASKED, **TEXTS, "tools": [TOOL]}).code == "DATA-120"
+    assert encoded(tmp_path, TextEncoder(tokenizer), {"prompt": ASKED, **TEXTS, "tools": [TOOL]}).code == "DATA-130"
     with pytest.raises(UserError, match=r"no chat template that reads it"):
         TextEncoder(tokenizer, given=GivenTemplate(variables={"terse": True}))
     assert TextEncoder(tokenizer, given=GivenTemplate(KNOWS, "t.jinja")).chat.source == KNOWS
