@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from laddpo.core.metrics import accuracy
 from laddpo.core.objectives import reference_draws
 from laddpo.inputs.margins import CompletionRewards
 from laddpo.preference.encoding.encode import EncodedCompletion
-from laddpo.results.stats import compare, normal_quantile, wilson_interval
+from laddpo.results.stats import compare, mean_with_error, normal_quantile, wilson_interval
 
 
 def labelled_results(
@@ -54,14 +56,9 @@ def ordered_share(rewards: np.ndarray, good: np.ndarray, groups: Sequence[str]) 
     The area under the ROC curve. Its error is DeLong's (1988), from each row's share of couples won, with the rows of
     a group taken together.
     """
-    shares = np.empty(len(rewards))
-    for own, others in ((good, rewards[~good]), (~good, rewards[good])):
-        sorted_others = np.sort(others)
-        below = np.searchsorted(sorted_others, rewards[own], side="left")
-        upto = np.searchsorted(sorted_others, rewards[own], side="right")
-        shares[own] = (below + upto) / 2 / len(others)
-    shares[~good] = 1 - shares[~good]
-    share = float(shares[good].mean())
+    won = accuracy(torch.from_numpy(rewards[good][:, None] - rewards[~good])).numpy()  # [good, bad]
+    shares, share = np.empty(len(rewards)), float(won.mean())
+    shares[good], shares[~good] = won.mean(axis=1), won.mean(axis=0)
     return share, _error((shares - share) / np.where(good, good.sum(), (~good).sum()), groups)
 
 
@@ -73,10 +70,8 @@ def mean_difference(rewards: np.ndarray, good: np.ndarray, groups: Sequence[str]
 
 
 def _error(parts: np.ndarray, groups: Sequence[str]) -> float:
-    """Standard error of a sum of independent groups of parts; 0 where it cannot be known."""
-    _, places = np.unique(groups, return_inverse=True)
-    sums = np.bincount(places, weights=parts)
-    return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums @ sums))) if len(sums) > 1 else 0.0
+    """Standard error of a sum of parts whose groups are independent; NaN for one group."""
+    return mean_with_error(len(parts) * parts, groups).std_error
 
 
 def _around(value: float, error: float, prompts: int) -> tuple[float, float] | None:

@@ -13,10 +13,10 @@ from laddpo.core.budget import TokenBudget
 from laddpo.core.gradient import Item
 from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective, mean_variance
-from laddpo.core.tasks import example_item, pair_item
+from laddpo.core.tasks import pair_item
 from laddpo.inputs.both_models import BASE, TUNED, BothModels
 from laddpo.inputs.margins import PreferenceScores, evaluation_estimator, score_windows
-from laddpo.preference.encoding.encode import EncodedCompletion, EncodedExample, EncodedPair
+from laddpo.preference.encoding.encode import EncodedCompletion, EncodedPair
 
 
 def score_pairs(
@@ -60,8 +60,7 @@ def score_completions(
 ) -> list[dict[str, Any]]:
     """As score_pairs, one record per unpaired row. Its reward is beta * (logps - reference_logps)."""
     estimator = evaluation_estimator(diffusion_samples, seed, both.loaded.block_length)
-    examples = [EncodedExample(row.id, row.prompt_ids, row.completion_ids) for row in rows]
-    items = [example_item(example, estimator, estimator.draw_indices(0)) for example in examples]
+    items = [pair_item(row, estimator, estimator.draw_indices(0)) for row in rows]
     values = _values(both, items, token_budget)
     policy, reference = values[both.names[-1]][:, 0], values[BASE][:, 0] if TUNED in values else None
     columns = {
