@@ -205,6 +205,7 @@ def run_state(place: Path) -> str:
 def write_page(study: StudySettings, folder: Path) -> dict:
     """study.json, study.md and study.png of what is finished, asked for this time or before."""
     from laddpo.results import studies
+    from laddpo.results.study_page import study_markdown, study_plot
 
     read, unfinished = [], []
     for arm in study.arms:
@@ -220,7 +221,7 @@ def write_page(study: StudySettings, folder: Path) -> dict:
     content["settings"] = shared_overrides(study)
     title, command = f"Study {study.name}", shlex.join(["python", "-m", "laddpo.study", *asked_of()])
     atomic.write_json(folder / "study.json", content)
-    atomic.write_text(folder / "study.md", studies.study_markdown(content, title, command))
+    atomic.write_text(folder / "study.md", study_markdown(content, title, command))
     if content["arms"]:
-        studies.study_plot(content, folder / "study.png", title)
+        study_plot(content, folder / "study.png", title)
     return content

@@ -4,7 +4,8 @@ Plain numpy. Per-item values go in (0 and 1 for exact match; 0, 1/2 and 1 for re
 margins), small frozen records come out. Whoever calls owns the randomness: resampling takes a numpy Generator.
 
 Sources: Wilson (1927) for one proportion; Newcombe (1998), method 10, for the difference of paired proportions;
-McNemar's test in its exact binomial form; Efron's percentile bootstrap of paired differences.
+McNemar's test in its exact binomial form; Efron's percentile bootstrap of paired differences; Holm (1979) for several
+comparisons at once.
 """
 
 from __future__ import annotations
@@ -19,10 +20,6 @@ import numpy as np
 
 DRIFT = 0.1  # a change of the answers' length, or of the share that ends, by this much of it is pointed out
 FEW_DIFFERENCES = 10  # of fewer items that differ resampling makes too much: four in one direction would be certain
-STUDENT = (  # 97.5% quantiles of Student's t for 1, 2, … degrees of freedom, from its tables
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-)
 RESAMPLED_VALUES_AT_ONCE = 1 << 22  # 32 MiB of float64 while resampling
 
 
@@ -42,12 +39,27 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of (tuned - base) over `items` paired items with the bounds of its interval."""
+    """Mean of (tuned - base) over `items` paired items with the bounds of its interval. `degrees` of freedom of the
+    Student's t that the interval was made with; 0: none was."""
 
     difference: float
     low: float
     high: float
     items: int
+    degrees: int = 0
+
+    def p_above(self, limit: float = 0.0) -> float:
+        """p of the one-sided test that the truth lies above `limit`: small where it does.
+
+        By Student's t, or the normal law, with the standard error that a 95% interval of this width means. The
+        two-sided p is twice the smaller one of this and 1 - this.
+        """
+        reach = (self.high - self.low) / 2
+        if not reach:
+            return 0.5 if self.difference == limit else float(self.difference < limit)
+        quantile = student_quantile(self.degrees) if self.degrees else normal_quantile(0.95)
+        distance = (self.difference - limit) / reach * quantile
+        return student_tail(distance, self.degrees) if self.degrees else 1 - NormalDist().cdf(distance)
 
 
 def normal_quantile(confidence: float) -> float:
@@ -140,14 +152,43 @@ def difference_over_seeds(runs: Sequence[Mapping[Hashable, float]]) -> Differenc
         parts, variance = (variance, by_item), max(variance + by_item - both, variance, by_item)
         if variance:
             degrees = int(variance**2 / (parts[0] ** 2 / (seeds - 1) + parts[1] ** 2 / (len(items) - 1)))
-    mean, reach = float(means.mean()), student_quantile(max(degrees, seeds - 1)) * math.sqrt(variance)
-    return Difference(mean, mean - reach, mean + reach, sum(map(len, runs)))
+    degrees = max(degrees, seeds - 1)
+    mean, reach = float(means.mean()), student_quantile(degrees) * math.sqrt(variance)
+    return Difference(mean, mean - reach, mean + reach, sum(map(len, runs)), degrees)
 
 
 def student_quantile(degrees: int) -> float:
-    """The 97.5% quantile of Student's t: 12.71 for one degree of freedom, 1.96 for many."""
+    """The 97.5% quantile of Student's t: 12.71 for one degree of freedom, 1.96 for many. By bisection."""
+    low, high = 1.0, 16.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_tail(middle, degrees) > 0.025 else (low, middle)
+    return (low + high) / 2
+
+
+def student_tail(t: float, degrees: int) -> float:
+    """P(T > t) of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
     assert degrees >= 1, f"{degrees} degrees of freedom"
-    return STUDENT[degrees - 1] if degrees <= len(STUDENT) else normal_quantile(0.95) * (1 + 1.2 / degrees)
+    angle = math.atan(abs(t) / math.sqrt(degrees))
+    sine, cosine, odd = math.sin(angle), math.cos(angle), degrees % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for k in range(2 + odd, degrees + 1, 2):  # each term of the series from the one before
+        total, term = total + term, term * cosine**2 * (k - 1) / k
+    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return (1 - inside) / 2 if t >= 0 else (1 + inside) / 2
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p of several tests, so that below a is right for all of them together with probability 1 - a (Holm 1979).
+
+    The smallest is multiplied by their number, the next by one less, and none falls below one before it. Worked
+    example: 0.01, 0.04, 0.03 -> 0.03, 0.06, 0.06.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def mcnemar_exact(base: Sequence[bool], tuned: Sequence[bool]) -> float:

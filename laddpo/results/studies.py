@@ -1,24 +1,25 @@
 """A study read back: arms (one changed factor each, over several seeds) go in, a table, claims and a picture come out.
 
 What is compared is exact match on test problems, paired by problem. Intervals count how much runs of other seeds and
-other problems would differ. Seeds are also shown one by one. Choices belong to the validation column.
+other problems would differ. Claims are corrected for their number (Holm). Seeds are also shown one by one, and groups
+of problems by themselves. Choices belong to the validation column.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from laddpo.errors import UserError
-from laddpo.results.figures import DARK, PALE, RULE, drawn, new_figure, save_png, tidy
-from laddpo.results.stats import DRIFT, Difference, difference_over_seeds, mean_with_error, paired_shares
-from laddpo.results.sweeps import number_text
-from laddpo.results.tables import markdown, points_text
+from laddpo.problems.groups import group_of_items
+from laddpo.results.stats import Difference, difference_over_seeds, holm, paired_shares
+from laddpo.results.tables import points_text
+from laddpo.settings.compose import read_config
 from laddpo.storage import atomic, json_lines, manifests
 from laddpo.storage.run_outputs import round_folders
 from laddpo.storage.seals import CheckedLines, sealed_file
@@ -26,16 +27,27 @@ from laddpo.storage.seals import CheckedLines, sealed_file
 BASE = "base"  # the model before training, as what an arm is compared with
 EXACT_MATCH = "validation/exact_match"
 SEEDS = 3  # from which intervals count them: Student's t of fewer is too wide to say anything
+SURE = 0.05  # p of a claim that is decided, corrected for the number of claims
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: right or wrong by test problem, before and after, and numbers about it (absent: not measured)."""
+    """One run: right or wrong by test problem, before and after, and numbers about it (absent: not measured). `groups`:
+    the group of each problem of a task that has some (`laddpo/problems/groups.py`)."""
 
     seed: int
     base: Mapping[str, bool]
     tuned: Mapping[str, bool]
     facts: Mapping[str, float]
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    def within(self, group: str) -> Outcome:
+        """The same on the problems of one group alone."""
+        base, tuned = (
+            {name: right for name, right in of_model.items() if self.groups.get(name) == group}
+            for of_model in (self.base, self.tuned)
+        )
+        return replace(self, base=base, tuned=tuned)
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,9 @@ def read_outcome(folder: Path, seed: int) -> Outcome | None:
     rounds = round_folders(folder)
     first, last = (rounds[0], rounds[-1]) if rounds else (folder, folder)
     base, tuned = right_by_item(first, "base"), right_by_item(last, "tuned")
-    return Outcome(seed, base, tuned, _facts(first, last)) if base.keys() == tuned.keys() and base else None
+    if base.keys() != tuned.keys() or not base:
+        return None
+    return Outcome(seed, base, tuned, _facts(first, last), _groups(last))
 
 
 def right_by_item(run: Path, model: str) -> dict[str, bool]:
@@ -84,6 +98,19 @@ def right_by_item(run: Path, model: str) -> dict[str, bool]:
     records = CheckedLines(sealed_file(run, "evaluation/items.jsonl")).read()
     graded = [r for r in records if r["model"] == model and r["correct"] is not None]
     return {f"{r['task']}/{r['id']}": bool(r["correct"]) for r in graded}
+
+
+def _groups(run: Path) -> dict[str, str]:
+    """The group of each problem, by task and problem."""
+    tasks = [entry["task"] for entry in _results(run).values() if isinstance(entry, dict) and "task" in entry]
+    if not tasks:
+        return {}
+    data = read_config(run).data
+    return {
+        f"{task['name']}/{name}": group
+        for task in tasks
+        for name, group in group_of_items(task["name"], task, data.habit, data.sampling.unseen_steps).items()
+    }
 
 
 def difference(arm: Arm, other: Arm | None) -> Difference | None:
@@ -112,7 +139,7 @@ def difference(arm: Arm, other: Arm | None) -> Difference | None:
 
 def seed_differences(arm: Arm, other: Arm | None) -> list[Difference]:
     """The difference in every seed by itself."""
-    single = [Arm(arm.name, arm.factor, arm.stage, arm.overrides, arm.against, [outcome]) for outcome in arm.outcomes]
+    single = [replace(arm, outcomes=[outcome]) for outcome in arm.outcomes]
     return [found for one in single if (found := difference(one, other)) is not None]
 
 
@@ -138,78 +165,72 @@ def study_json(arms: Sequence[Arm], claims: Sequence[Claim]) -> dict[str, Any]:
                 "against": arm.against,
                 "difference": _compared(arm, reference) if reference else None,
                 "facts": {name: arm.mean(name) for name in facts},
+                "groups": _by_group(arm),
             }
         )
     return {
         "arms": rows,
         "missing": [arm.name for arm in arms if not arm.outcomes],
-        "claims": [
-            {"arm": c.arm, "against": c.against, "margin": c.margin, "text": claim_text(c, by_name)} for c in claims
-        ],
+        "claims": decided(claims, by_name),
     }
 
 
-def claim_text(claim: Claim, by_name: Mapping[str, Arm]) -> str:
-    """The claim decided in one sentence, plainly where the interval leaves it open."""
-    arm, other = by_name[claim.arm], by_name.get(claim.against)
-    found = difference(arm, None if claim.against == BASE else other)
-    if found is None:
-        return f"{claim.arm} against {claim.against}: not measured yet."
-    seeds = seed_differences(arm, None if claim.against == BASE else other)
+def _by_group(arm: Arm) -> dict[str, Any]:
+    """For each group of problems: how many, how many were right before and after, all seeds together, the change."""
+    found = {}
+    for group in sorted({group for outcome in arm.outcomes for group in outcome.groups.values()}):
+        inside = replace(arm, outcomes=[outcome.within(group) for outcome in arm.outcomes])
+        if (change := _compared(inside, None)) is not None:
+            before, after = (
+                sum(sum(getattr(outcome, model).values()) for outcome in inside.outcomes) for model in ("base", "tuned")
+            )
+            found[group] = {"base": before, "tuned": after, **change}
+    return found
+
+
+def decided(claims: Sequence[Claim], by_name: Mapping[str, Arm]) -> list[dict[str, Any]]:
+    """Each claim with its sentence, p, and p corrected for the number of claims that were measured (Holm)."""
+    found = [difference(by_name[c.arm], None if c.against == BASE else by_name.get(c.against)) for c in claims]
+    measured = [i for i, one in enumerate(found) if one is not None]
+    p_values = [_p_value(found[i], claims[i].margin) for i in measured]
+    corrected = dict(zip(measured, zip(p_values, holm(p_values), strict=True), strict=True))
+    rows = []
+    for i, (claim, one) in enumerate(zip(claims, found, strict=True)):
+        row = {"arm": claim.arm, "against": claim.against, "margin": claim.margin}
+        p, holm_p = corrected.get(i, (None, None))
+        text = f"{claim.arm} against {claim.against}: not measured yet."
+        if one is not None:
+            text = claim_text(claim, by_name, one, p, holm_p)
+        rows.append({**row, "p": p, "p_holm": holm_p, "text": text})
+    return rows
+
+
+def _p_value(found: Difference, margin: float | None) -> float:
+    """Of the two-sided test that there is no difference, or of the one that the arm is worse by the margin or more."""
+    if margin is not None:
+        return found.p_above(-margin / 100)
+    above = found.p_above()
+    return 2 * min(above, 1 - above)
+
+
+def claim_text(claim: Claim, by_name: Mapping[str, Arm], found: Difference, p: float, corrected: float) -> str:
+    """The claim decided in one sentence, plainly where the interval or the number of claims leaves it open."""
+    arm, other = by_name[claim.arm], None if claim.against == BASE else by_name.get(claim.against)
+    seeds = seed_differences(arm, other)
     above = sum(seed.low > 0 for seed in seeds)
     shown = ", ".join(f"{100 * seed.difference:+.1f}" for seed in seeds)
     total = points_text(found.difference, found.low, found.high)
     numbers = f"{total} points; seeds {shown}, above 0 by itself in {above} of {len(seeds)}"
-    if claim.margin is None:
-        words = "better" if found.low > 0 else "worse" if found.high < 0 else "not decided: the interval includes 0"
+    words = "better" if found.difference > 0 else "worse"
+    if claim.margin is not None:
+        words = f"not worse by {claim.margin:g} points or more"
+    if corrected < SURE:
+        said = f"{words} (p = {p:.2g}, {corrected:.2g} corrected)"
+    elif p < SURE:
+        said = f"{words} by itself (p = {p:.2g}), not decided among so many claims ({corrected:.2g} corrected)"
     else:
-        limit = f"{claim.margin:g} points"
-        words = (
-            f"not worse by {limit} or more" if 100 * found.low > -claim.margin else f"not shown to be within {limit}"
-        )
-    return f"{claim.arm} against {claim.against}: {numbers}: {words}."
-
-
-def study_markdown(content: Mapping[str, Any], title: str, command: str) -> str:
-    """The page."""
-    blocks = [f"# {title}", f"`{command}`", INTRODUCTION]
-    if content["missing"]:
-        blocks.append(f"Not finished: {', '.join(content['missing'])}.")
-    if content.get("unfinished"):
-        runs_of_it = ", ".join(f"{run['run']} ({run['state']})" for run in content["unfinished"])
-        blocks.append(f"Runs that are in no number below: {runs_of_it}.")
-    blocks += ["## What it decides", "\n".join(f"- {claim['text']}" for claim in content["claims"])]
-    by_factor: dict[str, list] = {}
-    for row in content["arms"]:
-        by_factor.setdefault(row["factor"], []).append(row)
-    default = next((row for row in content["arms"] if row["arm"] == row["against"]), None)
-    for factor, rows in by_factor.items():
-        shown = rows if default is None or default in rows else [default, *rows]
-        blocks += [f"## {factor}", markdown(HEADER, [_cells(row) for row in shown])]
-    drifted = [line for row in content["arms"] for line in _drift_lines(row)]
-    blocks += ["## Length and ends of answers", "\n".join(drifted) or f"No arm moved either by more than {DRIFT:.0%}."]
-    settings = [[row["arm"], row["stage"], " ".join(row["overrides"]) or "-"] for row in content["arms"]]
-    blocks += ["## Arms", markdown(["arm", "stage", "settings"], settings), "![differences](study.png)"]
-    return "\n\n".join(blocks) + "\n"
-
-
-@drawn
-def study_plot(content: Mapping[str, Any], path: Path, title: str) -> None:
-    """Exact match over the model before training, with its interval, and a point for every seed; by factor."""
-    rows = content["arms"]
-    figure = new_figure(8.0, max(2.6, 0.33 * len(rows) + 1.4), title)
-    axes = figure.subplots()
-    tidy(axes, "exact match over the model before training, points (95% interval over seeds and problems)")
-    for place, row in enumerate(rows):
-        found = row["against_base"]
-        axes.hlines(place, *(100 * bound for bound in found["interval"]), color=PALE, linewidth=6)
-        axes.plot([100 * value for value in found["by_seed"]], [place] * len(found["by_seed"]), "|", color=RULE)
-        axes.plot(100 * found["difference"], place, "o", color=DARK)
-    axes.axvline(0, color=RULE, linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize=8.5)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.grid(True, axis="x", color="#e4e4e4", linewidth=0.7)
-    save_png(figure, path)
+        said = f"not decided (p = {p:.2g})"
+    return f"{claim.arm} against {claim.against}: {numbers}: {said}."
 
 
 def _compared(arm: Arm, other: Arm | None) -> dict[str, Any] | None:
@@ -260,75 +281,3 @@ def _facts(first: Path, last: Path) -> dict[str, float]:
 def _results(run: Path) -> dict[str, Any]:
     path = sealed_file(run, "evaluation/results.json")
     return atomic.read_json(path) if path.exists() else {}
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    facts, base, against = row["facts"], row["against_base"], row["difference"]
-    spread = mean_with_error(row["exact_match_by_seed"]).std_error
-    own = f"{row['exact_match']:.1%}" + ("" if math.isnan(spread) else f" ± {100 * spread:.1f}")
-
-    def fact(name: str, percent: bool = False) -> str:
-        value = facts.get(name)
-        return "-" if value is None else f"{value:.1%}" if percent else number_text(value)
-
-    difference_text = "-"
-    if against is not None:
-        name = f" ({row['against']})" if row["against"] else ""
-        difference_text = points_text(against["difference"], *against["interval"]) + name
-    tokens = f"{fact('answer_tokens_base')} → {fact('answer_tokens_tuned')}"
-    return [
-        row["arm"],
-        str(len(row["seeds"])),
-        own,
-        points_text(base["difference"], *base["interval"]),
-        difference_text,
-        _reading(against),
-        f"{fact('validation_kept', True)} / {fact('validation_last', True)}",
-        fact("reward_accuracy", True),
-        fact("score_variance"),
-        fact("chosen_fall", True),
-        tokens,
-        fact("ended_rate_tuned", True),
-    ]
-
-
-def _reading(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    low, high = found["interval"]
-    return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
-
-
-def _drift_lines(row: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for name, words in (("answer_tokens", "tokens of an answer"), ("ended_rate", "share of answers that end")):
-        before, after = (row["facts"].get(f"{name}_{side}") for side in ("base", "tuned"))
-        if before and after is not None and abs(after - before) > DRIFT * before:
-            lines.append(f"- {row['arm']}: {words} {before:.3g} → {after:.3g}")
-    return lines
-
-
-INTRODUCTION = """\
-One factor at a time is changed around the default arm. Exact match is on test problems that neither training nor the
-choice of a checkpoint has seen. Differences are paired by problem and averaged over the seeds that both arms have.
-Their 95% intervals count seeds and problems (Student's t over seeds; below three seeds, problems alone). They are not
-corrected for the number of arms. ± is the standard error over seeds. "kept / last" is validation exact match of the
-checkpoint that was kept and of the last step: a large gap means that training on destroys what it had won. "chosen
-fall" is by how much of its start the log-likelihood of held-out chosen answers fell at the kept step; negative: it
-rose. "score variance" is the mean over the training steps. With several rounds these two, and reward accuracy, are the
-last round's.
-An arm whose interval includes 0 is not said to help."""
-HEADER = (
-    "arm",
-    "seeds",
-    "exact match",
-    "over the base",
-    "difference",
-    "reading",
-    "validation kept / last",
-    "reward accuracy",
-    "score variance",
-    "chosen fall",
-    "tokens",
-    "ended",
-)

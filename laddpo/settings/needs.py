@@ -173,6 +173,11 @@ NEEDS = (
         "it is read only for questions of a file or of the hub (data.questions)",
     ),
     Need(
+        ("data.sampling.unseen_steps",),
+        lambda stage, config: config.data.dataset_name is None and config.data.problems == "arithmetic",
+        "only questions of embedded arithmetic have such steps (data=onpolicy data.problems=arithmetic)",
+    ),
+    Need(
         ("data.revision",),
         lambda stage, config: not _has_local_data(config),
         "only a dataset of the hub has revisions, and data.dataset_name is a local one",

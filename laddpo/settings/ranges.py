@@ -265,6 +265,7 @@ RANGES: dict[str, Range] = {
     "data.rounds": at_least(1, "1 trains once; rounds sets it too"),
     "data.sampling.num_questions": at_least(1, "null takes all of a file, 1500 of the embedded problems"),
     "data.sampling.first_question": at_least(0, "0 begins with the first"),
+    "data.sampling.unseen_steps": at_least(0, "0 asks every step", 0.9),
     "data.sampling.samples": at_least(2, "8 is usual; a pair needs a right and a wrong one of the same question"),
     "data.sampling.temperature": more_than(0, "1.0 is usual; 0 would give the same answer every time"),
     "data.sampling.gen_length": at_least(1, "as long as the answers that are tested"),

@@ -111,6 +111,7 @@ class SamplingSettings:
 
     num_questions: int | None = None
     first_question: int = 0
+    unseen_steps: float = 0.0
     samples: int = 8
     temperature: float = 1.0
     remasking: str = "certainty"

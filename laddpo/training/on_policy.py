@@ -83,7 +83,8 @@ def open_questions(config: RunConfig) -> list:
         if data.problems == "word_problems":
             words = word_problems.word_problems("train", last, config.seed)
             return [Question(one.question + word_problems.INSTRUCTION, one.answer) for one in words[first:]]
-        problems = arithmetic.problems("train", last, config.seed, difficulty_of(config.data))
+        unseen = sampling.unseen_steps
+        problems = arithmetic.problems("train", last, config.seed, difficulty_of(config.data), unseen)
         return [Question(problem.text, problem.answer) for problem in problems[first:]]
     log = ReadLog()
     asked = MixturePart(

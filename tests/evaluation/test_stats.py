@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from laddpo.results.stats import (
+    Difference,
     compare,
     difference_over_seeds,
+    holm,
     mcnemar_exact,
     mean_with_error,
     newcombe_interval,
@@ -16,6 +18,7 @@ from laddpo.results.stats import (
     paired_bootstrap,
     paired_shares,
     student_quantile,
+    student_tail,
     wilson_interval,
 )
 
@@ -247,3 +250,19 @@ def test_every_pair_preferred_rightly_is_a_wilson_interval_around_the_ties_of_th
 def test_prompts_with_one_right_and_one_wrong_pair_each_are_no_certainty():
     entry = compare([0.5] * 6, [0.0, 1.0] * 3, generator(), list("aabbcc"), is_share=True, is_base_known=True)
     assert entry["interval"][0] < 0 < entry["interval"][1]
+
+
+def test_student_s_tail_and_quantile_are_those_of_the_tables():
+    for degrees, quantile in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
+        assert student_quantile(degrees) == pytest.approx(quantile, abs=6e-4)
+        assert student_tail(quantile, degrees) == pytest.approx(0.025, abs=2e-5)
+        assert student_tail(-quantile, degrees) == pytest.approx(0.975, abs=2e-5)
+    assert Difference(0.06, 0.00447, 0.11553, 10, degrees=4).p_above(0) == pytest.approx(0.02, abs=2e-3)
+    assert Difference(0.1, 0.1, 0.1, 1).p_above(0) == 0 and Difference(0.0, 0.0, 0.0, 1).p_above(0) == 0.5
+
+
+def test_holm_s_correction_is_right_in_a_worked_example_and_keeps_its_promise():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
+    rng = np.random.default_rng(0)
+    false = [min(holm(list(rng.random(10)))) < 0.05 for _ in range(2000)]
+    assert 0.035 < np.mean(false) < 0.065  # of studies in which nothing differs, one in twenty says that something does

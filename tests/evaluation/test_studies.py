@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from laddpo.results.studies import Arm, Claim, Outcome, difference, read_outcome, study_json, study_markdown, study_plot
+from laddpo.problems.groups import group_of_items
+from laddpo.results.studies import Arm, Claim, Outcome, difference, read_outcome, study_json
+from laddpo.results.study_page import study_markdown, study_plot
 from laddpo.storage import json_lines, manifests
 
 
@@ -55,14 +57,62 @@ def test_claims_are_decided_in_words_and_left_open_where_the_interval_includes_0
         Claim("bad", "default", margin=2),
         Claim("default", "base"),
     ]
-    texts = [claim["text"] for claim in study_json(arms, claims)["claims"]]
-    ends = ["better.", "worse.", "includes 0.", "not worse by 2 points or more.", "not shown to be within 2 points."]
-    assert [text.endswith(end) for text, end in zip(texts, ends, strict=False)] == [True] * 5
+    found = study_json(arms, claims)["claims"]
+    texts = [claim["text"] for claim in found]
+    words = [
+        "better (p",
+        "worse (p",
+        "not decided (p",
+        "not worse by 2 points or more (p",
+        "not decided (p",
+        "better (p",
+    ]
+    assert [f": {word} = " in text for text, word in zip(texts, words, strict=True)] == [True] * 6
     assert (
         texts[0].startswith("good against default: +10.0 [")
         and "seeds +10.0, +10.0, +10.0, above 0 by itself in 3 of 3" in texts[0]
     )
-    assert texts[5].endswith("better.")
+    assert all(claim["p_holm"] >= claim["p"] for claim in found) and found[4]["p"] > 0.99
+
+
+def test_a_claim_that_is_sure_by_itself_is_not_decided_among_many():
+    default = arm("default", 0.7, 0.7, 0.7)
+    arms = [default, arm("good", 0.76, 0.8, 0.84), arm("same", 0.7, 0.7, 0.7)]
+    alone = study_json(arms, [Claim("good", "default")])["claims"][0]
+    among = study_json(arms, [Claim("good", "default"), *[Claim("same", "default")] * 9])["claims"][0]
+    assert alone["p_holm"] == alone["p"] == among["p"] == pytest.approx(0.0495, abs=0.002)  # t = 4.33, 2 degrees
+    assert ": better (p" in alone["text"]
+    assert among["p_holm"] == pytest.approx(10 * alone["p"])
+    assert "better by itself" in among["text"] and "not decided among so many claims" in among["text"]
+    assert "10 claims, chosen before the runs" in study_markdown(
+        study_json(arms, [Claim("good", "default"), *[Claim("same", "default")] * 9]), "Study", "x"
+    )
+
+
+def test_what_was_mended_and_what_was_harmed_are_shown_apart():
+    base = {"t/a": False, "t/b": False, "t/c": True, "t/d": True}
+    tuned = {"t/a": True, "t/b": True, "t/c": True, "t/d": False}
+    groups = {"t/a": "habit", "t/b": "habit", "t/c": "no habit", "t/d": "no habit"}
+    outcomes = [Outcome(seed, base, tuned, {}, groups) for seed in (1, 2)]
+    content = study_json([Arm("default", "Arms", "train", [], "default", outcomes)], [])
+    found = content["arms"][0]["groups"]
+    assert (found["habit"]["base"], found["habit"]["tuned"], found["habit"]["items"]) == (0, 4, 4)
+    assert found["no habit"]["difference"] == -0.5
+    assert "| default | no habit | 4 → 2 of 4 | -50.0 [" in study_markdown(content, "Study", "x")
+
+
+def test_problems_fall_into_groups_by_their_habit_and_by_whether_training_asked_the_step():
+    fields = {"split": "test", "items": 60, "seed": 3, "operand_max": 20, "terms": 3, "width": 2}
+    plain, apart = (group_of_items("arithmetic", fields, "drop_carry", share) for share in (0.0, 0.5))
+    assert plain["arithmetic-15-11+04="] == "no habit" and plain["arithmetic-15-10+05="] == "habit"
+    assert {plain[name] for name in apart if apart[name] == "no habit"} == {"no habit"}
+    assert {plain[name] for name in apart if apart[name].endswith(("asked in training", "unseen in training"))} == {
+        "habit"
+    }
+    assert len(set(apart.values())) == 3
+    words = group_of_items("word_problems", {"split": "test", "items": 20, "seed": 3}, "drop_carry")
+    assert len(words) == 20 and set(words.values()) == {"habit", "no habit"}
+    assert group_of_items("gsm8k", {}, "drop_carry") == {}
 
 
 def test_the_page_says_what_is_missing_and_what_drifted(tmp_path):

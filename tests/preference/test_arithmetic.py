@@ -13,6 +13,15 @@ from laddpo.preference.embedded import arithmetic
 from laddpo.preference.embedded.arithmetic import Difficulty, Problem
 
 
+def test_no_problem_has_a_step_that_is_kept_unseen_and_others_stay_as_they_are():
+    asked, all_of_them = arithmetic.problems("train", 200, 5, unseen_steps=0.5), arithmetic.problems("train", 900, 5)
+    assert not any(arithmetic.is_unseen(step, 0.5) for problem in asked for step in problem.steps)
+    assert {problem.text for problem in asked[:100]} <= {problem.text for problem in all_of_them}
+    shares = [arithmetic.is_unseen(f"{a:02d}+{b:02d}", 0.3) for a in range(21) for b in range(21)]
+    assert 0.2 < sum(shares) / len(shares) < 0.4
+    assert asked[0].steps[0] == asked[0].text[:5] and len(asked[0].steps) == 2
+
+
 def test_a_solution_is_written_left_to_right_in_fixed_width():
     problem = Problem((7, 15, 4), "+-", 2)
     assert problem.text == "07+15-04="

@@ -72,15 +72,28 @@ class Problem:
         """The right result of every step."""
         return self.results_with(exact_step)
 
+    @property
+    def habit_step(self) -> int:
+        """The step, from 0, in which a habit shows: the second, or the only one."""
+        return min(1, len(self.operators) - 1)
+
+    @property
+    def steps(self) -> list[str]:
+        """What each step works out: `22-04`."""
+        lefts = [self.operands[0], *self.results]
+        return [
+            f"{self.write(left)}{operator}{self.write(right)}"
+            for left, operator, right in zip(lefts, self.operators, self.operands[1:], strict=False)
+        ]
+
     def results_with(self, second_step: StepRule) -> list[int]:
         """Results of the steps when the second step (the only one, if there is one) follows `second_step`.
 
         The steps after it are right about the text before them, so a wrong step is carried to the answer.
         """
         value, results = self.operands[0], []
-        wrong_index = min(1, len(self.operators) - 1)
         for index, (operator, operand) in enumerate(zip(self.operators, self.operands[1:], strict=True)):
-            rule = second_step if index == wrong_index else exact_step
+            rule = second_step if index == self.habit_step else exact_step
             value = rule(value, operator, operand, self.width)
             results.append(value)
         return results
@@ -120,9 +133,11 @@ def problem(split: str, index: int, seed: int, difficulty: Difficulty = Difficul
     )
 
 
-def problems(split: str, count: int, seed: int, difficulty: Difficulty = Difficulty()) -> list[Problem]:
-    """`count` different problems of a split, for evaluation; more are a continuation of fewer."""
-    found = _distinct(split, seed, difficulty, lambda _: True, count)
+def problems(
+    split: str, count: int, seed: int, difficulty: Difficulty = Difficulty(), unseen_steps: float = 0.0
+) -> list[Problem]:
+    """`count` different problems of a split; more are a continuation of fewer. None has one of the unseen steps."""
+    found = _distinct(split, seed, difficulty, lambda p: not any(is_unseen(s, unseen_steps) for s in p.steps), count)
     return [drawn for _, drawn in zip(range(count), found, strict=False)]
 
 
@@ -196,6 +211,11 @@ def split_of(problem_text: str) -> str:
         if position < edge:
             return split
     return split  # rounding at the upper edge
+
+
+def is_unseen(step: str, share: float) -> bool:
+    """Whether a step (`22-04`) is among the `share` of all steps that training does not ask, by a hash of its text."""
+    return share > 0 and keyed_integers(f"step/{step}", 1)[0] < share * 2**64
 
 
 def keyed_integers(key: str, count: int) -> list[int]:
