@@ -1,4 +1,11 @@
-"""Signs that training goes wrong, each said once while it happens: the loss, the gradient, the chosen answers."""
+"""Signs that training goes wrong, each said once while it happens: the loss, the gradient, the chosen answers, and a
+collapse, in which the loss stays low and answers get worse.
+
+Where held-out chosen answers become less likely after they had become more likely, training undoes what it had won. Of
+the 36 runs that tuned six losses for `study=objectives` (three rates, two betas), eight turned so by TURN, and each
+ended below the run of the same loss and beta at the next lower rate (data/measurements/README.md). It costs nothing: no
+answer has to be written for it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +18,8 @@ WINDOW = 10  # logged steps that are looked at together
 LOSS_RISE = 1.1  # mean loss of a window over that of the first step
 NORM_RISE = 10.0  # gradient norm over the median of those before
 CHOSEN_FALL = 0.1  # of the reference's log-likelihood of the chosen answers
+TURN = 0.1  # rise of validation/chosen_fall above the lowest value before it
+WORSE = 0.1  # fall of validation/exact_match below the highest before it: two standard errors of 200 problems
 
 
 class Watch:
@@ -22,13 +31,18 @@ class Watch:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._falls: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # chosen ratio, reference
         self._norms: list[float] = []
+        self._lowest_fall, self._best_match = (0, float("inf")), (0, 0.0)  # (step, value) of validation
         self._said: set[str] = set()
 
     def see(self, row: Mapping[str, Any]) -> list[str]:
         """What this row is the first to show: one line for each sign, with what to do."""
-        if row.get("loss") is None:
-            return []
-        signs = {"loss": self._loss(row["loss"]), "norm": self._norm(row.get("grad_norm")), "fall": self._fall(row)}
+        signs = {"turn": self._turn(row), "worse": self._worse(row)}
+        if row.get("loss") is not None:
+            signs |= {
+                "loss": self._loss(row["loss"]),
+                "norm": self._norm(row.get("grad_norm")),
+                "fall": self._fall(row),
+            }
         new = {sign: text for sign, text in signs.items() if text and sign not in self._said}
         self._said |= new.keys()
         return [f"note: step {row['step']}: {text}" for text in new.values()]
@@ -68,4 +82,29 @@ class Watch:
         return (
             f"the log-likelihood of the chosen answers is {fall:.0%} lower than the reference's. Raise dpo.beta, set "
             "dpo.sft_weight=0.1, or end such runs by stopping.max_chosen_fall=0.2."
+        )
+
+    def _turn(self, row: Mapping[str, Any]) -> str | None:
+        fall = row.get("validation/chosen_fall")
+        if fall is None:
+            return None
+        step, lowest = self._lowest_fall = min(self._lowest_fall, (row["step"], fall), key=lambda found: found[1])
+        if fall - lowest <= TURN:
+            return None
+        return (
+            f"held-out chosen answers have become less likely again: validation/chosen_fall is {fall:+.2f} and was "
+            f"{lowest:+.2f} at step {step}. From such a turn answers get worse while the loss stays low. Lower "
+            "optim.learning_rate, or take fewer steps."
+        )
+
+    def _worse(self, row: Mapping[str, Any]) -> str | None:
+        match = row.get("validation/exact_match")
+        if match is None:
+            return None
+        step, best = self._best_match = max(self._best_match, (row["step"], match), key=lambda found: found[1])
+        if match > best - WORSE:
+            return None
+        return (
+            f"answers to validation problems got worse: exact match is {match:.1%} and was {best:.1%} at step {step}. "
+            "Lower optim.learning_rate or raise dpo.beta; stopping.patience ends such runs."
         )

@@ -45,6 +45,20 @@ def test_each_sign_is_one_line_with_a_cure_said_once(changed, step, words):
     assert all(word in note for word in words)
 
 
+@pytest.mark.parametrize(
+    ("metric", "values", "words"),
+    [
+        ("chosen_fall", (0.0, -0.27, -0.2, -0.16, 0.4), ("is -0.16 and was -0.27 at step 20", "learning_rate")),
+        ("exact_match", (0.6, 0.815, 0.75, 0.71, 0.4), ("is 71.0% and was 81.5% at step 20", "dpo.beta")),
+    ],
+)
+def test_a_collapse_under_a_low_loss_is_said_once_when_validation_shows_it(metric, values, words):
+    rows = [{"step": 20 * i, f"validation/{metric}": value} for i, value in enumerate(values)]
+    ((at, note),) = said(rows)
+    assert at == 60 and all(word in note for word in words)
+    assert not said(rows[:3])
+
+
 def test_rows_that_lack_a_value_are_passed_over():
     assert not said([{"step": 0, "validation/loss": 9.0}, {"step": 1, "loss": None}, {"step": 2, "note": "x"}])
     assert not said({"step": step, "loss": 1.0} for step in range(30))
