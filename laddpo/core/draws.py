@@ -23,13 +23,13 @@ NO_POSITIONS = np.array([], dtype=np.int64)
 @dataclass(frozen=True)
 class Response:
     """What the draws of a response, or of one block of it, may depend on beside the seed: its pair, its side (chosen,
-    rejected, response), its length in tokens, the positions at which it differs from the pair's other response, and the
-    number of the block."""
+    rejected, response), its length in tokens, the positions of the tokens that picks may favour, and the number of the
+    block."""
 
     pair_id: str
     side: str
     length: int
-    differing: np.ndarray = field(default_factory=lambda: NO_POSITIONS)
+    favoured: np.ndarray = field(default_factory=lambda: NO_POSITIONS)
     block: int | None = None
 
 
@@ -41,9 +41,11 @@ class ElboEstimator:
     `shared_counts`: chosen and rejected mask the same fraction; `mask_rounds` R: epoch e uses draws (e mod R) * n + k;
     `stream` names an independent family of draws ("" is the one that policy and reference share); `shared_masks`:
     chosen and rejected mask the same positions too; `difference_focus`: the share of picks for tokens in which
-    the two responses differ, the rest going to all tokens alike; `count_tilt`: the share of counts that follows the
-    tilted law (`count_law`), the rest being uniform; `block_length` s: the blocks of a block-diffusion model, each of
-    which draws for itself (0: a bidirectional model).
+    the two responses differ, the rest going to all tokens alike; `surprise_focus`: the same for the tokens that
+    surprise the reference most, which are the share `surprise_tokens` of a response as told by `surprise_draws` draws
+    (core/surprise.py); `count_tilt`: the share of counts that follows the tilted law (`count_law`), the rest being
+    uniform; `block_length` s: the blocks of a block-diffusion model, each of which draws for itself (0: a bidirectional
+    model). At most one focus is above 0.
     """
 
     estimator: str = "complement"
@@ -57,6 +59,14 @@ class ElboEstimator:
     difference_focus: float = 0.0
     count_tilt: float = 0.0
     block_length: int = 0
+    surprise_focus: float = 0.0
+    surprise_tokens: float = 0.2
+    surprise_draws: int = 8
+
+    @property
+    def focus(self) -> float:
+        """The share of picks for favoured tokens, whichever these are."""
+        return self.surprise_focus or self.difference_focus
 
     @property
     def block(self) -> int:
@@ -80,17 +90,17 @@ class ElboEstimator:
         side: str,
         length: int,
         index: int,
-        differing: np.ndarray = NO_POSITIONS,
+        favoured: np.ndarray = NO_POSITIONS,
         prompt_length: int = 0,
     ) -> MaskedDraw:
-        """One draw for a response of `length` tokens, which differs from the other one at `differing` and follows a
-        prompt of `prompt_length` tokens. In a block model it is a draw of every block."""
+        """One draw for a response of `length` tokens, of which picks favour those at `favoured`, after a prompt of
+        `prompt_length` tokens. In a block model it is a draw of every block."""
         law = ESTIMATORS[self.estimator].draw
         if not self.block_length:
-            return law(self, Response(pair_id, side, length, differing), index)
+            return law(self, Response(pair_id, side, length, favoured), index)
         masked, blocks = [], []
         for block, (start, end) in enumerate(block_spans(prompt_length, length, self.block_length)):
-            inside = differing[(differing >= start) & (differing < end)] - start
+            inside = favoured[(favoured >= start) & (favoured < end)] - start
             draw = law(self, Response(pair_id, side, end - start, inside, block), index)
             masked.append(start + draw.masked)
             blocks.append((len(draw.masked), draw.weight))
@@ -103,14 +113,14 @@ class ElboEstimator:
         prompt_ids: np.ndarray,
         response_ids: np.ndarray,
         indices: Sequence[int],
-        differing: np.ndarray = NO_POSITIONS,
+        favoured: np.ndarray = NO_POSITIONS,
     ) -> tuple[MaskedSequence, ...]:
         """The response under each of the draws `indices`."""
         return tuple(
             MaskedSequence(
                 prompt_ids,
                 response_ids,
-                self.draw(pair_id, side, len(response_ids), index, differing, len(prompt_ids)),
+                self.draw(pair_id, side, len(response_ids), index, favoured, len(prompt_ids)),
                 self.block_length,
             )
             for index in indices
@@ -134,9 +144,11 @@ class ElboEstimator:
         """What a store of reference values must have in common with a run to serve it.
 
         The number of draws is among it only for schedules whose draws depend on it, the block length only where the
-        model has blocks.
+        model has blocks, what defines surprising tokens only where these are favoured.
         """
         fields = asdict(self)
+        if not self.surprise_focus:
+            fields = {name: value for name, value in fields.items() if not name.startswith("surprise_")}
         if not self.block_length:
             del fields["block_length"]
         if COUNT_SCHEDULES[self.schedule].prefix_consistent:
@@ -181,13 +193,17 @@ def draw_weight(e: ElboEstimator, response: Response, masked: np.ndarray) -> flo
     With the other l-1 tokens uniform, a mask M of size l has probability q(l) sum_{i in M} pi(i) / C(L-1, l-1), which
     is L q(l) pi(M) (L/l) times what it has in the bound, where it counts (L/l) S(M). So S(M) / (L q(l) pi(M)) has mean
     B for any q, pi > 0, without another forward; for equal ones it is LLaDA's (L/l) S(M).
+
+    That holds given the favoured tokens, so it holds for any that do not depend on the noise of these draws. Differing
+    tokens depend on the token ids alone, surprising ones on the reference and on the noise of a stream that no other
+    draw uses.
     """
     length, size = response.length, len(masked)
-    focus = e.difference_focus if len(response.differing) else 0.0
+    focus = e.focus if len(response.favoured) else 0.0
     if not focus and not e.count_tilt:
         return length / size
     law = length * count_law(length, e.count_tilt)[1][size - 1] if e.count_tilt else 1.0
-    hidden = focus * np.isin(response.differing, masked).mean() if focus else 0.0
+    hidden = focus * np.isin(response.favoured, masked).mean() if focus else 0.0
     return float(1 / (law * (hidden + (1 - focus) * size / length)))
 
 
@@ -223,9 +239,9 @@ def picked_token(e: ElboEstimator, response: Response, index: int) -> int:
     """
     start = int(e.key(response, 0).words("pick-start", 1)[0])
     place = golden_step(start, index)
-    boundary = int(e.difference_focus * FULL) if len(response.differing) else 0
+    boundary = int(e.focus * FULL) if len(response.favoured) else 0
     if place < boundary:
-        return int(response.differing[place * len(response.differing) // boundary])
+        return int(response.favoured[place * len(response.favoured) // boundary])
     return (place - boundary) * response.length // (FULL - boundary)
 
 
@@ -235,7 +251,7 @@ def count_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:
     fraction = e.count_fraction(response, index, e.diffusion_samples)
     size = mask_size(e, length, fraction)
     order = random_order(e.key(response, index), length)
-    if e.difference_focus:
+    if e.focus:
         picked = picked_token(e, response, index)
         order = np.concatenate([[picked], order[order != picked]])
     masked = np.sort(order[:size])
@@ -255,7 +271,7 @@ def complement_draw(e: ElboEstimator, response: Response, index: int) -> MaskedD
     """
     length, pair_index = response.length, index // 2
     folded, small_first = _folded_fraction(e, response, pair_index)
-    if e.difference_focus or e.count_tilt or response.block is not None:
+    if e.focus or e.count_tilt or response.block is not None:
         picked = picked_token(e, response, pair_index)
         order = random_order(e.key(response, 2 * pair_index), length)
         others, size = order[order != picked], mask_size(e, length, folded) - 1
@@ -352,8 +368,8 @@ class MaskLaw:
     """A row of ESTIMATORS.
 
     `block`: neighbouring draws that are not independent. `together`: draws that are made together; a number of draws
-    that is no multiple of it has more noise, and is refused if `refuses_parts`. `picks`: dpo.difference_focus and
-    dpo.count_tilt mean something to it. `is_exact`: all masks of a block, for block models alone. `note`: what a user
+    that is no multiple of it has more noise, and is refused if `refuses_parts`. `picks`: dpo.focus and dpo.count_tilt
+    mean something to it. `is_exact`: all masks of a block, for block models alone. `note`: what a user
     who chooses it should know.
     """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
 from laddpo.core.completions import CompletionObjective, completion_metrics
-from laddpo.core.draws import ElboEstimator, differing_positions
+from laddpo.core.draws import NO_POSITIONS, ElboEstimator, differing_positions
 from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item, Objective, StepValues
 from laddpo.core.metrics import preference_metrics
@@ -37,15 +37,29 @@ def pair_item(
     reference: np.ndarray | None = None,
 ) -> Item:
     """A pair, or a labelled completion, under the draws `draws`. # reference float64 [sides, draws]"""
+    favoured = favoured_tokens(pair, estimator)
     if is_completion(pair):
-        sequences = estimator.sequences(pair.id, COMPLETION, pair.prompt_ids, pair.completion_ids, draws)
+        sequences = estimator.sequences(pair.id, COMPLETION, pair.prompt_ids, pair.completion_ids, draws, *favoured)
         return Item(pair.id, (sequences,), reference, pair.label, pair.weight)
-    chosen, rejected = pair.chosen_ids, pair.rejected_ids
     sides = tuple(
-        estimator.sequences(pair.id, side, pair.prompt_ids, response, draws, differing_positions(response, other))
-        for side, response, other in zip(SIDES, (chosen, rejected), (rejected, chosen), strict=True)
+        estimator.sequences(pair.id, side, pair.prompt_ids, response, draws, of_side)
+        for side, response, of_side in zip(SIDES, responses_of(pair), favoured, strict=True)
     )
     return Item(pair.id, sides, reference, weight=pair.weight, margin=pair.margin)
+
+
+def favoured_tokens(
+    row: EncodedPair | EncodedCompletion, estimator: ElboEstimator
+) -> tuple[np.ndarray, np.ndarray] | tuple[np.ndarray]:
+    """Positions of the tokens of each response that the masks favour: surprising ones, which the row carries, or those
+    in which a pair's responses differ."""
+    if estimator.surprise_focus:
+        assert row.favoured is not None, f"{row.id} has no set of surprising tokens"
+        return row.favoured
+    if is_completion(row):
+        return (NO_POSITIONS,)
+    chosen, rejected = responses_of(row)
+    return differing_positions(chosen, rejected), differing_positions(rejected, chosen)
 
 
 def example_item(row: EncodedExample, estimator: ElboEstimator, draws: Sequence[int]) -> Item:
@@ -64,8 +78,8 @@ def responses_of(row: EncodedPair | EncodedCompletion) -> tuple[np.ndarray, ...]
 
 
 def stored_pair(pair: EncodedPair | EncodedCompletion) -> StoredPair:
-    """The address of a row's reference values: its id and the digest of its tokens."""
-    return StoredPair(pair.id, token_digest(pair.prompt_ids, *responses_of(pair)))
+    """The address of a row's reference values: its id and the digest of its tokens, and of its surprising ones."""
+    return StoredPair(pair.id, token_digest(pair.prompt_ids, *responses_of(pair), *(pair.favoured or ())))
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,7 @@ WORDS = {  # by kind
     "prepared": "prepared pairs",
     "prepared_examples": "a prepared corpus",
     "reference": "a reference store",
+    "surprise": "a store of surprising tokens",
     "samples": "sampled answers",
     "weights": "weights of a run",
     "checkpoint": "a checkpoint",
@@ -243,7 +244,7 @@ WORDS = {  # by kind
 }
 CONTINUED = {"train", "sft", "evaluation", "variance", "study", "sweep"}  # with resume=true
 REDONE = {"export", "benchmark"}  # what was left half done is written again
-WRITTEN_AGAIN = {"report", "reference", "samples", "dry_run"}  # by every further command
+WRITTEN_AGAIN = {"report", "reference", "surprise", "samples", "dry_run"}  # by every further command
 HARMLESS = {LOCK, MARK, ".gitkeep", ".DS_Store", "Thumbs.db", "desktop.ini", "multirun.yaml"}
 HARMLESS |= {"command.json"}  # alone it is all that a run wrote before its config.yaml
 HARMLESS_FOLDERS = {".hydra"}
@@ -255,5 +256,6 @@ FILES_OF = {  # of kinds without a config.yaml: the names that all files there m
     "report": r"report\.html|plots",
     "benchmark": r"benchmark\.(md|json)",
     "reference": r"shard-[0-9a-f]+\.safetensors",
+    "surprise": r"set-[0-9a-f]+\.safetensors",
     "samples": r"parts|samples\.jsonl",
 }

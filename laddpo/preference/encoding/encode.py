@@ -37,7 +37,8 @@ MAX_BYTES_PER_TOKEN = 256
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token ids of a pair, int32 [L] each; the responses include their terminator."""
+    """Token ids of a pair, int32 [L] each; the responses include their terminator. `favoured`: of each response the
+    positions that surprise the reference, once they are known and masks favour them. # int64"""
 
     id: str
     prompt_ids: np.ndarray
@@ -46,11 +47,13 @@ class EncodedPair:
     group: str
     weight: float = 1.0
     margin: float = 0.0
+    favoured: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
 class EncodedCompletion:
-    """Token ids of an unpaired row, int32 [L] each; the completion includes its terminator. `label`: desirable."""
+    """Token ids of an unpaired row, int32 [L] each; the completion includes its terminator. `label`: desirable.
+    `favoured`: as of a pair."""
 
     id: str
     prompt_ids: np.ndarray
@@ -58,6 +61,7 @@ class EncodedCompletion:
     label: bool
     group: str
     weight: float = 1.0
+    favoured: tuple[np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
