@@ -24,7 +24,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     import dataclasses
 
     from laddpo.hardware.machine import find_machine
-    from laddpo.inputs import policy, reference_values
+    from laddpo.inputs import policy, reference_values, surprise_sets
     from laddpo.inputs.data import data_lengths
     from laddpo.inputs.reference_values import Reference
     from laddpo.processes.signals import stop_on_signal
@@ -45,7 +45,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
     reference = Reference(config.paths.data_dir, config.auto, config.quantization, prepared, loaded)
     store = reference.store(estimator)
     if config.verify:
-        verify(loaded, store, estimator, prepared)
+        verify(loaded, store, estimator, surprise_sets.known(reference, estimator, prepared.train))
     else:
         with stop_on_signal() as stop:
             fill(config, reference, store, estimator, stop)
@@ -56,6 +56,7 @@ def fill(config: RunConfig, reference, store, estimator, stop) -> None:
     """Compute what the store lacks: for the pairs that training visits, and for those that are measured."""
     from laddpo.evaluation.base_and_tuned import training_sample
     from laddpo.hardware.planning import pairs_per_step
+    from laddpo.inputs import surprise_sets
     from laddpo.inputs.data import mismatched_rows, training_rows
     from laddpo.inputs.margins import evaluation_estimator
     from laddpo.inputs.reference_values import visited_windows
@@ -66,6 +67,7 @@ def fill(config: RunConfig, reference, store, estimator, stop) -> None:
     steps, per_step = total_steps(optim, hardware, len(rows)), pairs_per_step(optim, hardware)
     visited = visited_windows(config.seed, steps, len(rows), per_step, config.dpo.mask_rounds)
     of_kinds = (rows, mismatched_rows(rows, config.dpo))
+    of_kinds = surprise_sets.complete(reference, estimator, of_kinds, visited, stop)
     reference.complete_training(store, estimator, of_kinds, visited, stop)
 
     block_length = reference.loaded.block_length
@@ -80,7 +82,7 @@ def fill(config: RunConfig, reference, store, estimator, stop) -> None:
             reference.items(seen, of_evaluation, stop, "training pairs of the evaluation")
 
 
-def verify(loaded, store, estimator, prepared) -> None:
+def verify(loaded, store, estimator, pairs) -> None:
     """Recompute stored values of a sample of pairs on this machine and compare; `RunFault` when they differ."""
     import numpy as np
 
@@ -89,7 +91,7 @@ def verify(loaded, store, estimator, prepared) -> None:
     from laddpo.training.faults import STEP_ZERO_TOLERANCE
 
     draws = estimator.draw_indices(0)
-    known = [pair for pair in prepared.train if not store.missing(stored_pair(pair), draws)]
+    known = [pair for pair in pairs if not store.missing(stored_pair(pair), draws)]
     step = max(1, len(known) // VERIFIED_PAIRS)
     sample = known[::step][:VERIFIED_PAIRS]
     if not sample:

@@ -63,7 +63,7 @@ def train(config: RunConfig, folder: Path, is_resumed: bool, stop) -> None:
     if config.dry_run:
         run = two_steps(run)
 
-    store = steps.fill_reference(run)
+    run, store = steps.fill_reference(run)
     training = steps.build_task(run, store)
     steps.check_step_zero(run, training)
 

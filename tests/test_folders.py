@@ -151,7 +151,8 @@ def stages(config, monkeypatch, tmp_path) -> dict[str, Callable[[Path], None]]:
 def append_to_store(folder: Path) -> None:
     import numpy as np
 
-    from laddpo.storage.reference_store import ReferenceStore, StoredPair
+    from laddpo.storage.reference_store import ReferenceStore
+    from laddpo.storage.shards import StoredPair
 
     ReferenceStore(folder, {"a": 1}).append([StoredPair("p", "00" * 16)], 0, -np.ones((1, 2, 1)))
 

@@ -35,7 +35,7 @@ FOLDERS = [
 CORE = [
     *("noise", "losses", "budget", "sequences", "draws", "elbo", "gradient", "objectives", "metrics", "sharing"),
     "completions",
-    *("muon", "optim", "tasks", "loop"),
+    *("muon", "optim", "tasks", "surprise", "loop"),
 ]
 # Functions of these folders take plain values and never see the settings.
 PLAIN = {"errors", "processes", "storage", "preference", "problems", "core", "judging", "models", "estimator_study"}

@@ -46,6 +46,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     ),
     "train, adapter.path": ("train", [*TRAIN, TWO, "adapter.path={train}/adapter"]),
     "train, full": ("train", [*TRAIN, TWO, "adapter=full", "dpo.loss=simpo"]),
+    "train, surprise": ("train", [*TRAIN, TWO, "dpo.focus=surprise", "evaluation.at_end=false"]),
     "train, rows": ("train", [*ROWS, "data.dataset_name={rows}", "quantization=int8", "best_metric=none"]),
     "sft, from scratch": (
         "sft",
@@ -93,6 +94,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "export, adapter merged": ("export", ["adapter.path={train}/adapter"]),
     "report, run": ("report", ["run={train}"]),
     "plan": ("plan", [*TRAIN[4:6], *DRAWS[:1], TWO]),
+    "plan, surprise": ("plan", [*TRAIN[4:6], *DRAWS[:1], TWO, "dpo.focus=surprise"]),
     "doctor": ("doctor", []),
 }  # fmt: skip
 

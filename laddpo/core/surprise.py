@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +18,10 @@ from laddpo.core.budget import TokenBudget
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.elbo import Denoiser, pack_sequences
 from laddpo.core.gradient import Item, longest_sequence, pack_sequence_runs
+from laddpo.core.tasks import pair_item
+
+if TYPE_CHECKING:
+    from laddpo.preference.encoding.encode import EncodedPair
 
 STREAM = "/surprise"
 
@@ -40,6 +46,18 @@ def surprising_positions(sums: np.ndarray, counts: np.ndarray, share: float) -> 
     """
     wanted = max(1, math.ceil(share * len(sums) - 1e-9))  # 0.1 * 3 is a little above 0.3
     return np.sort(np.argsort(-(sums / counts), kind="stable")[:wanted])
+
+
+def with_surprising(
+    denoiser: Denoiser, rows: Sequence[EncodedPair], e: ElboEstimator, token_budget: int | TokenBudget
+) -> list[EncodedPair]:
+    """The rows with the tokens that surprise this model, found now."""
+    telling = surprise_estimator(e)
+    items = [pair_item(row, telling, telling.draw_indices(0)) for row in rows]
+    return [
+        replace(row, favoured=tuple(surprising_positions(*side, e.surprise_tokens) for side in sides))
+        for row, sides in zip(rows, token_surprise(denoiser, items, token_budget), strict=True)
+    ]
 
 
 def token_surprise(

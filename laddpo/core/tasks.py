@@ -21,7 +21,8 @@ from laddpo.core.metrics import preference_metrics
 from laddpo.core.objectives import DpoObjective, SftObjective, loss_std_error
 from laddpo.core.sharing import accumulate_shared, score_shared
 from laddpo.processes.ranks import ALONE, Ranks
-from laddpo.storage.reference_store import SIDES, ReferenceStore, StoredPair, token_digest
+from laddpo.storage.reference_store import SIDES, ReferenceStore
+from laddpo.storage.shards import StoredPair, token_digest
 
 if TYPE_CHECKING:
     from laddpo.preference.encoding.encode import EncodedCompletion, EncodedExample, EncodedPair

@@ -22,6 +22,7 @@ from laddpo.core.draws import ElboEstimator
 from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item, Objective, accumulate_gradient, score_items
 from laddpo.core.objectives import DpoObjective, score_variance
+from laddpo.core.surprise import with_surprising
 from laddpo.core.tasks import pair_item
 
 if TYPE_CHECKING:
@@ -78,6 +79,16 @@ class Measured:
     def estimator_of(self, evaluation: int) -> ElboEstimator:
         """The policy's estimator in that re-evaluation."""
         return replace(self.estimator, seed=self.estimator.seed + evaluation * SEED_STEP)
+
+
+def favouring(
+    reference: Denoiser, pairs: Sequence[EncodedPair], setting: Setting, seed: int, token_budget: int | TokenBudget
+) -> Sequence[EncodedPair]:
+    """The pairs as the setting takes them: with the tokens that surprise the reference, if masks favour these."""
+    if not setting.estimator.surprise_focus:
+        return pairs
+    estimator = replace(setting.estimator, seed=seed, block_length=reference.block_length)
+    return with_surprising(reference, pairs, estimator, token_budget)
 
 
 def noise_items(pairs: Sequence[EncodedPair], estimator: ElboEstimator, reference: np.ndarray | None) -> list[Item]:
@@ -274,6 +285,7 @@ def _rows() -> dict[str, Setting]:
     complement = replace(published, estimator="complement", schedule="low_discrepancy")
     balanced = replace(published, estimator="balanced", schedule="low_discrepancy")
     default = replace(balanced, shared_counts=True, difference_focus=0.5)
+    surprise = replace(balanced, surprise_focus=0.5)
     return {
         "naive": Setting(published, common=False),
         "one time, many masks": Setting(replace(published, schedule="single")),
@@ -291,6 +303,8 @@ def _rows() -> dict[str, Setting]:
         "complement, low discrepancy, focus": Setting(replace(complement, difference_focus=0.5)),
         "balanced, low discrepancy": Setting(balanced),
         "balanced, low discrepancy, focus": Setting(replace(balanced, difference_focus=0.5)),
+        "balanced, low discrepancy, surprise": Setting(surprise),
+        "balanced, low discrepancy, surprise, tilt 0.5": Setting(replace(surprise, count_tilt=0.5)),
         "default": Setting(default),
         "default, tilt 0.2": Setting(replace(default, count_tilt=0.2)),
         "default, tilt 0.5": Setting(replace(default, count_tilt=0.5)),

@@ -15,7 +15,7 @@ from laddpo.core.elbo import Denoiser
 from laddpo.core.objectives import DpoObjective
 from laddpo.errors import UserError
 from laddpo.estimator_study import techniques
-from laddpo.estimator_study.noise import SETTINGS, drift, measure, reference_values, summarise
+from laddpo.estimator_study.noise import SETTINGS, drift, favouring, measure, reference_values, summarise
 from laddpo.estimator_study.report import length_words
 from laddpo.processes.progress import Progress
 
@@ -50,9 +50,10 @@ def run_study(
 
     references, mixtures = {}, {}
     with as_reference:
+        taken = {name: favouring(denoiser, pairs, SETTINGS[name], seed, token_budget) for name, _ in jobs}
         for name, n in bar(jobs, desc="reference"):
             row = SETTINGS[name]
-            references[name, n] = reference_values(denoiser, pairs, row, n, seed, evaluations, token_budget)
+            references[name, n] = reference_values(denoiser, taken[name], row, n, seed, evaluations, token_budget)
         for name, n in studied:
             estimator_of = functools.partial(SETTINGS[name].of, n, seed, block_length=denoiser.block_length)
             mixtures[n] = techniques.reference_mixture(denoiser, estimator_of, evaluations, few)
@@ -61,7 +62,7 @@ def run_study(
     measured, common = {}, (objective, len(few), token_budget)
     for name, n in bar(jobs, desc="policy"):
         values = references.pop((name, n))
-        measured[name, n] = measure(denoiser, parameters, pairs, name, SETTINGS[name], n, seed, values, *common)
+        measured[name, n] = measure(denoiser, parameters, taken[name], name, SETTINGS[name], n, seed, values, *common)
 
     tried = {}
     for name, n in bar(studied, desc="techniques"):

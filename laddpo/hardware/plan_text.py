@@ -142,6 +142,8 @@ def _hours_line(config: RunConfig, choice: Choice, lengths: Lengths, pairs: int 
     if speed is None:
         return "time: unknown without hardware.tflops; dry_run=true measures it"
     what = "reference and training" if LOSSES[config.dpo.loss].needs_reference else "training"
+    if config.dpo.focus == "surprise":
+        what = f"surprising tokens, {what}"
     work, unit = work_of(config, lengths, pairs), what
     if work is None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, random_sample_size=10_000))

@@ -225,9 +225,12 @@ def work_of(config: RunConfig, lengths: Lengths, pairs: int | None) -> Work | No
         return None
     sequences, loss = lengths.sides * visited * dpo.diffusion_samples, LOSSES[dpo.loss]
     reference = min(1.0, dpo.mask_rounds * pairs / visited) if pairs else 1.0
-    forwards = reference * loss.needs_reference
+    before = reference * loss.needs_reference
+    if dpo.focus == "surprise":  # once for every row, however many rounds of masks there are
+        before += min(1.0, pairs / visited if pairs else 1.0) * dpo.surprise_draws / dpo.diffusion_samples
+    forwards = before
     if loss.has_baseline:  # of the policy in every step; mismatched rows have reference values of their own
-        forwards += 1 + reference * (dpo.kl_baseline == "mismatched")
+        forwards += 1 + before * (dpo.kl_baseline == "mismatched")
     return Work(sequences * lengths.mean, sequences * lengths.response / 2, lengths.mean, forwards)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,25 +15,24 @@ from laddpo.core.budget import TokenBudget
 from laddpo.core.completions import CompletionObjective
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.elbo import Denoiser
-from laddpo.core.gradient import Item, lockstep, score_items
+from laddpo.core.gradient import Item, score_items
 from laddpo.core.losses import LOSSES, LossOptions
 from laddpo.core.noise import step_items
 from laddpo.core.objectives import DpoObjective
-from laddpo.core.tasks import is_completion, pair_item, responses_of, stored_pair
-from laddpo.errors import RunFault, Stopped, UserError
+from laddpo.core.tasks import pair_item, stored_pair
+from laddpo.inputs import filling
+from laddpo.inputs.filling import KINDS_OF_ROWS, PAIRS_PER_SHARD, Pass, fill_store
 from laddpo.inputs.margins import WINDOW
 from laddpo.inputs.policy import Loaded
 from laddpo.preference.encoding.encode import EncodedPair
 from laddpo.preference.prepared import PreparedPairs
-from laddpo.processes.progress import Progress
-from laddpo.processes.ranks import ALONE, Ranks, share_out
+from laddpo.processes.ranks import ALONE, Ranks
 from laddpo.processes.signals import StopFlag
-from laddpo.settings.read_settings import command_of
 from laddpo.settings.schema import DpoSettings, QuantizationSettings
-from laddpo.storage.reference_store import NOTHING_STORED, ReferenceStore, StoredPair
+from laddpo.storage.reference_store import ReferenceStore
+from laddpo.storage.shards import StoredPair
 
-TRAINING = "training pairs"
-PAIRS_PER_SHARD = 512
+PASS = Pass("reference", "reference values", "log-likelihoods before training")
 
 
 def visited_windows(
@@ -66,60 +65,24 @@ def fill_reference(
 ) -> int:
     """Compute what the store lacks of each window (pairs, draws); the number of forward sequences that took.
 
-    Appends a shard every `pairs_per_shard` pairs. `advance(pairs)` is told of every window done. Raises `Stopped` after
-    a signal, with everything computed so far in the store. Each rank computes and stores its share of every
-    window, the one that it will have in training; what the others stored is seen after `store.refresh()`.
+    The rest is as `fill_store` says.
     """
-    budget = TokenBudget.of(token_budget)
-    pending: list[tuple[StoredPair, int, np.ndarray]] = []
-    sequences = 0
-    for pairs, draws in windows:
+    budget, sequences = TokenBudget.of(token_budget), []
+
+    def compute(pairs: Sequence[EncodedPair], draws: range) -> Iterator[list[tuple[StoredPair, int, np.ndarray]]]:
         by_draws: dict[tuple[int, ...], list[EncodedPair]] = {}
-        for pair in own_pairs(pairs, ranks):
+        for pair in pairs:
             for run in _consecutive(store.missing(stored_pair(pair), draws)):
                 by_draws.setdefault(run, []).append(pair)
-        with lockstep(denoiser), budget.stoppable(stop, ranks), kept_when_stopped(store, pending, stop):
-            for run, group in by_draws.items():
-                items = [pair_item(pair, estimator, run) for pair in group]
-                values = score_items(denoiser, items, budget).cpu().numpy()
-                sequences += values.size
-                pending += [(stored_pair(pair), run[0], row) for pair, row in zip(group, values, strict=True)]
-        try:  # asked once: a signal after this line lets the next window be computed
-            is_stopping = ranks.agree_to_stop(stop)
-        except RunFault:  # another rank died: what this one has is kept
-            _append(store, pending)
-            raise
-        if len(pending) >= pairs_per_shard or is_stopping:
-            _append(store, pending)
-            pending = []
-        advance(len(pairs))
-        if is_stopping:
-            raise _stored(store, stop)
-    _append(store, pending)
-    return sequences
+        for run, group in by_draws.items():
+            items = [pair_item(pair, estimator, run) for pair in group]
+            values = score_items(denoiser, items, budget).cpu().numpy()
+            sequences.append(values.size)
+            yield [(stored_pair(pair), run[0], row) for pair, row in zip(group, values, strict=True)]
 
-
-@contextlib.contextmanager
-def kept_when_stopped(store: ReferenceStore, pending: list[tuple[StoredPair, int, np.ndarray]], stop: StopFlag):
-    """A stop in the middle of a window keeps what was computed before, the whole groups of this window included."""
-    try:
-        yield
-    except Stopped:
-        _append(store, pending)
-        raise _stored(store, stop) from None
-
-
-def _stored(store: ReferenceStore, stop: StopFlag) -> Stopped:
-    kept = f"{store.folder}: stopped by {stop.name}; {len(store)} pairs are stored."
-    return Stopped(kept, "The same command continues from there.")
-
-
-def own_pairs(pairs: Sequence[EncodedPair], ranks: Ranks) -> Sequence[EncodedPair]:
-    """This rank's share of a window, as `core/sharing.py` will share out its items."""
-    if ranks.world == 1:
-        return pairs
-    sizes = [sum(len(pair.prompt_ids) + len(response) for response in responses_of(pair)) for pair in pairs]
-    return [pairs[i] for i in share_out(sizes, ranks.world)[ranks.rank]]
+    append = functools.partial(_append, store)
+    fill_store(denoiser, store, windows, compute, append, budget, stop, pairs_per_shard, advance, ranks)
+    return sum(sequences)
 
 
 def _consecutive(draws: Sequence[int]) -> list[tuple[int, ...]]:
@@ -141,9 +104,12 @@ def training_estimator(dpo: DpoSettings, seed: int, block_length: int) -> ElboEs
 
     A single completion has no other side: nothing is shared with it, and nothing differs from it.
     """
-    of_sides = {"shared_counts": False}
-    if LOSSES[dpo.loss].takes_pairs:
-        of_sides = {name: getattr(dpo, name) for name in ("shared_counts", "shared_masks", "difference_focus")}
+    takes_pairs = LOSSES[dpo.loss].takes_pairs
+    names = ("shared_counts", "shared_masks") if takes_pairs else ()
+    if dpo.focus == "surprise":
+        names += ("surprise_focus", "surprise_tokens", "surprise_draws")
+    elif dpo.focus == "difference" and takes_pairs:
+        names += ("difference_focus",)
     return ElboEstimator(
         dpo.estimator,
         dpo.schedule,
@@ -152,7 +118,7 @@ def training_estimator(dpo: DpoSettings, seed: int, block_length: int) -> ElboEs
         mask_rounds=dpo.mask_rounds,
         count_tilt=dpo.count_tilt,
         block_length=block_length,
-        **of_sides,
+        **{"shared_counts": False, **{name: getattr(dpo, name) for name in names}},
     )
 
 
@@ -232,40 +198,12 @@ class Reference:
         absent = [
             stored_pair(pair) for pairs, draws in windows for pair in pairs if store.missing(stored_pair(pair), draws)
         ]
-        lacking = max(ranks.gather(len(absent)))  # another run may be adding to the store while the ranks look
-        total = sum(len(pairs) for pairs, _ in windows)
-        unit = "rows" if any(is_completion(pair) for pairs, _ in windows for pair in pairs[:1]) else "pairs"
-        is_training, label = label == TRAINING, label.replace(TRAINING, f"training {unit}")
-        if not lacking:
-            print(f"reference, {label}: all {total} {unit} are in {store.folder}")
-            return
-        if not self.auto:
-            raise UserError(
-                f"{store.folder}: {lacking} of {total} {unit} ({label}) have no reference values yet and auto is "
-                f"false. Run {command_of('precompute')}, or set auto=true."
-            )
-        meaning = "" if len(store) else " (log-likelihoods before training, which later runs reuse)"
-        print(f"reference, {label}: computing {lacking} of {total} {unit} into {store.folder}{meaning}")
-        why = store.why_missing(absent)
-        if is_training and why != NOTHING_STORED:  # evaluations have draws of their own
-            print(f"reference, {label}: {why}")
 
-        progress = Progress(total=total, unit=unit, desc="reference", dynamic_ncols=True, disable=not ranks.is_main)
-        with progress:
-            fill_reference(
-                loaded.denoiser,
-                store,
-                windows,
-                estimator,
-                loaded.machine.token_budget,
-                stop,
-                PAIRS_PER_SHARD,
-                progress.update,
-                ranks,
-            )
-        if ranks.world > 1:
-            ranks.barrier()
-            store.refresh()
+        def fill(advance) -> None:
+            asked = (estimator, loaded.machine.token_budget, stop, PAIRS_PER_SHARD, advance, ranks)
+            fill_reference(loaded.denoiser, store, windows, *asked)
+
+        filling.complete(PASS, store, windows, absent, fill, label, self.auto, ranks)
 
     def complete_training(
         self,
@@ -276,7 +214,7 @@ class Reference:
         stop: StopFlag,
     ) -> None:
         """Compute what the store lacks for the steps `visited`: of the training rows, and of those mismatched."""
-        for of_kind, label in zip(rows, (TRAINING, "the same prompts with other completions"), strict=True):
+        for of_kind, label in zip(rows, KINDS_OF_ROWS, strict=True):
             if of_kind is not None:
                 draws = [estimator.draw_indices(epoch) for epoch, _ in visited]
                 windows = [([of_kind[i] for i in step], n) for (_, step), n in zip(visited, draws, strict=True)]

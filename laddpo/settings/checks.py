@@ -171,11 +171,22 @@ def _objective(config: RunConfig) -> Iterator[str]:
             "dpo.schedule is 'one_per_draw', which is about the blocks of a block model, and this model is "
             "bidirectional; use dpo.schedule=iid."
         )
-    if law and not law.picks and (dpo.difference_focus or dpo.count_tilt):
+    favoured = {"difference": dpo.difference_focus, "surprise": dpo.surprise_focus}.get(dpo.focus, 0.0)
+    if law and not law.picks and (favoured or dpo.count_tilt):
         yield (
-            f"dpo.difference_focus is {dpo.difference_focus:g} and dpo.count_tilt is {dpo.count_tilt:g} with "
-            f"dpo.estimator={dpo.estimator}, which picks neither tokens nor counts; set both to 0, or another "
-            "dpo.estimator."
+            f"dpo.focus is {dpo.focus} ({favoured:g}) and dpo.count_tilt is {dpo.count_tilt:g} with "
+            f"dpo.estimator={dpo.estimator}, which picks neither tokens nor counts; set dpo.focus=none and "
+            "dpo.count_tilt=0, or another dpo.estimator."
+        )
+    if dpo.focus == "surprise" and loss and not loss.needs_reference:
+        yield (
+            f"dpo.focus is 'surprise', which asks the reference how likely each token is, and dpo.loss={dpo.loss} "
+            f"compares with no reference; use dpo.focus={'difference' if loss.takes_pairs else 'none'}."
+        )
+    if dpo.focus == "surprise" and dpo.surprise_draws % 2:
+        yield (
+            f"dpo.surprise_draws is {dpo.surprise_draws}; draws are pairs of a mask and its inverse, so that no token "
+            f"stays unseen; expected an even number; set dpo.surprise_draws={dpo.surprise_draws + 1}."
         )
 
 

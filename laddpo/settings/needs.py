@@ -265,6 +265,21 @@ NEEDS = (
         "a completion has no other side; only losses of pairs read it",
     ),
     Need(
+        ("dpo.focus",),
+        lambda stage, config: config.dpo.focus != "difference" or _loss_is(lambda row: row.takes_pairs, config),
+        "a completion has no other side to differ from; dpo.focus=surprise or none fits it",
+    ),
+    Need(
+        ("dpo.difference_focus",),
+        lambda stage, config: config.dpo.focus == "difference",
+        "it is read only with dpo.focus=difference",
+    ),
+    Need(
+        ("dpo.surprise_focus", "dpo.surprise_tokens", "dpo.surprise_draws"),
+        lambda stage, config: config.dpo.focus == "surprise",
+        "it is read only with dpo.focus=surprise",
+    ),
+    Need(
         ("dpo.kl_baseline",),
         lambda stage, config: _loss_is(lambda row: row.has_baseline, config),
         f"only dpo.loss={' or '.join(name for name, row in LOSSES.items() if row.has_baseline)} reads it",

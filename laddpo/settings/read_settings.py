@@ -53,7 +53,8 @@ LOADED = (*MODEL, "adapter.kind", "adapter.path", "quantization.")
 ROWS = (*LOADED, "data.", "-data.rounds", "-data.length_quantiles.", "-data.columns.response")
 PREPARED = (*ROWS, *GRADED, "evaluation.batch_size")
 DRAWS = (
-    *("dpo.diffusion_samples", "dpo.estimator", "dpo.schedule", "dpo.difference_focus", "dpo.count_tilt"),
+    *("dpo.diffusion_samples", "dpo.estimator", "dpo.schedule", "dpo.focus", "dpo.difference_focus"),
+    *("dpo.surprise_focus", "dpo.surprise_tokens", "dpo.surprise_draws", "dpo.count_tilt"),
     *("dpo.mask_rounds", "dpo.common_random_numbers", "dpo.shared_counts", "dpo.shared_masks"),
 )
 
@@ -73,7 +74,8 @@ READS: dict[str, tuple[str, ...]] = {
     "variance": (*ROWS, "variance.", "evaluation.tasks", "run", "verify"),
     "export": (*MODEL, "adapter.path", *ENCODING, "export.", "run"),
     "report": ("report.", "run", "runs"),
-    "plan": (*ROWS, "adapter.r", "adapter.target_modules", *PLANNED, "dpo.mask_rounds", *LENGTH,
+    "plan": (*ROWS, "adapter.r", "adapter.target_modules", *PLANNED, *LENGTH,
+             "dpo.mask_rounds", "dpo.focus", "dpo.surprise_draws",
              "data.length_quantiles.mean", "data.length_quantiles.p99", "data.length_quantiles.prompt_mean"),
     "benchmark": (*LOADED, "adapter.", *ENCODING, *DIFFICULTY, *PLANNED, "optim.betas",
                   "optim.eps", "benchmark.", *ANSWERS),

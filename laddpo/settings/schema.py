@@ -181,7 +181,11 @@ class DpoSettings:
     diffusion_samples: int = 4
     estimator: str = "balanced"
     schedule: str = "low_discrepancy"
+    focus: str = "difference"
     difference_focus: float = 0.5
+    surprise_focus: float = 0.5
+    surprise_tokens: float = 0.2
+    surprise_draws: int = 8
     count_tilt: float = 0.0
     mask_rounds: int = 1
     common_random_numbers: bool = True

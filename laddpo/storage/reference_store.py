@@ -5,15 +5,13 @@ A store of shards (laddpo/storage/shards.py), to which more pairs and more draws
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from laddpo.errors import UserError
-from laddpo.storage.shards import NOTHING_STORED, ShardStore, StoredPair, token_digest
+from laddpo.storage.shards import ShardStore, StoredPair
 
-__all__ = ["NOTHING_STORED", "SIDES", "ReferenceStore", "StoredPair", "token_digest"]
 SIDES = ("chosen", "rejected")
 
 
@@ -40,21 +38,6 @@ class ReferenceStore(ShardStore):
                 "Run python -m laddpo.precompute with the same settings, or leave auto=true."
             )
         return self._values[pair][:, draws]
-
-    def why_missing(self, lacking: Iterable[StoredPair]) -> str:
-        """Why these pairs have to be computed: which settings, or which pairs, differ from what is stored."""
-        if not self._values:
-            return self.differs_from_nearest()
-        ids = {pair.id for pair in self._values}
-        reasons = Counter(
-            "with more draws than are stored"
-            if pair in self._values
-            else "with other tokens than are stored (data.max_length)"
-            if pair.id in ids
-            else "new to this store"
-            for pair in lacking
-        )
-        return "; ".join(f"{count} {reason}" for reason, count in reasons.items())
 
     def append(self, pairs: list[StoredPair], first_draw: int, values: np.ndarray) -> None:
         """Add a shard. # values float64 [pairs, sides, draws], for the draws first_draw, first_draw + 1, …

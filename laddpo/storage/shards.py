@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,22 @@ class ShardStore:
     def __len__(self) -> int:
         return len(self._values)
 
-    def differs_from_nearest(self) -> str:
+    def why_missing(self, lacking: Iterable[StoredPair]) -> str:
+        """Why these pairs have to be computed: which settings, or which pairs, differ from what is stored."""
+        if not self._values:
+            return self._differs_from_nearest()
+        ids = {pair.id for pair in self._values}
+        reasons = Counter(
+            "with more draws than are stored"
+            if pair in self._values
+            else "with other tokens than are stored (data.max_length)"
+            if pair.id in ids
+            else "new to this store"
+            for pair in lacking
+        )
+        return "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+
+    def _differs_from_nearest(self) -> str:
         """The fields in which the most similar of the other stores differs."""
         candidates = []
         for manifest in sorted(self.folder.parent.glob(f"*/{manifests.MANIFEST}")):

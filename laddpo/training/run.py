@@ -33,7 +33,7 @@ from laddpo.hardware import machine as machines
 from laddpo.hardware.footprint import StepMemory
 from laddpo.hardware.machine import Machine
 from laddpo.hardware.planning import Lengths, pairs_per_step
-from laddpo.inputs import pins, policy, reference_values
+from laddpo.inputs import pins, policy, reference_values, surprise_sets
 from laddpo.inputs.data import data_lengths, given_template, mismatched_rows, training_rows
 from laddpo.inputs.margins import evaluation_estimator
 from laddpo.inputs.policy import Loaded
@@ -158,8 +158,9 @@ def open_model(config: RunConfig, folder: Path, is_resumed: bool, stop: StopFlag
     return Run(config, folder, is_resumed, stop, data, pinned, loaded)
 
 
-def fill_reference(run: Run) -> ReferenceStore | None:
+def fill_reference(run: Run) -> tuple[Run, ReferenceStore | None]:
     """The store with the reference's values of all draws that the run will make; None if the loss needs no reference.
+    And the run, whose rows know their surprising tokens if masks favour these.
 
     The windows are the optimizer steps: packed as training packs them, so that a value has the same bits.
     """
@@ -169,15 +170,17 @@ def fill_reference(run: Run) -> ReferenceStore | None:
         warmup_note(config.optim, settings)
     if not LOSSES[config.dpo.loss].needs_reference:
         print(f"reference: none. dpo.loss={config.dpo.loss} compares with none; rewards are beta times the ELBO.")
-        return None
+        return run, None
 
     estimator = reference_values.reference_estimator(config.dpo, config.seed, run.loaded.block_length)
     reference = reference_of(run)
-    store = reference.store(estimator)
     steps = (settings.total_steps, len(pairs), settings.items_per_step, config.dpo.mask_rounds)
     visited = reference_values.visited_windows(config.seed, *steps)
-    reference.complete_training(store, estimator, (pairs, run.data.mismatched), visited, run.stop)
-    return store
+    rows = surprise_sets.complete(reference, estimator, (pairs, run.data.mismatched), visited, run.stop)
+    store = reference.store(estimator)
+    reference.complete_training(store, estimator, rows, visited, run.stop)
+    data = dataclasses.replace(run.data, items=rows[0], mismatched=rows[1])
+    return dataclasses.replace(run, data=data), store
 
 
 def reference_of(run: Run) -> Reference:

@@ -13,10 +13,12 @@ import pytest
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.tasks import stored_pair
 from laddpo.errors import RunFault, UserError
-from laddpo.inputs.reference_values import fill_reference, own_pairs
+from laddpo.inputs.filling import own_pairs
+from laddpo.inputs.reference_values import fill_reference
 from laddpo.processes.ranks import ALONE, Ranks, launched, share_out
 from laddpo.processes.signals import StopFlag
-from laddpo.storage.reference_store import ReferenceStore, StoredPair
+from laddpo.storage.reference_store import ReferenceStore
+from laddpo.storage.shards import StoredPair
 from tests.core.helpers import LinearDenoiser, random_pair
 from tests.launching import REPOSITORY, launch
 

@@ -10,7 +10,8 @@ import pytest
 
 from laddpo.errors import UserError
 from laddpo.storage import atomic, manifests
-from laddpo.storage.reference_store import ReferenceStore, StoredPair, token_digest
+from laddpo.storage.reference_store import ReferenceStore
+from laddpo.storage.shards import StoredPair, token_digest
 
 FIELDS = {"weights": "sha256:abc", "estimator": {"estimator": "complement", "seed": 42}}
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -236,7 +237,8 @@ APPENDER = """
 import sys
 from pathlib import Path
 import numpy as np
-from laddpo.storage.reference_store import ReferenceStore, StoredPair, token_digest
+from laddpo.storage.reference_store import ReferenceStore
+from laddpo.storage.shards import StoredPair, token_digest
 name, folder = sys.argv[1:]
 store = ReferenceStore(Path(folder), {"weights": "w"})
 print("ready", flush=True)
