@@ -207,6 +207,8 @@ CHOICES: dict[str, Collection[str]] = {
         "complement, low discrepancy, focus",
         "balanced, low discrepancy",
         "balanced, low discrepancy, focus",
+        "balanced, low discrepancy, surprise",
+        "balanced, low discrepancy, surprise, tilt 0.5",
         "default",
         "default, tilt 0.2",
         "default, tilt 0.5",

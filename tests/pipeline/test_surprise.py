@@ -18,7 +18,7 @@ from tests.pipeline.conftest import Stages
 
 SETS = ("dpo.focus=surprise",)
 BRIEF = (*SETS, "evaluation.at_end=false", "evaluation.every_steps=null", "evaluation.tasks=[]", "data.max_length=64")
-SAME = ("metrics.jsonl", "adapter/adapter_model.safetensors")
+SAME = ("metrics.jsonl", "adapter_last/adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +74,20 @@ def test_a_run_resumes_to_the_same_bytes_from_the_stored_sets(trained, capsys):
     before = [(run / name).read_bytes() for name in SAME]
     (run / "manifest.json").unlink()
     shutil.rmtree(run / "checkpoints" / "step_0000008")
-    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "adapter_last")
     assert trained.run("train", *BRIEF, f"output_dir={run}", "resume=true") == 0
     assert "computing" not in capsys.readouterr().out
     assert [(run / name).read_bytes() for name in SAME] == before
 
 
 def test_the_keys_of_the_stores_know_the_sets_and_other_focuses_do_not(trained, capsys):
-    fields = {
-        kind: manifests.unsealed(only_store(trained, kind) / "manifest.json")["fields"]
-        for kind in ("surprise", "reference")
-    }
-    assert fields["surprise"]["draws"]["stream"] == "/surprise" and fields["surprise"]["surprise_draws"] == 8
-    assert fields["surprise"]["weights"] == fields["reference"]["weights"]
-    assert fields["reference"]["draws"]["surprise_tokens"] == 0.2
+    of_sets = manifests.unsealed(only_store(trained, "surprise") / "manifest.json")["fields"]
+    stores = (trained.folder / "data" / "reference").iterdir()
+    fields = [manifests.unsealed(folder / "manifest.json")["fields"] for folder in stores]
+    (of_training,) = (found for found in fields if "surprise_tokens" in found["draws"])
+    assert len(fields) == 2, "validation has draws of its own"
+    assert of_sets["draws"]["stream"] == "/surprise" and of_sets["surprise_draws"] == 8
+    assert of_sets["weights"] == of_training["weights"]
     for given, has_new_sets in {"surprise_tokens=0.5": True, "surprise_focus=0.3": False}.items():
         assert trained.run("precompute", *BRIEF, f"dpo.{given}") == 0
         shown = capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_the_keys_of_the_stores_know_the_sets_and_other_focuses_do_not(trained, 
     assert trained.run("precompute", *none, "dpo.focus=none") == 0
     assert trained.run("precompute", *none, "dpo.difference_focus=0") == 0
     shown = capsys.readouterr().out
-    assert "reference, training pairs: all 24 pairs are in" in shown and "surprise" not in shown
+    assert "reference, training pairs: all 24 pairs are in" in shown and "surprise, training" not in shown
 
 
 def test_another_set_of_a_pair_finds_no_reference_values_of_the_old_one(stages, capsys):
