@@ -27,7 +27,7 @@ STAGES = {  # in the order in which a person needs them
     "prepare": "rows to token ids, with a report",
     "precompute": "reference log-likelihoods, kept for all later runs",
     "sft": "supervised fine-tuning on the same likelihood",
-    "variance": "the noise of every estimator on a run",
+    "variance": "how much of a step's noise is masks, how much pairs, and what n to take",
     "study": "several settings over several seeds, with intervals",
     "benchmark": "time and memory against what users would otherwise run",
 }

@@ -175,7 +175,6 @@ def test_help_and_mistakes_answer_soon_and_without_torch(arguments, plain_start)
         ("generate", ["prompt=a", "prompts=b.txt"], "prompt is 'a' and prompts is 'b.txt'; expected one of them"),
         ("generate", ["prompts=latin1.txt"], "latin1.txt:2: is not UTF-8: byte 0xe9"),
         ("export", [], "run is not set"),
-        ("variance", [], "run is not set"),
         ("evaluate", ["evaluation.tasks=[]"], "evaluation.tasks is empty and run is not set"),
     ],
 )

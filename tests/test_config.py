@@ -186,7 +186,7 @@ MISTAKES = {
     "zero draws of a part": (["benchmark.memory_draws=[4,0]"], ["benchmark.memory_draws is 0; it must be >= 1"]),
     "no draws of the noise study": (
         ["variance.draws=[]"],
-        ["variance.draws is empty; expected a list such as [1,4,8]"],
+        ["variance.draws is empty; expected a list such as [1,2,4,8]"],
     ),
     "draws named twice": (["variance.draws=[4,8,4]"], ["variance.draws is [4, 8, 4], which names 4 twice"]),
     "draws below one": (["variance.draws=[4,-1]"], ["variance.draws is -1; it must be >= 1"]),
@@ -475,13 +475,14 @@ def test_every_number_that_can_be_wrong_has_a_range():
 def test_names_in_the_settings_are_those_of_the_tables_that_need_torch():
     from laddpo.core.gradient import BACKWARD_MODES
     from laddpo.estimator_study.noise import SETTINGS
+    from laddpo.estimator_study.study import OWN
     from laddpo.evaluation.orders import REMASKING
     from laddpo.evaluation.sampling import SUPPRESSION
     from laddpo.models.block_cache import KINDS
 
     tables = {
         "hardware.backward": ["auto", *BACKWARD_MODES],
-        "variance.settings": SETTINGS,
+        "variance.settings": [OWN, *SETTINGS],
         "evaluation.remasking": REMASKING,
         "evaluation.suppress_eos": SUPPRESSION,
         "evaluation.block_cache": ["none", *KINDS],

@@ -115,7 +115,7 @@ def stages(config, monkeypatch, tmp_path) -> dict[str, Callable[[Path], None]]:
     for owner, name, value in [
         (policy, "check_before_loading", lambda config: None),
         (evaluate, "open_tasks", lambda config: []),
-        (variance, "moved_weights", lambda config: tmp_path),
+        (variance, "weights_of_run", lambda config: (tmp_path, 1)),
         (machine, "find_machine", lambda *arguments: None),
         (runs, "find_runs", lambda folders: []),
         (sweep, "planned_jobs", lambda *arguments: []),

@@ -84,6 +84,11 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "chat": ("chat", [*LOOK[1:], "chat.turns=1"]),
     "chat, adapter.path": ("chat", [*LOOK[1:], "adapter.path={train}/adapter", "base=true"]),
     "chat, run": ("chat", ["run={train}"]),
+    "variance": (
+        "variance",
+        [*PAIRS, "variance.pairs=3", "variance.gradient_pairs=2", "variance.evaluations=3", "variance.draws=[1]",
+         "variance.token_pairs=1", "optim.per_device_train_batch_size=2", "dpo.diffusion_samples=2"],
+    ),
     "variance, run": (
         "variance",
         ["run={train, rows}", "variance.pairs=2", "variance.gradient_pairs=2", "variance.evaluations=3",
@@ -170,7 +175,7 @@ REFERRED = ("rounds", "data.questions", "data.tasks", "model.recommended.")
 # handed to loaders, which look at it for models of the hub alone; all models here are local folders
 ALONE = {"model.revision"}
 # what code shared with train asks for; sft itself refuses them where a yaml file sets them
-CHECKED = {"sft": {"dry_run", "data.rounds"}}
+CHECKED = {"sft": {"dry_run", "data.rounds"}, "variance": {"dpo.mask_rounds"}}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

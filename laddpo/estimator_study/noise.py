@@ -1,15 +1,15 @@
 """How noisy a pair's score, loss and gradient are when only the masks change: VRPO's protocol, for rows of SETTINGS.
 
 A trained policy, its reference and pairs go in (two passes: reference values first, then the policy with gradients);
-per pair and setting, variances over re-evaluations with fresh noise seeds come out, with bootstrap intervals over
-pairs. All settings are compared at one loss, one beta and equal forwards of the policy.
+per pair and setting, variances over re-evaluations with fresh noise seeds come out, with intervals over pairs and their
+evaluations. All settings are compared at one loss, one beta and equal forwards of the policy.
 
 Source: VRPO (2505.19223) table 2: 128 pairs, 8 independent re-evaluations of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from laddpo.core.gradient import Item, Objective, accumulate_gradient, score_ite
 from laddpo.core.objectives import DpoObjective, score_variance
 from laddpo.core.surprise import with_surprising
 from laddpo.core.tasks import pair_item
+from laddpo.estimator_study.intervals import Intervals
 
 if TYPE_CHECKING:
     from laddpo.preference.encoding.encode import EncodedPair
@@ -58,7 +59,8 @@ class Measured:
 
     `estimator`: that of evaluation 0; `tokens` [P, 2]: response lengths; `policy` and `reference`: per-draw values,
     float64 [E, P, 2, n]; `losses` [E, P]; `gradient` [G]: trace of the covariance, over the trainable parameters, of a
-    pair's loss gradient; `gradient_mean` [G]: squared length of its mean.
+    pair's loss gradient; `gradient_mean` [G]: squared length of its mean, its own noise taken off; `gradient_length`
+    [G]: mean of its squared length; `gradient_products` [G, G]: of the pairs' means with one another.
     """
 
     name: str
@@ -70,6 +72,8 @@ class Measured:
     losses: np.ndarray
     gradient: np.ndarray
     gradient_mean: np.ndarray
+    gradient_length: np.ndarray
+    gradient_products: np.ndarray
 
     def scores(self, beta: float) -> np.ndarray:
         """beta times the margin. # [E, P]"""
@@ -91,6 +95,22 @@ def favouring(
     return with_surprising(reference, pairs, estimator, token_budget)
 
 
+@dataclass(frozen=True)
+class AtStart:
+    """The objective where training starts: the policy is the reference, so their values of every draw are equal."""
+
+    objective: DpoObjective
+
+    def losses(self, items: Sequence[Item], draws: Tensor) -> Tensor:
+        """Loss per pair. # float64 [items]"""
+        values = draws.detach().cpu().numpy()
+        same = [replace(item, reference=own) for item, own in zip(items, values, strict=True)]
+        return self.objective.losses(same, draws)
+
+    def coefficient_groups(self, sides: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.objective.coefficient_groups(sides, draws)
+
+
 def noise_items(pairs: Sequence[EncodedPair], estimator: ElboEstimator, reference: np.ndarray | None) -> list[Item]:
     """The pairs under the estimator's first draws. # reference [pairs, 2, draws]"""
     draws = estimator.draw_indices(0)
@@ -106,10 +126,15 @@ def reference_values(
     seed: int,
     evaluations: int,
     token_budget: int | TokenBudget,
+    advance: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
     """The reference model's per-draw values in every re-evaluation. # float64 [evaluations, pairs, 2, draws]"""
-    estimators = [setting.reference(setting.of(draws, seed, e, denoiser.block_length)) for e in range(evaluations)]
-    return np.stack([_score(denoiser, noise_items(pairs, e, None), token_budget) for e in estimators])
+    values = []
+    for evaluation in range(evaluations):
+        estimator = setting.reference(setting.of(draws, seed, evaluation, denoiser.block_length))
+        values.append(_score(denoiser, noise_items(pairs, estimator, None), token_budget))
+        advance()
+    return np.stack(values)
 
 
 def measure(
@@ -120,28 +145,35 @@ def measure(
     setting: Setting,
     draws: int,
     seed: int,
-    reference: np.ndarray,
+    evaluations: int,
+    reference: np.ndarray | None,
     objective: DpoObjective,
     gradient_pairs: int,
     token_budget: int | TokenBudget,
+    advance: Callable[[], object] = lambda: None,
 ) -> Measured:
-    """The policy under the masks of `reference`, whose values are float64 [evaluations, pairs, 2, draws]."""
+    """The policy under the masks of `reference`, whose values are float64 [evaluations, pairs, 2, draws].
+
+    Without `reference` the policy is the reference: its scores are exactly 0 under every mask.
+    """
     spread = GradientSpread(gradient_pairs)
     policy, losses = [], []
-    for evaluation, values in enumerate(reference):
+    for evaluation in range(evaluations):
         estimator = setting.of(draws, seed, evaluation, denoiser.block_length)
-        items = noise_items(pairs, estimator, values)
+        items = noise_items(pairs, estimator, None if reference is None else reference[evaluation])
+        goal = AtStart(objective) if reference is None else objective
         found = [
-            spread.add(i, denoiser, parameters, item, objective, token_budget)
+            spread.add(i, denoiser, parameters, item, goal, token_budget)
             for i, item in enumerate(items[:gradient_pairs])
         ]
         found = np.stack([*found, *_score(denoiser, items[gradient_pairs:], token_budget)])
         policy.append(found)
-        losses.append(objective.losses(items, torch.from_numpy(found)).numpy())
+        losses.append(goal.losses(items, torch.from_numpy(found)).numpy())
+        advance()
     tokens = np.array([(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs])
-    values = np.stack(policy), reference, np.stack(losses)
+    values = np.stack(policy), np.stack(policy) if reference is None else reference, np.stack(losses)
     first = setting.of(draws, seed, 0, denoiser.block_length)
-    return Measured(name, draws, first, tokens, *values, *spread.traces())
+    return Measured(name, draws, first, tokens, *values, *spread.traces(), *spread.lengths())
 
 
 class GradientSpread:
@@ -170,18 +202,27 @@ class GradientSpread:
 
     def add_gradient(self, index: int, parameters: Sequence[Tensor]) -> None:
         """The gradient in `parameter.grad`, which is cleared."""
-        vector = torch.cat([_flat_gradient(parameter) for parameter in parameters]).double()
+        vector = torch.cat([_flat_gradient(parameter) for parameter in parameters])
         for parameter in parameters:
             parameter.grad = None
-        self.squares[index] += float(vector @ vector)
+        vector = vector.to("cpu", torch.promote_types(vector.dtype, torch.float32))
+        self.squares[index] += _product(vector, vector)
         self.counts[index] += 1
         self.sums[index] = vector if self.sums[index] is None else self.sums[index].add_(vector)
 
     def traces(self) -> tuple[np.ndarray, np.ndarray]:
         """Trace of the covariance, and the squared length of the mean without its part that is noise. # [pairs]"""
-        lengths = np.array([float(total @ total) for total in self.sums])
+        lengths = np.array([_product(total, total) for total in self.sums])
         trace = (self.squares - lengths / self.counts) / (self.counts - 1)
         return trace, lengths / self.counts**2 - trace / self.counts
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean squared length of each pair's gradient [pairs]; products of the pairs' means [pairs, pairs]."""
+        products = np.zeros((len(self.sums), len(self.sums)))
+        for i, a in enumerate(self.sums):
+            for j, b in enumerate(self.sums[: i + 1]):
+                products[i, j] = products[j, i] = _product(a, b)
+        return self.squares / self.counts, products / np.outer(self.counts, self.counts)
 
 
 def summarise(measured: Sequence[Measured], beta: float, rng: np.random.Generator) -> list[dict]:
@@ -192,20 +233,25 @@ def summarise(measured: Sequence[Measured], beta: float, rng: np.random.Generato
     `elbo`: variance of B_theta(y_w) alone. `own_estimate`: mean of V as each pair's own draws estimate it, over V.
     """
     baselines = {m.draws: per_pair(m, beta) for m in measured if m.name == BASELINE}
+    of_size = {size: Intervals(size, rng) for size in {len(v) for m in measured for v in per_pair(m, beta).values()}}
     rows = []
     for m in measured:
-        columns = per_pair(m, beta)
         row: dict = {"setting": m.name, "draws": m.draws}
-        for name, values in columns.items():
-            row[name] = {"value": float(values.mean()), "interval": bootstrap_mean(values, rng)}
+        for name, values in per_pair(m, beta).items():
+            row[name] = compared(values, None, of_size[len(values)])
             if m.draws in baselines and m.name != BASELINE:
-                base = baselines[m.draws][name]
-                row[name]["ratio"] = ratio_of(values, base)
-                row[name]["ratio_interval"] = bootstrap_ratio(values, base, rng)
+                found = compared(values, baselines[m.draws][name], of_size[len(values)])
+                row[name] |= {"ratio": found["value"], "ratio_interval": found["interval"]}
         row["gradient_signal"] = float(m.gradient_mean.mean())
         row["own_estimate"] = own_estimate(m, beta)
         rows.append(row)
     return rows
+
+
+def compared(values: np.ndarray, base: np.ndarray | None, intervals: Intervals) -> dict:
+    """{"value", "interval"} of mean(values), or of its ratio to mean(base). # [pairs]"""
+    value, interval = intervals.of(lambda s: s.mean(values) if base is None else s.mean(values) / s.mean(base))
+    return {"value": value, "interval": interval}
 
 
 def per_pair(measured: Measured, beta: float) -> dict[str, np.ndarray]:
@@ -240,27 +286,10 @@ def drift(measured: Measured) -> dict[str, dict[str, float]]:
     }
 
 
-def bootstrap_mean(values: np.ndarray, rng: np.random.Generator, resamples: int = 2000) -> list[float]:
-    """95% percentile interval of the mean, resampling pairs."""
-    picked = rng.integers(0, len(values), size=(resamples, len(values)))
-    return [float(q) for q in np.quantile(values[picked].mean(axis=1), [0.025, 0.975])]
-
-
 def ratio_of(values: np.ndarray, base: np.ndarray) -> float | None:
     """mean(values) / mean(base); None where that is a division by 0."""
     below = float(base.mean())
     return float(values.mean()) / below if below else None
-
-
-def bootstrap_ratio(
-    values: np.ndarray, base: np.ndarray, rng: np.random.Generator, resamples: int = 2000
-) -> list[float] | None:
-    """95% percentile interval of mean(values) / mean(base), resampling pairs, each with both of its values."""
-    picked = rng.integers(0, len(values), size=(resamples, len(values)))
-    below = base[picked].mean(axis=1)
-    if not below.all():
-        return None
-    return [float(q) for q in np.quantile(values[picked].mean(axis=1) / below, [0.025, 0.975])]
 
 
 def _score(denoiser: Denoiser, items: Sequence[Item], token_budget: int | TokenBudget) -> np.ndarray:
@@ -278,6 +307,12 @@ def _flat_gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         return torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
     return parameter.grad.detach().flatten()
+
+
+def _product(a: Tensor, b: Tensor) -> float:
+    """a @ b, summed in float64 without a copy of both in it."""
+    step = 1 << 20
+    return sum(float(a[i : i + step].double() @ b[i : i + step].double()) for i in range(0, len(a), step))
 
 
 def _rows() -> dict[str, Setting]:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
 from laddpo.core.draws import ElboEstimator
-from laddpo.core.elbo import Denoiser, pack_sequences
+from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item, Objective
 from laddpo.core.objectives import DpoObjective, score_variance
 from laddpo.estimator_study.corrections import CORRECTIONS, CorrectedObjective
 from laddpo.estimator_study.noise import GradientSpread, Measured, noise_items, ratio_of
+from laddpo.estimator_study.tokens import token_values
 
 if TYPE_CHECKING:
     from laddpo.preference.encoding.encode import EncodedPair
@@ -150,28 +151,6 @@ def gradient_of(
         for i, item in enumerate(items):
             spread.add(i, denoiser, parameters, item, objective, token_budget)
     return spread.traces()[0]
-
-
-def token_values(denoiser: Denoiser, item: Item) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each side: log p of every token, whether it is masked, and its weight. # [draws, L] each
-
-    The whole item in one forward; differentiable.
-    """
-    sequences = [sequence for sequence in item.sequences if sequence.tokens]
-    logps = denoiser.token_logps(pack_sequences(sequences, denoiser.mask_token_id, denoiser.device)).double()
-    sides, start = [], 0
-    for side in item.sides:
-        length = len(side[0].response_ids)
-        rows, hidden = [], torch.zeros(len(side), length, dtype=torch.bool, device=logps.device)
-        weights = torch.zeros(len(side), length, dtype=torch.float64, device=logps.device)
-        for k, sequence in enumerate(side):
-            masked = torch.as_tensor(sequence.draw.masked, device=logps.device)
-            hidden[k, masked] = True
-            weights[k, masked] = torch.as_tensor(sequence.draw.token_weights, device=logps.device)
-            rows.append(logps.new_zeros(length).index_put((masked,), logps[start : start + len(masked)]))
-            start += len(masked)
-        sides.append((torch.stack(rows), hidden, weights))
-    return sides
 
 
 def mixed_margin(values: Sequence[tuple[Tensor, Tensor, Tensor]], share: float) -> tuple[Tensor, float]:

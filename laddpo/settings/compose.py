@@ -57,6 +57,7 @@ from laddpo.storage.seals import read_checked_text, sealed_file, with_check
 
 # in these a ~ at the beginning is the user's home
 HOME_PATHS = (*PATHS, "run", "prompts", "data.chat_template", "evaluation.dataset_name", "evaluation.harness_dir")
+HOME_PATHS += ("variance.pairs_file", "variance.write_pairs")
 HOME_PATHS += tuple(f"{group}.{name}" for group in JUDGE_GROUPS for name in ("model", "prompt"))
 
 

@@ -164,7 +164,7 @@ NEEDS = (
     ),
     Need(
         ("evaluation.batch_size",),
-        lambda stage, config: stage not in ("prepare", "precompute") or "onpolicy" in sources_of(config),
+        lambda stage, config: stage not in ("prepare", "precompute", "variance") or "onpolicy" in sources_of(config),
         "it is read only where the model answers questions (data=onpolicy)",
     ),
     Need(
@@ -370,6 +370,16 @@ NEEDS = (
         ("export.private",),
         lambda stage, config: config.export.push_to_hub is not None,
         "it is read only with export.push_to_hub",
+    ),
+    Need(
+        ("variance.pairs",),
+        lambda stage, config: config.variance.pairs_file is None,
+        "variance.pairs_file names the pairs",
+    ),
+    Need(
+        ("variance.", "-variance.pairs", "-variance.write_pairs", "dpo.", "-dpo.loss", "adapter.", "optim."),
+        lambda stage, config: stage != "variance" or config.variance.write_pairs is None,
+        "variance.write_pairs only writes a list of pairs",
     ),
     Need(
         ("optim.betas", "optim.eps"),

@@ -19,6 +19,7 @@ from laddpo.settings.ranges import PATHS
 # data.dataset_name is looked at where it is read: it may be a pattern
 NAMED = (*PATHS, "run", "prompts", "data.questions", "data.candidates_name", "evaluation.dataset_name")
 NAMED += ("data.chat_template", "evaluation.shots_from", "evaluation.harness_dir")
+NAMED += ("variance.pairs_file", "variance.write_pairs")
 NAMED += tuple(f"{group}.{name}" for group in JUDGE_GROUPS for name in ("model", "prompt"))
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes; what Linux and macOS take at most
 

@@ -132,7 +132,7 @@ LISTS = {
     "benchmark.block_draws": "[4,8]",
     "benchmark.plan_ranks": "[8,64]",
     "benchmark.plan_tokens": "[256,1024]",
-    "variance.draws": "[1,4,8]",
+    "variance.draws": "[1,2,4,8]",
 }
 YES_OR_NAME = ("evaluation.suppress_eos", "data.sampling.suppress_eos")  # true and false, too
 # Names by setting: a table of options itself, where it can be read without torch, else its names. evaluation.tasks is
@@ -191,6 +191,7 @@ CHOICES: dict[str, Collection[str]] = {
     "logger.wandb_mode": ("online", "offline", "disabled"),
     "sft.examples": ("auto", "corpus", "chosen"),
     "variance.settings": (
+        "own",
         "naive",
         "one time, many masks",
         "one time a draw for all blocks",
@@ -356,10 +357,11 @@ RANGES: dict[str, Range] = {
     "benchmark.plan_ranks": at_least(1, "8 to 64 is usual"),
     "benchmark.plan_tokens": at_least(32, "256 to 4096 is usual"),
     "benchmark.flat_draws": at_least(1, "64 shows that memory does not grow"),
-    "variance.draws": at_least(1, "1, 4 and 8 are VRPO's"),
-    "variance.pairs": at_least(2, "128 is VRPO's"),
-    "variance.gradient_pairs": at_least(2, "64 is usual"),
-    "variance.evaluations": at_least(3, "8 is VRPO's"),
+    "variance.draws": at_least(1, "1, 2, 4 and 8 are usual"),
+    "variance.pairs": at_least(2, "32 takes minutes, 128 is VRPO's"),
+    "variance.gradient_pairs": at_least(2, "32 takes minutes, 64 is usual"),
+    "variance.evaluations": at_least(3, "4 takes minutes, 8 is VRPO's"),
+    "variance.token_pairs": at_least(0, "4 is usual, 0 measures no tokens"),
     "study.seeds": at_least(0, "[42,43,44] is usual", 2**63 - 1),
     "sft.num_examples": at_least(1, "20000 is usual"),
     "sft.mistake_share": at_least(0, "0 makes every solution correct", 1),

@@ -37,10 +37,8 @@ EVERYWHERE = {
     "model.block_length": "says how the network attends, wherever it is loaded",
     "model.shape.": "describes the model; it is compared with the weights wherever these are loaded",
 }
-LENGTH = (
-    *("optim.max_train_steps", "optim.num_train_epochs"),
-    *("optim.per_device_train_batch_size", "optim.gradient_accumulation_steps"),
-)
+PER_STEP = ("optim.per_device_train_batch_size", "optim.gradient_accumulation_steps")
+LENGTH = ("optim.max_train_steps", "optim.num_train_epochs", *PER_STEP)
 STEPS = ("optim.", "stopping.", "save_", "logging_steps", "best_metric", "logger.")
 ANSWERS = (
     *("evaluation.gen_length", "evaluation.steps", "evaluation.block_length", "evaluation.temperature"),
@@ -71,7 +69,8 @@ READS: dict[str, tuple[str, ...]] = {
                  "-evaluation.samples", "run", "verify"),
     "generate": (*LOADED, *ENCODING, *ANSWERS, "run", "verify", "prompt", "prompts"),
     "chat": (*LOADED, *ENCODING, *ANSWERS, "run", "verify", "base", "chat."),
-    "variance": (*ROWS, "variance.", "evaluation.tasks", "run", "verify"),
+    "variance": (*PREPARED, "adapter.", "dpo.", "-dpo.mask_rounds", "-dpo.kl_baseline", *PER_STEP, "variance.",
+                 "run", "verify"),
     "export": (*MODEL, "adapter.path", *ENCODING, "export.", "run"),
     "report": ("report.", "run", "runs"),
     "plan": (*ROWS, "adapter.r", "adapter.target_modules", *PLANNED, *LENGTH,

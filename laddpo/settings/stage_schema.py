@@ -40,11 +40,15 @@ class ReportSettings:
 class VarianceSettings:
     """Only read by `python -m laddpo.variance`."""
 
-    settings: list[str] = field(default_factory=list)
-    draws: list[int] = field(default_factory=lambda: [1, 4, 8])
-    pairs: int = 128
-    gradient_pairs: int = 64
-    evaluations: int = 8
+    settings: list[str] = field(default_factory=lambda: ["own"])
+    draws: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    pairs: int = 32
+    gradient_pairs: int = 32
+    evaluations: int = 4
+    token_pairs: int = 4
+    techniques: bool = False
+    pairs_file: str | None = None
+    write_pairs: str | None = None
 
 
 @dataclass

@@ -11,12 +11,13 @@ from laddpo.core.gradient import accumulate_gradient
 from laddpo.core.losses import LossOptions
 from laddpo.core.objectives import DpoObjective
 from laddpo.estimator_study import report, techniques
+from laddpo.estimator_study.intervals import Intervals
 from laddpo.estimator_study.noise import (
     BASELINE,
     SEED_STEP,
     SETTINGS,
+    AtStart,
     GradientSpread,
-    bootstrap_ratio,
     drift,
     measure,
     noise_items,
@@ -24,6 +25,7 @@ from laddpo.estimator_study.noise import (
     reference_values,
     summarise,
 )
+from laddpo.estimator_study.step_noise import Step, noise_table, recommended
 from laddpo.inputs.reference_values import training_estimator
 from laddpo.settings.compose import compose
 from laddpo.storage.atomic import write_json
@@ -61,16 +63,26 @@ def measure_one(models, pairs, name: str, draws: int):
     values = reference_values(reference, pairs, setting, draws, SEED, EVALUATIONS, ANY_BUDGET)
     objective = DpoObjective("sigmoid", LossOptions(BETA))
     model = policy, parameters_of(policy), pairs, name, setting, draws, SEED
-    return measure(*model, values, objective, FEW, ANY_BUDGET)
+    return measure(*model, EVALUATIONS, values, objective, FEW, ANY_BUDGET)
 
 
-def page_of(pairs, found, rows: list[dict], studies: dict) -> dict:
-    """The content of variance.json."""
+def page_of(pairs, of_own: dict, rows: list[dict], studies: dict) -> dict:
+    """The content of variance.json. `of_own`: the run's own estimator, by its number of draws."""
+    step = Step(4, 2, 100)
+    table = noise_table(of_own, step, Intervals(FEW, np.random.default_rng(0)))
+    token = {"pair": "p", "share": 0.6, "side": "chosen", "position": 1, "reference_logp": -2.0, "tokens": 9}
     return {
         **{"run": "run", "model": "tiny", "data": "random", "loss": "sigmoid", "beta": BETA, "pairs": PAIRS},
-        **{"gradient_pairs": FEW, "evaluations": EVALUATIONS, "trainable_parameters": 1},
+        **{"gradient_pairs": FEW, "evaluations": EVALUATIONS, "trainable_parameters": 1, "prompts": PAIRS},
         "response_tokens": report.length_words(pairs),
-        "drift": drift(found),
+        "is_start": False,
+        "drift": drift(of_own[4]),
+        "step": {**dataclasses.asdict(step), "block_length": 0},
+        "step_noise": table,
+        "recommended": recommended(table),
+        "focus": {"differing": 0.5},
+        "tokens": [{**token, "token": "<b>|", "text_before": "1+"}, {**token, "share": 0.2}],
+        "token_seconds": 1.0,
         "settings": rows,
         "techniques": studies,
     }
@@ -135,6 +147,7 @@ def test_one_gradient_twice_has_no_variance():
         assert parameter.grad is None
     trace, signal = spread.traces()
     assert trace.tolist() == [0.0] and signal.tolist() == [5.25]
+    assert [found.tolist() for found in spread.lengths()] == [[5.25], [[5.25]]]
 
 
 def test_the_table_compares_with_the_baseline_at_equal_draws(measured):
@@ -152,8 +165,18 @@ def test_the_table_compares_with_the_baseline_at_equal_draws(measured):
     assert by_key[BASELINE, 4]["score"]["value"] < by_key[BASELINE, 1]["score"]["value"]
 
 
-def test_a_ratio_to_nothing_has_no_interval():
-    assert bootstrap_ratio(np.ones(4), np.zeros(4), np.random.default_rng(0)) is None
+def test_where_training_starts_scores_are_exactly_0_and_gradients_still_vary(models, pairs):
+    """As with the model's own values as the reference's, which rounding would make almost equal."""
+    policy, _ = models
+    objective, setting = DpoObjective("sigmoid", LossOptions(BETA)), SETTINGS["default"]
+    model = policy, parameters_of(policy), pairs, "own", setting, 4, SEED, EVALUATIONS
+    found = measure(*model, None, objective, FEW, ANY_BUDGET)
+    assert not found.scores(BETA).any() and not found.losses.var(axis=0).any()
+    values = reference_values(policy, pairs, setting, 4, SEED, EVALUATIONS, ANY_BUDGET)
+    known = measure(*model, values, objective, FEW, ANY_BUDGET)
+    np.testing.assert_allclose(found.gradient, known.gradient, rtol=1e-9)
+    assert (found.gradient > 0).all()
+    assert AtStart(objective).coefficient_groups(2, 4)[1].tolist() == objective.coefficient_groups(2, 4)[1].tolist()
 
 
 def test_what_does_not_vary_has_no_ratios_and_still_a_page(models, pairs, measured, tmp_path, with_pictures):
@@ -170,7 +193,8 @@ def test_what_does_not_vary_has_no_ratios_and_still_a_page(models, pairs, measur
     assert study["control_variate"]["score_variance_ratio"] is None
     assert study["adaptive_draws"] == {"known": None, "own": None}
     assert study["upper_bound"]["score_variance_ratio"] is None
-    result = page_of(pairs, found, rows, {4: study})
+    own = {4: same[-1], 1: measured["default", 1]}
+    result = page_of(pairs, own, rows, {4: study})
     write_json(tmp_path / "variance.json", result)
     assert "V of score x –" in report.markdown_page(result)
     assert report.terminal_table(result)
@@ -208,9 +232,10 @@ def test_all_techniques_are_measured_and_shown(models, pairs, measured, tmp_path
     assert study["loss"]["none"]["variance"] == pytest.approx(found.losses.var(axis=0, ddof=1).mean())
     assert np.isfinite(list(study["upper_bound"].values())).all()
     rows = summarise(list(measured.values()), BETA, np.random.default_rng(0))
-    result = page_of(pairs, found, rows, {4: study})
+    result = page_of(pairs, {n: measured["default", n] for n in (1, 4)}, rows, {4: study})
     page = report.markdown_page(result)
-    for words in ("| default | 4 |", "control variate", "second_order", "cross_fit", "SPG", "B(y_w)"):
+    said = ("| default | 4 |", "control variate", "second_order", "cross_fit", "SPG", "B(y_w)", "&lt;b>\\|", "60%")
+    for words in said:
         assert words in page, words
     assert report.terminal_table(result).count("\n") == 1 + len(measured)
     report.variance_plot(result, tmp_path / "variance.png")

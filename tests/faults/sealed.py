@@ -74,7 +74,7 @@ class Kind:
 
 VARIANCE = (
     *("variance.pairs=2", "variance.gradient_pairs=2", "variance.evaluations=3", "variance.draws=[1]"),
-    "variance.settings=[naive]",
+    *("variance.settings=[naive]", "variance.token_pairs=0"),
 )
 KEPT = ("best_metric=none", "stopping.patience=null")
 FULL = ("adapter=full", *KEPT)
