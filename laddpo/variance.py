@@ -115,7 +115,8 @@ def measure(config: RunConfig, tuned: Path | None, pairs: list, training_pairs: 
     found = run_study(models, pairs, objective_of(config.dpo), own, step, config.variance, config.seed)
     for row in found["tokens"]:
         row["token"], row["text_before"] = (loaded.tokenizer.decode(ids) for ids in ([row["token_id"]], row["before"]))
-    facts = {"run": config.run and Path(config.run).name, "model": config.model.name, "data": config.data.source}
+    data = Path(config.data.dataset_name or config.data.source).name
+    facts = {"run": config.run and Path(config.run).name, "model": config.model.name, "data": data}
     return {**facts, "loss": config.dpo.loss, "beta": config.dpo.beta, **found}
 
 

@@ -75,6 +75,8 @@ def recommendation(result: Result) -> str:
         over = least["relative_over_signal"]
         if over["value"] is not None and over["value"] >= 1:
             kept += f", and {with_interval(over, times)} times the noise for its signal"
+    worse = [str(row["draws"]) for row in compared if (row["relative_corrected"] or [0])[0] > 1]
+    kept += f"; n = {', '.join(worse)} is shown to be worse" if worse else ""
     return f"At equal forwards no other n is shown to be better: {kept}. Keep n = {step['draws']}."
 
 

@@ -98,7 +98,7 @@ def truths(tail: float) -> dict[str, float]:
     [
         (0.3, 100, 0.86, 1.0),
         pytest.param(0.3, 1500, 0.92, 0.97, marks=pytest.mark.long),
-        pytest.param(0.5, 1500, 0.88, 0.97, marks=pytest.mark.long),  # a few pairs hold most of the noise
+        pytest.param(0.5, 1500, 0.87, 0.97, marks=pytest.mark.long),  # a few pairs hold most of the noise
     ],
 )
 def test_intervals_hold_the_truth_in_95_of_100_samples(tail, times, low, high):

@@ -105,4 +105,4 @@ def test_an_answer_names_what_to_set(intervals):
     assert "set dpo.diffusion_samples=1 and 128 pairs a step" in said
     page = "\n".join(answers.step_section(result))
     assert "31.2 steps at 32 pairs" in page and "block model" in page
-    assert "Keep n = 4" in answers.recommendation(result | {"recommended": None})
+    assert "n = 8 is shown to be worse. Keep n = 4" in answers.recommendation(result | {"recommended": None})
