@@ -206,7 +206,7 @@ MISTAKES = {
     ),
     "a metric that nothing measures": (
         ["best_metric=exact_match", "evaluation=gsm8k"],
-        ["best_metric is 'exact_match' and evaluation.tasks is ['gsm8k']", "arithmetic, word_problems have"],
+        ["best_metric is 'exact_match' and evaluation.tasks is ['gsm8k']", "arithmetic, rubric, word_problems have"],
     ),
     # C29, C30
     "a token": ([f"logger.wandb_name={TOKEN}"], ["looks like a Hugging Face token", "HF_TOKEN"]),

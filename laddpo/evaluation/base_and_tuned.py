@@ -48,6 +48,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     takes what is only for people, once all is written.
     """
     from laddpo.evaluation.answering import answer_task, answerer
+    from laddpo.evaluation.marks import at_temperatures
     from laddpo.evaluation.winrate import with_prompts
     from laddpo.preference.prepared import PreparedExamples
     from laddpo.results.plots import evaluation_plot
@@ -64,9 +65,11 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
         opened = open_tasks(config) if tasks is None else tasks
         tasks = with_prompts(opened, prepared, config.evaluation)
         harness = _harness(config, answers, folder, "base", loaded.weights, stop)
+        ways = list(at_temperatures(answers, config.evaluation.temperatures)) if tasks else []
         base_records = {
-            task.name: answer_task(answers, task, folder / "items.jsonl", loaded.weights, "base", stop)
+            (task.name, said): answer_task(way, task, folder / "items.jsonl", loaded.weights, f"base{said}", stop)
             for task in tasks
+            for said, way in ways
         }
     use_weights(config.adapter, loaded, tuned)
     found, margins = measure_tuned()
@@ -76,9 +79,14 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
         "tuned": manifests.read_manifest(tuned, "weights", verify=False)["files"],
     }  # checked above
     for task in tasks:
-        records = answer_task(answers, task, folder / "items.jsonl", digest, "tuned", stop)
-        both = (base_records[task.name], records, "" if len(tasks) == 1 else f"{task.name}/")
-        results.update(_compare_answers(config, task, *both, folder, loaded, stop, say))
+        prefix = "" if len(tasks) == 1 else f"{task.name}/"
+        for said, way in ways:
+            records = answer_task(way, task, folder / "items.jsonl", digest, f"tuned{said}", stop)
+            both = (base_records[task.name, said], records)
+            if said:
+                results.update(_compare_grades(config, task, *both, prefix, said))
+            else:
+                results.update(_compare_answers(config, task, *both, prefix, folder, loaded, stop, say))
     harness_tuned = _harness(config, answers, folder, "tuned", digest, stop)
     if not is_main:
         return results
@@ -102,12 +110,7 @@ def _compare_answers(config: RunConfig, task, base, tuned, prefix: str, folder: 
     from laddpo.results.tables import WIN_RATE, examples_text
     from laddpo.storage import atomic
 
-    results: dict = {}
-    graded = [[record["correct"] for record in records] for records in (base, tuned)]
-    if None not in graded[0]:
-        key = f"{prefix}exact_match"
-        results[key] = _compare(*graded, config.seed, is_share=True)
-        results[key]["task"] = {"name": task.name, "grader": task.grader.name, **task.fields}
+    results = _compare_grades(config, task, base, tuned, prefix)
     results.update(_compare_lengths(config, base, tuned, prefix, say))
     if TASKS[task.name].is_judged:
         around = Surroundings("evaluation.judge", Path(config.paths.data_dir), str(loaded.machine.device), stop=stop)
@@ -119,9 +122,28 @@ def _compare_answers(config: RunConfig, task, base, tuned, prefix: str, folder: 
     return results
 
 
+def _compare_grades(config: RunConfig, task, base, tuned, prefix: str, said: str = "") -> dict:
+    """Exact match and marks of both models; `said` names a further temperature."""
+    from laddpo.evaluation.marks import key_of, mark_values
+
+    results: dict = {}
+    graded = [[record["correct"] for record in records] for records in (base, tuned)]
+    if None not in graded[0]:
+        key = key_of(f"{prefix}exact_match", said)
+        results[key] = _compare(*graded, config.seed, is_share=True)
+        results[key]["task"] = {"name": task.name, "grader": task.grader.name, **task.fields}
+    before, after = (mark_values(task, records) for records in (base, tuned))
+    for name in before:
+        is_share = name.startswith("share_")
+        entry = _compare(before[name], after[name], config.seed, is_share=is_share)
+        results[key_of(prefix + name, said)] = entry
+    return results
+
+
 def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=print) -> dict:
     """Exact match of the configured model alone, on the tasks of open_tasks."""
     from laddpo.evaluation.answering import answer_task, answerer
+    from laddpo.evaluation.marks import at_temperatures, key_of, mark_values
     from laddpo.results.stats import wilson_interval
     from laddpo.storage import atomic
     from laddpo.storage.seals import CheckedLines
@@ -129,19 +151,23 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=prin
     results: dict = {}
     answers = answerer(loaded, config.evaluation, config.data, config.seed)
     for task in tasks:
-        name = task.name
-        records = answer_task(answers, task, folder / "items.jsonl", loaded.weights, "base", stop)
-        right = sum(record["correct"] for record in records)
-        low, high = wilson_interval(right, len(records))
-        key = "exact_match" if len(tasks) == 1 else f"{name}/exact_match"
-        results[key] = {
-            "base": right / len(records),
-            "base_interval": [low, high],
-            "items": len(records),
-            "task": {"name": name, "grader": task.grader.name, **task.fields},
-        }
-        share = f"{right / len(records):.1%} (95% interval {low:.1%} to {high:.1%})"
-        say(f"{name}: {right} of {len(records)} exact, {share}")
+        name, prefix = task.name, "" if len(tasks) == 1 else f"{task.name}/"
+        for said, way in at_temperatures(answers, config.evaluation.temperatures):
+            records = answer_task(way, task, folder / "items.jsonl", loaded.weights, f"base{said}", stop)
+            right = sum(record["correct"] for record in records)
+            low, high = wilson_interval(right, len(records))
+            results[key_of(f"{prefix}exact_match", said)] = {
+                "base": right / len(records),
+                "base_interval": [low, high],
+                "items": len(records),
+                "task": {"name": name, "grader": task.grader.name, **task.fields},
+            }
+            share = f"{right / len(records):.1%} (95% interval {low:.1%} to {high:.1%})"
+            say(f"{name}{said}: {right} of {len(records)} exact, {share}")
+            for mark, values in mark_values(task, records).items():
+                mean = sum(values) / len(values)
+                results[key_of(prefix + mark, said)] = {"base": mean, "items": len(values)}
+                say(f"  {mark.replace('_', ' ')}: {mean:.3g}")
     harness = _harness(config, answers, folder, "base", loaded.weights, stop)
     if not loaded.machine.ranks.is_main:
         return results

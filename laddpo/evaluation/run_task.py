@@ -131,6 +131,7 @@ def _graded(task, batch, answers, labels, prints, done) -> list[dict[str, Any]]:
             "grader": task.grader.name,
             "fingerprint": prints[batch[i].id],
             **_length(answers[i]),
+            **({"marks": task.marks(answers[i].text, batch[i].answer)} if task.marks else {}),
         }
         for i, is_correct in zip(missing, verdicts, strict=True)
     ]

@@ -141,16 +141,19 @@ def _pattern(wanted: bool) -> Callable[[str | None, Callable | None], Score]:
 
 @dataclass(frozen=True)
 class Rule:
-    """`score(pattern, grade)` makes the scores. `needs_gold`: only prompts with a right answer can be judged."""
+    """`score(pattern, grade)` makes the scores. `needs_gold`: only prompts with a right answer can be judged.
+    `is_partial`: `grade` counts marks of a problem that has several."""
 
     score: Callable[[str | None, Callable | None], Score]
     needs_gold: bool = False
     needs_pattern: bool = False
     is_length: bool = False
+    is_partial: bool = False
 
 
 RULES: dict[str, Rule] = {
     "right": Rule(_right, needs_gold=True),
+    "marks": Rule(_right, needs_gold=True, is_partial=True),
     "shorter": Rule(_length(-1), is_length=True),
     "longer": Rule(_length(1), is_length=True),
     "must_match": Rule(_pattern(True), needs_pattern=True),

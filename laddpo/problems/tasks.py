@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from laddpo.errors import UserError, choose
-from laddpo.preference.embedded import arithmetic
+from laddpo.preference.embedded import arithmetic, rubric
 from laddpo.preference.embedded.word_problems import INSTRUCTION as GSM8K_INSTRUCTION
 from laddpo.preference.embedded.word_problems import word_problems
 from laddpo.preference.reading.bad_rows import RowError
@@ -53,12 +53,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """`fields` says how the items were made (split, shots, file); it is stated in results, not compared."""
+    """`fields` says how the items were made (split, shots, file); it is stated in results, not compared. `marks`, for a
+    task with partial marks, says which of them a text has; it is right with all of them."""
 
     name: str
     items: list[Item]
     grader: Grader
     fields: dict[str, Any] = field(default_factory=dict)
+    marks: Callable[[str, str], dict[str, bool]] | None = None
 
     def grade(self, text: str, answer: str) -> bool:
         return self.grader.grade_all([text], [answer])[0]
@@ -120,6 +122,15 @@ def arithmetic_task(options: TaskOptions) -> Task:
     items = [Item(f"arithmetic-{problem.text}", user_prompt(problem.text), problem.answer) for problem in problems]
     described = {"split": options.split, "seed": options.seed, "items": len(items), **asdict(difficulty)}
     return Task("arithmetic", items, FunctionGrader("exact final answer", arithmetic.grade), described)
+
+
+def rubric_task(options: TaskOptions) -> Task:
+    """The problems of arithmetic in a written form with five marks; right with all five."""
+    count = options.limit if options.limit is not None else 500
+    problems = arithmetic.problems(options.split, count, options.seed, rubric.DIFFICULTY)
+    items = [Item(f"rubric-{problem.text}", user_prompt(problem.text), problem.answer) for problem in problems]
+    described = {"split": options.split, "seed": options.seed, "items": len(items), "marks": list(rubric.MARKS)}
+    return Task("rubric", items, FunctionGrader("all five marks", rubric.grade), described, rubric.marks)
 
 
 def word_problems_task(options: TaskOptions) -> Task:
@@ -286,6 +297,7 @@ class TaskKind:
 JUDGED = "winrate"  # the task whose answers are compared
 TASKS: dict[str, TaskKind] = {
     "arithmetic": TaskKind(arithmetic_task, is_embedded=True, has_difficulty=True),
+    "rubric": TaskKind(rubric_task, is_embedded=True),
     "word_problems": TaskKind(word_problems_task, is_embedded=True, instruction=GSM8K_INSTRUCTION),
     "gsm8k": TaskKind(gsm8k_task, has_shots=True, instruction=GSM8K_INSTRUCTION),
     "math500": TaskKind(math500_task, instruction=MATH500_INSTRUCTION),

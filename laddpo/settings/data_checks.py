@@ -45,10 +45,10 @@ def sft_examples(config: RunConfig) -> str:
 
 
 def has_corpus(config: RunConfig) -> bool:
-    """Whether the data are generated here: data=arithmetic, or data=word_problems without a file of questions."""
+    """Whether the data are generated here: data=arithmetic, or word_problems or rubric without a file of questions."""
     data = config.data
-    is_words = data.source == "onpolicy" and data.problems == "word_problems" and data.dataset_name is None
-    return data.source == "arithmetic" or is_words
+    has_own = data.source == "onpolicy" and data.problems in ("word_problems", "rubric") and data.dataset_name is None
+    return data.source == "arithmetic" or has_own
 
 
 def sft_problems(config: RunConfig) -> Iterator[str]:

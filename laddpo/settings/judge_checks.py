@@ -22,10 +22,17 @@ def judge_problems(config: RunConfig) -> Iterator[str]:
                 f"{', '.join(JUDGES)}; write evaluation.judge.kind=rule evaluation.judge.rule=shorter, for instance."
             )
         yield from _of_kind(evaluation.judge, "evaluation.judge")
+    if is_judged and evaluation.judge.kind == "rule" and evaluation.judge.rule == "marks":
+        yield "evaluation.judge.rule is 'marks', which only data.judge has; write evaluation=rubric to count marks."
     if "onpolicy" not in {data.source, *(part.source for part in data.mixture)}:
         return
     if data.judge.kind != "none":
         yield from _of_kind(data.judge, "data.judge")
+    if data.judge.kind == "rule" and data.judge.rule == "marks" and (data.problems != "rubric" or data.dataset_name):
+        yield (
+            "data.judge.rule is 'marks' and the questions are not those of data.problems=rubric, the only ones with "
+            "marks; write data=rubric, or data.judge.rule=right."
+        )
     if data.judge.kind == "rule" and data.balance_lengths and RULES.get(data.judge.rule, RULES["right"]).is_length:
         yield (
             f"data.judge.rule is {data.judge.rule!r} and data.balance_lengths is true, which leaves out pairs until "

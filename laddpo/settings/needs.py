@@ -174,7 +174,7 @@ NEEDS = (
     ),
     Need(
         ("data.sampling.unseen_steps",),
-        lambda stage, config: config.data.dataset_name is None and config.data.problems == "arithmetic",
+        lambda stage, config: config.data.dataset_name is None and config.data.problems != "word_problems",
         "only questions of embedded arithmetic have such steps (data=onpolicy data.problems=arithmetic)",
     ),
     Need(
@@ -214,6 +214,20 @@ NEEDS = (
             _is_corpus(stage, config) or (_learns_rows(stage, config) and "arithmetic" in sources_of(config))
         ),
         "it is read only where sft trains on a generated corpus; data.random_sample_size takes a number of rows",
+    ),
+    Need(
+        ("sft.fault_rate",),
+        lambda stage, config: _is_corpus(stage, config) and config.data.problems == "rubric",
+        "it is read only where sft trains on the generated corpus of data=rubric",
+    ),
+    Need(
+        ("evaluation.temperatures",),
+        lambda stage, config: (
+            config.evaluation.harness == "none"
+            and bool(config.evaluation.tasks)
+            and (stage == "evaluate" or (config.evaluation.at_end and not _is_corpus(stage, config)))
+        ),
+        "test problems are answered only by evaluate, or at the end of a run on pairs or rows",
     ),
     Need(
         ("sft.drill_share",),

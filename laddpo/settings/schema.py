@@ -254,6 +254,7 @@ class EvaluationSettings:
     steps: int = 256
     block_length: int = 32
     temperature: float = 0.0
+    temperatures: list[float] = field(default_factory=list)
     cfg_scale: float = 0.0
     remasking: str = "low_confidence"
     suppress_eos: bool | str = False
@@ -290,6 +291,7 @@ class SftSettings:
     examples: str = "auto"
     num_examples: int = 20000
     mistake_share: float = 0.6
+    fault_rate: float = 0.8
     drill_share: float = 0.0
     diffusion_samples: int | None = 1
     from_scratch: bool = False

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from laddpo.errors import UserError
+from laddpo.judging.judges import RULES
 from laddpo.settings.judge_schema import needs_gold
 from laddpo.settings.read_settings import command_of
 from laddpo.settings.schema import MixturePart, RunConfig
@@ -68,7 +69,7 @@ def sampled_file(config: RunConfig, questions: list) -> Path:
 def open_questions(config: RunConfig) -> list:
     """The questions asked: of the file or hub data set, else embedded training problems; never validation or test."""
     from laddpo.inputs.data import difficulty_of, request_of
-    from laddpo.preference.embedded import arithmetic, word_problems
+    from laddpo.preference.embedded import arithmetic, rubric, word_problems
     from laddpo.preference.onpolicy import Question, read_questions
     from laddpo.preference.reading.files import ReadLog
     from laddpo.preference.reading.rows import RowRules
@@ -83,8 +84,8 @@ def open_questions(config: RunConfig) -> list:
         if data.problems == "word_problems":
             words = word_problems.word_problems("train", last, config.seed)
             return [Question(one.question + word_problems.INSTRUCTION, one.answer) for one in words[first:]]
-        unseen = sampling.unseen_steps
-        problems = arithmetic.problems("train", last, config.seed, difficulty_of(config.data), unseen)
+        difficulty = rubric.DIFFICULTY if data.problems == "rubric" else difficulty_of(data)
+        problems = arithmetic.problems("train", last, config.seed, difficulty, sampling.unseen_steps)
         return [Question(problem.text, problem.answer) for problem in problems[first:]]
     log = ReadLog()
     asked = MixturePart(
@@ -166,7 +167,15 @@ def graded_or_rated(config: RunConfig, questions: list) -> tuple:
     if needs_gold(judge):
         grader = pair_grader(config, questions)
         around = dataclasses.replace(around, grade=grader.grade_all, grader=grader.name, close=grader.close)
+        if RULES[judge.rule].is_partial:
+            around = dataclasses.replace(around, grade=_count_marks, grader="number of marks of rubric")
     return None, open_rater(judge, around)
+
+
+def _count_marks(texts: list[str], answers: list[str]) -> list[int]:
+    from laddpo.preference.embedded.rubric import count_marks
+
+    return [count_marks(text, answer) for text, answer in zip(texts, answers, strict=True)]
 
 
 def _device(config: RunConfig) -> str:
@@ -181,12 +190,14 @@ def _device(config: RunConfig) -> str:
 def pair_grader(config: RunConfig, questions: list):
     """Tells right answers to `questions` from wrong ones: exact for the embedded problems, else the one that
     data.grader names."""
-    from laddpo.preference.embedded import arithmetic
+    from laddpo.preference.embedded import arithmetic, rubric
     from laddpo.problems.grading import FunctionGrader, text_grader
 
     is_embedded = config.data.dataset_name is None and config.data.grader == "auto"
     if is_embedded and config.data.problems == "word_problems":
         return text_grader("number", ())
+    if is_embedded and config.data.problems == "rubric":
+        return FunctionGrader("all five marks", rubric.grade)
     if is_embedded:
         return FunctionGrader("exact final answer", arithmetic.grade)
     return text_grader(config.data.grader, [question.answer for question in questions])

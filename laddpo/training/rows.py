@@ -20,6 +20,7 @@ from laddpo.hardware.planning import Lengths, block_length_of, prepared_lengths
 from laddpo.inputs import pins, policy
 from laddpo.inputs.data import difficulty_of, encoder_for
 from laddpo.models.loading import load_tokenizer
+from laddpo.preference.embedded import rubric
 from laddpo.preference.embedded.arithmetic import corpus, keyed_integers
 from laddpo.preference.embedded.word_problems import word_corpus
 from laddpo.preference.prepared import chosen_examples
@@ -151,6 +152,8 @@ def corpus_examples(config: RunConfig, tokenizer) -> list:
     encoder, count, share = encoder_for(config.data, tokenizer), config.sft.num_examples, config.sft.mistake_share
     if config.data.problems == "word_problems":
         rows = word_corpus(count, share, config.seed, config.data.habit, config.sft.drill_share)
+    elif config.data.problems == "rubric":
+        rows = rubric.corpus(count, share, config.sft.fault_rate, config.seed, config.data.habit)
     else:
         rows = corpus(count, share, config.seed, difficulty_of(config.data), config.data.habit)
     return [encoder.encode_example(row) for row in rows]

@@ -21,6 +21,7 @@ from laddpo.processes.signals import StopFlag
 from laddpo.settings.schema import DataSettings, EvaluationSettings
 
 EXACT_MATCH, LOSS = "validation/exact_match", "validation/loss"
+MEAN_MARKS = "validation/mean_marks"  # of a task with partial marks
 
 
 @dataclass
@@ -71,6 +72,9 @@ class Validation:
         if records:
             shares = [sum(record["correct"] for record in of_task) / len(of_task) for of_task in records]
             metrics[EXACT_MATCH] = sum(shares) / len(shares)
+        for of_task in records:
+            if of_task and "marks" in of_task[0]:
+                metrics[MEAN_MARKS] = sum(sum(record["marks"].values()) for record in of_task) / len(of_task)
         if samples := self._samples(records):
             self.show(step, visible(samples))
         return metrics

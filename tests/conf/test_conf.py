@@ -200,5 +200,5 @@ def test_only_sources_of_rows_hold_out_a_test_by_default():
     assert shares["jsonl"] == 0.1 and shares["onpolicy"] == 0
     of = {name: compose([f"data={name}", *NEEDS.get(f"data={name}", [])]).data for name in shares}
     without = {name for name, data in of.items() if not data.test_fraction}
-    assert without == {"arithmetic", "onpolicy", "onpolicy_gsm8k", "word_problems"}
+    assert without == {"arithmetic", "onpolicy", "onpolicy_gsm8k", "rubric", "word_problems"}
     assert of["arithmetic"].test_split is None and of["ultrafeedback"].test_split == "test_prefs"
