@@ -15,7 +15,7 @@ from pathlib import Path
 
 from laddpo.cli.app import run_stage
 from laddpo.errors import RunFault, UserError
-from laddpo.jobs.arms import check_arms, refuse_other_arms, run_jobs, settings_of_study, wanted_arms, write_page
+from laddpo.jobs.arms import check_runs, refuse_other_arms, run_jobs, settings_of_study, wanted_runs, write_page
 from laddpo.settings.read_settings import given_overrides
 from laddpo.settings.schema import RunConfig
 
@@ -31,17 +31,17 @@ def main(config: RunConfig, run_folder: Path) -> None:
     if is_resumed:
         config = dataclasses.replace(config, study=settings_of_study(config.study, folder))
     study = config.study
-    arms = wanted_arms(study)
-    check_arms(study, arms)
+    runs = wanted_runs(study)
+    check_runs(study, runs, folder)
     with owned(folder, "study", is_resumed):
         refuse_other_arms(study, folder)
         write_command(folder, given_overrides.get(), stage="study")
         write_config(config, folder)
-        jobs = [(arm, seed) for seed in study.seeds for arm in arms]
-        print(f"study {study.name}: {len(arms)} arms x {len(study.seeds)} seeds in {folder}", flush=True)
+        jobs = [(run, seed) for seed in study.seeds for run in runs]
+        print(f"study {study.name}: {len(runs)} runs x {len(study.seeds)} seeds in {folder}", flush=True)
         failed = run_jobs(study, folder, jobs)
         content = write_page(study, folder)
-    asked = {arm.name for arm in arms}
+    asked = {run.name for run in runs}
     print("\n".join(claim["text"] for claim in content["claims"] if claim["arm"] in asked))
     print(folder)
     if failed:

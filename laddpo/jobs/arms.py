@@ -10,16 +10,18 @@ from hydra.core.hydra_config import HydraConfig
 
 from laddpo.errors import EXIT_DONE, Stopped, UserError, nearest
 from laddpo.jobs import runner
+from laddpo.jobs.starts import StudyJob, start_problems, started_from, with_folders, with_starts
 from laddpo.results.of_jobs import JOB_FILE, JOB_KEYS, job_state
 from laddpo.settings.compose import open_hydra, read_config
 from laddpo.settings.data_checks import reader_row
 from laddpo.settings.of_a_run import override_key, read_command
 from laddpo.settings.read_settings import given_overrides, stage_reads
-from laddpo.settings.stage_schema import StudyArm, StudySettings
+from laddpo.settings.stage_schema import StudyRun, StudySettings
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import damages, read_checked, write_checked
 
 OWN = ("study", "output_dir", "resume")
+OF_THE_MACHINE = (*runner.CHANGE_NO_RESULT, "hardware")
 
 
 def settings_of_study(asked: StudySettings, folder: Path) -> StudySettings:
@@ -38,30 +40,35 @@ def settings_of_study(asked: StudySettings, folder: Path) -> StudySettings:
     return dataclasses.replace(study, **{name: getattr(source, name) for name in taken} | {"only": asked.only})
 
 
-def wanted_arms(study: StudySettings) -> list[StudyArm]:
-    """The arms of the study, or those that study.only names. `UserError` with all that is wrong with the study."""
+def wanted_runs(study: StudySettings) -> list[StudyJob]:
+    """The arms of the study, or those that study.only names, and the runs that they start from. `UserError` with all
+    that is wrong with the study."""
     if not study.arms:
         raise UserError("study has no arms; name a study of conf/study/, as study=nano.")
     if problems := [*_seeds_elsewhere(study), *_name_problems(study)]:
         raise UserError(*problems)
-    return [arm for arm in study.arms if not study.only or arm.name in study.only]
+    asked = [arm for arm in study.arms if not study.only or arm.name in study.only]
+    return with_starts(study, asked, lambda run: run_overrides(study, run))
 
 
-def check_arms(study: StudySettings, asked: list[StudyArm]) -> None:
-    """Refuse the study before its first run when settings of an arm that is asked for are wrong, or when no arm of the
+def check_runs(study: StudySettings, asked: list[StudyJob], folder: Path) -> None:
+    """Refuse the study before its first run when settings of a run that is asked for are wrong, or when no arm of the
     study reads one of them."""
-    name, folder = root_config()
-    with open_hydra("laddpo.study", folder) as hydra:
+    seed = study.seeds[0]
+    name, config_dir = root_config()
+    with open_hydra("laddpo.study", config_dir) as hydra:
         found = {
-            arm.name: runner.wrong_settings(hydra, name, arm.stage, arm_overrides(study, arm, study.seeds[0]))
-            for arm in asked
+            run.name: runner.wrong_settings(
+                hydra, name, run.stage, with_folders(arm_overrides(study, run, seed), folder, seed)
+            )
+            for run in asked
         }
     unread = [
         f"{text}: no arm of this study reads it; leave it out."
         for text in shared_overrides(study)
         if not any(stage_reads(arm.stage, text) for arm in study.arms)
     ]
-    runner.refuse_jobs(found, f"of {len(asked)} arms", unread)
+    runner.refuse_jobs(found, f"of {len(asked)} {'runs a seed' if study.first else 'arms'}", unread)
 
 
 def _seeds_elsewhere(study: StudySettings) -> list[str]:
@@ -69,6 +76,7 @@ def _seeds_elsewhere(study: StudySettings) -> list[str]:
     places = {
         "the command line": given_overrides.get(),
         "study.settings": study.settings,
+        **{f"study.first, {run.name}": run.overrides for run in study.first},
         **{f"study.arms, {arm.name}": arm.overrides for arm in study.arms},
     }
     return [
@@ -83,19 +91,21 @@ def _name_problems(study: StudySettings) -> list[str]:
     """Arms with equal names, arms that cannot run, and names of arms that do not exist."""
     from laddpo.results.studies import BASE
 
-    names = [arm.name for arm in study.arms]
+    names, every = [arm.name for arm in study.arms], [*study.first, *study.arms]
+    all_names = [run.name for run in every]
     problems = [
-        f"study.arms: {names.count(n)} are named {n!r}; name each once."
-        for n in sorted(set(names))
-        if names.count(n) > 1
+        f"study.arms: {all_names.count(n)} are named {n!r}; name each once."
+        for n in sorted(set(all_names))
+        if all_names.count(n) > 1
     ]
     if BASE in names:
         problems.append(f"study.arms: one is named {BASE!r}, the model before training; give it another name.")
     problems += [
-        f"study.arms, {arm.name}: stage is {arm.stage!r}; expected train or sft."
-        for arm in study.arms
-        if arm.stage not in ("train", "sft")
+        f"study.{'first' if run in study.first else 'arms'}, {run.name}: stage is {run.stage!r}; expected train or sft."
+        for run in every
+        if run.stage not in ("train", "sft")
     ]
+    problems += start_problems(study, lambda run: run_overrides(study, run))
     referred = [("study.only", name, names) for name in study.only]
     referred += [(f"study.arms, {arm.name}: against", arm.against, [*names, BASE]) for arm in study.arms]
     for claim in study.claims:
@@ -124,17 +134,22 @@ def refuse_other_arms(study: StudySettings, folder: Path) -> None:
     runner.refuse_jobs(found, f"of {len(found)} finished")
 
 
-def all_jobs(study: StudySettings) -> list[tuple[StudyArm, int]]:
-    """Every arm with every seed, asked for or not."""
-    return [(arm, seed) for arm in study.arms for seed in study.seeds]
+def all_jobs(study: StudySettings) -> list[tuple[StudyJob, int]]:
+    """Every run with every seed, asked for or not."""
+    return [(run, seed) for run in (*study.first, *study.arms) for seed in study.seeds]
 
 
-def arm_overrides(study: StudySettings, arm: StudyArm, seed: int) -> list[str]:
-    """All that the command line of an arm's run sets."""
-    return [*shared_overrides(study, arm), *arm.overrides, f"seed={seed}"]
+def arm_overrides(study: StudySettings, run: StudyJob, seed: int) -> list[str]:
+    """All that the command line of a run sets, with the names of the runs that it starts from."""
+    return [*run_overrides(study, run), f"seed={seed}"]
 
 
-def run_jobs(study: StudySettings, folder: Path, jobs: list[tuple[StudyArm, int]]) -> list[str]:
+def run_overrides(study: StudySettings, run: StudyJob) -> list[str]:
+    """All that is set alike for every seed."""
+    return [*shared_overrides(study, run), *run.overrides]
+
+
+def run_jobs(study: StudySettings, folder: Path, jobs: list[tuple[StudyJob, int]]) -> list[str]:
     """Run each job that is not finished; the names of those that failed. Raises `Stopped` after a signal."""
     failed = []
     common = runner.Jobs(folder, *root_config(), is_resumed=True)
@@ -145,8 +160,14 @@ def run_jobs(study: StudySettings, folder: Path, jobs: list[tuple[StudyArm, int]
                 continue
             print(f"{number} of {len(jobs)}: {place.name}", flush=True)
             overrides = arm_overrides(study, arm, seed)
+            starts = [f"{name}-{seed}" for name in started_from(overrides)]
+            if missing := [name for name in starts if not (folder / name / manifests.MANIFEST).exists()]:
+                print(f"  not started: it starts from {', '.join(missing)}, which failed", flush=True)
+                failed.append(place.name)
+                continue
             write_checked(place / JOB_FILE, {"overrides": overrides})
-            code = runner.run_job(common, arm.stage, overrides, place, log=place / "log.txt")
+            asked = with_folders(overrides, folder, seed)
+            code = runner.run_job(common, arm.stage, asked, place, log=place / "log.txt")
             write_checked(place / JOB_FILE, {"overrides": overrides, "exit_code": code})
             if runner.stop_requested.is_set():
                 raise Stopped(f"{folder}: stopped.", f"Run the same command with resume=true output_dir={folder}.")
@@ -158,13 +179,15 @@ def run_jobs(study: StudySettings, folder: Path, jobs: list[tuple[StudyArm, int]
     return failed
 
 
-def shared_overrides(study: StudySettings, arm: StudyArm | None = None) -> list[str]:
+def shared_overrides(study: StudySettings, arm: StudyJob | None = None) -> list[str]:
     """What every run gets: the study's settings, then what this command line says beside the study.
 
     An arm does not get what its stage does not read, and one that names data of its own without what only the study's
-    source would read.
+    source would read. A run of study.first gets from the command line what changes no result, and nothing else.
     """
     given = [text for text in given_overrides.get() if text.lstrip("+~").split("=")[0].split(".")[0] not in OWN]
+    if isinstance(arm, StudyRun):
+        return [text for text in given if text.lstrip("+").startswith(OF_THE_MACHINE)]
     shared = [*study.settings, *given]
     has_own_data = arm is not None and any(text.startswith("data=") for text in arm.overrides)
     return [
@@ -204,7 +227,7 @@ def run_state(place: Path) -> str:
 
 def write_page(study: StudySettings, folder: Path) -> dict:
     """study.json, study.md and study.png of what is finished, asked for this time or before."""
-    from laddpo.results import studies
+    from laddpo.results import mended, studies
     from laddpo.results.study_page import study_markdown, study_plot
 
     read, unfinished = [], []
@@ -216,12 +239,19 @@ def write_page(study: StudySettings, folder: Path) -> dict:
                 name = f"{arm.name}-{seed}"
                 unfinished.append({"run": name, "state": run_state(folder / name)})
         read.append(studies.Arm(arm.name, arm.factor, arm.stage, arm.overrides, arm.against, outcomes))
-    content = studies.study_json(read, [studies.Claim(c.arm, c.against, c.margin) for c in study.claims])
+    claims = [studies.Claim(c.arm, c.against, c.margin) for c in study.claims]
+    content = studies.study_json(read, claims)
     content["unfinished"] = unfinished
     content["settings"] = shared_overrides(study)
+    content["first"] = [{"name": run.name, "stage": run.stage, "overrides": list(run.overrides)} for run in study.first]
+    content |= mended.more_json(folder, read, claims)
     title, command = f"Study {study.name}", shlex.join(["python", "-m", "laddpo.study", *asked_of()])
     atomic.write_json(folder / "study.json", content)
-    atomic.write_text(folder / "study.md", study_markdown(content, title, command))
+    page = [study_markdown(content, title, command).rstrip("\n"), *mended.more_blocks(content)]
+    atomic.write_text(folder / "study.md", "\n\n".join(page) + "\n")
     if content["arms"]:
         study_plot(content, folder / "study.png", title)
+    for said, found in content["also"].items():
+        if found["arms"]:
+            study_plot(found, folder / f"study{said.replace(' ', '_')}.png", title + said)
     return content

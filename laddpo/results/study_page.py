@@ -62,7 +62,7 @@ def study_markdown(content: Mapping[str, Any], title: str, command: str) -> str:
         shown = rows if default is None or default in rows else [default, *rows]
         blocks += [f"## {factor}", markdown(HEADER, [_cells(row) for row in shown])]
     if grouped := [_group_cells(row, group) for row in content["arms"] for group in row["groups"]]:
-        blocks += ["## What was mended, and what was harmed", GROUPS, markdown(GROUP_HEADER, grouped)]
+        blocks += ["## Where the habit shows, and elsewhere", GROUPS, markdown(GROUP_HEADER, grouped)]
     drifted = [line for row in content["arms"] for line in _drift_lines(row)]
     blocks += ["## Length and ends of answers", "\n".join(drifted) or f"No arm moved either by more than {DRIFT:.0%}."]
     settings = [[row["arm"], row["stage"], " ".join(row["overrides"]) or "-"] for row in content["arms"]]

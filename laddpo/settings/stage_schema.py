@@ -63,6 +63,15 @@ class StudyArm:
 
 
 @dataclass
+class StudyRun:
+    """A run that comes before the arms of each seed. {name} in the settings of a later run is its folder."""
+
+    name: str = MISSING
+    stage: str = "sft"
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
 class StudyClaim:
     """What is to be decided: `arm` better than `against`, or not worse by more than `margin` points."""
 
@@ -78,6 +87,7 @@ class StudySettings:
     name: str = "none"
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44])
     settings: list[str] = field(default_factory=list)
+    first: list[StudyRun] = field(default_factory=list)
     arms: list[StudyArm] = field(default_factory=list)
     claims: list[StudyClaim] = field(default_factory=list)
     only: list[str] = field(default_factory=list)

@@ -10,7 +10,8 @@ import pytest
 from laddpo.cli.app import cli, given_overrides
 from laddpo.errors import UserError
 from laddpo.jobs import runner
-from laddpo.jobs.arms import arm_overrides, asked_of, shared_overrides, wanted_arms
+from laddpo.jobs.arms import arm_overrides, asked_of, shared_overrides, wanted_runs
+from laddpo.jobs.starts import with_folders
 from laddpo.settings.compose import compose
 from laddpo.settings.ranges import CONF_DIR
 from laddpo.storage import manifests
@@ -26,19 +27,22 @@ def test_every_arm_of_every_study_composes(name):
     assert {arm.stage for arm in study.arms} <= {"train", "sft"}
     for arm in study.arms:
         assert arm.against in names
-        compose([*study.settings, *arm.overrides])
+        compose(with_folders([*study.settings, *arm.overrides], Path("s"), 1))
+    for run in study.first:
+        compose(with_folders(run.overrides, Path("s"), 1))
     for claim in study.claims:
         assert claim.arm in names and claim.against in [*names, "base"]
 
 
 def test_a_study_without_arms_or_with_unknown_ones_is_refused():
     with pytest.raises(UserError, match="name a study"):
-        wanted_arms(compose().study)
+        wanted_runs(compose().study)
     with pytest.raises(UserError, match="'defualt'; the arms are: default"):
-        wanted_arms(compose(["study=nano", "study.only=[defualt]"]).study)
+        wanted_runs(compose(["study=nano", "study.only=[defualt]"]).study)
 
 
 ONE_ARM = "study.arms=[{name: default}]"
+FIRST = "study.first=[{name: starts}]"
 TWO_ARMS = "study.arms=[{name: default}, {name: other, overrides: ['dpo.loss=ipo']}]"
 
 
@@ -52,6 +56,14 @@ TWO_ARMS = "study.arms=[{name: default}, {name: other, overrides: ['dpo.loss=ipo
         (["study.arms=[{name: default}, {name: base}]"], "one is named 'base'"),
         (["study.arms=[{name: default}, {name: default}]"], "2 are named 'default'"),
         (["study.arms=[{name: default, stage: prepare}]"], "stage is 'prepare'; expected train or sft"),
+        (["study.settings=['x={start}/model']", FIRST], r"study.arms, default: \{start\} .*did you mean starts"),
+        (
+            ["study.settings=['x={other}/model']"],
+            r"study.arms, other: \{other\} is the folder of a run",
+        ),
+        ([FIRST], "study.first, starts: no run starts from it"),
+        (["study.first=[{name: other}]"], "2 are named 'other'"),
+        (["study.first=[{name: a, overrides: ['seed=3']}]"], r"seed=3 \(study.first, a\)"),
         (["study.settings=['seed=3']"], r"seed=3 \(study.settings\): .*set study.seeds"),
         (["study.arms=[{name: default, overrides: ['seed=3']}]"], r"seed=3 \(study.arms, default\)"),
     ],
@@ -59,7 +71,7 @@ TWO_ARMS = "study.arms=[{name: default}, {name: other, overrides: ['dpo.loss=ipo
 def test_what_is_wrong_with_a_study_is_said_before_its_first_arm(settings, message):
     arms = [] if settings[0].startswith("study.arms") else [TWO_ARMS]
     with pytest.raises(UserError, match=message):
-        wanted_arms(compose([*arms, *settings]).study)
+        wanted_runs(compose([*arms, *settings]).study)
 
 
 @pytest.mark.parametrize(
@@ -217,3 +229,71 @@ def test_failed_runs_are_named_with_their_log(tmp_path, capsys):
     assert "1 of 1 runs failed: default-1" in shown.err and f"resume=true output_dir={tmp_path / 's'}." in shown.err
     assert "nowhere" in (tmp_path / "s" / "default-1" / "log.txt").read_text()
     assert "default-1 (failed (exit code 2))" in (tmp_path / "s" / "study.md").read_text()
+
+
+CHAIN = [
+    "study.first=[{name: start, overrides: ['experiment=make_rubric_base']}, {name: b, overrides: ['logger=none']}]",
+    "study.settings=['model.model_name_or_path={start}/model', 'evaluation.limit=3']",
+    "study.arms=[{name: default}, {name: sft, stage: sft}, {name: then, overrides: ['adapter.path={sft}/adapter']}, "
+    "{name: last, overrides: ['adapter.path={b}/adapter']}]",
+    "study.seeds=[1]",
+]
+
+
+def test_a_run_starts_from_the_folder_of_another_one_of_its_seed(tmp_path, no_runs, capsys):
+    command = [*CHAIN, f"output_dir={tmp_path / 'a b'}", "hardware.threads=1"]
+    assert cli("study", [*command, "study.only=[then]"]) == 0
+    first, sft, then = ([text for text in given if text[0] != "-"] for given in no_runs)
+    assert "hardware.threads=1" in first and "evaluation.limit=3" not in first, "settings of the study are for its arms"
+    assert f"model.model_name_or_path='{tmp_path}/a b/start-1/model'" in sft
+    assert f"adapter.path='{tmp_path}/a b/sft-1/adapter'" in then
+    (tmp_path / "a b").rename(tmp_path / "moved")
+    command[-2] = f"output_dir={tmp_path / 'moved'}"
+    assert cli("study", [*command, "resume=true"]) == 0 and len(no_runs) == 6, "start-1, sft-1 and then-1 are there"
+    job = json.loads((tmp_path / "moved" / "then-1" / "job.json").read_text())
+    assert "adapter.path={sft}/adapter" in job["overrides"]
+    assert cli("study", [*command, "study.first=[{name: start}, {name: b}]", "resume=true"]) == 2
+    assert "start-1" in capsys.readouterr().err
+
+
+def test_what_starts_from_a_failed_run_is_not_started(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def fail(command, folder, log=None):
+        started.append(folder.name)
+        return 2
+
+    monkeypatch.setattr(runner, "run_child", fail)
+    assert cli("study", [*CHAIN, f"output_dir={tmp_path / 's'}"]) == 1
+    shown = capsys.readouterr()
+    assert started == ["start-1", "b-1"] and "it starts from start-1, which failed" in shown.out
+    assert "6 of 6 runs failed" in shown.err
+
+
+def test_a_study_starts_from_a_base_that_it_makes_and_answers_at_two_temperatures(tmp_path):
+    few = ["evaluation.limit=4", "evaluation.gen_length=20", "evaluation.steps=2", "evaluation.block_length=20"]
+    first = ["experiment=make_rubric_base", "logger=none", "optim.max_train_steps=1", "sft.num_examples=8", *few]
+    folder = tmp_path / "study"
+    command = [
+        "study=rubric",
+        "study.seeds=[42]",
+        "study.only=[dpo]",
+        f"study.first=[{{name: base, overrides: {json.dumps(first)}}}]",
+        f"output_dir={folder}",
+        f"paths.data_dir={tmp_path / 'data'}",
+        *("hardware.device=cpu", "hardware.threads=1", "data.sampling.num_questions=16", "optim.max_train_steps=1"),
+        *("optim.per_device_train_batch_size=2", "evaluation.every_steps=1", *few),
+    ]
+    assert cli("study", command) == 0
+    results = json.loads((folder / "dpo-42" / "evaluation" / "results.json").read_text())
+    for name in ("exact_match", "mean_marks", "share_carry", "share_hash"):
+        assert results[name]["items"] == results[f"{name}_at_temperature_1"]["items"] == 4
+    content = json.loads((folder / "study.json").read_text())
+    assert content["also"][" at temperature 1"]["arms"][0]["arm"] == "dpo"
+    found = content["mended"][" at temperature 1"]["dpo"]["carry"]
+    assert found["wrong"] + found["right"] == 4 and found["kept"] <= found["right"]
+    page = (folder / "study.md").read_text()
+    assert "## Answers at temperature 1" in page and "| dpo | right, still right |" in page
+    assert (folder / "study_at_temperature_1.png").is_file()
+    config = (folder / "dpo-42" / "config.yaml").read_text()
+    assert f"model_name_or_path: {folder}/base-42/model" in config
