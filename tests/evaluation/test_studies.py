@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from laddpo.problems.groups import group_of_items
+from laddpo.results.mended import more_blocks, more_json
 from laddpo.results.studies import Arm, Claim, Outcome, difference, read_outcome, study_json
 from laddpo.results.study_page import study_markdown, study_plot
 from laddpo.storage import json_lines, manifests
@@ -168,3 +169,24 @@ def test_rounds_are_read_from_the_first_base_to_the_last_model(tmp_path):
     manifests.write_manifest(tmp_path / "run", "train", {"rounds": []}, [])
     outcome = read_outcome(tmp_path / "run", 7)
     assert list(outcome.base.values()) == [False, False] and list(outcome.tuned.values()) == [True, True]
+
+
+def test_both_groups_are_counted_by_mark_and_by_temperature(tmp_path):
+    folder = tmp_path / "a-1"
+    log = json_lines.JsonLines(folder / "evaluation" / "items.jsonl")
+    answers = {"base": "x yy", "tuned": "yyyx", "base at temperature 1": "xxyy", "tuned at temperature 1": "yyyy"}
+    for model, texts in answers.items():
+        for i, text in enumerate(texts):
+            log.append({**record(model, str(i), text == "y"), "marks": {"neat": text != " "}})
+    log.append({"task": "t", "model": "verdict", "id": "0", "verdict": "win"})
+    one = Arm("a", "Arms", "train", [], "a", [Outcome(1, {}, {}, {})])
+    found = more_json(tmp_path, [one, Arm("b", "Arms", "train", [], "a")], [Claim("a", "base"), Claim("b", "a")])
+    assert found["mended"][""]["a"] == {
+        "exact match": {"wrong": 2, "mended": 2, "right": 2, "kept": 1},
+        "neat": {"wrong": 1, "mended": 1, "right": 3, "kept": 3},
+    }
+    hot = found["also"][" at temperature 1"]
+    assert hot["arms"][0]["exact_match"] == 1 and hot["arms"][0]["against_base"]["difference"] == 0.5
+    page = "\n".join(more_blocks(found))
+    assert "## Answers at temperature 1" in page and "| a | wrong, now right | 2 of 2 | 1 of 1 |" in page
+    assert "| a | right, still right | 1 of 2 | 3 of 3 |" in page and "- b against a: not measured yet." in page
