@@ -16,6 +16,7 @@ from pathlib import Path
 
 from laddpo.cli.app import run_stage
 from laddpo.errors import UserError
+from laddpo.problems.tasks import BY_ANSWERS
 from laddpo.settings.data_checks import sft_examples
 from laddpo.settings.loggers import check_trackers
 from laddpo.settings.schema import RunConfig
@@ -30,7 +31,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         raise UserError("dry_run is true, which only python -m laddpo.train knows; expected false. Leave it out.")
     if config.data.rounds > 1:
         raise UserError(f"rounds is {config.data.rounds}, which only python -m laddpo.train knows; expected 1.")
-    measured = ("auto", "none", "exact_match", *(["loss"] if sft_examples(config) == "rows" else []))
+    measured = ("auto", "none", *BY_ANSWERS, *(["loss"] if sft_examples(config) == "rows" else []))
     if config.best_metric not in measured:
         raise UserError(
             f"best_metric is {config.best_metric!r}, which is measured on preference pairs, and sft has none; expected "

@@ -10,7 +10,7 @@ import numpy as np
 from laddpo.core.objectives import pair_scores
 from laddpo.inputs.margins import PreferenceScores
 from laddpo.preference.encoding.encode import EncodedPair
-from laddpo.problems.tasks import embedded
+from laddpo.problems.tasks import BY_ANSWERS, embedded
 from laddpo.results.stats import compare
 
 
@@ -19,7 +19,7 @@ def held_out_facts(
 ) -> dict[str, Any] | None:
     """What the table of results says about its pairs. None for validation pairs beside a task whose problems chose the
     checkpoint. `ties`: pairs of which the tuned model prefers neither side to the base."""
-    by_pairs = best_metric not in ("none", "exact_match") and not (best_metric == "auto" and embedded(tasks))
+    by_pairs = best_metric not in ("none", *BY_ANSWERS) and not (best_metric == "auto" and embedded(tasks))
     if split == "validation" and not by_pairs:
         return None
     facts = {"split": split, "pairs": len(groups), "prompts": len(set(groups))}

@@ -279,7 +279,8 @@ class TaskKind:
     `is_embedded`: its problems are made here, also some to choose a checkpoint by; the others read rows and have
     test problems only. `has_difficulty`: data.operand_max and its like are its difficulty. `has_shots`: it can show
     worked examples. `needs_file`: the file that the user must name. `takes_grader`: evaluation.grader says how its
-    answers are compared. `is_judged`: base and tuned answers are compared with each other. `instruction`: what it
+    answers are compared. `has_marks`: an answer has several marks, and is right with all of them. `is_judged`: base and
+    tuned answers are compared with each other. `instruction`: what it
     writes behind a question, which `lists_choices` before that.
     """
 
@@ -291,13 +292,15 @@ class TaskKind:
     takes_grader: bool = False
     instruction: str = ""
     lists_choices: bool = False
+    has_marks: bool = False
     is_judged: bool = False
 
 
+BY_ANSWERS = ("exact_match", "mean_marks")  # what best_metric may measure on answers to problems
 JUDGED = "winrate"  # the task whose answers are compared
 TASKS: dict[str, TaskKind] = {
     "arithmetic": TaskKind(arithmetic_task, is_embedded=True, has_difficulty=True),
-    "rubric": TaskKind(rubric_task, is_embedded=True),
+    "rubric": TaskKind(rubric_task, is_embedded=True, has_marks=True),
     "word_problems": TaskKind(word_problems_task, is_embedded=True, instruction=GSM8K_INSTRUCTION),
     "gsm8k": TaskKind(gsm8k_task, has_shots=True, instruction=GSM8K_INSTRUCTION),
     "math500": TaskKind(math500_task, instruction=MATH500_INSTRUCTION),

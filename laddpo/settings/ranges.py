@@ -25,7 +25,7 @@ from laddpo.preference.reading.ranked import PAIRS_FROM
 from laddpo.preference.reading.rows import SHAPES
 from laddpo.preference.sources import SOURCES
 from laddpo.problems.grading import GRADERS
-from laddpo.problems.tasks import TASKS, embedded
+from laddpo.problems.tasks import BY_ANSWERS, TASKS, embedded
 from laddpo.settings.bounds import Range, at_least, more_than
 from laddpo.settings.judge_ranges import JUDGE_CHOICES, JUDGE_RANGES
 
@@ -72,6 +72,13 @@ def _depending(key: str, value: Any, config: Any) -> Iterator[str]:
                 f"best_metric is 'exact_match' and evaluation.tasks is {evaluation.tasks} (harness "
                 f"{evaluation.harness}), which has no problems to choose a checkpoint by; those of "
                 f"{', '.join(embedded(TASKS))} have; add one, or use best_metric=auto."
+            )
+    elif key == "best_metric" and value == "mean_marks":
+        graded = evaluation.tasks if evaluation.harness == "none" else []
+        if not any(TASKS[name].has_marks for name in graded if name in TASKS):
+            yield (
+                f"best_metric is 'mean_marks' and evaluation.tasks is {evaluation.tasks}, whose answers have no marks; "
+                "use evaluation=rubric, or best_metric=auto."
             )
     elif key == "benchmark.parts":
         for part in ("cards", "rates"):
@@ -146,7 +153,7 @@ CHOICES: dict[str, Collection[str]] = {
     "best_metric": (
         "auto",
         "none",
-        "exact_match",
+        *BY_ANSWERS,
         "loss",
         "rewards/accuracies",
         "rewards/margins",

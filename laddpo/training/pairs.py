@@ -117,10 +117,10 @@ def check_enough(config: RunConfig, prepared) -> None:
     from laddpo.errors import UserError
     from laddpo.hardware.planning import pairs_per_step
     from laddpo.inputs.data import row_lengths
-    from laddpo.problems.tasks import embedded
+    from laddpo.problems.tasks import BY_ANSWERS, embedded
     from laddpo.processes.ranks import here
 
-    needs_pairs = config.best_metric not in ("auto", "none", "exact_match") or (
+    needs_pairs = config.best_metric not in ("auto", "none", *BY_ANSWERS) or (
         config.evaluation.every_steps is not None and not embedded(config.evaluation.tasks)
     )
     if needs_pairs and not config.dry_run and not len(prepared.validation):

@@ -81,6 +81,7 @@ def test_the_judge_counts_marks(tmp_path):
             "which only data.judge has; write evaluation=rubric",
         ),
         (["data=rubric", "evaluation.temperatures=[-1]"], "evaluation.temperatures is -1"),
+        (["best_metric=mean_marks"], "whose answers have no marks; use evaluation=rubric"),
         (["data=rubric", "sft.fault_rate=2"], "sft.fault_rate is 2.0"),
     ],
 )
