@@ -449,7 +449,7 @@ def test_metrics_that_may_choose_a_checkpoint_are_measured():
 
     item = SimpleNamespace(reference=np.zeros((2, 1)), response_tokens=(1, 1), weight=1.0, margin=0.0)
     measured = preference_metrics([item], torch.zeros(1, 2, 1), torch.zeros(1), 1.0)
-    assert set(CHOICES["best_metric"]) - set(measured) == {"auto", "none", "exact_match"}
+    assert set(CHOICES["best_metric"]) - set(measured) == {"auto", "none", "exact_match", "mean_marks"}
     assert compose(["best_metric=exact_match"]).best_metric == "exact_match"
 
 
