@@ -7,6 +7,12 @@ from typing import Any
 
 MEANINGS = {
     "exact match": "share of problems whose final answer is right",
+    "mean marks": "how many of its five marks an answer has, on average",
+    "share carry": "share of answers whose last number is right",
+    "share equals 1": "share of answers with = in the first step",
+    "share semicolon": "share of answers with ; between the steps",
+    "share equals 2": "share of answers with = in the second step",
+    "share hash": "share of answers with # before the last number",
     "win rate": "share of prompts to which the tuned model's answer is better, a tie as one half; 50% is chance",
     "reward accuracy": "share of pairs in which the chosen answer has the higher reward; 50% is chance",
     "reward accuracy on training pairs": "the same for pairs that training has seen",
@@ -50,4 +56,5 @@ def explained(names: Iterable[str]) -> list[tuple[str, str]]:
 
 def _plain(name: str) -> str:
     """ "gsm8k/exact_match" -> "exact match" """
-    return name.removesuffix(" so far").rsplit("/", 1)[-1].replace("_", " ")
+    plain = name.removesuffix(" so far").rsplit("/", 1)[-1].replace("_", " ")
+    return plain.partition(" at temperature ")[0]

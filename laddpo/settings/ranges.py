@@ -80,6 +80,11 @@ def _depending(key: str, value: Any, config: Any) -> Iterator[str]:
                 f"best_metric is 'mean_marks' and evaluation.tasks is {evaluation.tasks}, whose answers have no marks; "
                 "use evaluation=rubric, or best_metric=auto."
             )
+    elif key == "evaluation.temperatures" and len({*value, evaluation.temperature}) <= len(value):
+        yield (
+            f"{key} is {value} beside evaluation.temperature={evaluation.temperature:g}, which names one twice; "
+            "problems are answered once at each; write each once."
+        )
     elif key == "benchmark.parts":
         for part in ("cards", "rates"):
             if part in value and not getattr(benchmark, part):

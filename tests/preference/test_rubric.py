@@ -82,6 +82,7 @@ def test_the_judge_counts_marks(tmp_path):
         ),
         (["data=rubric", "evaluation.temperatures=[-1]"], "evaluation.temperatures is -1"),
         (["best_metric=mean_marks"], "whose answers have no marks; use evaluation=rubric"),
+        (["evaluation.temperatures=[0]"], "names one twice"),
         (["data=rubric", "sft.fault_rate=2"], "sft.fault_rate is 2.0"),
     ],
 )
