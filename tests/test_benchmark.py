@@ -2,12 +2,14 @@
 
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from laddpo.benchmarking import speed
+from laddpo.benchmarking import cards as cards_module
+from laddpo.benchmarking import limits, speed
 from laddpo.benchmarking.measure import median_ratio, timed_rounds
 from laddpo.benchmarking.workload import length_parameters, pair_of_tokens, random_model, random_pairs
 from laddpo.cli.app import cli
@@ -175,3 +177,40 @@ def test_rounds_rotate_the_order_and_every_contender_sees_the_same_pairs():
     assert [name for name, _, _ in seen] == ["a", "b", "a", "b", "b", "a", "a", "b"]  # one untimed step of each first
     assert [pair for _, pair, _ in seen[2:]] == [batch[0].id for batch in batches for _ in range(2)]
     assert set(seconds) == {"a", "b", "a/cpu", "b/cpu"} and all(len(values) == 3 for values in seconds.values())
+
+
+def test_a_benchmark_that_is_cut_by_its_minutes_keeps_its_rows_and_measures_the_rest_when_resumed(
+    tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    cards = "benchmark.cards=[{draws: 1, quantization: none}, {draws: 2, quantization: none}]"
+    asked = [*of_parts(TINY, "cards", "plan"), cards, "benchmark.card_tokens=48", "benchmark.plan_ranks=[2]"]
+    asked += ["benchmark.parts=[cards,plan]", "benchmark.plan_tokens=[64]", f"output_dir={folder}"]
+    measured = []
+    plain = cards_module.whole_step
+
+    def slow(bench, model, setting, pair):
+        measured.append(setting.draws)
+        if measured == [1, 2]:  # as the clock does when the time is over
+            signal.raise_signal(signal.SIGALRM)
+        return plain(bench, model, setting, pair)
+
+    monkeypatch.setattr(cards_module, "whole_step", slow)
+    monkeypatch.setattr(limits.Clock, "_left", lambda clock: 0.0 if measured == [1, 2] else 600.0)
+    assert cli("benchmark", [*asked, "benchmark.minutes=1"]) == 0
+    shown, record = capsys.readouterr().out, json.loads((folder / "benchmark.json").read_text())
+    assert "1 minutes are over; not measured: cards, plan" in shown and f"resume=true output_dir={folder}" in shown
+    assert measured == [1, 2] and len(record["cards"]["rows"]) == 1 and "plan" not in record
+    assert "The time was over before all rows were measured" in (folder / "benchmark.md").read_text()
+    assert not (folder / "manifest.json").exists()
+
+    assert cli("benchmark", [*asked, "resume=true", "seed=7", "benchmark.card_tokens=64"]) == 2
+    assert "card_tokens" in capsys.readouterr().err
+    first = record["cards"]["rows"][0]
+    monkeypatch.setattr(limits.Clock, "_left", lambda clock: float("inf"))
+    assert cli("benchmark", [*asked, "resume=true"]) == 0
+    record = json.loads((folder / "benchmark.json").read_text())
+    assert measured == [1, 2, 2] and record["cards"]["rows"][0] == first and len(record["cards"]["rows"]) == 2
+    assert record["plan"]["is_whole"] and read_manifest(folder, "benchmark") is not None
+    text = (folder / "benchmark.md").read_text()
+    assert "## In short" in text and "largest error of the memory plan in 2 settings" in text

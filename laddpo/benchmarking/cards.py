@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from laddpo.benchmarking.contenders import BETA, Contender, Ours, fixed_budget
+from laddpo.benchmarking.limits import Rows
 from laddpo.benchmarking.measure import measure
 from laddpo.benchmarking.rivals import PublicLaddpo, TrlLike
 from laddpo.benchmarking.workload import Workbench, pair_of_tokens, quantization_of
@@ -62,25 +63,19 @@ class Shelf:
         return self.model
 
 
-def cards_part(bench: Workbench) -> tuple[str, dict]:
+def cards_part(bench: Workbench, rows: Rows) -> tuple[str, dict]:
     """Whole optimizer steps on the longest pair, under the cap of every setting."""
-    wanted = bench.settings
+    wanted, shelf = bench.settings, Shelf()
     pair = pair_of_tokens(wanted.card_tokens, wanted.shape.vocab_size - 2, bench.seed, prompt_share=0.25)
-    shelf, rows = Shelf(), []
-    for setting in wanted.cards:
+
+    def row_of(setting: StepSetting) -> dict:
         model = shelf.get(bench, setting)
-        step = whole_step(bench, model, setting, pair)
+        step = whole_step(bench, model, setting, pair)  # what it holds, a rival's copy too, is freed before the next
         found = measure(step, model, bench.machine.device, TIMES if setting.draws < 16 else 1, setting.gib)
-        rows.append(
-            {
-                "setting": dataclasses.asdict(setting),
-                **dataclasses.asdict(found),
-                "predicted": predicted_peak(bench, setting, pair),
-                "tokens": 2 * setting.draws * wanted.card_tokens,
-            }
-        )
-        step = model = None  # free a rival's copy and the model before the next one is made
-    text, record = cards_section(rows)
+        predicted, tokens = predicted_peak(bench, setting, pair), 2 * setting.draws * wanted.card_tokens
+        return {**dataclasses.asdict(found), "predicted": predicted, "tokens": tokens}
+
+    text, record = cards_section(rows.measured(wanted.cards, row_of))
     about = (
         f"One pair a step: prompt and either response together {wanted.card_tokens} tokens, reference pass and "
         "optimizer included. tokens/s counts those of all draws."

@@ -17,6 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from laddpo.benchmarking.cards import TIMES, Shelf, contender_of, describe, gib_text, median_seconds
+from laddpo.benchmarking.limits import Rows
 from laddpo.benchmarking.measure import Measured, measure, timed
 from laddpo.benchmarking.workload import Workbench
 from laddpo.core.gradient import Item, pack_items, pack_sequence_runs
@@ -41,14 +42,14 @@ KINDS = {  # the first that matches counts
 }
 
 
-def rates_part(bench: Workbench) -> tuple[str, dict]:
+def rates_part(bench: Workbench, kept: Rows) -> tuple[str, dict]:
     """Packed micro-steps of dialogue lengths: operations per second against matrix products, and kernels by kind."""
     wanted, shelf = bench.settings, Shelf()
     budgets = sorted({setting.token_budget for setting in wanted.rates})
     machine, shape = bench.machine, bench.setup_of(StepSetting()).shape
     products = {tokens: matmul_rate(machine.device, machine.dtype, tokens, shape) for tokens in budgets}
     ceiling = max(products.values())
-    rows = [rate_of(bench, shelf, setting) for setting in wanted.rates]
+    rows = kept.measured(wanted.rates, lambda setting: rate_of(bench, shelf, setting))
     text, record = rates_section(rows, products, ceiling)
     about = (
         f"Pairs of dialogue lengths, packed; {MICRO_STEPS} micro-steps or more, gradients without the optimizer. "
@@ -76,7 +77,7 @@ def rate_of(bench: Workbench, shelf: Shelf, setting: StepSetting) -> dict:
     counted = work_of(items)
     found = _unless_uncompiled(lambda: measure(work, model, bench.machine.device, TIMES, setting.gib), setting)
     flops = forward_flops(bench.setup_of(setting), counted) * (2 if is_training else 1)
-    row = {"setting": dataclasses.asdict(setting), **dataclasses.asdict(found)}
+    row = dataclasses.asdict(found)
     row |= {"tokens": counted.tokens, "useful_flops": flops}
     row["micro_steps"] = micro_steps(items, setting.token_budget)
     if not found.problem:

@@ -185,7 +185,7 @@ WAY_OF_ANSWERING = (
     *("confidence_threshold", "block_cache"),
 )
 PLACES_OF_BASE = ("model.model_name_or_path", "model.revision")  # what lies there is compared by its fingerprint
-AT_ONCE = ("generate", "chat", "variance", "benchmark")  # stages that keep nothing that could be resumed
+AT_ONCE = ("generate", "chat", "variance")  # stages that keep nothing that could be resumed
 OF_EVERY_STAGE = ("hardware", "paths", "logger", "output_dir", "resume", "auto", "verify", "run", "hydra")
 IN_PIECES = ("evaluation", "decoding", "hardware", "paths", "hydra")  # of these only what the command line names
 

@@ -350,6 +350,7 @@ RANGES: dict[str, Range] = {
     **JUDGE_RANGES,
     "export.shard_gib": more_than(0, "4 is usual"),
     "report.examples": at_least(0, "0 shows none"),
+    "benchmark.minutes": more_than(0, "null takes as long as it takes"),
     "benchmark.mean": more_than(16, "157 is HH-RLHF's"),
     "benchmark.p99": more_than(16, "646 is HH-RLHF's"),
     "benchmark.prompt_mean": more_than(8, "90 is near HH-RLHF's"),

@@ -328,6 +328,7 @@ class BenchmarkSettings:
     block_answer: int = 200
     block_draws: list[int] = field(default_factory=lambda: [4, 8])
     parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed", "sampler"])
+    minutes: float | None = None
 
 
 @dataclass

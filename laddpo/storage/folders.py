@@ -242,8 +242,8 @@ WORDS = {  # by kind
     "checkpoint": "a checkpoint",
     "fault": "the report of a fault",
 }
-CONTINUED = {"train", "sft", "evaluation", "variance", "study", "sweep"}  # with resume=true
-REDONE = {"export", "benchmark"}  # what was left half done is written again
+CONTINUED = {"train", "sft", "evaluation", "variance", "study", "sweep", "benchmark"}  # with resume=true
+REDONE = {"export"}  # what was left half done is written again
 WRITTEN_AGAIN = {"report", "reference", "surprise", "samples", "dry_run"}  # by every further command
 HARMLESS = {LOCK, MARK, ".gitkeep", ".DS_Store", "Thumbs.db", "desktop.ini", "multirun.yaml"}
 HARMLESS |= {"command.json"}  # alone it is all that a run wrote before its config.yaml
