@@ -32,6 +32,8 @@ TINY = [
     "benchmark.draws=2",
     "benchmark.memory_draws=[1,2]",
     "benchmark.flat_draws=12",
+    "benchmark.long_answers=[32]",
+    "benchmark.sft_rows=3",
     "benchmark.sampler_items=4",
     "benchmark.sampler_batch=2",
 ]
@@ -84,6 +86,25 @@ def test_speed_is_in_pairs_per_second_with_intervals(written):
     assert speed["second_epoch_over_first"]["median"] > 0
 
 
+def test_like_is_compared_with_like(written):
+    text, record = written
+    for found in (record["speed"]["alike"], record["long"]["lengths"]["32"]):
+        assert [entry["ours"] for entry in found.values()] == [
+            "stream with reference pass",
+            "stream",
+            "stream, checkpointing",
+        ]
+        assert [entry["rival"] for entry in found.values()] == [
+            "trl_like (chunked logits)",
+            "trl_like (chunked logits), stored reference, unpadded",
+            "trl_like (chunked logits), stored reference, unpadded, checkpointing",
+        ]
+    assert (
+        "Like with like" in text and "| time of trl_like (chunked logits), stored reference, unpadded over ours" in text
+    )
+    assert record["sft"]["peaks"].keys() == {"ours, packed", "plain, a row at a time"}
+
+
 def test_the_fast_paths_are_compared_with_the_plain_sampler_on_graded_answers(written):
     text, record = written
     ways = record["sampler"]["ways"]
@@ -119,7 +140,7 @@ def test_a_part_can_run_alone_on_the_configured_model(tmp_path, capsys):
 def test_a_model_that_is_no_part_is_refused(capsys):
     assert cli("benchmark", ["benchmark.parts=[sped]"]) == 2
     assert (
-        "benchmark.parts is 'sped'; known: memory, flat, plan, speed, sampler, cards, rates, agreement, nano, block; "
+        "benchmark.parts is 'sped'; known: memory, flat, plan, speed, long, sft, sampler, cards, rates, agreement, nano, block; "
         "did you mean speed?" in capsys.readouterr().err
     )
 

@@ -11,17 +11,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from laddpo.benchmarking.rivals import PublicLaddpo, Rival, TrlLike
+from laddpo.benchmarking.rivals import PublicLaddpo, Rival, TrlLike, checkpointed
 from laddpo.core.budget import TokenBudget
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import Item, accumulate_gradient, score_items
 from laddpo.core.losses import LossOptions
-from laddpo.core.objectives import DpoObjective
-from laddpo.core.tasks import pair_item
+from laddpo.core.objectives import DpoObjective, SftObjective
+from laddpo.core.tasks import example_item, pair_item
 from laddpo.models.adapters import adapter_disabled, trainable_parameters
-from laddpo.models.blocks import checkpoint_blocks
 from laddpo.models.denoiser import TransformerDenoiser
-from laddpo.preference.encoding.encode import EncodedPair
+from laddpo.preference.encoding.encode import EncodedExample, EncodedPair
 
 BETA = 0.1
 OUT_OF_MEMORY = "out of memory"
@@ -58,13 +57,8 @@ class Ours:
         items = [replace(item, reference=value) for item, value in zip(items, values, strict=True)]
         parameters = list(trainable_parameters(self.model).values())
         objective, scale = DpoObjective("sigmoid", LossOptions(BETA)), 1 / len(items)
-        if self.checkpointing:
-            checkpoint_blocks(self.model)
-        try:
+        with checkpointed(self.model, self.checkpointing):
             accumulate_gradient(self.denoiser, parameters, items, objective, scale, self.token_budget, self.mode)
-        finally:
-            if self.checkpointing:
-                checkpoint_blocks(self.model, False)
 
     def items(self, pairs: Sequence[EncodedPair], draws: int) -> list[Item]:
         """The pairs under `draws` draws each."""
@@ -82,7 +76,27 @@ class Ours:
         return tuple(pair.id for pair in pairs), draws
 
 
-Contender = Ours | Rival
+@dataclass
+class OurSft:
+    """Fine-tuning on the chosen responses, packed, as `python -m laddpo.sft` does it."""
+
+    model: torch.nn.Module
+    denoiser: TransformerDenoiser
+    token_budget: int
+    name: str = "ours, packed"
+    extra_bytes: int = 0
+
+    def prepare(self, pairs: Sequence[EncodedPair], draws: int) -> None:
+        """There is no reference."""
+
+    def step(self, pairs: Sequence[EncodedPair], draws: int) -> None:
+        rows = [EncodedExample(pair.id, pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+        items = [example_item(row, ElboEstimator(diffusion_samples=draws), range(draws)) for row in rows]
+        parameters = list(trainable_parameters(self.model).values())
+        accumulate_gradient(self.denoiser, parameters, items, SftObjective(), 1 / len(items), self.token_budget)
+
+
+Contender = Ours | OurSft | Rival
 
 
 def fixed_budget(tokens: int) -> TokenBudget:
@@ -91,10 +105,15 @@ def fixed_budget(tokens: int) -> TokenBudget:
 
 
 def build_rivals(model, mask_token_id: int, pad_token_id: int, max_length: int) -> list[Rival]:
+    """The public project, and TRL's way from its old head to its best arrangement, which is also checkpointed."""
+    trl, best = (model, mask_token_id, pad_token_id, BETA), {"stored": True, "unpadded": True}
     return [
         PublicLaddpo(model, mask_token_id, pad_token_id, max_length, BETA),
-        TrlLike(model, mask_token_id, pad_token_id, BETA, "full"),
-        TrlLike(model, mask_token_id, pad_token_id, BETA, "chunked"),
+        TrlLike(*trl, "full"),
+        TrlLike(*trl, "chunked"),
+        TrlLike(*trl, "chunked", checkpointing=True),
+        TrlLike(*trl, "chunked", **best),
+        TrlLike(*trl, "chunked", **best, checkpointing=True),
     ]
 
 

@@ -5,15 +5,20 @@
   Its statistics are its own too: prompt and padding are masked and scored, reference masks are drawn afresh.
 - `TrlLike`: the way of TRL's DPOTrainer carried over to masked diffusion: the 2n rows of a pair in one padded batch,
   the reference by switching the adapter off, the head on every position (`full`, before TRL 1.14) or on the scored ones
-  in tiles that the backward pass computes again (`chunked`, as in TRL 1.16).
+  in tiles that the backward pass computes again (`chunked`, as in TRL 1.16). Options of its DPOConfig: `stored`
+  (precompute_ref_log_probs), `unpadded` (padding_free) and `checkpointing` (gradient_checkpointing, on unless it is
+  switched off). Stored and unpadded is its best arrangement.
+- `PlainSft`: fine-tuning a row at a time, with the logits of every position.
 
-Both take one pair at a time, as small-memory settings do, and add to the gradients of the adapter.
+All take one pair or row at a time, as small-memory settings do, and add to the gradients of the adapter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +26,7 @@ from torch.nn.functional import logsigmoid
 
 from laddpo.hardware.measuring import resident_bytes
 from laddpo.models.adapters import adapter_disabled
+from laddpo.models.blocks import checkpoint_blocks
 from laddpo.preference.encoding.encode import EncodedPair
 
 FLOOR = 1e-3  # p_mask = (1 - FLOOR) t + FLOOR
@@ -94,18 +100,45 @@ class PublicLaddpo(Rival):
 class TrlLike(Rival):
     """One pair's step: one batch of 2n padded rows for the policy, the same without the adapter for the reference."""
 
-    def __init__(self, model, mask_token_id: int, pad_token_id: int, beta: float, head: str = "full"):
+    def __init__(
+        self,
+        model,
+        mask_token_id: int,
+        pad_token_id: int,
+        beta: float,
+        head: str = "full",
+        *,
+        stored: bool = False,
+        unpadded: bool = False,
+        checkpointing: bool = False,
+    ):
         self.model, self.mask_token_id, self.pad_token_id = model, mask_token_id, pad_token_id
-        self.beta, self.head, self.name = beta, head, f"trl_like ({head} logits)"
-        self.generator = torch.Generator().manual_seed(0)
+        self.beta, self.head = beta, head
+        self.unpadded, self.checkpointing = unpadded, checkpointing
+        self.stored: dict[tuple, Tensor] | None = {} if stored else None
+        options = {"stored reference": stored, "unpadded": unpadded, "checkpointing": checkpointing}
+        self.name = ", ".join([f"trl_like ({head} logits)", *(name for name, is_on in options.items() if is_on)])
+
+    def prepare(self, pairs: Sequence[EncodedPair], draws: int) -> None:
+        """Fill the store, if there is one."""
+        for pair in pairs:
+            if self.stored is not None and (pair.id, draws) not in self.stored:
+                self.stored[pair.id, draws] = self._reference(*self._batch(pair, draws))
+
+    def step(self, pairs: Sequence[EncodedPair], draws: int) -> float:
+        with checkpointed(self.model, self.checkpointing):
+            return super().step(pairs, draws)
 
     def margin(self, pair: EncodedPair, draws: int) -> Tensor:
-        rows, present, scored, weights = self._batch(pair, draws)
-        policy = self._row_logps(rows, present, scored, weights)
-        with torch.no_grad(), adapter_disabled(self.model):
-            reference = self._row_logps(rows, present, scored, weights)
+        batch = self._batch(pair, draws)
+        policy = self._row_logps(*batch)
+        reference = self._reference(*batch) if self.stored is None else self.stored[pair.id, draws]
         chosen, rejected = (policy - reference).chunk(2)
         return chosen.mean() - rejected.mean()
+
+    def _reference(self, *batch: Tensor) -> Tensor:
+        with torch.no_grad(), adapter_disabled(self.model):
+            return self._row_logps(*batch)
 
     def _batch(self, pair: EncodedPair, draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Token ids, which of them are real, which are masked [2n, longest], and the weight of each row [2n]."""
@@ -114,6 +147,7 @@ class TrlLike(Rival):
         rows = torch.full((2 * draws, longest), self.pad_token_id, dtype=torch.int64)
         present, scored = (torch.zeros_like(rows, dtype=torch.bool) for _ in range(2))
         weights = torch.empty(2 * draws)
+        generator = torch.Generator().manual_seed(zlib.crc32(pair.id.encode()))  # a stored value belongs to its masks
         start = len(pair.prompt_ids)
         for i, response in enumerate(responses):
             length = len(response)
@@ -121,8 +155,8 @@ class TrlLike(Rival):
                 [torch.as_tensor(ids, dtype=torch.int64) for ids in (pair.prompt_ids, response)]
             )
             present[i, : start + length] = True
-            count = int(torch.randint(1, length + 1, (), generator=self.generator))
-            scored[i, start + torch.randperm(length, generator=self.generator)[:count]] = True
+            count = int(torch.randint(1, length + 1, (), generator=generator))
+            scored[i, start + torch.randperm(length, generator=generator)[:count]] = True
             weights[i] = length / count
         device = _device(self.model)
         return rows.to(device), present.to(device), scored.to(device), weights.to(device)
@@ -136,8 +170,13 @@ class TrlLike(Rival):
             logps = chosen - torch.stack([row.logsumexp(-1) for row in logits])  # a row at a time, as TRL does
             return (logps * scored).sum(-1) * weights
         head = self.model.get_output_embeddings()
-        hidden = self._hidden_states(noisy, present)
-        logps = _TiledLogps.apply(hidden[scored], head.weight, rows[scored])
+        if self.unpadded:  # the rows end to end, as a padding-free collator lays them
+            lengths = present.sum(-1).tolist()
+            positions = torch.cat([torch.arange(length, device=rows.device) for length in lengths])
+            hidden = self.model.packed_hidden_states(noisy[present], positions, lengths)[scored[present]]
+        else:
+            hidden = self._hidden_states(noisy, present)[scored]
+        logps = _TiledLogps.apply(hidden, head.weight, rows[scored])
         return torch.zeros(len(rows), device=rows.device).index_add(0, scored.nonzero()[:, 0], logps) * weights
 
     def _hidden_states(self, rows: Tensor, present: Tensor) -> Tensor:
@@ -151,6 +190,45 @@ class TrlLike(Rival):
         finally:
             handle.remove()
         return seen.pop()
+
+
+class PlainSft(Rival):
+    """A row at a time: one masked forward with the logits of all positions, cross-entropy of the masked ones."""
+
+    name = "plain, a row at a time"
+
+    def __init__(self, model, mask_token_id: int):
+        self.model, self.mask_token_id = model, mask_token_id
+
+    def step(self, pairs: Sequence[EncodedPair], draws: int) -> float:
+        """Fine-tuning on the chosen responses."""
+        total, device = 0.0, _device(self.model)
+        for pair in pairs:
+            for draw in range(draws):
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{pair.id}/{draw}".encode()))
+                length, start = len(pair.chosen_ids), len(pair.prompt_ids)
+                count = int(torch.randint(1, length + 1, (), generator=generator))
+                masked = start + torch.randperm(length, generator=generator)[:count].to(device)
+                row = torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in (pair.prompt_ids, pair.chosen_ids)])
+                row = row.to(device)
+                noisy = row.clone().index_fill_(0, masked, self.mask_token_id)
+                logits = self.model(input_ids=noisy[None]).logits[0]
+                loss = torch.nn.functional.cross_entropy(logits[masked].float(), row[masked], reduction="sum")
+                (loss / count / draws / len(pairs)).backward()
+                total += float(loss.detach()) / count / draws / len(pairs)
+        return total
+
+
+@contextlib.contextmanager
+def checkpointed(model, is_on: bool) -> Iterator[None]:
+    """Inside the block the model's blocks are recomputed in the backward pass, if wanted."""
+    if is_on:
+        checkpoint_blocks(model)
+    try:
+        yield
+    finally:
+        if is_on:
+            checkpoint_blocks(model, False)
 
 
 class _TiledLogps(torch.autograd.Function):

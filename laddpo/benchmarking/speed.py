@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from laddpo.benchmarking.alike import ALIKE_HEADER, BEST, CHECKPOINTED, FIRST_EPOCH, TRL, alike_section, ratio_text
 from laddpo.benchmarking.contenders import Ours
 from laddpo.benchmarking.measure import Ratio, median_ratio, timed_rounds
 from laddpo.benchmarking.workload import Bench, Workbench, longest_sequence, random_model
@@ -24,13 +25,14 @@ from laddpo.results.stats import compare
 from laddpo.results.tables import markdown
 from laddpo.settings.schema import ModelSettings, keywords
 
-ONE_SEQUENCE, FIRST_EPOCH = "one sequence at a time", "stream with reference pass"
+ONE_SEQUENCE = "one sequence at a time"
 CAUSES = (  # slower, faster, what the second does that the first does not
     ("public_laddpo", "trl_like (full logits)", "rows in one batch, padded to the pair's longest alone"),
-    ("trl_like (full logits)", "trl_like (chunked logits)", "the head on scored rows alone"),
-    ("trl_like (chunked logits)", "stream with reference pass", "packing without padding, streamed"),
-    ("stream with reference pass", "stream", "the reference from the store"),
-    ("stream, checkpointing", "stream", "no recomputation"),
+    ("trl_like (full logits)", TRL, "the head on scored rows alone"),
+    (TRL, BEST, "the rival's reference from a store, and no padding"),
+    (TRL, FIRST_EPOCH, "packing without padding, streamed"),
+    (FIRST_EPOCH, "stream", "the reference from the store"),
+    (CHECKPOINTED, "stream", "no recomputation"),
     ("stream, one sequence at a time", "stream", "many sequences in a micro-step"),
 )
 
@@ -44,7 +46,7 @@ def speed_part(bench: Workbench) -> tuple[str, dict]:
     contenders = [c for c in opened.contenders.values() if not (isinstance(c, Ours) and c.mode == "joint")]
     contenders += [
         Ours(opened.model, denoiser, "stream", longest, label=f"stream, {ONE_SEQUENCE}"),
-        Ours(opened.model, denoiser, "stream", budget, checkpointing=True, label="stream, checkpointing"),
+        Ours(opened.model, denoiser, "stream", budget, checkpointing=True, label=CHECKPOINTED),
     ]
     seconds = timed_rounds(contenders, opened.model, batches, wanted.draws)
     rng = np.random.default_rng(bench.seed)
@@ -60,6 +62,7 @@ def speed_part(bench: Workbench) -> tuple[str, dict]:
     rates = {name: wanted.pairs * wanted.rounds / float(seconds[name].sum()) for name in names}
     text, record = speed_section(rates, walls, processor if bench.machine.device.type == "cpu" else {}, "stream")
     later = median_ratio(seconds["stream"], seconds[FIRST_EPOCH], rng)
+    alike, record["alike"] = alike_section(seconds, rng)
     causes, record["causes"] = causes_section(seconds, rng)
     failed = [contender for contender in contenders if contender.name not in seconds]
     fewer, record["one_draw"] = _with_one_draw(opened, wanted.draws, failed, batches, rng)
@@ -67,7 +70,7 @@ def speed_part(bench: Workbench) -> tuple[str, dict]:
     record["seconds"] = {name: values.tolist() for name, values in seconds.items()}
     interval = f"[{later.low:.2f}, {later.high:.2f}]"
     return (
-        f"{text}{fewer}\n\n{causes}\n\n"
+        f"Like with like:\n\n{markdown(ALIKE_HEADER, alike)}\n\n{text}{fewer}\n\n{causes}\n\n"
         f"A later epoch takes {later.median:.2f} {interval} of the first, which computes the reference.",
         record,
     )
@@ -97,7 +100,7 @@ def causes_section(seconds: Mapping[str, np.ndarray], rng: np.random.Generator) 
         if slower in seconds and faster in seconds:
             ratio = median_ratio(seconds[slower], seconds[faster], rng)
             record[what] = {"slower": slower, "faster": faster, **asdict(ratio)}
-            lines.append([what, slower, faster, _ratio(ratio)])
+            lines.append([what, slower, faster, ratio_text(ratio)])
     return markdown(["by what ours is faster", "from", "to", "times"], lines), record
 
 
@@ -231,7 +234,7 @@ def _exact_match(entry: Mapping[str, Any] | None, is_plain: bool) -> tuple[str, 
 
 
 def _ratio(ratio: Ratio | None) -> str:
-    return "1" if ratio is None else f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
+    return "1" if ratio is None else ratio_text(ratio)
 
 
 def is_local(model: ModelSettings) -> bool:

@@ -43,8 +43,21 @@ def _rates(part: Mapping[str, Any]) -> Lines:
 
 
 def _speed(part: Mapping[str, Any]) -> Lines:
-    for name, ratio in part["time_ratios"].items():
-        yield f"time of {name} over ours ({part['compared_with']})", _interval(ratio)
+    for both, ratio in part["alike"].items():
+        yield f"time of {ratio['rival']} over ours ({both})", _interval(ratio)
+    for name in ("public_laddpo", "trl_like (full logits)"):
+        if name in part["time_ratios"]:
+            yield f"time of {name} over ours with a stored reference", _interval(part["time_ratios"][name])
+
+
+def _long(part: Mapping[str, Any]) -> Lines:
+    for length, found in part["lengths"].items():
+        for both, ratio in found.items():
+            yield f"answers of {length} tokens: time of {ratio['rival']} over ours ({both})", _interval(ratio)
+
+
+def _sft(part: Mapping[str, Any]) -> Lines:
+    yield "fine-tuning: time of a row at a time over ours", _interval(part["time_ratio"])
 
 
 def _plan(part: Mapping[str, Any]) -> Lines:
@@ -82,6 +95,8 @@ LINES: dict[str, Callable[[Mapping[str, Any]], Lines]] = {
     "cards": _cards,
     "rates": _rates,
     "speed": _speed,
+    "long": _long,
+    "sft": _sft,
     "plan": _plan,
     "agreement": _agreement,
     "nano": _nano,

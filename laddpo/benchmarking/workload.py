@@ -80,6 +80,17 @@ def pair_of_tokens(tokens: int, vocabulary: int, seed: int, prompt_share: float 
     return EncodedPair(f"pair-{tokens}-{seed}", *ids, group="0")
 
 
+def pairs_of_answers(tokens: int, count: int, vocabulary: int, seed: int, prompt: int = 64) -> list[EncodedPair]:
+    """Pairs whose chosen response has `tokens` tokens, the rejected one as many up to a log-normal factor."""
+    rng = np.random.default_rng([seed, tokens])
+    pairs = []
+    for number in range(count):
+        rejected = max(SHORTEST, int(tokens * math.exp(RESPONSE_SPREAD * rng.standard_normal())))
+        ids = (rng.integers(0, vocabulary - 2, size).astype(np.int32) for size in (prompt, tokens, rejected))
+        pairs.append(EncodedPair(f"answers-{tokens}-{seed}-{number}", *ids, group=str(number)))
+    return pairs
+
+
 def random_model(
     shape: dict, seed: int, device: torch.device, dtype: torch.dtype, quantization: dict[str, Any] | None = None
 ):

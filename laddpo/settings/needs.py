@@ -123,6 +123,8 @@ OF_PARTS = {
     "memory": ("memory_draws",),
     "flat": ("flat_draws",),
     "plan": ("plan_ranks", "plan_tokens"),
+    "long": ("long_answers",),
+    "sft": ("sft_rows",),
     "sampler": ("sampler_items", "sampler_batch"),
     "cards": ("cards", "card_tokens"),
     "rates": ("rates", "predicted"),

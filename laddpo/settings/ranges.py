@@ -142,6 +142,7 @@ LISTS = {
     "benchmark.parts": "[memory,speed]",
     "benchmark.memory_draws": "[1,8]",
     "benchmark.block_draws": "[4,8]",
+    "benchmark.long_answers": "[256,1024]",
     "benchmark.plan_ranks": "[8,64]",
     "benchmark.plan_tokens": "[256,1024]",
     "variance.draws": "[1,2,4,8]",
@@ -229,7 +230,20 @@ CHOICES: dict[str, Collection[str]] = {
         "default, shared masks",
     ),
     "benchmark.weights": ("random", "model"),
-    "benchmark.parts": ("memory", "flat", "plan", "speed", "sampler", "cards", "rates", "agreement", "nano", "block"),
+    "benchmark.parts": (
+        "memory",
+        "flat",
+        "plan",
+        "speed",
+        "long",
+        "sft",
+        "sampler",
+        "cards",
+        "rates",
+        "agreement",
+        "nano",
+        "block",
+    ),
 }
 
 RANGES: dict[str, Range] = {
@@ -366,6 +380,8 @@ RANGES: dict[str, Range] = {
     "benchmark.nano_steps": at_least(1, "200 show whether rounding grows"),
     "benchmark.block_length": at_least(1, "4 is SDAR's, 32 LLaDA2's"),
     "benchmark.block_answer": at_least(1, "200 are an answer to HH-RLHF"),
+    "benchmark.long_answers": at_least(16, "256 and 1024 are answers of reasoning models"),
+    "benchmark.sft_rows": at_least(1, "8 fill a micro-step"),
     "benchmark.block_draws": at_least(1, "4 and 8 show what a context costs"),
     "benchmark.memory_draws": at_least(1, "1 and 8 show whether memory grows"),
     "benchmark.plan_ranks": at_least(1, "8 to 64 is usual"),

@@ -303,7 +303,7 @@ class BenchmarkSettings:
     """Only read by `python -m laddpo.benchmark`. `shape` is that of random weights; lengths are in tokens."""
 
     weights: str = "random"
-    shape: Sizes = field(default_factory=lambda: Sizes(256, 4, 4, 4, 768, 32000, 1024))
+    shape: Sizes = field(default_factory=lambda: Sizes(256, 4, 4, 4, 768, 32000, 4096))
     mean: float = 157
     p99: float = 646
     prompt_mean: float = 90
@@ -327,7 +327,9 @@ class BenchmarkSettings:
     block_length: int = 4
     block_answer: int = 200
     block_draws: list[int] = field(default_factory=lambda: [4, 8])
-    parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed", "sampler"])
+    long_answers: list[int] = field(default_factory=lambda: [256, 1024])
+    sft_rows: int = 8
+    parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed", "long", "sft", "sampler"])
     minutes: float | None = None
 
 
