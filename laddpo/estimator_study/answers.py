@@ -88,9 +88,7 @@ def focus_words(result: Result) -> str:
         return f"{said}; these draws pick no tokens, so they have no focus."
     ratio, step = (with_interval(focus[name], times) for name in ("gradient", "step"))
     low, high = focus["step"]["interval"] or (0, math.inf)
-    verdict = (
-        "it helps" if high < 1 else "it harms: set dpo.focus=none" if low > 1 else "no difference is shown"
-    )
+    verdict = "it helps" if high < 1 else "it harms: set dpo.focus=none" if low > 1 else "no difference is shown"
     if focus["score"]["interval"] and not result["is_start"] and low <= 1 <= high:
         verdict += f"; that of the score is {with_interval(focus['score'], times)} times"
     return (
