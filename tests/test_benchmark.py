@@ -140,8 +140,8 @@ def test_a_part_can_run_alone_on_the_configured_model(tmp_path, capsys):
 def test_a_model_that_is_no_part_is_refused(capsys):
     assert cli("benchmark", ["benchmark.parts=[sped]"]) == 2
     assert (
-        "benchmark.parts is 'sped'; known: memory, flat, plan, speed, long, sft, sampler, cards, rates, agreement, nano, "
-        "block; did you mean speed?" in capsys.readouterr().err
+        "benchmark.parts is 'sped'; known: memory, flat, plan, speed, long, sft, sampler, cards, rates, agreement, "
+        "nano, block; did you mean speed?" in capsys.readouterr().err
     )
 
 
