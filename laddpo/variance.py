@@ -97,6 +97,7 @@ def measure(config: RunConfig, tuned: Path | None, pairs: list, training_pairs: 
     from laddpo.hardware.planning import pairs_per_step
     from laddpo.inputs.reference_values import objective_of, training_estimator
     from laddpo.inputs.tuned import base_model, use_weights
+    from laddpo.settings.data_checks import is_read
 
     if tuned is None:
         print("step 0: policy and reference are the same, so common masks leave no noise in scores; gradients have it")
@@ -115,7 +116,8 @@ def measure(config: RunConfig, tuned: Path | None, pairs: list, training_pairs: 
     found = run_study(models, pairs, objective_of(config.dpo), own, step, config.variance, config.seed)
     for row in found["tokens"]:
         row["token"], row["text_before"] = (loaded.tokenizer.decode(ids) for ids in ([row["token_id"]], row["before"]))
-    data = Path(config.data.dataset_name or config.data.source).name
+    has_name = is_read("data.dataset_name", config) and config.data.dataset_name
+    data = Path(config.data.dataset_name).name if has_name else config.data.source
     facts = {"run": config.run and Path(config.run).name, "model": config.model.name, "data": data}
     return {**facts, "loss": config.dpo.loss, "beta": config.dpo.beta, **found}
 

@@ -209,7 +209,8 @@ def _policy_pass(
         for setting, n in works:
             name = next(job[0] for job in jobs if _work(rows, job) == (setting, n))
             model = models.denoiser, models.parameters, taken[setting], name, setting, n, seed, wanted.evaluations
-            common = references.get((setting, n)), objective, gradients, models.token_budget, bar.update
+            values = None if models.is_start and setting.common else references[setting, n]
+            common = values, objective, gradients, models.token_budget, bar.update
             done[setting, n] = measure(*model, *common)
             if len(done) == 1:
                 took = time.monotonic() - started

@@ -90,6 +90,10 @@ def _generates(stage: str, config: RunConfig) -> bool:
     )
 
 
+def _lists_pairs(stage: str, config: RunConfig) -> bool:
+    return stage == "variance" and config.variance.write_pairs is not None
+
+
 def _has_hub_judge(judge: JudgeSettings) -> bool:
     return "revision" in fields_read(judge, False) and not Path(judge.model or "").expanduser().is_dir()
 
@@ -119,6 +123,7 @@ OF_QUESTIONS = (
     ),
     "data.sampling.instruction",
 )
+LISTS_PAIRS = "variance.write_pairs only writes a list of pairs"
 OF_PARTS = {
     "memory": ("memory_draws",),
     "flat": ("flat_draws",),
@@ -393,9 +398,14 @@ NEEDS = (
         "variance.pairs_file names the pairs",
     ),
     Need(
-        ("variance.", "-variance.pairs", "-variance.write_pairs", "dpo.", "-dpo.loss", "adapter.", "optim."),
-        lambda stage, config: stage != "variance" or config.variance.write_pairs is None,
-        "variance.write_pairs only writes a list of pairs",
+        ("variance.", "-variance.pairs", "-variance.write_pairs", "dpo.", "-dpo.loss", "optim."),
+        lambda stage, config: not _lists_pairs(stage, config),
+        LISTS_PAIRS,
+    ),
+    Need(
+        ("adapter.", "quantization."),
+        lambda stage, config: not _lists_pairs(stage, config) or "onpolicy" in sources_of(config),
+        LISTS_PAIRS,
     ),
     Need(
         ("optim.betas", "optim.eps"),
