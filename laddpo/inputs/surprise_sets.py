@@ -15,6 +15,7 @@ from laddpo.inputs import filling
 from laddpo.inputs.filling import KINDS_OF_ROWS, PAIRS_PER_SHARD, Pass, fill_store
 from laddpo.inputs.reference_values import Reference
 from laddpo.preference.encoding.encode import EncodedPair
+from laddpo.processes.ranks import ALONE, Ranks
 from laddpo.processes.signals import StopFlag
 from laddpo.storage.shards import StoredPair
 from laddpo.storage.surprise_store import Surprise, SurpriseStore
@@ -74,8 +75,7 @@ def known(reference: Reference, estimator: ElboEstimator, rows: Sequence[Encoded
 def open_store(reference: Reference, estimator: ElboEstimator) -> SurpriseStore:
     """The store of the sets. Its key is that of reference values under the draws that tell surprise, with how many
     these are, and with the share of tokens."""
-    names = ("surprise_tokens", "surprise_draws")
-    of_sets = {name: getattr(estimator, name) for name in names}
+    of_sets = {name: getattr(estimator, name) for name in ("surprise_tokens", "surprise_draws")}
     fields = {**reference.fields(surprise_estimator(estimator)), **of_sets}
     return SurpriseStore.open(Path(reference.data_dir) / "surprise", fields)
 
@@ -89,7 +89,7 @@ def fill_sets(
     stop: StopFlag,
     pairs_per_shard: int,
     advance,
-    ranks=filling.ALONE,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Find what the store lacks of the pairs of each window, as `fill_store` says."""
     telling, budget = surprise_estimator(estimator), TokenBudget.of(token_budget)
