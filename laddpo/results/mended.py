@@ -19,6 +19,7 @@ from laddpo.storage.run_outputs import round_folders
 from laddpo.storage.seals import CheckedLines, sealed_file
 
 EXACT = "exact match"
+FIRST = "Runs that come before the arms of each seed. `{name}` in the settings of an arm is the folder of a run:"
 Graded = dict[str, dict[str, bool]]  # by mark, then by problem
 
 
@@ -75,6 +76,8 @@ def _counts(seeds: Mapping[int, Mapping[str, tuple[Graded, Graded]]], said: str)
 def more_blocks(content: Mapping[str, Any]) -> list[str]:
     """The sections of the page."""
     blocks = []
+    if first := [[run["name"], run["stage"], " ".join(run["overrides"]) or "-"] for run in content.get("first", ())]:
+        blocks += [FIRST, markdown(["run", "stage", "settings"], first)]
     for said, found in content["also"].items():
         rows = [_row(row) for row in found["arms"]]
         header = ["arm", "seeds", "exact match", "over the base", "difference"]

@@ -187,6 +187,7 @@ def test_both_groups_are_counted_by_mark_and_by_temperature(tmp_path):
     }
     hot = found["also"][" at temperature 1"]
     assert hot["arms"][0]["exact_match"] == 1 and hot["arms"][0]["against_base"]["difference"] == 0.5
-    page = "\n".join(more_blocks(found))
+    page = "\n".join(more_blocks({**found, "first": [{"name": "start", "stage": "sft", "overrides": ["x=1"]}]}))
+    assert "| start | sft | x=1 |" in page
     assert "## Answers at temperature 1" in page and "| a | wrong, now right | 2 of 2 | 1 of 1 |" in page
     assert "| a | right, still right | 1 of 2 | 3 of 3 |" in page and "- b against a: not measured yet." in page
