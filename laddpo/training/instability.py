@@ -1,10 +1,8 @@
 """Signs that training goes wrong, each said once while it happens: the loss, the gradient, the chosen answers, and a
-collapse, in which the loss stays low and answers get worse.
+collapse, in which the loss of training stays low and answers get worse.
 
-Where held-out chosen answers become less likely after they had become more likely, training undoes what it had won. Of
-the 36 runs that tuned six losses for `study=objectives` (three rates, two betas), eight turned so by TURN, and each
-ended below the run of the same loss and beta at the next lower rate (data/measurements/README.md). It costs nothing: no
-answer has to be written for it.
+What marked collapses in runs that were made to look at it, and what did not, is in data/measurements/README.md. The
+loss of held-out rows costs no answer; it marks some collapses and not all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ WINDOW = 10  # logged steps that are looked at together
 LOSS_RISE = 1.1  # mean loss of a window over that of the first step
 NORM_RISE = 10.0  # gradient norm over the median of those before
 CHOSEN_FALL = 0.1  # of the reference's log-likelihood of the chosen answers
-TURN = 0.1  # rise of validation/chosen_fall above the lowest value before it
+UP, FELL = 0.2, 0.05  # rise of validation/loss over its fall, once it has fallen by so much of its start
 WORSE = 0.1  # fall of validation/exact_match below the highest before it: two standard errors of 200 problems
 
 
@@ -31,12 +29,13 @@ class Watch:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._falls: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # chosen ratio, reference
         self._norms: list[float] = []
-        self._lowest_fall, self._best_match = (0, float("inf")), (0, 0.0)  # (step, value) of validation
+        self._held_out: list[tuple[float, int]] = []  # validation/loss, step
+        self._best_match = (0.0, 0)  # validation/exact_match, step
         self._said: set[str] = set()
 
     def see(self, row: Mapping[str, Any]) -> list[str]:
         """What this row is the first to show: one line for each sign, with what to do."""
-        signs = {"turn": self._turn(row), "worse": self._worse(row)}
+        signs = {"up": self._up(row), "worse": self._worse(row)}
         if row.get("loss") is not None:
             signs |= {
                 "loss": self._loss(row["loss"]),
@@ -80,28 +79,30 @@ class Watch:
         if len(self._falls) < WINDOW or not references or (fall := ratios / references) <= CHOSEN_FALL:
             return None
         return (
-            f"the log-likelihood of the chosen answers is {fall:.0%} lower than the reference's. Raise dpo.beta, set "
-            "dpo.sft_weight=0.1, or end such runs by stopping.max_chosen_fall=0.2."
+            f"the log-likelihood of the chosen answers is {fall:.0%} lower than the reference's. If they are right as "
+            "they stand, raise dpo.beta, set dpo.sft_weight=0.1, or end such runs by stopping.max_chosen_fall=0.2. If "
+            "they are only better than the rejected ones, it may be their faults that go."
         )
 
-    def _turn(self, row: Mapping[str, Any]) -> str | None:
-        fall = row.get("validation/chosen_fall")
-        if fall is None:
+    def _up(self, row: Mapping[str, Any]) -> str | None:
+        loss = row.get("validation/loss")
+        if loss is None:
             return None
-        step, lowest = self._lowest_fall = min(self._lowest_fall, (row["step"], fall), key=lambda found: found[1])
-        if fall - lowest <= TURN:
+        self._held_out.append((loss, row["step"]))
+        start, (lowest, step) = self._held_out[0][0], min(self._held_out)
+        fell = start - lowest
+        if fell <= FELL * abs(start) or loss - lowest <= UP * fell:
             return None
         return (
-            f"held-out chosen answers have become less likely again: validation/chosen_fall is {fall:+.2f} and was "
-            f"{lowest:+.2f} at step {step}. From such a turn answers get worse while the loss stays low. Lower "
-            "optim.learning_rate, or take fewer steps."
+            f"the loss of held-out rows rises again: {loss:.3g}, and {lowest:.3g} at step {step}. Answers may get worse "
+            "from here while the loss of training stays low. Lower optim.learning_rate, or take fewer steps."
         )
 
     def _worse(self, row: Mapping[str, Any]) -> str | None:
         match = row.get("validation/exact_match")
         if match is None:
             return None
-        step, best = self._best_match = max(self._best_match, (row["step"], match), key=lambda found: found[1])
+        best, step = self._best_match = max(self._best_match, (match, row["step"]), key=lambda found: found[0])
         if match > best - WORSE:
             return None
         return (

@@ -48,7 +48,7 @@ def test_each_sign_is_one_line_with_a_cure_said_once(changed, step, words):
 @pytest.mark.parametrize(
     ("metric", "values", "words"),
     [
-        ("chosen_fall", (0.0, -0.27, -0.2, -0.16, 0.4), ("is -0.16 and was -0.27 at step 20", "learning_rate")),
+        ("loss", (0.69, 0.17, 0.2, 0.31, 0.4), ("0.31, and 0.17 at step 20", "learning_rate")),
         ("exact_match", (0.6, 0.815, 0.75, 0.71, 0.4), ("is 71.0% and was 81.5% at step 20", "dpo.beta")),
     ],
 )
@@ -57,6 +57,7 @@ def test_a_collapse_under_a_low_loss_is_said_once_when_validation_shows_it(metri
     ((at, note),) = said(rows)
     assert at == 60 and all(word in note for word in words)
     assert not said(rows[:3])
+    assert not said([{"step": i, "validation/loss": value} for i, value in enumerate((0.5, 0.49, 0.4999))])
 
 
 def test_rows_that_lack_a_value_are_passed_over():
