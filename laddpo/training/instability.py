@@ -94,8 +94,8 @@ class Watch:
         if fell <= FELL * abs(start) or loss - lowest <= UP * fell:
             return None
         return (
-            f"the loss of held-out rows rises again: {loss:.3g}, and {lowest:.3g} at step {step}. Answers may get worse "
-            "from here while the loss of training stays low. Lower optim.learning_rate, or take fewer steps."
+            f"the loss of held-out rows rises again: {loss:.3g}, and {lowest:.3g} at step {step}. Answers may get "
+            "worse from here while the loss of training stays low. Lower optim.learning_rate, or take fewer steps."
         )
 
     def _worse(self, row: Mapping[str, Any]) -> str | None:
