@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-from laddpo.core.losses import LOSSES, OPTION_READERS, PreferenceLoss
+from laddpo.core.losses import LOSSES, OPTION_READERS
 from laddpo.preference.reading.unread import OF_SCORES
-from laddpo.problems.tasks import JUDGED, TASKS, embedded
-from laddpo.settings.data_checks import sft_examples
+from laddpo.settings.conditions import (
+    asks,
+    generates,
+    has_hub_judge,
+    has_local_data,
+    has_local_model,
+    is_corpus,
+    is_judged,
+    learns_rows,
+    lists_pairs,
+    loss_is,
+    sources_of,
+)
 from laddpo.settings.judge_schema import JudgeSettings, RatingSettings, fields_read, needs_gold
 from laddpo.settings.loggers import wanted_trackers
-from laddpo.settings.ranges import CONF_DIR
 from laddpo.settings.schema import RunConfig
 
 ENCODING = ("data.template", "data.chat_template", "data.template_kwargs", "data.max_length", "data.truncation")
@@ -36,70 +45,6 @@ class Need:
     keys: tuple[str, ...]
     holds: Callable[[str, RunConfig], bool]
     why: str
-
-
-def _has_local_model(config: RunConfig) -> bool:
-    given = config.model.model_name_or_path
-    return Path(given).expanduser().is_dir() or (CONF_DIR.parent / given).is_dir()
-
-
-def _has_local_data(config: RunConfig) -> bool:
-    name = config.data.dataset_name or ""
-    places = (Path(name), Path(config.paths.data_dir) / "preference_data" / name)
-    is_file = Path(name).suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
-    return name.count("/") != 1 or is_file or any(place.exists() for place in places)
-
-
-def sources_of(config: RunConfig) -> set[str]:
-    return {config.data.source, *(part.source for part in config.data.mixture)}
-
-
-def _loss_is(fact: Callable[[PreferenceLoss], bool], config: RunConfig) -> bool:
-    row = LOSSES.get(config.dpo.loss)  # an unknown name is refused elsewhere
-    return row is None or fact(row)
-
-
-def _is_corpus(stage: str, config: RunConfig) -> bool:
-    return stage == "sft" and sft_examples(config) == "corpus"
-
-
-def _learns_rows(stage: str, config: RunConfig) -> bool:
-    return stage == "sft" and sft_examples(config) == "rows"
-
-
-def _asks(stage: str, config: RunConfig, fact: str | None = None) -> bool:
-    """Whether a stage opens tasks that this program answers itself: one whose row in TASKS has `fact`, or any that has
-    rows in a file."""
-    tasks = config.evaluation.tasks
-    if config.evaluation.harness != "none" and stage != "prepare":
-        return False
-    if fact is None:
-        return len(embedded(tasks)) < len(tasks)
-    return any(getattr(TASKS[name], fact) for name in tasks if name in TASKS)
-
-
-def _generates(stage: str, config: RunConfig) -> bool:
-    """Whether problems of two-step arithmetic are made: as pairs, as questions, as a corpus or as a test."""
-    data = config.data
-    own_questions = "onpolicy" in sources_of(config) and data.dataset_name is None and data.problems == "arithmetic"
-    if _is_corpus(stage, config):
-        return data.problems == "arithmetic" or _asks(stage, config, "has_difficulty")
-    has_pairs = stage not in ("evaluate", "generate", "chat", "export")
-    return (has_pairs and ("arithmetic" in sources_of(config) or own_questions)) or _asks(
-        stage, config, "has_difficulty"
-    )
-
-
-def _lists_pairs(stage: str, config: RunConfig) -> bool:
-    return stage == "variance" and config.variance.write_pairs is not None
-
-
-def _has_hub_judge(judge: JudgeSettings) -> bool:
-    return "revision" in fields_read(judge, False) and not Path(judge.model or "").expanduser().is_dir()
-
-
-def _is_judged(config: RunConfig) -> bool:
-    return config.evaluation.harness == "none" and JUDGED in config.evaluation.tasks
 
 
 def _of_judge(group: str, name: str) -> Need:
@@ -186,12 +131,12 @@ NEEDS = (
     ),
     Need(
         ("data.revision",),
-        lambda stage, config: not _has_local_data(config),
+        lambda stage, config: not has_local_data(config),
         "only a dataset of the hub has revisions, and data.dataset_name is a local one",
     ),
     Need(
         ("model.revision",),
-        lambda stage, config: not _has_local_model(config),
+        lambda stage, config: not has_local_model(config),
         "only a model of the hub has revisions, and model.model_name_or_path is a local folder",
     ),
     Need(
@@ -206,7 +151,7 @@ NEEDS = (
     ),
     Need(
         ("data.pairs_from", "data.min_gap", "data.margin_per_gap", *(f"data.columns.{name}" for name in OF_SCORES)),
-        lambda stage, config: not _learns_rows(stage, config),
+        lambda stage, config: not learns_rows(stage, config),
         "sft on rows makes no pairs; sft.examples=chosen learns the chosen side of pairs",
     ),
     Need(
@@ -218,13 +163,13 @@ NEEDS = (
     Need(
         ("sft.num_examples", "sft.mistake_share"),
         lambda stage, config: (
-            _is_corpus(stage, config) or (_learns_rows(stage, config) and "arithmetic" in sources_of(config))
+            is_corpus(stage, config) or (learns_rows(stage, config) and "arithmetic" in sources_of(config))
         ),
         "it is read only where sft trains on a generated corpus; data.random_sample_size takes a number of rows",
     ),
     Need(
         ("sft.fault_rate",),
-        lambda stage, config: _is_corpus(stage, config) and config.data.problems == "rubric",
+        lambda stage, config: is_corpus(stage, config) and config.data.problems == "rubric",
         "it is read only where sft trains on the generated corpus of data=rubric",
     ),
     Need(
@@ -232,33 +177,33 @@ NEEDS = (
         lambda stage, config: (
             config.evaluation.harness == "none"
             and bool(config.evaluation.tasks)
-            and (stage == "evaluate" or (config.evaluation.at_end and not _is_corpus(stage, config)))
+            and (stage == "evaluate" or (config.evaluation.at_end and not is_corpus(stage, config)))
         ),
         "test problems are answered only by evaluate, or at the end of a run on pairs or rows",
     ),
     Need(
         ("sft.drill_share",),
-        lambda stage, config: _is_corpus(stage, config) and config.data.problems == "word_problems",
+        lambda stage, config: is_corpus(stage, config) and config.data.problems == "word_problems",
         "it is read only where sft trains on generated word problems (data=word_problems)",
     ),
     Need(
         ("data.", *(f"-{key}" for key in CORPUS)),
-        lambda stage, config: not _is_corpus(stage, config),
+        lambda stage, config: not is_corpus(stage, config),
         "a generated corpus does not read it (sft.examples=corpus)",
     ),
     Need(
         MEASURED,
-        lambda stage, config: not _is_corpus(stage, config),
+        lambda stage, config: not is_corpus(stage, config),
         "a run on a generated corpus ends without an evaluation on pairs (sft.examples=corpus)",
     ),
     Need(
         (*MEASURED, "-evaluation.at_end"),
-        lambda stage, config: stage != "sft" or config.evaluation.at_end or _learns_rows(stage, config),
+        lambda stage, config: stage != "sft" or config.evaluation.at_end or learns_rows(stage, config),
         "sft measures pairs only at its end (evaluation.at_end=true)",
     ),
     Need(
         tuple(name for name in MEASURED if name.startswith("dpo.")),
-        lambda stage, config: not _learns_rows(stage, config),
+        lambda stage, config: not learns_rows(stage, config),
         "sft on rows measures their likelihood and no preference",
     ),
     Need(
@@ -269,7 +214,7 @@ NEEDS = (
     *(
         Need(
             (f"dpo.{option}",),
-            lambda stage, config, option=option: _loss_is(lambda row: option in row.reads, config),
+            lambda stage, config, option=option: loss_is(lambda row: option in row.reads, config),
             f"only dpo.loss={' or '.join(readers)} reads it",
         )
         for option, readers in OPTION_READERS.items()
@@ -277,17 +222,17 @@ NEEDS = (
     ),
     Need(
         ("dpo.common_random_numbers", "stopping.max_chosen_fall"),
-        lambda stage, config: _loss_is(lambda row: row.needs_reference, config),
+        lambda stage, config: loss_is(lambda row: row.needs_reference, config),
         "it is about the reference, and this dpo.loss compares with none",
     ),
     Need(
         ("dpo.difference_focus", "dpo.shared_counts", "dpo.shared_masks"),
-        lambda stage, config: _loss_is(lambda row: row.takes_pairs, config),
+        lambda stage, config: loss_is(lambda row: row.takes_pairs, config),
         "a completion has no other side; only losses of pairs read it",
     ),
     Need(
         ("dpo.focus",),
-        lambda stage, config: config.dpo.focus != "difference" or _loss_is(lambda row: row.takes_pairs, config),
+        lambda stage, config: config.dpo.focus != "difference" or loss_is(lambda row: row.takes_pairs, config),
         "a completion has no other side to differ from; dpo.focus=surprise or none fits it",
     ),
     Need(
@@ -302,34 +247,34 @@ NEEDS = (
     ),
     Need(
         ("dpo.kl_baseline",),
-        lambda stage, config: _loss_is(lambda row: row.has_baseline, config),
+        lambda stage, config: loss_is(lambda row: row.has_baseline, config),
         f"only dpo.loss={' or '.join(name for name, row in LOSSES.items() if row.has_baseline)} reads it",
     ),
     Need(
         DIFFICULTY,
-        _generates,
+        generates,
         "it is the difficulty of generated arithmetic, and none is generated here",
     ),
     Need(
         ("data.habit",),
-        lambda stage, config: "arithmetic" in sources_of(config) or _is_corpus(stage, config),
+        lambda stage, config: "arithmetic" in sources_of(config) or is_corpus(stage, config),
         "it is read only for generated pairs and corpora (data=arithmetic, sft.examples=corpus)",
     ),
     Need(
         ("data.problems",),
         lambda stage, config: (
-            _is_corpus(stage, config) or ("onpolicy" in sources_of(config) and config.data.dataset_name is None)
+            is_corpus(stage, config) or ("onpolicy" in sources_of(config) and config.data.dataset_name is None)
         ),
         "it is read only for embedded questions and corpora (data=onpolicy, sft.examples=corpus)",
     ),
     Need(
         ("evaluation.dataset_name", "evaluation.dataset_split"),
-        _asks,
+        asks,
         "it names the rows of a task, and evaluation.tasks has none that reads a file",
     ),
     Need(
         ("evaluation.shots_from",),
-        lambda stage, config: bool(config.evaluation.shots) and _asks(stage, config),
+        lambda stage, config: bool(config.evaluation.shots) and asks(stage, config),
         "it is read only with evaluation.shots and a task that reads a file",
     ),
     Need(
@@ -339,12 +284,12 @@ NEEDS = (
     ),
     Need(
         ("evaluation.grader",),
-        lambda stage, config: _asks(stage, config, "takes_grader"),
+        lambda stage, config: asks(stage, config, "takes_grader"),
         "it is read only by the task file (evaluation=file)",
     ),
     Need(
         ("evaluation.judge.",),
-        lambda stage, config: _is_judged(config) and (stage == "evaluate" or config.evaluation.at_end),
+        lambda stage, config: is_judged(config) and (stage == "evaluate" or config.evaluation.at_end),
         "it is read only where answers are judged (evaluation=winrate, at the end of a run or by evaluate)",
     ),
     *(
@@ -356,7 +301,7 @@ NEEDS = (
     *(
         Need(
             (f"{group}.judge.revision",),
-            lambda stage, config, group=group: _has_hub_judge(getattr(config, group).judge),
+            lambda stage, config, group=group: has_hub_judge(getattr(config, group).judge),
             "only a reward model of the hub has revisions",
         )
         for group in ("evaluation", "data")
@@ -399,12 +344,12 @@ NEEDS = (
     ),
     Need(
         ("variance.", "-variance.pairs", "-variance.write_pairs", "dpo.", "-dpo.loss", "optim."),
-        lambda stage, config: not _lists_pairs(stage, config),
+        lambda stage, config: not lists_pairs(stage, config),
         LISTS_PAIRS,
     ),
     Need(
         ("adapter.", "quantization."),
-        lambda stage, config: not _lists_pairs(stage, config) or "onpolicy" in sources_of(config),
+        lambda stage, config: not lists_pairs(stage, config) or "onpolicy" in sources_of(config),
         LISTS_PAIRS,
     ),
     Need(
