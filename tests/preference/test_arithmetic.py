@@ -168,3 +168,18 @@ def test_asking_for_an_unknown_split_or_habit_names_the_known_ones():
         arithmetic.problem("eval", 0, 0)
     with pytest.raises(UserError, match="did you mean drop_carry"):
         list(islice(arithmetic.preference_pairs("train", 1, 0, habit="drop_cary"), 1))
+
+
+def test_most_single_steps_of_the_test_problems_stand_in_the_default_run_s_pairs():
+    """The figure of docs/study.md: problems are unseen as a whole, their steps mostly are not."""
+    questions = {pair.prompt[0].content for pair in arithmetic.preference_pairs("train", 1843, 42)}
+    asked = {step for text in questions for step in read(text).steps}
+    shows = [one for one in arithmetic.problems("test", 400, 42) if arithmetic.mistaken_solution(one)]
+    assert not questions & {one.text for one in shows}
+    seen = sum(one.steps[one.habit_step] in asked for one in shows)
+    assert (seen, len(shows)) == (152, 162)
+
+
+def read(text: str) -> arithmetic.Problem:
+    numbers = tuple(int(number) for number in re.findall(r"\d+", text))
+    return arithmetic.Problem(numbers, "".join(re.findall("[+-]", text)), 2)
