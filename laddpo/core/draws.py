@@ -42,7 +42,7 @@ class ElboEstimator:
     `stream` names an independent family of draws ("" is the one that policy and reference share); `shared_masks`:
     chosen and rejected mask the same positions too; `difference_focus`: the share of picks for tokens in which
     the two responses differ, the rest going to all tokens alike; `surprise_focus`: the same for the tokens that
-    surprise the reference most, which are the share `surprise_tokens` of a response as told by `surprise_draws` draws
+    surprise the reference most, which are a share `surprise_share` of a response as told by `surprise_draws` draws
     (core/surprise.py); `count_tilt`: the share of counts that follows the tilted law (`count_law`), the rest being
     uniform; `block_length` s: the blocks of a block-diffusion model, each of which draws for itself (0: a bidirectional
     model). At most one focus is above 0.
@@ -60,7 +60,7 @@ class ElboEstimator:
     count_tilt: float = 0.0
     block_length: int = 0
     surprise_focus: float = 0.0
-    surprise_tokens: float = 0.2
+    surprise_share: float = 0.2
     surprise_draws: int = 8
 
     @property

@@ -55,7 +55,7 @@ def with_surprising(
     telling = surprise_estimator(e)
     items = [pair_item(row, telling, telling.draw_indices(0)) for row in rows]
     return [
-        replace(row, favoured=tuple(surprising_positions(*side, e.surprise_tokens) for side in sides))
+        replace(row, favoured=tuple(surprising_positions(*side, e.surprise_share) for side in sides))
         for row, sides in zip(rows, token_surprise(denoiser, items, token_budget), strict=True)
     ]
 

@@ -107,7 +107,7 @@ def training_estimator(dpo: DpoSettings, seed: int, block_length: int) -> ElboEs
     takes_pairs = LOSSES[dpo.loss].takes_pairs
     names = ("shared_counts", "shared_masks") if takes_pairs else ()
     if dpo.focus == "surprise":
-        names += ("surprise_focus", "surprise_tokens", "surprise_draws")
+        names += ("surprise_focus", "surprise_share", "surprise_draws")
     elif dpo.focus == "difference" and takes_pairs:
         names += ("difference_focus",)
     return ElboEstimator(

@@ -75,7 +75,7 @@ def known(reference: Reference, estimator: ElboEstimator, rows: Sequence[Encoded
 def open_store(reference: Reference, estimator: ElboEstimator) -> SurpriseStore:
     """The store of the sets. Its key is that of reference values under the draws that tell surprise, with how many
     these are, and with the share of tokens."""
-    of_sets = {name: getattr(estimator, name) for name in ("surprise_tokens", "surprise_draws")}
+    of_sets = {name: getattr(estimator, name) for name in ("surprise_share", "surprise_draws")}
     fields = {**reference.fields(surprise_estimator(estimator)), **of_sets}
     return SurpriseStore.open(Path(reference.data_dir) / "surprise", fields)
 
@@ -101,7 +101,7 @@ def fill_sets(
             yield [(stored_pair(pair), _sets(sides)) for pair, sides in zip(lacking, found, strict=True)]
 
     def _sets(sides) -> list[Surprise]:
-        share = estimator.surprise_tokens
+        share = estimator.surprise_share
         return [Surprise(sums, counts, surprising_positions(sums, counts, share)) for sums, counts in sides]
 
     def append(pending: list[tuple[StoredPair, list[Surprise]]]) -> None:

@@ -241,7 +241,7 @@ NEEDS = (
         "it is read only with dpo.focus=difference",
     ),
     Need(
-        ("dpo.surprise_focus", "dpo.surprise_tokens", "dpo.surprise_draws"),
+        ("dpo.surprise_focus", "dpo.surprise_share", "dpo.surprise_draws"),
         lambda stage, config: config.dpo.focus == "surprise",
         "it is read only with dpo.focus=surprise",
     ),

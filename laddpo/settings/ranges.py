@@ -318,7 +318,7 @@ RANGES: dict[str, Range] = {
     "dpo.diffusion_samples": at_least(1, "4 is the default, 8 the paper's value"),
     "dpo.difference_focus": at_least(0, "0.5 is the default, 0 treats all tokens alike", 0.95),
     "dpo.surprise_focus": more_than(0, "0.5 is the default; dpo.focus=none treats all tokens alike", 0.95),
-    "dpo.surprise_tokens": more_than(0, "0.2 is the default", 1),
+    "dpo.surprise_share": more_than(0, "0.2 is the default", 1),
     "dpo.surprise_draws": at_least(2, "8 is the default; an even number"),
     "dpo.count_tilt": at_least(0, "0 makes all counts equally likely, 0.5 suits answers of hundreds of tokens", 1),
     "dpo.mask_rounds": at_least(1, "1 uses the same masks in every epoch"),

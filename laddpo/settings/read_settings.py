@@ -52,7 +52,7 @@ ROWS = (*LOADED, "data.", "-data.rounds", "-data.length_quantiles.", "-data.colu
 PREPARED = (*ROWS, *GRADED, "evaluation.batch_size")
 DRAWS = (
     *("dpo.diffusion_samples", "dpo.estimator", "dpo.schedule", "dpo.focus", "dpo.difference_focus"),
-    *("dpo.surprise_focus", "dpo.surprise_tokens", "dpo.surprise_draws", "dpo.count_tilt"),
+    *("dpo.surprise_focus", "dpo.surprise_share", "dpo.surprise_draws", "dpo.count_tilt"),
     *("dpo.mask_rounds", "dpo.common_random_numbers", "dpo.shared_counts", "dpo.shared_masks"),
 )
 

@@ -184,7 +184,7 @@ class DpoSettings:
     focus: str = "difference"
     difference_focus: float = 0.5
     surprise_focus: float = 0.5
-    surprise_tokens: float = 0.2
+    surprise_share: float = 0.2
     surprise_draws: int = 8
     count_tilt: float = 0.0
     mask_rounds: int = 1

@@ -84,11 +84,11 @@ def test_the_keys_of_the_stores_know_the_sets_and_other_focuses_do_not(trained, 
     of_sets = manifests.unsealed(only_store(trained, "surprise") / "manifest.json")["fields"]
     stores = (trained.folder / "data" / "reference").iterdir()
     fields = [manifests.unsealed(folder / "manifest.json")["fields"] for folder in stores]
-    (of_training,) = (found for found in fields if "surprise_tokens" in found["draws"])
+    (of_training,) = (found for found in fields if "surprise_share" in found["draws"])
     assert len(fields) == 2, "validation has draws of its own"
     assert of_sets["draws"]["stream"] == "/surprise" and of_sets["surprise_draws"] == 8
     assert of_sets["weights"] == of_training["weights"]
-    for given, has_new_sets in {"surprise_tokens=0.5": True, "surprise_focus=0.3": False}.items():
+    for given, has_new_sets in {"surprise_share=0.5": True, "surprise_focus=0.3": False}.items():
         assert trained.run("precompute", *BRIEF, f"dpo.{given}") == 0
         shown = capsys.readouterr().out
         assert ("surprise, training pairs: computing" in shown) == has_new_sets
@@ -138,7 +138,7 @@ def test_a_plan_counts_the_draws_that_tell_surprise(stages, capsys):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["dpo.surprise_tokens=0.1"], "it is read only with dpo.focus=surprise"),
+        (["dpo.surprise_share=0.1"], "it is read only with dpo.focus=surprise"),
         ([*SETS, "dpo.difference_focus=0.3"], "it is read only with dpo.focus=difference"),
         (["dpo.focus=none", "dpo.difference_focus=0.3"], "it is read only with dpo.focus=difference"),
         ([*SETS, "dpo.loss=simpo"], "dpo.loss=simpo compares with no reference; use dpo.focus=difference"),
