@@ -247,7 +247,7 @@ def test_a_warm_up_longer_than_the_epochs_is_noted_once_they_are_counted(lab):
 
 
 REFUSED = [
-    ("prepare", ["dpo.beta=0.3"], "dpo.beta=0.3: prepare does not read it; train, sft do; leave it out."),
+    ("prepare", ["dpo.beta=0.3"], "dpo.beta=0.3: prepare does not read it; train, sft, variance do; leave it out."),
     ("train", ["adapter.path=a", "adapter.r=4", "adapter.lora_alpha=2"], "adapter.lora_alpha=2.0, adapter.r=4: only a"),
     ("train", ["adapter=full", "adapter.use_dora=true"], "adapter.use_dora=true: only a new LoRA adapter reads it"),
     ("train", ["optim.round_decay=0.5"], "data=onpolicy rounds=3"),
@@ -270,7 +270,7 @@ REFUSED = [
     ("prepare", ["data=jsonl", "data.dataset_name=a.jsonl", "data.revision=main"], "only a dataset of the hub has"),
     ("plan", ["data.length_quantiles.p50=9"], "plan does not read it; leave it out."),
     ("benchmark", ["benchmark.nano_steps=3"], "only by the part nano of benchmark.parts"),
-    ("prepare", ["-m", "dpo.beta=1,2", "output_dir=s"], "dpo.beta=1.0: prepare does not read it; train, sft do; leave"),
+    ("prepare", ["-m", "dpo.beta=1,2", "output_dir=s"], "dpo.beta=1.0: prepare does not read it; train, sft, variance do; leave"),
     ("report", ["--cfg", "job", "dpo.beta=1"], "report does not read it"),
 ]
 
