@@ -187,7 +187,7 @@ def test_help_shows_the_stages_own_examples_settings_and_groups(stage, capsys):
     shown = capsys.readouterr().out
     assert f"python -m laddpo.{stage}" in shown
     assert ("  prompt " in shown) == (stage == "generate") and ("  runs " in shown) == (stage == "report")
-    assert ("  resume " in shown) == (stage not in ("generate", "chat", "variance", "benchmark"))
+    assert ("  resume " in shown) == (stage not in ("generate", "chat", "variance"))
 
 
 @pytest.mark.parametrize("stage", DOORS)
