@@ -174,6 +174,34 @@ def say_what_is_measured(config: RunConfig, prepared) -> None:
     )
 
 
+LOOKED_AT = 512  # training pairs, spread evenly
+LIKE = 0.5  # share of differing tokens up to which a focus on them can do something
+
+
+def say_what_pairs_are_like(config: RunConfig, prepared) -> None:
+    """One line on how long the answers are and in how many of their tokens those of a pair differ, and what follows.
+
+    Measured what it means: docs/variance.md and the tables that it names.
+    """
+    from laddpo.core.draws import differing_positions
+    from laddpo.core.losses import LOSSES
+    from laddpo.processes.ranks import here
+
+    rows = prepared.train
+    if not LOSSES[config.dpo.loss].takes_pairs or not here().is_main or not len(rows):
+        return
+    looked_at = [rows[i] for i in range(0, len(rows), max(1, len(rows) // LOOKED_AT))]
+    sides = [
+        (a, b) for row in looked_at for a, b in ((row.chosen_ids, row.rejected_ids), (row.rejected_ids, row.chosen_ids))
+    ]
+    tokens = sum(len(a) for a, _ in sides) / len(sides)
+    share = sum(len(differing_positions(a, b)) / len(a) for a, b in sides) / len(sides)
+    said = f"pairs: answers of {tokens:.0f} tokens on average; the two of a pair differ in {share:.0%} of them"
+    if share > LIKE and config.dpo.focus == "difference" and config.dpo.difference_focus:
+        said += ", so dpo.focus=difference changes little. python -m laddpo.variance says what lowers the noise"
+    print(f"{said}.")
+
+
 def _arguments(config: RunConfig) -> tuple:
     """What the settings mean to laddpo/preference: folder, name, parts, encoder, rules."""
     from laddpo.inputs.data import encoder_for, request_of

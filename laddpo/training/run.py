@@ -53,7 +53,13 @@ from laddpo.storage.run_outputs import RunOutputs
 from laddpo.training.faults import fault_reports, step_zero_check
 from laddpo.training.lengths import total_steps, warmup_note
 from laddpo.training.outputs import SEALED, check_weights, open_trackers, resume_step, run_outputs, watch_of
-from laddpo.training.pairs import check_enough, check_margins, open_prepared, say_what_is_measured
+from laddpo.training.pairs import (
+    check_enough,
+    check_margins,
+    open_prepared,
+    say_what_is_measured,
+    say_what_pairs_are_like,
+)
 from laddpo.training.tracking import Trackers, log_results
 from laddpo.training.validation import LOSS, Validation, open_validation
 
@@ -126,6 +132,7 @@ def open_pairs(config: RunConfig) -> RunData:
     check_enough(config, prepared)
     check_margins(config.dpo.loss, prepared)
     say_what_is_measured(config, prepared)
+    say_what_pairs_are_like(config, prepared)
     tasks = with_prompts(tasks, prepared, config.evaluation)
     lengths = data_lengths(prepared, config.dpo, config.model)
     rows = training_rows(prepared, config.dpo)

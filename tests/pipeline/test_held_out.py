@@ -117,6 +117,8 @@ def test_a_file_becomes_a_table_on_test_pairs_in_one_command(kind, stages, capsy
         assert name.replace("_", " ") in shown
     assert "result: " in shown and "Neither training nor the choice of the checkpoint saw them" in shown
     assert "question as prompt" in shown
+    (said,) = [line for line in shown.splitlines() if line.startswith("pairs: answers of ")]
+    assert "the two of a pair differ in " in said
     ids = {json.loads(line)["id"] for line in (run / "evaluation" / "pairs.jsonl").read_text().splitlines()}
     (folder,) = (stages.folder / "data" / "prepared").iterdir()
     assert ids <= set(PreparedPairs.load(folder).test.column("id"))
