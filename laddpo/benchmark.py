@@ -74,6 +74,7 @@ def earlier_record(bench: Workbench, run_folder: Path) -> dict[str, Any]:
     path, new = run_folder / "benchmark.json", new_record(bench)
     if not path.exists():
         return new
+    manifests.read_manifest(run_folder, "benchmark")  # compares the seals of a finished one
     record = atomic.read_json(path)
     free = ("parts", "minutes")
     before, now = (

@@ -270,7 +270,11 @@ REFUSED = [
     ("prepare", ["data=jsonl", "data.dataset_name=a.jsonl", "data.revision=main"], "only a dataset of the hub has"),
     ("plan", ["data.length_quantiles.p50=9"], "plan does not read it; leave it out."),
     ("benchmark", ["benchmark.nano_steps=3"], "only by the part nano of benchmark.parts"),
-    ("prepare", ["-m", "dpo.beta=1,2", "output_dir=s"], "dpo.beta=1.0: prepare does not read it; train, sft, variance do; leave"),
+    (
+        "prepare",
+        ["-m", "dpo.beta=1,2", "output_dir=s"],
+        "dpo.beta=1.0: prepare does not read it; train, sft, variance do; leave",
+    ),
     ("report", ["--cfg", "job", "dpo.beta=1"], "report does not read it"),
 ]
 

@@ -152,7 +152,7 @@ def test_two_folders_for_one_run_are_refused(settings, capsys):
     assert "holds no run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", ["generate", "chat", "variance", "benchmark"])
+@pytest.mark.parametrize("stage", ["generate", "chat", "variance"])
 def test_a_stage_that_keeps_nothing_to_go_on_with_takes_no_resume(stage, capsys):
     assert asked(stage, "resume=true", "output_dir=x") == []
     assert "resume is true" in capsys.readouterr().err
