@@ -105,7 +105,7 @@ def test_new_options_train_and_are_evaluated(tmp_path, capsys):
             ["dpo.loss to one of sigmoid, robust,", "cpo, squared."],
         ),
         (["dpo.estimator=counted"], ["which picks neither tokens nor counts"]),
-        (["best_metric=exact_match", "evaluation.tasks=[]"], ["those of arithmetic, word_problems, echo have"]),
+        (["best_metric=exact_match", "evaluation.tasks=[]"], ["those of arithmetic, rubric, word_problems, echo have"]),
     ],
 )
 def test_checks_and_advice_know_new_options(wrong, said, capsys):
