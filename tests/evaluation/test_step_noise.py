@@ -84,7 +84,7 @@ FOCUS = {"differing": 0.97, "gradient": {"value": 0.4, "interval": [0.1, 2.0]}, 
     [
         ([0.3, 0.9], "it helps"),
         ([0.8, 1.2], "no difference is shown"),
-        ([1.1, 2.0], "set dpo.difference_focus=0"),
+        ([1.1, 2.0], "set dpo.focus=none"),
         (None, "no difference is shown"),
     ],
 )
