@@ -5,7 +5,7 @@ Also the pass that both the reference store and evaluation use: encoded rows and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,12 @@ def is_completion(row: EncodedPair | EncodedCompletion) -> bool:
 def responses_of(row: EncodedPair | EncodedCompletion) -> tuple[np.ndarray, ...]:
     """Token ids of each response of a row."""
     return (row.completion_ids,) if is_completion(row) else (row.chosen_ids, row.rejected_ids)
+
+
+def differing_share(pairs: Iterable[EncodedPair]) -> float:
+    """The share of an answer's tokens in which it differs from the other one, a mean over both answers of the pairs."""
+    sides = ((a, b) for pair in pairs for a, b in (responses_of(pair), responses_of(pair)[::-1]))
+    return float(np.mean([len(differing_positions(a, b)) / len(a) for a, b in sides]))
 
 
 def stored_pair(pair: EncodedPair | EncodedCompletion) -> StoredPair:

@@ -18,9 +18,10 @@ import numpy as np
 from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
-from laddpo.core.draws import ESTIMATORS, ElboEstimator, differing_positions
+from laddpo.core.draws import ESTIMATORS, ElboEstimator
 from laddpo.core.elbo import Denoiser
 from laddpo.core.objectives import DpoObjective
+from laddpo.core.tasks import differing_share
 from laddpo.errors import UserError
 from laddpo.estimator_study import techniques
 from laddpo.estimator_study.intervals import Intervals
@@ -252,12 +253,7 @@ def _focus(
     of_all_pairs: Intervals,
 ) -> dict[str, Any]:
     """How much the answers differ, and the noise with the focus on what differs over that without it."""
-    shares = [
-        len(differing_positions(a, b)) / len(a)
-        for pair in pairs
-        for a, b in ((pair.chosen_ids, pair.rejected_ids), (pair.rejected_ids, pair.chosen_ids))
-    ]
-    found: dict[str, Any] = {"differing": float(np.mean(shares))}
+    found: dict[str, Any] = {"differing": differing_share(pairs)}
     other = next((name for name in rows if name.startswith(f"{OWN}, ")), None)
     if other is None:  # these draws pick no token
         return found

@@ -5,6 +5,7 @@ A mean over all problems hides that a run mends one group and harms the other.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,17 +21,32 @@ def group_of_items(task: str, fields: Mapping[str, Any], habit: str, unseen_step
     `fields`: how the problems were made, as `Task.fields` says. `unseen_steps`: the share of steps that no training
     question had (`arithmetic.is_unseen`); with it the habit's problems are two groups, by the step in which it shows.
     """
+    made = ("split", "items", "seed")
     if task == "word_problems":
-        problems = word_problems(fields["split"], fields["items"], fields["seed"])
-        shows = {f"{task}-{one.question}": one.solution(habit) != one.solution() for one in problems}
-        return {name: SHOWS if shown else OTHER for name, shown in shows.items()}
-    if task != "arithmetic":
-        return {}
-    found, difficulty = {}, arithmetic.Difficulty(*(fields[name] for name in ("operand_max", "terms", "width")))
-    for one in arithmetic.problems(fields["split"], fields["items"], fields["seed"], difficulty):
+        return _of_word_problems(*(fields[name] for name in made), habit)
+    if task == "arithmetic":
+        names = (*made, "operand_max", "terms", "width")
+        return _of_arithmetic(*(fields[name] for name in names), habit, unseen_steps)
+    return {}
+
+
+@functools.cache  # a study asks for the same problems of every arm, each time that it writes its page
+def _of_word_problems(split: str, items: int, seed: int, habit: str) -> dict[str, str]:
+    problems = word_problems(split, items, seed)
+    return {
+        f"word_problems-{one.question}": SHOWS if one.solution(habit) != one.solution() else OTHER for one in problems
+    }
+
+
+@functools.cache
+def _of_arithmetic(
+    split: str, items: int, seed: int, operand_max: int, terms: int, width: int, habit: str, unseen_steps: float
+) -> dict[str, str]:
+    found, difficulty = {}, arithmetic.Difficulty(operand_max, terms, width)
+    for one in arithmetic.problems(split, items, seed, difficulty):
         group = OTHER
         if arithmetic.mistaken_solution(one, habit) is not None:
             is_unseen = arithmetic.is_unseen(one.steps[one.habit_step], unseen_steps)
             group = SHOWS if not unseen_steps else UNSEEN if is_unseen else ASKED
-        found[f"{task}-{one.text}"] = group
+        found[f"arithmetic-{one.text}"] = group
     return found

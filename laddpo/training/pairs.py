@@ -183,19 +183,16 @@ def say_what_pairs_are_like(config: RunConfig, prepared) -> None:
 
     Measured what it means: docs/variance.md and the tables that it names.
     """
-    from laddpo.core.draws import differing_positions
     from laddpo.core.losses import LOSSES
+    from laddpo.core.tasks import differing_share, responses_of
     from laddpo.processes.ranks import here
 
     rows = prepared.train
     if not LOSSES[config.dpo.loss].takes_pairs or not here().is_main or not len(rows):
         return
     looked_at = [rows[i] for i in range(0, len(rows), max(1, len(rows) // LOOKED_AT))]
-    sides = [
-        (a, b) for row in looked_at for a, b in ((row.chosen_ids, row.rejected_ids), (row.rejected_ids, row.chosen_ids))
-    ]
-    tokens = sum(len(a) for a, _ in sides) / len(sides)
-    share = sum(len(differing_positions(a, b)) / len(a) for a, b in sides) / len(sides)
+    tokens = sum(len(ids) for row in looked_at for ids in responses_of(row)) / (2 * len(looked_at))
+    share = differing_share(looked_at)
     said = f"pairs: answers of {tokens:.0f} tokens on average; the two of a pair differ in {share:.0%} of them"
     if share > LIKE and config.dpo.focus == "difference" and config.dpo.difference_focus:
         said += ", so dpo.focus=difference changes little. python -m laddpo.variance says what lowers the noise"
