@@ -46,7 +46,7 @@ def asks(stage: str, config: RunConfig, fact: str | None = None) -> bool:
     """Whether a stage opens tasks that this program answers itself: one whose row in TASKS has `fact`, or any that has
     rows in a file."""
     tasks = config.evaluation.tasks
-    if config.evaluation.harness != "none" and stage != "prepare":
+    if stage != "prepare" and config.evaluation.harness != "none":
         return False
     if fact is None:
         return len(embedded(tasks)) < len(tasks)
