@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from laddpo.models.foreign_logs import quiet_bitsandbytes
+from laddpo.models.bitsandbytes_import import import_bitsandbytes
 from laddpo.processes.terminal import hanging
 from laddpo.settings.loggers import install_command, is_installed, wanted_trackers
 from laddpo.settings.ranges import CONF_DIR
@@ -166,7 +166,7 @@ def check_quantization(quantization: QuantizationSettings) -> Iterator[Finding]:
     is_needed = quantization.load_in_4bit or quantization.load_in_8bit
     try:
         torch = importlib.import_module("torch")
-        quiet_bitsandbytes()
+        import_bitsandbytes()
         functional = importlib.import_module("bitsandbytes.functional")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         weights = torch.linspace(-1, 1, 64 * 64, device=device).reshape(64, 64).bfloat16()

@@ -20,11 +20,11 @@ BERNOULLI_FLOOR = 1e-3  # LLaDA's own: p_mask = (1 - 1e-3) t + 1e-3
 NO_POSITIONS = np.array([], dtype=np.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Response:
     """What the draws of a response, or of one block of it, may depend on beside the seed: its pair, its side (chosen,
     rejected, response), its length in tokens, the positions of the tokens that picks may favour, and the number of the
-    block."""
+    block. Draws that are made together are kept for the same object."""
 
     pair_id: str
     side: str
@@ -95,16 +95,26 @@ class ElboEstimator:
     ) -> MaskedDraw:
         """One draw for a response of `length` tokens, of which picks favour those at `favoured`, after a prompt of
         `prompt_length` tokens. In a block model it is a draw of every block."""
+        return self._draw(self._parts(pair_id, side, length, favoured, prompt_length), index)
+
+    def _parts(
+        self, pair_id: str, side: str, length: int, favoured: np.ndarray, prompt_length: int
+    ) -> list[tuple[int, Response]]:
+        """What draws for itself, with its start in the response: all of it, or each block."""
+        if not self.block_length:
+            return [(0, Response(pair_id, side, length, favoured))]
+        return [
+            (start, Response(pair_id, side, end - start, _within(favoured, start, end), block))
+            for block, (start, end) in enumerate(block_spans(prompt_length, length, self.block_length))
+        ]
+
+    def _draw(self, parts: Sequence[tuple[int, Response]], index: int) -> MaskedDraw:
         law = ESTIMATORS[self.estimator].draw
         if not self.block_length:
-            return law(self, Response(pair_id, side, length, favoured), index)
-        masked, blocks = [], []
-        for block, (start, end) in enumerate(block_spans(prompt_length, length, self.block_length)):
-            inside = favoured[(favoured >= start) & (favoured < end)] - start
-            draw = law(self, Response(pair_id, side, end - start, inside, block), index)
-            masked.append(start + draw.masked)
-            blocks.append((len(draw.masked), draw.weight))
-        return MaskedDraw(index, np.concatenate(masked), blocks=tuple(blocks))
+            return law(self, parts[0][1], index)
+        draws = [law(self, response, index) for _, response in parts]
+        masked = np.concatenate([start + draw.masked for (start, _), draw in zip(parts, draws, strict=True)])
+        return MaskedDraw(index, masked, blocks=tuple((len(draw.masked), draw.weight) for draw in draws))
 
     def sequences(
         self,
@@ -116,14 +126,9 @@ class ElboEstimator:
         favoured: np.ndarray = NO_POSITIONS,
     ) -> tuple[MaskedSequence, ...]:
         """The response under each of the draws `indices`."""
+        parts = self._parts(pair_id, side, len(response_ids), favoured, len(prompt_ids))
         return tuple(
-            MaskedSequence(
-                prompt_ids,
-                response_ids,
-                self.draw(pair_id, side, len(response_ids), index, favoured, len(prompt_ids)),
-                self.block_length,
-            )
-            for index in indices
+            MaskedSequence(prompt_ids, response_ids, self._draw(parts, index), self.block_length) for index in indices
         )
 
     def key(self, response: Response, index: int) -> NoiseKey:
@@ -165,25 +170,9 @@ def block_spans(prompt_length: int, length: int, block_length: int) -> list[tupl
     return [(max(0, end - block_length), min(end, length)) for end in ends]
 
 
-def differing_positions(response: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Where a response differs from the pair's other one, counted from its start. # int64, ascending
-
-    Common beginning and end are cut off; what is left in between differs, but for equal tokens at equal places where
-    both middles have one length. Example: [1, 2, 3, 9] against [1, 4, 3, 9] -> [1]; against [1, 4, 4, 3, 9] -> [1].
-    """
-    shorter = min(len(response), len(other))
-    start = _equal_run(response[:shorter], other[:shorter])
-    end = _equal_run(response[::-1][: shorter - start], other[::-1][: shorter - start])
-    middle, other_middle = response[start : len(response) - end], other[start : len(other) - end]
-    if len(middle) == len(other_middle):
-        return start + np.flatnonzero(middle != other_middle)
-    return start + np.arange(len(middle))
-
-
-def _equal_run(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common beginning of two arrays of one length."""
-    unequal = np.flatnonzero(a != b)
-    return int(unequal[0]) if len(unequal) else len(a)
+def _within(positions: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Positions inside [start, end), counted from its start."""
+    return positions[(positions >= start) & (positions < end)] - start
 
 
 def draw_weight(e: ElboEstimator, response: Response, masked: np.ndarray) -> float:
@@ -203,8 +192,15 @@ def draw_weight(e: ElboEstimator, response: Response, masked: np.ndarray) -> flo
     if not focus and not e.count_tilt:
         return length / size
     law = length * count_law(length, e.count_tilt)[1][size - 1] if e.count_tilt else 1.0
-    hidden = focus * np.isin(response.favoured, masked).mean() if focus else 0.0
+    hidden = focus * _is_in(masked, length)[response.favoured].mean() if focus else 0.0
     return float(1 / (law * (hidden + (1 - focus) * size / length)))
+
+
+def _is_in(positions: np.ndarray, length: int) -> np.ndarray:
+    """Which of the positions 0..length-1 are among these. # bool [length]"""
+    found = np.zeros(length, dtype=bool)
+    found[positions] = True
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -297,8 +293,13 @@ def balanced_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDra
 
     Each mask alone is a pick and a uniformly random set of others of its size, so each draw has mean B.
     """
-    length, quad, in_quad = response.length, index // 4, index % 4
-    key = e.key(response, 4 * quad)
+    return _quad(e, response, index // 4)[index % 4]
+
+
+@functools.lru_cache(maxsize=256)
+def _quad(e: ElboEstimator, response: Response, quad: int) -> tuple[MaskedDraw, ...]:
+    """The draws 4 quad, ..., 4 quad + 3 of `balanced_draw`, and how they are made."""
+    length, key = response.length, e.key(response, 4 * quad)
     picks = [picked_token(e, response, 2 * quad + pair) for pair in (0, 1)]
     folded, small_first = zip(*(_folded_fraction(e, response, 2 * quad + pair) for pair in (0, 1)), strict=True)
     sizes = [mask_size(e, length, fraction) - 1 for fraction in folded]  # r of each pair, below L / 2
@@ -310,18 +311,23 @@ def balanced_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDra
     order = random_order(key, length)
     others = order[(order != picks[0]) & (order != picks[1])]
     p, q = sorted(size - extra for size, extra in zip(sizes, in_small, strict=True))
-    pair = in_quad // 2
-    is_smaller = sizes[pair] - in_small[pair] == p and (pair == 0 or sizes[0] - in_small[0] != p)
-    is_small = small_first[pair] == (in_quad % 2 == 0)
-    if is_small:
-        masked = others[:p] if is_smaller else others[p : p + q]
-    else:
-        visible = slice(p, 2 * p) if is_smaller else np.r_[0:p, 2 * p : p + q]
-        masked = np.delete(others, visible)
-    own, other = picks[pair], picks[1 - pair]
-    hidden = [own, other] if own != other and in_small[pair] == is_small else [own]
-    masked = np.sort(np.concatenate([masked, hidden]))
-    return MaskedDraw(index, masked, draw_weight(e, response, masked))
+    draws = []
+    for in_quad in range(4):
+        pair = in_quad // 2
+        is_smaller = sizes[pair] - in_small[pair] == p and (pair == 0 or sizes[0] - in_small[0] != p)
+        is_small = small_first[pair] == (in_quad % 2 == 0)
+        if is_small:
+            hidden = _is_in(others[:p] if is_smaller else others[p : p + q], length)
+        else:
+            hidden = _is_in(others, length)
+            for visible in [others[p : 2 * p]] if is_smaller else [others[:p], others[2 * p : p + q]]:
+                hidden[visible] = False
+        hidden[picks[pair]] = True
+        if picks[0] != picks[1] and in_small[pair] == is_small:
+            hidden[picks[1 - pair]] = True
+        masked = np.flatnonzero(hidden)
+        draws.append(MaskedDraw(4 * quad + in_quad, masked, draw_weight(e, response, masked)))
+    return tuple(draws)
 
 
 def bernoulli_draw(e: ElboEstimator, response: Response, index: int) -> MaskedDraw:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laddpo.core.budget import TokenBudget
 from laddpo.core.completions import CompletionObjective, completion_metrics
-from laddpo.core.draws import NO_POSITIONS, ElboEstimator, differing_positions
+from laddpo.core.draws import NO_POSITIONS, ElboEstimator
 from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import Item, Objective, StepValues
 from laddpo.core.metrics import preference_metrics
@@ -61,6 +61,27 @@ def favoured_tokens(
         return (NO_POSITIONS,)
     chosen, rejected = responses_of(row)
     return differing_positions(chosen, rejected), differing_positions(rejected, chosen)
+
+
+def differing_positions(response: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Where a response differs from the pair's other one, counted from its start. # int64, ascending
+
+    Common beginning and end are cut off; what is left in between differs, but for equal tokens at equal places where
+    both middles have one length. Example: [1, 2, 3, 9] against [1, 4, 3, 9] -> [1]; against [1, 4, 4, 3, 9] -> [1].
+    """
+    shorter = min(len(response), len(other))
+    start = _equal_run(response[:shorter], other[:shorter])
+    end = _equal_run(response[::-1][: shorter - start], other[::-1][: shorter - start])
+    middle, other_middle = response[start : len(response) - end], other[start : len(other) - end]
+    if len(middle) == len(other_middle):
+        return start + np.flatnonzero(middle != other_middle)
+    return start + np.arange(len(middle))
+
+
+def _equal_run(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common beginning of two arrays of one length."""
+    unequal = np.flatnonzero(a != b)
+    return int(unequal[0]) if len(unequal) else len(a)
 
 
 def example_item(row: EncodedExample, estimator: ElboEstimator, draws: Sequence[int]) -> Item:

@@ -22,7 +22,7 @@ from laddpo.hardware.planning import (
     free_ram_bytes,
     usable,
 )
-from laddpo.models.foreign_logs import quiet_bitsandbytes
+from laddpo.models.bitsandbytes_import import import_bitsandbytes
 from laddpo.models.quantization import DTYPES
 from laddpo.processes import ranks as processes
 from laddpo.settings.hardware_checks import needs_cuda, unshardable
@@ -176,7 +176,7 @@ def check_machine(config: RunConfig) -> None:
     if not is_cuda and hardware.device == "auto":
         problems += [f"no CUDA device was found, and {problem}" for problem in needs_cuda(config)]
     if quantization.load_in_4bit or quantization.load_in_8bit:
-        quiet_bitsandbytes()
+        import_bitsandbytes()
         try:
             import bitsandbytes  # noqa: F401
         except Exception as error:  # a broken install raises anything

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from laddpo.errors import UserError
 from laddpo.models import lora
 from laddpo.models.adapter_settings import ADAPTER_FILES, missing_file, read_adapter_settings, require_own_rank
+from laddpo.models.bitsandbytes_import import import_bitsandbytes
 from laddpo.models.families import family_of
 from laddpo.models.foreign import tensor_shapes
-from laddpo.models.foreign_logs import quiet_bitsandbytes
 from laddpo.models.linears import ALL_LINEAR, match_linears, unknown_target
 from laddpo.models.lora import ADAPTER as NAME
 from laddpo.processes.ranks import placed_like
@@ -51,7 +51,7 @@ def attach_lora(
     (float64 under a float64 model), the arithmetic stays in the model's dtype. Random numbers come from `seed`; the
     global state is not changed.
     """
-    quiet_bitsandbytes()  # which peft imports
+    import_bitsandbytes()  # as peft does
     from peft import LoraConfig, inject_adapter_in_model
 
     if has_adapter(model):
@@ -313,7 +313,7 @@ def _is_lora_layer(module: nn.Module) -> bool:
 
 @functools.cache
 def _lora_layer_type() -> type:
-    quiet_bitsandbytes()  # which peft imports
+    import_bitsandbytes()  # as peft does
     from peft.tuners.lora import LoraLayer
 
     return LoraLayer

@@ -89,7 +89,6 @@ class Experts(nn.Module):
         out = by_token.sum(1).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
-    @torch.compiler.disable
     def run_experts(self, inputs: Tensor, counts: Tensor) -> Tensor:
         """Each expert on its tokens, which lie one behind the other. inputs [T * k, D], counts [experts]"""
         products = self._products(inputs.dtype)

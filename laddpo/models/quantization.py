@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from laddpo.errors import choose
+from laddpo.models.bitsandbytes_import import import_bitsandbytes
 from laddpo.models.families import Family
-from laddpo.models.foreign_logs import quiet_bitsandbytes
 
 
 def quantization_config(quantization: dict[str, Any] | None, family: Family, dtype: torch.dtype):
@@ -29,7 +29,7 @@ def quantization_config(quantization: dict[str, Any] | None, family: Family, dty
         return None
     from transformers import BitsAndBytesConfig
 
-    quiet_bitsandbytes()
+    import_bitsandbytes()
     compute = settings.pop("bnb_4bit_compute_dtype", None)
     if isinstance(compute, str):
         compute = choose(DTYPES, compute, "quantization.bnb_4bit_compute_dtype", "laddpo/models/quantization.py")

@@ -17,12 +17,11 @@ from laddpo.core.draws import (
     MaskLaw,
     Response,
     count_law,
-    differing_positions,
     mask_size,
     picked_token,
 )
 from laddpo.core.noise import COUNT_SCHEDULES, FULL, NoiseKey, golden_step
-from laddpo.core.tasks import pair_item
+from laddpo.core.tasks import differing_positions, pair_item
 from laddpo.preference.encoding.encode import EncodedPair
 from tests.core import oracle
 from tests.core.helpers import random_ids, tiny_denoiser

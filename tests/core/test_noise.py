@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laddpo.core.draws import ESTIMATORS, ElboEstimator, Response
-from laddpo.core.noise import COUNT_SCHEDULES, FULL, NoiseKey, epoch_order, random_order, reversed_bits
+from laddpo.core.noise import COUNT_SCHEDULES, FULL, NoiseKey, epoch_order, philox_words, random_order, reversed_bits
 from laddpo.core.tasks import pair_item
 from tests.core.helpers import random_pair
 
@@ -51,6 +51,13 @@ def test_words_of_a_key_are_the_golden_ones():
     assert words.dtype == np.uint64
     assert words.tolist() == GOLDEN_WORDS
     assert NoiseKey(42, "été", "rejected", 0).words("count", 1).tolist() == GOLDEN_UNICODE
+
+
+@given(st.binary(min_size=16, max_size=16), st.integers(0, 9), st.integers(0, 9))
+def test_words_are_those_of_a_new_generator_whatever_was_asked_before(key, before, count):
+    philox_words(key[::-1], before)
+    expected = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
+    assert philox_words(key, count).tolist() == expected.tolist()
 
 
 def test_orders_are_the_golden_ones():

@@ -1,5 +1,7 @@
 """4-bit and 8-bit weights with LoRA, on a CPU too: what is quantised, and that gradients reach the adapter."""
 
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from laddpo.core.elbo import PackedSequences
 from laddpo.errors import UserError
+from laddpo.models import bitsandbytes_import
 from laddpo.models.adapters import (
     adapter_disabled,
     adapter_state,
@@ -208,3 +211,31 @@ def test_unpacked_weights_compute_what_the_packed_ones_do(random_ids):
 
 def attach_and_first(model):
     return model.get_submodule(attach_lora(model, r=2)[0])
+
+
+def test_importing_bitsandbytes_loads_no_compiler():
+    code = (
+        "import sys; from laddpo.models.bitsandbytes_import import import_bitsandbytes; import_bitsandbytes(); "
+        "print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
+
+
+def test_what_a_library_compiles_at_its_import_is_compiled_once_at_the_first_call(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(options) or function)
+    plain = torch.compile
+    with bitsandbytes_import._compiled_when_called():
+
+        @torch.compile
+        def one(x):
+            return x + 1
+
+        @torch.compile(dynamic=False)
+        def two(x, by=1):
+            return x + by
+
+    assert torch.compile is plain and not seen
+    assert (one(1), two(1, by=5), two(2)) == (2, 6, 3) and two.__name__ == "two"
+    assert seen == [{}, {"dynamic": False}]
