@@ -113,7 +113,7 @@ MISTAKES = {
     "no room for a response": (["data.max_length=8"], ["no response would be left"]),
     "a micro-step shorter than a row": (["hardware.token_budget=100"], ["a micro-step must hold the longest sequence"]),
     "an answer longer than the model": (
-        ["evaluation.gen_length=8192", "evaluation.steps=8192"],
+        ["evaluation.gen_length=8192", "evaluation.steps=8192", "evaluation.confidence_threshold=null"],
         ["evaluation.gen_length is 8192; llada_nano knows 4096"],
     ),
     # C8
@@ -172,7 +172,12 @@ MISTAKES = {
         ["set evaluation.block_length=4 or"],
     ),
     "steps that do not fill blocks": (
-        ["evaluation.gen_length=32", "evaluation.block_length=16", "evaluation.steps=31"],
+        [
+            "evaluation.gen_length=32",
+            "evaluation.block_length=16",
+            "evaluation.steps=31",
+            "evaluation.confidence_threshold=null",
+        ],
         ["evaluation.steps is 31 over 2 blocks", "set evaluation.steps=30 or 32"],
     ),
     "an option of a decoder": (

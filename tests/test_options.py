@@ -73,7 +73,12 @@ def test_new_options_train_and_are_evaluated(tmp_path, capsys):
         *("data.num_pairs=16", "data.validation_fraction=0.25", "data.max_length=512", "dpo.diffusion_samples=2"),
         *("optim.per_device_train_batch_size=4", "optim.max_train_steps=2", "optim.num_warmup_steps=0"),
         *("evaluation.every_steps=2", "evaluation.num_pairs=4", "evaluation.diffusion_samples=2"),
-        *("evaluation.gen_length=8", "evaluation.block_length=8", "evaluation.steps=2"),
+        *(
+            "evaluation.gen_length=8",
+            "evaluation.block_length=8",
+            "evaluation.steps=2",
+            "evaluation.confidence_threshold=null",
+        ),
         *("hardware.device=cpu", "logger=none", "logging_steps=1"),
     ]
     assert cli("train", command) == 0

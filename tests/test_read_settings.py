@@ -29,7 +29,13 @@ from tests.pipeline.conftest import SHAPE
 from tests.recording import recorded
 from tests.tiny import write_tiny_model
 
-LOOK = ["evaluation.limit=1", "evaluation.gen_length=8", "evaluation.block_length=8", "evaluation.steps=1"]
+LOOK = [
+    "evaluation.limit=1",
+    "evaluation.gen_length=8",
+    "evaluation.block_length=8",
+    "evaluation.steps=1",
+    "evaluation.confidence_threshold=null",
+]
 DATA = ["data.max_length=512", "data.validation_fraction=0.25"]
 PAIRS = [*DATA, "data.num_pairs=12"]
 DRAWS = ["dpo.diffusion_samples=2", "evaluation.num_pairs=1", "evaluation.diffusion_samples=2"]
@@ -174,6 +180,8 @@ REFERRED = ("rounds", "data.questions", "data.tasks", "model.recommended.")
 
 # handed to loaders, which look at it for models of the hub alone; all models here are local folders
 ALONE = {"model.revision"}
+# kept with what was asked, also beside a threshold that takes its place
+KEPT = {"evaluation.steps", "data.sampling.steps"}
 # what code shared with train asks for; sft itself refuses them where a yaml file sets them
 CHECKED = {"sft": {"dry_run", "data.rounds"}, "variance": {"dpo.mask_rounds"}}
 
@@ -191,7 +199,7 @@ def test_a_stage_reads_what_the_table_lets_it_be_given_and_nothing_else(name, la
     read -= CHECKED.get(stage, set()) | ALONE
     if config.data.source == "mixture":  # these were asked of its parts
         read -= {f"data.{part}" for part in OF_EACH_PART}
-    ignored, refused = sorted(taken - read), sorted((read & keys) - taken)
+    ignored, refused = sorted(taken - read), sorted((read & keys) - taken - KEPT)
     assert not ignored, f"{name}: these may be given and nothing reads them"
     assert not refused, f"{name}: these are read and refused; see laddpo/settings/read_settings.py"
 

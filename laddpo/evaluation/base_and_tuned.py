@@ -52,7 +52,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     from laddpo.evaluation.winrate import with_prompts
     from laddpo.preference.prepared import PreparedExamples
     from laddpo.results.plots import evaluation_plot
-    from laddpo.results.tables import before_after_table, held_out_note, judged_note
+    from laddpo.results.tables import before_after_table, notes_of
     from laddpo.storage import atomic, manifests
     from laddpo.storage.seals import CheckedLines
 
@@ -84,9 +84,9 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
             records = answer_task(way, task, folder / "items.jsonl", digest, f"tuned{said}", stop)
             both = (base_records[task.name, said], records)
             if said:
-                results.update(_compare_grades(config, task, *both, prefix, said))
+                results.update(_compare_grades(config, task, *both, prefix, way, said))
             else:
-                results.update(_compare_answers(config, task, *both, prefix, folder, loaded, stop, say))
+                results.update(_compare_answers(config, task, *both, prefix, folder, way, stop, say))
     harness_tuned = _harness(config, answers, folder, "tuned", digest, stop)
     if not is_main:
         return results
@@ -96,13 +96,13 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
     evaluation_plot(results, folder / "plots" / "evaluation.png", tuned_margins=margins, title=tuned.parent.name)
     say("")
     say(before_after_table(results))
-    for note in filter(None, (held_out_note(results), judged_note(results))):
+    for note in notes_of(results):
         say(note)
     say(f"\nresults, answers and plots: {folder}")
     return results
 
 
-def _compare_answers(config: RunConfig, task, base, tuned, prefix: str, folder: Path, loaded, stop, say) -> dict:
+def _compare_answers(config: RunConfig, task, base, tuned, prefix: str, folder: Path, way, stop, say) -> dict:
     """Entries of results.json for one task, from the records of both models; `prefix` tells several tasks apart."""
     from laddpo.evaluation.winrate import judge_answers
     from laddpo.inputs.judge import Surroundings
@@ -110,7 +110,8 @@ def _compare_answers(config: RunConfig, task, base, tuned, prefix: str, folder: 
     from laddpo.results.tables import WIN_RATE, examples_text
     from laddpo.storage import atomic
 
-    results = _compare_grades(config, task, base, tuned, prefix)
+    loaded = way.loaded
+    results = _compare_grades(config, task, base, tuned, prefix, way)
     results.update(_compare_lengths(config, base, tuned, prefix, say))
     if TASKS[task.name].is_judged:
         around = Surroundings("evaluation.judge", Path(config.paths.data_dir), str(loaded.machine.device), stop=stop)
@@ -122,8 +123,8 @@ def _compare_answers(config: RunConfig, task, base, tuned, prefix: str, folder: 
     return results
 
 
-def _compare_grades(config: RunConfig, task, base, tuned, prefix: str, said: str = "") -> dict:
-    """Exact match and marks of both models; `said` names a further temperature."""
+def _compare_grades(config: RunConfig, task, base, tuned, prefix: str, way, said: str = "") -> dict:
+    """Exact match and marks of both models, which answered in one `way`; `said` names a further temperature."""
     from laddpo.evaluation.marks import key_of, mark_values
 
     results: dict = {}
@@ -131,13 +132,18 @@ def _compare_grades(config: RunConfig, task, base, tuned, prefix: str, said: str
     if None not in graded[0]:
         key = key_of(f"{prefix}exact_match", said)
         results[key] = _compare(*graded, config.seed, is_share=True)
-        results[key]["task"] = {"name": task.name, "grader": task.grader.name, **task.fields}
+        results[key]["task"] = _task_facts(task, way)
     before, after = (mark_values(task, records) for records in (base, tuned))
     for name in before:
         is_share = name.startswith("share_")
         entry = _compare(before[name], after[name], config.seed, is_share=is_share)
         results[key_of(prefix + name, said)] = entry
     return results
+
+
+def _task_facts(task, way) -> dict:
+    """What results.json says of a task, and of the way in which it was answered."""
+    return {"name": task.name, "grader": task.grader.name, "decoding": way.sampler.text, **task.fields}
 
 
 def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=print) -> dict:
@@ -160,10 +166,10 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=prin
                 "base": right / len(records),
                 "base_interval": [low, high],
                 "items": len(records),
-                "task": {"name": name, "grader": task.grader.name, **task.fields},
+                "task": _task_facts(task, way),
             }
             share = f"{right / len(records):.1%} (95% interval {low:.1%} to {high:.1%})"
-            say(f"{name}{said}: {right} of {len(records)} exact, {share}")
+            say(f"{name}{said}: {right} of {len(records)} exact, {share}; answers: {way.sampler.text}")
             for mark, values in mark_values(task, records).items():
                 mean = sum(values) / len(values)
                 results[key_of(prefix + mark, said)] = {"base": mean, "items": len(values)}

@@ -66,6 +66,21 @@ class SamplerSettings:
         """The row of SUPPRESSION that `suppress_eos` means."""
         return {False: "no", True: "confidence"}.get(self.suppress_eos, self.suppress_eos)
 
+    @property
+    def text(self) -> str:
+        """In words, for a table: how much is committed at once, and what differs from plain decoding."""
+        threshold = self.confidence_threshold
+        pace = f"{self.steps} steps" if threshold is None else f"all tokens above probability {threshold:g} at once"
+        if threshold is not None and self.is_on_grid:
+            pace += f", at least as many as {self.steps} steps take"
+        parts = [f"{self.gen_length} tokens", pace, f"temperature {self.temperature:g}"]
+        if self.block_length < self.gen_length:
+            parts.insert(1, f"blocks of {self.block_length}")
+        plain = {field.name: field.default for field in dataclasses.fields(SamplerSettings)}
+        others = ("remasking", "cfg_scale", "suppress_eos", "block_cache")
+        parts += [f"{name}={getattr(self, name)}" for name in others if getattr(self, name) != plain[name]]
+        return ", ".join(parts)
+
     def commits_per_step(self) -> list[int]:
         """How many tokens each step of one block commits, with a threshold at least. Steps without any are left out."""
         if self.confidence_threshold is not None and not self.is_on_grid:

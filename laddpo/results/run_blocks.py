@@ -11,7 +11,7 @@ from laddpo.results.plots import constant_curves, evaluation_plot, margins_plot,
 from laddpo.results.rounds import rounds_plot, rounds_rows, rounds_verdict
 from laddpo.results.runs import Run, read_rounds, read_run
 from laddpo.results.sweeps import number_text
-from laddpo.results.tables import before_after_rows, example_pairs, held_out_note, is_share, is_tied, judged_note
+from laddpo.results.tables import before_after_rows, example_pairs, is_share, is_tied, notes_of
 from laddpo.storage.run_outputs import round_folders
 
 
@@ -63,7 +63,7 @@ def _result_blocks(run: Run, plots: Path) -> list[str]:
         if row[0] in (name.replace("_", " ") for name in tied):
             row[1] = "ties"
     blocks = [html.table(header, rows)]
-    blocks += [html.paragraph(note) for note in (held_out_note(results), judged_note(results)) if note]
+    blocks += [html.paragraph(note) for note in notes_of(results)]
     if tied:
         blocks.append(html.paragraph(TIES))
     blocks.append(html.words(explained(compared)))

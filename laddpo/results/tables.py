@@ -35,6 +35,18 @@ def before_after_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[
     return header, rows
 
 
+def notes_of(results: Mapping[str, Any]) -> list[str]:
+    """What stands below that table: how both models answered, what the pairs are, who judged."""
+    return [note for note in (answers_note(results), held_out_note(results), judged_note(results)) if note]
+
+
+def answers_note(results: Mapping[str, Any]) -> str:
+    """How answers were made, the same way for both models; empty if none were, or results.json does not say."""
+    tasks = [entry["task"] for entry in results.values() if isinstance(entry, Mapping) and "task" in entry]
+    ways = dict.fromkeys(visible(task["decoding"]) for task in tasks if "decoding" in task)
+    return f"Both models answered with {'; with '.join(ways)}." if ways else ""
+
+
 def held_out_note(results: Mapping[str, Any]) -> str:
     """What the pairs of a result are, in a sentence or two; empty if results.json does not say."""
     facts = results.get("held_out")

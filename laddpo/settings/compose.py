@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from laddpo.errors import UserError
 from laddpo.settings.checks import EPOCHS, STEPS, find_problems
-from laddpo.settings.decoding_checks import follow_model_block
+from laddpo.settings.decoding_checks import settle_decoding
 from laddpo.settings.judge_ranges import JUDGE_GROUPS
 from laddpo.settings.mistakes import (
     OPEN,
@@ -191,7 +191,7 @@ def typed_settings(tree: DictConfig) -> Typed:
     if not given & STEPS and (given & EPOCHS or _only_steps_are_recommended(tree)):
         config.optim.max_train_steps = None
         given = given | {"optim.max_train_steps"}
-    follow_model_block(config, given)
+    settle_decoding(config, given)
     if config.resume.lower() in ("true", "false"):  # a yaml bool arrives as "True"
         config.resume = config.resume.lower()
     for key in HOME_PATHS:

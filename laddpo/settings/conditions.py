@@ -10,7 +10,7 @@ from laddpo.problems.tasks import JUDGED, TASKS, embedded
 from laddpo.settings.data_checks import sft_examples
 from laddpo.settings.judge_schema import JudgeSettings, fields_read
 from laddpo.settings.ranges import CONF_DIR
-from laddpo.settings.schema import RunConfig
+from laddpo.settings.schema import EvaluationSettings, RunConfig, SamplingSettings
 
 
 def has_local_model(config: RunConfig) -> bool:
@@ -75,3 +75,8 @@ def has_hub_judge(judge: JudgeSettings) -> bool:
 
 def is_judged(config: RunConfig) -> bool:
     return config.evaluation.harness == "none" and JUDGED in config.evaluation.tasks
+
+
+def takes_steps(decoding: EvaluationSettings | SamplingSettings, config: RunConfig) -> bool:
+    """Whether `steps` decides anything: without a confidence threshold, or in a block model."""
+    return decoding.confidence_threshold is None or config.model.known_block_length is not None

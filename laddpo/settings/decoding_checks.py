@@ -72,13 +72,16 @@ def _grid_problems(decoding: Any, group: str, model_block: int) -> Iterator[str]
         )
 
 
-def follow_model_block(config: RunConfig, given: Collection[str]) -> None:
+def settle_decoding(config: RunConfig, given: Collection[str]) -> None:
     """Put the blocks of a block model in the place of those that a yaml file chose for other models, and no other
-    cache than its own. What the command line names (`given`) stays, to be checked."""
-    if config.model.known_block_length is None:
-        return
+    cache than its own. In other models a confidence threshold takes the place of `steps`, which is then as if every
+    token took one. What the command line names (`given`) stays, to be checked."""
+    block = config.model.known_block_length
     for group, decoding in (("evaluation", config.evaluation), ("data.sampling", config.data.sampling)):
-        for name, value in (("block_length", config.model.known_block_length), ("block_cache", "none")):
+        settled = {} if block is None else {"block_length": block, "block_cache": "none"}
+        if block is None and decoding.confidence_threshold is not None:
+            settled = {"steps": decoding.gen_length}
+        for name, value in settled.items():
             if f"{group}.{name}" not in given:
                 setattr(decoding, name, value)
 

@@ -19,6 +19,7 @@ from laddpo.settings.conditions import (
     lists_pairs,
     loss_is,
     sources_of,
+    takes_steps,
 )
 from laddpo.settings.judge_schema import JudgeSettings, RatingSettings, fields_read, needs_gold
 from laddpo.settings.loggers import wanted_trackers
@@ -69,6 +70,7 @@ OF_QUESTIONS = (
     "data.sampling.instruction",
 )
 LISTS_PAIRS = "variance.write_pairs only writes a list of pairs"
+DECODINGS = {"evaluation": lambda config: config.evaluation, "data.sampling": lambda config: config.data.sampling}
 OF_PARTS = {
     "memory": ("memory_draws",),
     "flat": ("flat_draws",),
@@ -316,6 +318,14 @@ NEEDS = (
         ("data.grader",),
         lambda stage, config: config.data.judge.kind == "none" or needs_gold(config.data.judge),
         "data.judge says which answers are better; only its rule `right` reads it",
+    ),
+    *(
+        Need(
+            (f"{group}.steps",),
+            lambda stage, config, place=place: takes_steps(place(config), config),
+            f"it is read only with {group}.confidence_threshold=null",
+        )
+        for group, place in DECODINGS.items()
     ),
     Need(
         ("evaluation.elbo_draws", "evaluation.harness_dir"),

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from laddpo.errors import UserError
 from laddpo.settings.checks import find_problems
 from laddpo.settings.compose import read_config
-from laddpo.settings.decoding_checks import follow_model_block
+from laddpo.settings.conditions import takes_steps
+from laddpo.settings.decoding_checks import settle_decoding
 from laddpo.settings.mistakes import setting_of
 from laddpo.settings.ranges import as_written, leaves
 from laddpo.settings.redaction import redact
@@ -81,7 +82,7 @@ def settings_of_run(
             if inner and dataclasses.is_dataclass(getattr(of, name)):  # evaluation.judge.tie: the rest stays the run's
                 to, of, name = getattr(to, name), getattr(of, name), inner[0]
             setattr(to, name, getattr(of, name))
-    follow_model_block(merged, keys)
+    settle_decoding(merged, keys)
     merged.data.chat_template = _kept_template(stored, asked.run)
     known = find_problems(stored)
     if problems := [problem for problem in find_problems(merged) if problem not in known]:
@@ -112,8 +113,8 @@ def _of_begun(asked: RunConfig, stored: RunConfig, begun: Path, keys: Sequence[s
 
 def other_decoding(config: RunConfig, overrides: Sequence[str]) -> list[str]:
     """A note where an option of evaluation or decoding, chosen as a whole, changes how the run `config.run` answers."""
-
     named = {override.partition("=")[0] for override in overrides}
+    named |= set() if takes_steps(config.evaluation, config) else {"evaluation.steps"}
     was, now = (dataclasses.asdict(part.evaluation) for part in (read_config(Path(config.run)), config))
     changed = [
         f"evaluation.{name}={as_written(now[name])} (it had {as_written(was[name])})"

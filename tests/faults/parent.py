@@ -35,7 +35,13 @@ QUICK = [
     *("data.validation_fraction=0.34", "dpo.diffusion_samples=2", "optim.per_device_train_batch_size=2"),
     *("optim.learning_rate=1e-2", "optim.num_warmup_steps=0", f"optim.max_train_steps={STEPS}", "save_steps=1"),
     *("logging_steps=1", "evaluation.every_steps=2", "evaluation.limit=1", "evaluation.num_pairs=2"),
-    *("evaluation.diffusion_samples=2", "evaluation.gen_length=4", "evaluation.block_length=4", "evaluation.steps=2"),
+    *(
+        "evaluation.diffusion_samples=2",
+        "evaluation.gen_length=4",
+        "evaluation.block_length=4",
+        "evaluation.steps=2",
+        "evaluation.confidence_threshold=null",
+    ),
     *("evaluation.samples=1", "best_metric=loss"),
 ]
 BARE = "bare"  # as the first override: none but those that follow

@@ -130,7 +130,12 @@ def test_the_python_lines_of_the_card_load_the_model(exported, name):
 @pytest.mark.parametrize("name", ["merged", "adapter"])
 def test_the_shell_lines_of_the_card_run(exported, name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    quick = ["evaluation.gen_length=8", "evaluation.block_length=8", "evaluation.steps=2"]
+    quick = [
+        "evaluation.gen_length=8",
+        "evaluation.block_length=8",
+        "evaluation.steps=2",
+        "evaluation.confidence_threshold=null",
+    ]
     for number, line in enumerate(card_lines(exported, name, "bash").splitlines()):
         program, stage, *arguments = shlex.split(line)
         more = quick if stage == "generate" else []

@@ -77,6 +77,7 @@ QUICK = (
     "evaluation.gen_length=8",
     "evaluation.block_length=8",
     "evaluation.steps=2",
+    "evaluation.confidence_threshold=null",
 )
 
 

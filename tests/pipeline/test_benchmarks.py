@@ -17,7 +17,7 @@ def questions(shared_folder):
 
 
 def settings(stages, questions, name):
-    lengths = ["evaluation.gen_length=8", "evaluation.block_length=8", "evaluation.steps=4", "evaluation.batch_size=2"]
+    lengths = ["evaluation.gen_length=8", "evaluation.block_length=8", "evaluation.batch_size=2"]
     where = [f"evaluation.dataset_name={questions}", f"output_dir={stages.folder / name}", "data.max_length=2048"]
     return ["evaluation=gsm8k", *where, *lengths, "evaluation.limit=8", "evaluation.confidence_threshold=0.9"]
 

@@ -224,7 +224,12 @@ def test_a_users_copies_beside_checkpoints_and_rounds_are_ignored_with_a_note(pl
 
 def test_a_base_model_alone_is_evaluated_on_in_parts_of_one_model(place, capsys):
     base = [*SETTINGS[:8], "evaluation.tasks=[arithmetic]", "evaluation.limit=2"]
-    decoding = ["evaluation.gen_length=4", "evaluation.block_length=4", "evaluation.steps=2"]
+    decoding = [
+        "evaluation.gen_length=4",
+        "evaluation.block_length=4",
+        "evaluation.steps=2",
+        "evaluation.confidence_threshold=null",
+    ]
     assert cli("evaluate", [*base, *decoding, "output_dir=out"]) == 0
     assert cli("evaluate", ["resume=out", "evaluation.limit=3"]) == 0
     add_template()
@@ -255,7 +260,14 @@ def test_a_run_keeps_its_chat_template_and_a_changed_file_is_refused_by_name(pla
     Path("own.jinja").write_text(template)
     own = ["data.chat_template=own.jinja", "data.template_kwargs.terse=true", "output_dir=own"]
     assert cli("train", [*SETTINGS, *own]) == 0
-    answered = ["run=own", "prompt=hello", "evaluation.gen_length=8", "evaluation.block_length=8", "evaluation.steps=1"]
+    answered = [
+        "run=own",
+        "prompt=hello",
+        "evaluation.gen_length=8",
+        "evaluation.block_length=8",
+        "evaluation.steps=1",
+        "evaluation.confidence_threshold=null",
+    ]
     Path("own.jinja").write_text(template.replace("short", "long"))
     assert cli("generate", [*answered, "output_dir=out"]) == 0  # with the run's copy
     assert cli("export", ["run=own", "output_dir=exported"]) == 0

@@ -34,7 +34,12 @@ def commands(stages):
     }
 
 
-GENERATED = ["evaluation.gen_length=8", "evaluation.block_length=8", "evaluation.steps=2"]
+GENERATED = [
+    "evaluation.gen_length=8",
+    "evaluation.block_length=8",
+    "evaluation.steps=2",
+    "evaluation.confidence_threshold=null",
+]
 
 
 @pytest.mark.parametrize("stage", ["generate", "evaluate", "prepare"])

@@ -168,7 +168,12 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded_or_written
     run, rows = stages.folder / "run", stages.folder / "rows.jsonl"
     write_config(compose(stages.overrides()), run)
     base = ["evaluation=file", f"evaluation.dataset_name={rows}", f"output_dir={stages.folder / 'out'}"]
-    lengths = ["evaluation.gen_length=8", "evaluation.block_length=8", "evaluation.steps=8"]
+    lengths = [
+        "evaluation.gen_length=8",
+        "evaluation.block_length=8",
+        "evaluation.steps=8",
+        "evaluation.confidence_threshold=null",
+    ]
     refused = {
         ("evaluate", *base, *lengths): "no file",
         ("evaluate", f"run={run}", *base[:2], *lengths, base[2]): "has no finished weights",

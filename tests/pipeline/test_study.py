@@ -271,7 +271,13 @@ def test_what_starts_from_a_failed_run_is_not_started(tmp_path, monkeypatch, cap
 
 
 def test_a_study_starts_from_a_base_that_it_makes_and_answers_at_two_temperatures(tmp_path):
-    few = ["evaluation.limit=4", "evaluation.gen_length=20", "evaluation.steps=2", "evaluation.block_length=20"]
+    few = [
+        "evaluation.limit=4",
+        "evaluation.gen_length=20",
+        "evaluation.steps=2",
+        "evaluation.confidence_threshold=null",
+        "evaluation.block_length=20",
+    ]
     first = ["experiment=make_rubric_base", "logger=none", "optim.max_train_steps=1", "sft.num_examples=8", *few]
     folder = tmp_path / "study"
     command = [
