@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,26 +11,46 @@ from typing import TypeVar
 from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser
 from laddpo.core.gradient import lockstep
-from laddpo.core.tasks import is_completion, responses_of
+from laddpo.core.tasks import is_completion, responses_of, stored_pair
 from laddpo.errors import RunFault, Stopped, UserError
 from laddpo.preference.encoding.encode import EncodedPair
 from laddpo.processes.progress import Progress
 from laddpo.processes.ranks import ALONE, Ranks, share_out
 from laddpo.processes.signals import StopFlag
 from laddpo.settings.read_settings import command_of
-from laddpo.storage.shards import NOTHING_STORED, ShardStore, StoredPair
+from laddpo.storage.shards import NOTHING_STORED, ShardStore
 
 TRAINING = "training pairs"
 KINDS_OF_ROWS = (TRAINING, "the same prompts with other completions")
 PAIRS_PER_SHARD = 512
-Window = tuple[Sequence[EncodedPair], range]  # pairs that are computed together, and their draws
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Windows(Sequence):
+    """Pairs that are computed together, and their draws: `places` says which of the `rows`. Rows are taken when a
+    window is asked for, so that a million of them are never in memory."""
+
+    rows: Sequence[EncodedPair]
+    places: Sequence[tuple[Sequence[int], range]]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[list[EncodedPair], range]:
+        places, draws = self.places[index]
+        return [self.rows[place] for place in places], draws
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs all windows have together."""
+        return sum(len(places) for places, _ in self.places)
 
 
 def fill_store(
     denoiser: Denoiser,
     store: ShardStore,
-    windows: Iterable[Window],
+    windows: Iterable[tuple[Sequence[EncodedPair], range]],
     compute: Callable[[Sequence[EncodedPair], range], Iterator[list[T]]],
     append: Callable[[list[T]], None],
     budget: TokenBudget,
@@ -98,20 +119,26 @@ class Pass:
 def complete(
     told: Pass,
     store: ShardStore,
-    windows: Sequence[Window],
-    absent: Sequence[StoredPair],
+    windows: Windows,
     fill: Callable[[Callable[[int], object]], object],
     label: str,
     auto: bool,
     ranks: Ranks,
 ) -> None:
-    """`fill(advance)` the store with what it lacks for these windows, saying how much that is, and why.
+    """`fill(advance)` the store with what it lacks for these windows, saying how many pairs that is, and why.
 
     Where `auto` is false, it is refused.
     """
-    lacking = max(ranks.gather(len(absent)))  # another run may be adding to the store while the ranks look
-    total = sum(len(pairs) for pairs, _ in windows)
-    unit = "rows" if any(is_completion(pair) for pairs, _ in windows for pair in pairs[:1]) else "pairs"
+    absent = Counter(
+        store.reason(address)
+        for pairs, draws in windows
+        for address in map(stored_pair, pairs)
+        if store.lacks(address, draws)
+    )
+    lacking = max(ranks.gather(sum(absent.values())))  # another run may be adding to the store while the ranks look
+    total = windows.pairs
+    first = next((pairs[0] for pairs, _ in windows if pairs), None)
+    unit = "rows" if is_completion(first) else "pairs"
     is_training, label = label == TRAINING, label.replace(TRAINING, f"training {unit}")
     if not lacking:
         print(f"{told.name}, {label}: all {total} {unit} are in {store.folder}")
@@ -127,7 +154,8 @@ def complete(
     if is_training and why != NOTHING_STORED:  # evaluations have draws of their own
         print(f"{told.name}, {label}: {why}")
 
-    with Progress(total=total, unit=unit, desc=told.name, dynamic_ncols=True, disable=not ranks.is_main) as progress:
+    shown = Progress(total=total, unit=unit, desc=told.name, dynamic_ncols=True, disable=not ranks.is_main)
+    with store.filling(), shown as progress:
         fill(progress.update)
     if ranks.world > 1:
         ranks.barrier()

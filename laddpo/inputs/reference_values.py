@@ -21,7 +21,7 @@ from laddpo.core.noise import step_items
 from laddpo.core.objectives import DpoObjective
 from laddpo.core.tasks import pair_item, stored_pair
 from laddpo.inputs import filling
-from laddpo.inputs.filling import KINDS_OF_ROWS, PAIRS_PER_SHARD, Pass, fill_store
+from laddpo.inputs.filling import KINDS_OF_ROWS, PAIRS_PER_SHARD, Pass, Windows, fill_store
 from laddpo.inputs.margins import WINDOW
 from laddpo.inputs.policy import Loaded
 from laddpo.preference.encoding.encode import EncodedPair
@@ -189,21 +189,18 @@ class Reference:
         self,
         store: ReferenceStore,
         estimator: ElboEstimator,
-        windows: Sequence[tuple[list[EncodedPair], range]],
+        windows: Windows,
         stop: StopFlag,
         label: str,
     ) -> None:
         """Compute what the store lacks for these windows of pairs, saying how much that is, and why."""
         loaded, ranks = self.loaded, self.loaded.machine.ranks
-        absent = [
-            stored_pair(pair) for pairs, draws in windows for pair in pairs if store.missing(stored_pair(pair), draws)
-        ]
 
         def fill(advance) -> None:
             asked = (estimator, loaded.machine.token_budget, stop, PAIRS_PER_SHARD, advance, ranks)
             fill_reference(loaded.denoiser, store, windows, *asked)
 
-        filling.complete(PASS, store, windows, absent, fill, label, self.auto, ranks)
+        filling.complete(PASS, store, windows, fill, label, self.auto, ranks)
 
     def complete_training(
         self,
@@ -216,8 +213,7 @@ class Reference:
         """Compute what the store lacks for the steps `visited`: of the training rows, and of those mismatched."""
         for of_kind, label in zip(rows, KINDS_OF_ROWS, strict=True):
             if of_kind is not None:
-                draws = [estimator.draw_indices(epoch) for epoch, _ in visited]
-                windows = [([of_kind[i] for i in step], n) for (_, step), n in zip(visited, draws, strict=True)]
+                windows = Windows(of_kind, [(step, estimator.draw_indices(epoch)) for epoch, step in visited])
                 self.complete(store, estimator, windows, stop, label)
 
     def items(self, pairs: Sequence[EncodedPair], estimator: ElboEstimator, stop: StopFlag, label: str) -> list[Item]:
@@ -225,6 +221,6 @@ class Reference:
         if not pairs:
             return []
         draws, store = estimator.draw_indices(0), self.store(estimator)
-        windows = [(list(pairs[start : start + WINDOW]), draws) for start in range(0, len(pairs), WINDOW)]
-        self.complete(store, estimator, windows, stop, label)
+        places = [range(start, min(start + WINDOW, len(pairs))) for start in range(0, len(pairs), WINDOW)]
+        self.complete(store, estimator, Windows(pairs, [(place, draws) for place in places]), stop, label)
         return [pair_item(pair, estimator, draws, store.values(stored_pair(pair), draws)) for pair in pairs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from laddpo.core.budget import TokenBudget
@@ -53,14 +53,13 @@ def complete(
         if of_kind is None:
             continue
         draws = range(estimator.surprise_draws)
-        windows = [([of_kind[i] for i in step], draws) for epoch, step in visited if epoch == 0]
-        absent = [address for pairs, _ in windows for pair in pairs if (address := stored_pair(pair)) not in store]
+        windows = filling.Windows(of_kind, [(step, draws) for epoch, step in visited if epoch == 0])
 
         def fill(advance, windows=windows) -> None:
             asked = (loaded.machine.token_budget, stop, PAIRS_PER_SHARD, advance, loaded.machine.ranks)
             fill_sets(loaded.denoiser, store, windows, estimator, *asked)
 
-        filling.complete(PASS, store, windows, absent, fill, label, reference.auto, loaded.machine.ranks)
+        filling.complete(PASS, store, windows, fill, label, reference.auto, loaded.machine.ranks)
     return [None if of_kind is None else RowsWithSets(of_kind, store) for of_kind in rows]
 
 
@@ -83,7 +82,7 @@ def open_store(reference: Reference, estimator: ElboEstimator) -> SurpriseStore:
 def fill_sets(
     denoiser: Denoiser,
     store: SurpriseStore,
-    windows: Sequence[filling.Window],
+    windows: Iterable[tuple[Sequence[EncodedPair], range]],
     estimator: ElboEstimator,
     token_budget: int | TokenBudget,
     stop: StopFlag,

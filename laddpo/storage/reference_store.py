@@ -16,17 +16,22 @@ SIDES = ("chosen", "rejected")
 
 
 class ReferenceStore(ShardStore):
-    """Reads and grows one store; as `ShardStore` says. Of a pair it has an array with NaN where a draw is lacking.
-    # float64 [sides, draws]"""
+    """Reads and grows one store; as `ShardStore` says. All values are one array, with NaN where a draw is lacking.
+    # float64 [at least as many places as pairs, sides, draws]"""
 
     kind, prefix, noun, facts = "reference", "shard", "reference values", ("first_draw",)
+    _values = np.empty((0, 0, 0))
 
     def missing(self, pair: StoredPair, draws: Iterable[int]) -> list[int]:
         """The draws of this pair that the store lacks."""
-        values = self._values.get(pair)
-        if values is None:
+        place = self._places.get(pair.key)
+        if place is None:
             return list(draws)
+        values = self._values[place]
         return [draw for draw in draws if draw >= values.shape[1] or np.isnan(values[:, draw]).any()]
+
+    def lacks(self, pair: StoredPair, draws: Sequence[int]) -> bool:
+        return bool(self.missing(pair, draws))
 
     def values(self, pair: StoredPair, draws: Iterable[int]) -> np.ndarray:
         """The reference's value of each draw. # float64 [sides, draws]. Raises `UserError` when one is absent."""
@@ -37,7 +42,7 @@ class ReferenceStore(ShardStore):
                 f"{self.folder}: has no reference value for pair {pair.id}, draws {absent}. "
                 "Run python -m laddpo.precompute with the same settings, or leave auto=true."
             )
-        return self._values[pair][:, draws]
+        return self._values[self._places[pair.key]][:, draws]
 
     def append(self, pairs: list[StoredPair], first_draw: int, values: np.ndarray) -> None:
         """Add a shard. # values float64 [pairs, sides, draws], for the draws first_draw, first_draw + 1, …
@@ -61,12 +66,17 @@ class ReferenceStore(ShardStore):
 
     def _add(self, pairs: Sequence[StoredPair], tensors: Mapping[str, np.ndarray]) -> None:
         first_draw, values = int(tensors["first_draw"][0]), tensors["values"]
-        end = first_draw + values.shape[2]
-        for pair, row in zip(pairs, values, strict=True):
-            known = self._values.get(pair)
-            if known is None or known.shape[1] < end:
-                grown = np.full((len(row), end), np.nan)
-                if known is not None:
-                    grown[:, : known.shape[1]] = known
-                self._values[pair] = known = grown
-            known[:, first_draw:end] = row
+        places = [self._place(pair) for pair in pairs]
+        self._make_room(len(self._places), values.shape[1], first_draw + values.shape[2])
+        self._values[places, :, first_draw : first_draw + values.shape[2]] = values
+
+    def _make_room(self, places: int, sides: int, draws: int) -> None:
+        """Grow the array to hold so many; by half as much again, so that growing costs little in sum."""
+        had = self._values.shape
+        if places <= had[0] and draws <= had[2]:
+            return
+        places = had[0] if places <= had[0] else max(places, had[0] * 3 // 2)
+        grown = np.full((places, sides, max(draws, had[2])), np.nan)
+        if had[0]:
+            grown[: had[0], :, : had[2]] = self._values
+        self._values = grown

@@ -3,8 +3,8 @@ plain text, every field the values depend on.
 
 Values are addressed by row id and a digest of the row's token ids, so other rows or another order neither spoil nor
 repeat anything: a store only grows. A shard is at most a few thousand rows, appended whole; a killed pass loses at most
-the shard it was filling. A shard's name is the beginning of its sha256: one that the manifest lacks, because two
-processes wrote it on a file system without locks, is taken in.
+the shard it was filling. A shard's name is the beginning of its sha256: one that the manifest lacks is taken in. A pass
+that was killed leaves such shards, and so do two processes on a file system without locks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,11 @@ class StoredPair:
     id: str
     digest: str
 
+    @property
+    def key(self) -> bytes:
+        """16 bytes that stand for both: a store of a million pairs holds these, and no objects."""
+        return hashlib.blake2b(f"{self.id} {self.digest}".encode(), digest_size=16).digest()
+
 
 class ShardStore:
     """Reads and grows one store. `fields` are what the values depend on; the folder's name carries their fingerprint.
@@ -60,9 +65,12 @@ class ShardStore:
     def __init__(self, folder: Path, fields: Mapping[str, Any]):
         self.folder = folder
         self.fields = dict(fields)
-        self._values: dict[StoredPair, Any] = {}
+        self._places: dict[bytes, int] = {}  # by a pair's key, the place of its values in the order of their coming
+        self._ids: set[int] = set()  # hashes of the pairs' ids
         self._shards: dict[str, dict] = {}
         self._known: set[str] = set()  # shards whose values are here
+        self._seen: tuple[int, ...] = ()  # size and times of the manifest that was read last
+        self._is_filling = False
         self._refuse_others()
         self.refresh()
 
@@ -72,25 +80,37 @@ class ShardStore:
         return cls(stores / manifests.fingerprint(dict(fields, format=FORMAT)), fields)
 
     def _add(self, pairs: Sequence[StoredPair], tensors: Mapping[str, np.ndarray]) -> None:
-        """Take the values of a shard into `_values`."""
+        """Take the values of a shard into memory."""
         raise NotImplementedError
 
-    def __len__(self) -> int:
-        return len(self._values)
+    def lacks(self, pair: StoredPair, draws: Sequence[int]) -> bool:
+        """Whether something of a pair has to be computed."""
+        return pair not in self
 
-    def why_missing(self, lacking: Iterable[StoredPair]) -> str:
-        """Why these pairs have to be computed: which settings, or which pairs, differ from what is stored."""
-        if not self._values:
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, pair: StoredPair) -> bool:
+        return pair.key in self._places
+
+    def _place(self, pair: StoredPair) -> int:
+        """Where the values of a pair are, or will be."""
+        self._ids.add(hash(pair.id))
+        return self._places.setdefault(pair.key, len(self._places))
+
+    def reason(self, pair: StoredPair) -> str:
+        """How a pair that has to be computed differs from those that are stored."""
+        if pair in self:
+            return "with more draws than are stored"
+        if hash(pair.id) in self._ids:
+            return "with other tokens than are stored (data.max_length)"
+        return "new to this store"
+
+    def why_missing(self, reasons: Counter[str]) -> str:
+        """Why so many pairs have to be computed for each `reason`: which settings, or which pairs, differ from what is
+        stored."""
+        if not len(self):
             return self._differs_from_nearest()
-        ids = {pair.id for pair in self._values}
-        reasons = Counter(
-            "with more draws than are stored"
-            if pair in self._values
-            else "with other tokens than are stored (data.max_length)"
-            if pair.id in ids
-            else "new to this store"
-            for pair in lacking
-        )
         return "; ".join(f"{count} {reason}" for reason, count in reasons.items())
 
     def _differs_from_nearest(self) -> str:
@@ -125,6 +145,20 @@ class ShardStore:
             self._read_manifest()
             yield
 
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """Within the block new shards are not listed one by one, which takes longer the more there are: the manifest
+        is written with the first shard of a store, and at the end, whatever ends it. A killed process leaves shards
+        that the next one takes in."""
+        before, self._is_filling = set(self._shards), True
+        try:
+            yield
+        finally:
+            self._is_filling = False
+            if self._shards.keys() - before:
+                with self._growing():
+                    self._write_manifest()
+
     def _write_shard(self, pairs: Sequence[StoredPair], tensors: Mapping[str, np.ndarray]) -> None:
         """Write one more shard and name it in the manifest; within `_growing`."""
         content = save_tensors(
@@ -138,7 +172,8 @@ class ShardStore:
         name = self._shard_name(digest)
         atomic.write_bytes(self.folder / name, content)
         self._shards[name] = self._entry(digest, pairs, tensors)
-        self._write_manifest()
+        if not self._is_filling or not self._seen:
+            self._write_manifest()
         self._known.add(name)
         self._add(pairs, tensors)
 
@@ -155,6 +190,9 @@ class ShardStore:
         path = self.folder / manifests.MANIFEST
         if not path.exists():
             return
+        found = _state(path)
+        if found == self._seen:
+            return
         manifest = manifests.unsealed(path)
         try:
             differences = manifests.differing_fields(manifest["fields"], self.fields)
@@ -167,7 +205,7 @@ class ShardStore:
         if differences:
             raise UserError(f"{self.folder}: holds {self.noun} of other settings:", *differences)
         taken_in = {name: entry for name, entry in self._shards.items() if (self.folder / name).exists()}
-        self._shards = taken_in | shards
+        self._shards, self._seen = taken_in | shards, found
 
     @property
     def _remove(self) -> str:
@@ -213,7 +251,9 @@ class ShardStore:
             "shards": self._shards,
             "provenance": manifests.provenance(),
         }
-        atomic.write_json(self.folder / manifests.MANIFEST, manifests.with_seal(content))
+        path = self.folder / manifests.MANIFEST
+        atomic.write_json(path, manifests.with_seal(content))
+        self._seen = _state(path)
 
 
 def _addresses(tensors: Mapping[str, np.ndarray]) -> list[StoredPair]:
@@ -221,3 +261,9 @@ def _addresses(tensors: Mapping[str, np.ndarray]) -> list[StoredPair]:
         StoredPair(bytes(identifier).decode().rstrip(), bytes(digest).hex())
         for identifier, digest in zip(tensors["ids"], tensors["digests"], strict=True)
     ]
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What tells one writing of a file from another without reading it: each makes a new file."""
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns

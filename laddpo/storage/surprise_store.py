@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,17 +32,18 @@ class SurpriseStore(ShardStore):
 
     kind, prefix, noun = "surprise", "set", "sets of tokens"
 
-    def __contains__(self, pair: StoredPair) -> bool:
-        return pair in self._values
+    def __init__(self, folder: Path, fields: Mapping[str, Any]):
+        self._sets: list[tuple[Surprise, ...]] = []
+        super().__init__(folder, fields)
 
     def of(self, pair: StoredPair) -> tuple[Surprise, ...]:
         """What is stored of each side. Raises `UserError` when the pair is absent."""
-        if pair not in self._values:
+        if pair not in self:
             raise UserError(
                 f"{self.folder}: has no surprising tokens of pair {pair.id}. Run python -m laddpo.precompute with the "
                 "same settings, or leave auto=true."
             )
-        return self._values[pair]
+        return self._sets[self._places[pair.key]]
 
     def positions(self, pair: StoredPair) -> tuple[np.ndarray, ...]:
         """The surprising tokens of each side. # int64, ascending"""
@@ -73,7 +76,8 @@ class SurpriseStore(ShardStore):
         )
         for pair in pairs:
             stored = tuple(Surprise(*next(sides)) for _ in range(sizes[0].shape[1]))
-            self._values.setdefault(pair, stored)
+            if self._place(pair) == len(self._sets):
+                self._sets.append(stored)
 
 
 def _packed(found: Sequence[Sequence[Surprise]]) -> dict[str, np.ndarray]:

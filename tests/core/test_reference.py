@@ -1,12 +1,17 @@
 """The reference store grows without loss, and never gives a value that it cannot vouch for."""
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from laddpo.errors import UserError
 from laddpo.storage import atomic, manifests
@@ -99,10 +104,11 @@ def test_token_digests_see_every_token_and_where_one_array_ends():
 
 def test_why_pairs_are_missing_is_said_by_what_changed(stores):
     store = ReferenceStore.open(stores, FIELDS)
-    assert store.why_missing([stored("a")]) == "nothing is stored yet"
+    assert store.why_missing(Counter()) == "nothing is stored yet"
     store.append([stored("a"), stored("b")], 0, values(2, 2))
     shorter = StoredPair("b", token_digest(np.array([9])))
-    assert store.why_missing([stored("a"), shorter, stored("c"), stored("d")]) == (
+    lacking = [stored("a"), shorter, stored("c"), stored("d")]
+    assert store.why_missing(Counter(map(store.reason, lacking))) == (
         "1 with more draws than are stored; 1 with other tokens than are stored (data.max_length); 2 new to this store"
     )
 
@@ -114,7 +120,7 @@ def test_why_a_store_is_new_is_said_by_the_fields_in_which_the_nearest_differs(s
         ReferenceStore.open(stores, fields).append([stored("a")], 0, values(1, 1))
     (stores / "damaged").mkdir()
     (stores / "damaged" / "manifest.json").write_bytes(b"half")
-    text = ReferenceStore.open(stores, near).why_missing([stored("a")])
+    text = ReferenceStore.open(stores, near).why_missing(Counter(new=1))
     assert "estimator.seed: stored 42, now 7" in text and "weights" not in text
 
 
@@ -231,6 +237,53 @@ def test_a_shard_that_another_process_left_out_of_the_manifest_is_taken_in(store
     ours.append([stored("def")], 0, values(1, 1))
     assert len(manifests.unsealed(ours.folder / manifests.MANIFEST)["shards"]) == 3
     assert len(ReferenceStore.open(stores, FIELDS)) == 3
+
+
+def test_a_pass_lists_its_shards_at_its_end_and_the_next_takes_in_those_of_a_killed_one(stores, monkeypatch):
+    plain, written = atomic.write_json, []
+    monkeypatch.setattr(atomic, "write_json", lambda path, content: written.append(path) or plain(path, content))
+    store = ReferenceStore.open(stores, FIELDS)
+    with store.filling():
+        for number in range(6):
+            store.append([stored(f"{number}")], 0, values(1, 2, -1.0 - number))
+        assert len(written) == 1
+        shutil.copytree(store.folder, stores / "killed" / store.folder.name)
+    assert len(written) == 2 and len(manifests.unsealed(store.folder / manifests.MANIFEST)["shards"]) == 6
+    with store.filling():
+        pass
+    assert len(written) == 2, "a pass without a new shard writes nothing"
+    for folder in (stores, stores / "killed"):
+        found = ReferenceStore.open(folder, FIELDS)
+        assert [found.values(stored(f"{n}"), [0])[0, 0] for n in range(6)] == [-1.0 - n for n in range(6)]
+    assert len(manifests.unsealed(stores / "killed" / store.folder.name / manifests.MANIFEST)["shards"]) == 6
+
+
+def test_what_another_pass_has_listed_meanwhile_stays_listed(stores):
+    ours, theirs = ReferenceStore.open(stores, FIELDS), ReferenceStore.open(stores, FIELDS)
+    with ours.filling():
+        ours.append([stored("a")], 0, values(1, 1))
+        with theirs.filling():
+            theirs.append([stored("bc")], 0, values(1, 1, -5.0))
+        ours.append([stored("def")], 0, values(1, 1, -7.0))
+    assert len(manifests.unsealed(ours.folder / manifests.MANIFEST)["shards"]) == 3
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 3)), max_size=12))
+def test_values_come_back_in_whatever_order_pairs_and_draws_came(given):
+    expected: dict[tuple[int, int], float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = ReferenceStore.open(Path(folder), FIELDS)
+        for pair, first, draws in given:
+            of_draws = {draw: -1.0 - 10 * pair - draw for draw in range(first, first + draws)}
+            store.append([stored("x" * (pair + 1))], first, np.array([[[*of_draws.values()]] * 2]))
+            expected.update({(pair, draw): value for draw, value in of_draws.items()})
+        for found in (store, ReferenceStore.open(Path(folder), FIELDS)):
+            for pair in range(6):
+                lacking = found.missing(stored("x" * (pair + 1)), range(7))
+                assert lacking == [draw for draw in range(7) if (pair, draw) not in expected]
+            for (pair, draw), value in expected.items():
+                assert found.values(stored("x" * (pair + 1)), [draw])[0, 0] == value
 
 
 APPENDER = """

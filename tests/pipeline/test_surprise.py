@@ -9,9 +9,11 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from laddpo.processes import signals
 from laddpo.storage import manifests
+from laddpo.storage.shards import _addresses
 from laddpo.storage.surprise_store import SurpriseStore
 from tests.launching import launch
 from tests.pipeline.conftest import Stages
@@ -107,8 +109,9 @@ def test_another_set_of_a_pair_finds_no_reference_values_of_the_old_one(stages, 
     capsys.readouterr()
     folder = only_store(stages, "surprise")
     old = SurpriseStore(folder, manifests.unsealed(folder / "manifest.json")["fields"])
+    pairs = [pair for path in folder.glob("set-*") for pair in _addresses(load_file(path))]
+    found = {pair: old.of(pair) for pair in pairs}
     shutil.rmtree(folder)
-    found = dict(old._values)
     changed, (chosen, rejected) = next(iter(found.items()))
     other = np.setdiff1d(np.arange(len(chosen.sums)), chosen.positions)[: len(chosen.positions)]
     found[changed] = (dataclasses.replace(chosen, positions=other), rejected)
