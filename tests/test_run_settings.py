@@ -90,6 +90,24 @@ def test_answers_made_in_another_way_are_pointed_out_where_nobody_named_it(run, 
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("group", ["evaluation", "data.sampling"])
+def test_steps_beside_a_threshold_that_takes_their_place_are_refused(group, run, capsys):
+    data = ["data=onpolicy", f"{group}.steps=12"]
+    assert asked("train", *data) == []
+    assert f"{group}.steps=12: it is read only with {group}.confidence_threshold=null" in capsys.readouterr().err
+    ((config, _),) = asked("train", *data, f"{group}.confidence_threshold=null")
+    assert (config.evaluation if group == "evaluation" else config.data.sampling).steps == 12
+
+
+def test_steps_nobody_named_follow_the_length_where_a_threshold_takes_their_place(run):
+    ((config, _),) = asked("evaluate", "evaluation.gen_length=12", "evaluation.block_length=12")
+    assert (config.evaluation.confidence_threshold, config.evaluation.steps) == (0.9, 12)
+    ((config, _),) = asked("evaluate", "evaluation.confidence_threshold=null")
+    assert config.evaluation.steps == 24
+    ((config, _),) = asked("generate", "model=sdar_1_7b", "decoding=sdar_dynamic", "evaluation.steps=128", "prompt=a")
+    assert (config.evaluation.confidence_threshold, config.evaluation.steps) == (0.9, 128)
+
+
 def test_an_evaluation_that_asks_what_the_data_asks_means_the_runs_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_config(compose(["model=llada_mini"]), tmp_path / "r")

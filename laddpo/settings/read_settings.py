@@ -101,7 +101,7 @@ def unread_problems(
         followed = [key for found in inside for key in (found, *references.get(found, ()))]
         found = [unread(stage, key, config) for key in followed]
         if all(found):
-            problems[name] = found[-1]
+            problems[name] = found[0 if matches(followed[0], READS[stage]) else -1]
     shared: dict[str, list[str]] = {}
     for name, why in problems.items():
         shared.setdefault(why, []).append(f"{name}={as_written(values[name])}" if name in values else name)

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from laddpo.errors import UserError
-from laddpo.evaluation.sampling import SamplerSettings, generate, until_stop
+from laddpo.evaluation.sampling import GridSettings, SamplerSettings, generate, until_stop
 from laddpo.models.llada import LLaDAConfig
 from laddpo.models.loading import load_model, new_model
 
@@ -422,3 +422,26 @@ def test_certainty_ranks_positions_by_their_likeliest_token_whatever_was_drawn()
     sure = REMASKING["certainty"].confidence(logits, drawn, [], [2]).exp()
     likely = REMASKING["low_confidence"].confidence(logits, drawn, [], [2]).exp()
     assert sure.tolist() == pytest.approx([0.9, 0.6]) and likely.tolist() == pytest.approx([0.1, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (SamplerSettings(), "32 tokens, 32 steps, temperature 0"),
+        (
+            SamplerSettings(gen_length=64, steps=16, remasking="random", temperature=0.5, cfg_scale=1.5),
+            "64 tokens, blocks of 32, 16 steps, temperature 0.5, remasking=random, cfg_scale=1.5",
+        ),
+        (
+            SamplerSettings(confidence_threshold=0.9, block_cache="dual", suppress_eos=True),
+            "32 tokens, all tokens above probability 0.9 at once, temperature 0, suppress_eos=True, block_cache=dual",
+        ),
+        (
+            GridSettings(block_length=4, steps=16, confidence_threshold=0.9),
+            "32 tokens, blocks of 4, all tokens above probability 0.9 at once, at least as many as 16 steps take, "
+            "temperature 0",
+        ),
+    ],
+)
+def test_decoding_is_told_by_what_differs_from_plain_decoding(settings, text):
+    assert settings.text == text

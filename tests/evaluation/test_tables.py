@@ -1,6 +1,6 @@
 """Result tables, line by line."""
 
-from laddpo.results.tables import before_after_table, examples_text
+from laddpo.results.tables import before_after_table, examples_text, notes_of
 
 
 def test_the_table_before_and_after_is_aligned_and_says_when_nothing_is_shown():
@@ -23,6 +23,13 @@ def test_an_interval_that_is_not_known_is_neither_printed_nor_passed_over():
     entry = {"base": 0.0, "tuned": 0.007, "difference": 0.007, "interval": None, "items": 1}
     (line,) = before_after_table({"reward_margin": entry}).splitlines()[2:]
     assert line.split() == ["reward", "margin", "0.000", "0.007", "+0.007", "–", "1", "interval", "unknown"]
+
+
+def test_a_line_below_says_how_both_models_answered_once_for_each_way():
+    ways = ["24 tokens, 24 steps, temperature 0"] * 2 + ["8 tokens, 4 steps, temperature 0"]
+    results = {f"{i}/exact_match": {"task": {"name": f"{i}", "decoding": way}} for i, way in enumerate(ways)}
+    assert notes_of(results) == [f"Both models answered with {ways[0]}; with {ways[2]}."]
+    assert notes_of({"exact_match": {"task": {"name": "of an earlier version"}}, "seconds": 3.0}) == []
 
 
 def test_examples_show_the_items_that_changed_first():
