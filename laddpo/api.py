@@ -4,7 +4,7 @@
 
     run = laddpo.fit("my_pairs.jsonl", model="llada_nano", learning_rate=1e-3)
     model = run.load()
-    model.generate(["08+06+09="], steps=8)
+    model.generate(["08+06+09="], temperature=0.7, seed=1)
     model.score([{"prompt": "...", "chosen": "...", "rejected": "..."}])
 
 Settings are those of the command line, under the same names, with the same defaults and the same messages: every
@@ -121,9 +121,9 @@ class Model:
         A prompt is a text, or a list of messages {"role", "content"} that ends with the user's or a tool's. A row with
         the keys prompt, tools and chat_template_kwargs gives the chat template more to write. A single text gives one
         answer, a list of prompts gives a list. `decoding` is an option of conf/decoding ("fast"). `settings` are those
-        of evaluation by their names: gen_length and block_length (tokens), steps (forward passes), temperature,
-        confidence_threshold, batch_size and the others that `laddpo generate` takes. What is not named is as it was
-        when the model was loaded.
+        of evaluation by their names: gen_length and block_length (tokens), temperature, confidence_threshold, steps
+        (forward passes, with confidence_threshold=None), batch_size and the others that `laddpo generate` takes. What
+        is not named is as it was when the model was loaded.
 
         The same model, prompt, seed and settings give the same answer in any batch: that of `laddpo generate`. Raises
         `UserError` before the first answer, for a setting that cannot be used or a prompt that leaves no room.

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.numpy import load_file
 
 import laddpo
 from laddpo.cli.app import cli
 from laddpo.cli.in_process import flat, values_of, words_of
 from laddpo.errors import Stopped, UserError
 from laddpo.storage.reference_store import ReferenceStore
+from laddpo.storage.shards import _addresses
 from tests.pipeline.conftest import QUICK, SHAPE, Stages
 from tests.tiny import REPOSITORY, write_tiny_model
 
@@ -108,7 +110,8 @@ def test_scores_are_the_margins_of_evaluate_and_the_values_of_the_reference_stor
     manifests = [json.loads(path.read_text()) for path in (home.folder / "data" / "reference").glob("*/manifest.json")]
     (fields,) = [m["fields"] for m in manifests if m["fields"]["draws"]["estimator"] == "complement"]
     store = ReferenceStore.open(home.folder / "data" / "reference", fields)
-    values = {pair.id: store.values(pair, range(2)).mean(-1).tolist() for pair in store._values}
+    pairs = [pair for path in store.folder.glob("shard-*") for pair in _addresses(load_file(path))]
+    values = {pair.id: store.values(pair, range(2)).mean(-1).tolist() for pair in pairs}
     for record in found:
         assert [record["reference_logps_chosen"], record["reference_logps_rejected"]] == values[record["id"]]
 

@@ -82,7 +82,8 @@ def test_the_base_answers_beside_the_tuned_model_when_it_is_asked_for(tuned, cha
 
 def test_an_adapter_has_its_base_beside_it_and_a_model_alone_has_none(home, tuned, chat, monkeypatch):
     base, words = tuned.generate("hello", base=True), tuned.generate("hello")
-    decoding = [f"evaluation.{name}={value}" for name, value in (("gen_length", 8), ("block_length", 8), ("steps", 2))]
+    shape = {"gen_length": 8, "block_length": 8, "steps": 2, "confidence_threshold": "null"}
+    decoding = [f"evaluation.{name}={value}" for name, value in shape.items()]
     model = tuple(text for text in home.places() if text.startswith("model."))
     beside = (*model, f"adapter.path={home.folder / 'run' / 'adapter'}", *decoding)
     assert chat("hello", of=beside, more=("base=true",))[1] == [*shown(f"  base  {base}"), *shown(f" tuned  {words}")]
