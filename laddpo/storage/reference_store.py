@@ -6,6 +6,8 @@ A store of shards (laddpo/storage/shards.py), to which more pairs and more draws
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,17 +19,23 @@ SIDES = ("chosen", "rejected")
 
 class ReferenceStore(ShardStore):
     """Reads and grows one store; as `ShardStore` says. All values are one array, with NaN where a draw is lacking.
-    # float64 [at least as many places as pairs, sides, draws]"""
+    # float64 [at least as many places as pairs, sides, draws]
+
+    Pairs have two sides. Completions have one, and lie in the same store where their draws have the same law."""
 
     kind, prefix, noun, facts = "reference", "shard", "reference values", ("first_draw",)
-    _values = np.empty((0, 0, 0))
+
+    def __init__(self, folder: Path, fields: Mapping[str, Any]):
+        self._values = np.empty((0, 0, 0))
+        self._sides = bytearray()  # of each place
+        super().__init__(folder, fields)
 
     def missing(self, pair: StoredPair, draws: Iterable[int]) -> list[int]:
         """The draws of this pair that the store lacks."""
         place = self._places.get(pair.key)
         if place is None:
             return list(draws)
-        values = self._values[place]
+        values = self._values[place, : self._sides[place]]
         return [draw for draw in draws if draw >= values.shape[1] or np.isnan(values[:, draw]).any()]
 
     def lacks(self, pair: StoredPair, draws: Sequence[int]) -> bool:
@@ -42,7 +50,8 @@ class ReferenceStore(ShardStore):
                 f"{self.folder}: has no reference value for pair {pair.id}, draws {absent}. "
                 "Run python -m laddpo.precompute with the same settings, or leave auto=true."
             )
-        return self._values[self._places[pair.key]][:, draws]
+        place = self._places[pair.key]
+        return self._values[place, : self._sides[place]][:, draws]
 
     def append(self, pairs: list[StoredPair], first_draw: int, values: np.ndarray) -> None:
         """Add a shard. # values float64 [pairs, sides, draws], for the draws first_draw, first_draw + 1, …
@@ -67,16 +76,18 @@ class ReferenceStore(ShardStore):
     def _add(self, pairs: Sequence[StoredPair], tensors: Mapping[str, np.ndarray]) -> None:
         first_draw, values = int(tensors["first_draw"][0]), tensors["values"]
         places = [self._place(pair) for pair in pairs]
-        self._make_room(len(self._places), values.shape[1], first_draw + values.shape[2])
-        self._values[places, :, first_draw : first_draw + values.shape[2]] = values
+        sides, end = values.shape[1], first_draw + values.shape[2]
+        self._sides.extend([sides] * (len(self._places) - len(self._sides)))
+        self._make_room((len(self._places), sides, end))
+        self._values[places, :sides, first_draw:end] = values
 
-    def _make_room(self, places: int, sides: int, draws: int) -> None:
-        """Grow the array to hold so many; by half as much again, so that growing costs little in sum."""
+    def _make_room(self, needed: tuple[int, int, int]) -> None:
+        """Grow the array to hold so many places, sides and draws; by half as many places again, so that growing costs
+        little in sum."""
         had = self._values.shape
-        if places <= had[0] and draws <= had[2]:
+        if all(need <= size for need, size in zip(needed, had, strict=True)):
             return
-        places = had[0] if places <= had[0] else max(places, had[0] * 3 // 2)
-        grown = np.full((places, sides, max(draws, had[2])), np.nan)
-        if had[0]:
-            grown[: had[0], :, : had[2]] = self._values
+        places = had[0] if needed[0] <= had[0] else max(needed[0], had[0] * 3 // 2)
+        grown = np.full((places, max(needed[1], had[1]), max(needed[2], had[2])), np.nan)
+        grown[: had[0], : had[1], : had[2]] = self._values
         self._values = grown
