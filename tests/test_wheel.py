@@ -93,6 +93,8 @@ def test_the_installed_package_trains_two_steps_from_another_folder(installed, t
         "logger=none",
         "evaluation.at_end=false",
         "evaluation.every_steps=null",
+        "evaluation.tasks=[]",
+        "best_metric=none",
         "stopping.patience=null",
         "output_dir=run",
     ]

@@ -9,7 +9,7 @@ import pytest
 from tests.faults.bench import STAGES, Bench, Tally, differences, snapshot
 from tests.faults.crash_points import CAN_BE_HALF, NEEDS_SPACE
 
-SUBSET = 8  # points of each stage in the ordinary test run
+SUBSET = 6  # points of each stage in the ordinary test run
 
 
 def points(bench: Bench, stage: str, when: str) -> list[int]:

@@ -77,7 +77,7 @@ def test_before_training_the_pairs_of_a_list_are_measured(stages, capsys):
     ids = json.loads(listed.read_text())
     assert stages.run("variance", f"variance.write_pairs={listed}") == 2
     assert "which exists; expected a new file" in capsys.readouterr().err
-    few = [text for text in FEW if not text.startswith("variance.pairs")]
+    few = [text for text in FEW if not text.startswith("variance.pairs")] + ["variance.settings=[vrpo_paper]"]
     assert stages.run("variance", f"variance.pairs_file={listed}", "seed=7", f"output_dir={folder}", *few) == 0
     result = json.loads((folder / "variance.json").read_text())
     assert result["pair_ids"] == ids and result["is_start"] and result["run"] is None
