@@ -76,9 +76,10 @@ class SamplerSettings:
         parts = [f"{self.gen_length} tokens", pace, f"temperature {self.temperature:g}"]
         if self.block_length < self.gen_length:
             parts.insert(1, f"blocks of {self.block_length}")
+        others = {name: getattr(self, name) for name in ("remasking", "cfg_scale", "block_cache")}
+        others["suppress_eos"] = self.suppression
         plain = {field.name: field.default for field in dataclasses.fields(SamplerSettings)}
-        others = ("remasking", "cfg_scale", "suppress_eos", "block_cache")
-        parts += [f"{name}={getattr(self, name)}" for name in others if getattr(self, name) != plain[name]]
+        parts += [f"{name}={value}" for name, value in others.items() if value != plain[name]]
         return ", ".join(parts)
 
     def commits_per_step(self) -> list[int]:

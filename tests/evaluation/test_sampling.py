@@ -427,14 +427,15 @@ def test_certainty_ranks_positions_by_their_likeliest_token_whatever_was_drawn()
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (SamplerSettings(), "32 tokens, 32 steps, temperature 0"),
+        (SamplerSettings(suppress_eos=False), "32 tokens, 32 steps, temperature 0"),
         (
             SamplerSettings(gen_length=64, steps=16, remasking="random", temperature=0.5, cfg_scale=1.5),
             "64 tokens, blocks of 32, 16 steps, temperature 0.5, remasking=random, cfg_scale=1.5",
         ),
         (
             SamplerSettings(confidence_threshold=0.9, block_cache="dual", suppress_eos=True),
-            "32 tokens, all tokens above probability 0.9 at once, temperature 0, suppress_eos=True, block_cache=dual",
+            "32 tokens, all tokens above probability 0.9 at once, temperature 0, block_cache=dual, "
+            "suppress_eos=confidence",
         ),
         (
             GridSettings(block_length=4, steps=16, confidence_threshold=0.9),
