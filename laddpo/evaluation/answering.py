@@ -15,7 +15,7 @@ import numpy as np
 
 from laddpo.core.gradient import lockstep
 from laddpo.errors import Stopped, UserError
-from laddpo.evaluation.run_task import Answer, Generate, run_task
+from laddpo.evaluation.run_task import Answer, Generate, KeptRecords, run_task
 from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, settings_for, until_stop
 from laddpo.inputs.data import difficulty_of, encoder_for
 from laddpo.inputs.policy import Loaded
@@ -160,9 +160,10 @@ def answer_task(
     weights: Mapping[str, Any],
     label: str,
     stop: StopFlag | None = None,
+    kept: KeptRecords | None = None,
 ) -> list[dict[str, Any]]:
     """One graded record per item, appended to `items_path` as they come; records of the same weights are reused. None:
-    nothing is written.
+    nothing is written. `kept`: records of earlier runs of the same model.
 
     Raises `Stopped` between two batches after a signal; the same command then continues with the next batch, or without
     a file begins this task again.
@@ -186,4 +187,5 @@ def answer_task(
         fields={"weights": dict(weights), "sampler": dataclasses.asdict(answers.sampler)},
         labels={"model": label},
         ranks=ranks,
+        kept=kept,
     )

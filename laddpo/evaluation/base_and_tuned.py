@@ -67,7 +67,7 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
         harness = _harness(config, answers, folder, "base", loaded.weights, stop)
         ways = list(at_temperatures(answers, config.evaluation.temperatures)) if tasks else []
         base_records = {
-            (task.name, said): answer_task(way, task, folder / "items.jsonl", loaded.weights, f"base{said}", stop)
+            (task.name, said): _answers_of_base(config, way, task, folder, said, stop)
             for task in tasks
             for said, way in ways
         }
@@ -100,6 +100,16 @@ def evaluate_run(config: RunConfig, tuned: Path, folder: Path, prepared, loaded,
         say(note)
     say(f"\nresults, answers and plots: {folder}")
     return results
+
+
+def _answers_of_base(config: RunConfig, way, task, folder: Path, said: str, stop) -> list[dict]:
+    """Records of the model before training. Every run that starts from it takes them from data/answers."""
+    from laddpo.evaluation.answering import answer_task
+    from laddpo.evaluation.base_answers import base_answers
+
+    weights = way.loaded.weights
+    kept = base_answers(config.paths.data_dir, config.quantization, way, weights)
+    return answer_task(way, task, folder / "items.jsonl", weights, f"base{said}", stop, kept)
 
 
 def _compare_answers(config: RunConfig, task, base, tuned, prefix: str, folder: Path, way, stop, say) -> dict:
@@ -148,7 +158,7 @@ def _task_facts(task, way) -> dict:
 
 def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=print) -> dict:
     """Exact match of the configured model alone, on the tasks of open_tasks."""
-    from laddpo.evaluation.answering import answer_task, answerer
+    from laddpo.evaluation.answering import answerer
     from laddpo.evaluation.marks import at_temperatures, key_of, mark_values
     from laddpo.results.stats import wilson_interval
     from laddpo.storage import atomic
@@ -159,7 +169,7 @@ def evaluate_base(config: RunConfig, folder: Path, loaded, stop, tasks, say=prin
     for task in tasks:
         name, prefix = task.name, "" if len(tasks) == 1 else f"{task.name}/"
         for said, way in at_temperatures(answers, config.evaluation.temperatures):
-            records = answer_task(way, task, folder / "items.jsonl", loaded.weights, f"base{said}", stop)
+            records = _answers_of_base(config, way, task, folder, said, stop)
             right = sum(record["correct"] for record in records)
             low, high = wilson_interval(right, len(records))
             results[key_of(f"{prefix}exact_match", said)] = {

@@ -8,10 +8,10 @@ a list of texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from laddpo.preference.reading.pairs import Prompt, prompt_rows
 from laddpo.problems.tasks import Item, Task
@@ -35,6 +35,16 @@ class Answer:
 Generate = Callable[[list[Prompt]], "list[str] | list[Answer]"]
 
 
+class KeptRecords(Protocol):
+    """Records of all items, which other runs take. `prints`: a fingerprint of each item, by its id."""
+
+    def read(self, prints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """Those that are there, by item id."""
+
+    def keep(self, prints: Mapping[str, str], records: Sequence[Mapping[str, Any]]) -> None:
+        """Put all there."""
+
+
 def run_task(
     generate: Generate,
     task: Task,
@@ -46,9 +56,10 @@ def run_task(
     show_progress: bool | None = None,
     say: Callable[[str], None] = print,
     ranks: Ranks = ALONE,
+    kept: KeptRecords | None = None,
 ) -> list[dict[str, Any]]:
     """One record per item, in the order of `task.items`; those already in `items_path` are taken from there. None:
-    nothing is written, and all are generated.
+    nothing is written, and all are generated. Records that `kept` has are taken, too, and it gets them all at the end.
 
     `fields` are what a text depends on beside its prompt (weights, adapter, sampler settings). `labels` (for example
     {"model": "tuned"}) are written into each record and let several runs share one file: only records with the same
@@ -68,21 +79,32 @@ def run_task(
     done, stale = _take_finished(log, labels, prints, task.grader.name) if ranks.is_main else ({}, 0)
     if stale:
         say(f"{items_path}: {stale} items of {labels} are of other settings or another model and are generated again")
+    if done:
+        say(f"{task.name}: {len(done)} of {len(task.items)} items are already in {items_path}")
+    earlier = kept.read(prints) if kept and ranks.is_main else {}
+    taken = {id: {**record, **labels} for id, record in earlier.items() if id not in done}
+    if taken:
+        say(f"{task.name}: {len(taken)} of {len(task.items)} answers are those of an earlier run of the same model")
+    for record in taken.values():
+        if record["grader"] == task.grader.name:  # else it is appended below
+            log.append(record)
+    done |= taken
     try:
         regrade = [record for record in done.values() if record["grader"] != task.grader.name]
         verdicts = task.grader.grade_all([r["text"] for r in regrade], [r["answer"] for r in regrade])
         for record, is_correct in zip(regrade, verdicts, strict=True):
             record.update(correct=is_correct, grader=task.grader.name)
             log.append(record)
-        if done:
-            say(f"{task.name}: {len(done)} of {len(task.items)} items are already in {items_path}")
         done, is_shown = ranks.broadcast(done), show_progress if ranks.is_main else False
         _run_batches(generate, task, batch_size, log, labels, prints, done, is_shown, ranks)
+        records = [done[item.id] for item in task.items]
         if ranks.is_main:
             log.sync()
+            if kept and len(earlier) < len(records):
+                kept.keep(prints, records)
     finally:
         task.grader.close()
-    return [done[item.id] for item in task.items]
+    return records
 
 
 def _run_batches(generate, task, batch_size, log, labels, prints, done, show_progress, ranks) -> None:

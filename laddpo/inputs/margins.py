@@ -129,8 +129,21 @@ def score_preferences(
     Raises `Stopped` as `score_windows` does.
     """
     parts = [draws.cpu() for _, draws in score_windows(denoiser, items, token_budget, ranks, stop)]
+    return _scores(items, torch.cat(parts), objective, block)
+
+
+def scores_of_reference(
+    items: Sequence[Item], objective: DpoObjective | CompletionObjective, block: int
+) -> PreferenceScores | CompletionRewards:
+    """What score_preferences would give for the reference itself, from the values that the items carry."""
+    return _scores(items, reference_draws(items, torch.device("cpu")), objective, block)
+
+
+def _scores(
+    items: Sequence[Item], draws: Tensor, objective: DpoObjective | CompletionObjective, block: int
+) -> PreferenceScores | CompletionRewards:
     kind = PreferenceScores if items[0].label is None else CompletionRewards
-    return kind(items, torch.cat(parts), objective, block)
+    return kind(items, draws, objective, block)
 
 
 def score_windows(

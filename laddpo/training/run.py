@@ -271,7 +271,8 @@ def validation_of_pairs(run: Run, objective: DpoObjective | CompletionObjective)
 def validation_of(run: Run, prompts: Sequence[np.ndarray] = (), **measured: Any) -> Validation:
     """Validation by the run's settings. `measured`: fields of Validation."""
     config = run.config
-    settings = (config.evaluation, config.data, config.seed, config.paths.data_dir, config.best_metric)
+    groups = (config.evaluation, config.data, config.quantization)
+    settings = (*groups, config.seed, config.paths.data_dir, config.best_metric)
     return open_validation(run.loaded, *settings, run.stop, prompts, **measured)
 
 

@@ -13,12 +13,13 @@ from laddpo.core.gradient import Item, lockstep
 from laddpo.core.objectives import DpoObjective
 from laddpo.errors import visible
 from laddpo.evaluation.answering import VALIDATION_LIMIT, Answerer, answer_task, answerer, open_task
+from laddpo.evaluation.base_answers import BaseAnswers, base_answers
 from laddpo.evaluation.heldout import row_losses
-from laddpo.inputs.margins import score_preferences
+from laddpo.inputs.margins import CompletionRewards, PreferenceScores, score_preferences, scores_of_reference
 from laddpo.inputs.policy import Loaded
 from laddpo.problems.tasks import Task, embedded
 from laddpo.processes.signals import StopFlag
-from laddpo.settings.schema import DataSettings, EvaluationSettings
+from laddpo.settings.schema import DataSettings, EvaluationSettings, QuantizationSettings
 
 EXACT_MATCH, LOSS = "validation/exact_match", "validation/loss"
 MEAN_MARKS = "validation/mean_marks"  # of a task with partial marks
@@ -27,8 +28,9 @@ MEAN_MARKS = "validation/mean_marks"  # of a task with partial marks
 @dataclass
 class Validation:
     """What is measured during training: held-out pairs or completions (`items` in noise blocks of `block`, with the
-    `objective`) or `rows` of an SFT, and the problems of `tasks`. `metric`: best_metric as given. `show(step, text)`
-    takes `sample_count` answers as they are now; where no task is answered they are made for `prompts`."""
+    `objective`) or `rows` of an SFT, and the problems of `tasks`. `metric`: best_metric as given. `of_base` keeps the
+    answers of step 0 for other runs. `show(step, text)` takes `sample_count` answers as they are now; where no task is
+    answered they are made for `prompts`."""
 
     loaded: Loaded
     answers: Answerer
@@ -41,6 +43,7 @@ class Validation:
     block: int = 1
     objective: DpoObjective | CompletionObjective | None = None
     rows: Sequence[Item] = ()
+    of_base: BaseAnswers | None = None
     show: Callable[[int, str], None] = lambda step, text: None
 
     @property
@@ -58,17 +61,16 @@ class Validation:
         """Validation metrics of the model as it is now."""
         metrics: dict[str, float] = {}
         if self.items:
-            budget = self.loaded.machine.token_budget
-            ranks = self.loaded.machine.ranks
-            scored = (self.items, self.objective, self.block, budget, ranks, self.stop)
-            scores = score_preferences(self.loaded.denoiser, *scored)
-            metrics.update(scores.metrics())
+            metrics.update(self._scores(step).metrics())
         if self.rows:
             machine = self.loaded.machine
             losses = row_losses(self.loaded.denoiser, self.rows, machine.token_budget, machine.ranks, self.stop)
             metrics[LOSS] = float(losses.mean())
         # answers during training are written to no file: a stopped validation starts again
-        records = [answer_task(self.answers, task, None, {}, "validation", self.stop) for task in self.tasks]
+        base = self.of_base if step == 0 else None
+        weights = self.loaded.weights if base else {}
+        answered = (None, weights, "validation", self.stop, base)
+        records = [answer_task(self.answers, task, *answered) for task in self.tasks]
         if records:
             shares = [sum(record["correct"] for record in of_task) / len(of_task) for of_task in records]
             metrics[EXACT_MATCH] = sum(shares) / len(shares)
@@ -78,6 +80,14 @@ class Validation:
         if samples := self._samples(records):
             self.show(step, visible(samples))
         return metrics
+
+    def _scores(self, step: int) -> PreferenceScores | CompletionRewards:
+        """Of the held-out items. Training starts at the reference: the values of step 0 are the stored ones."""
+        measured = (self.items, self.objective, self.block)
+        if step == 0 and self.objective.needs_reference:
+            return scores_of_reference(*measured)
+        machine = self.loaded.machine
+        return score_preferences(self.loaded.denoiser, *measured, machine.token_budget, machine.ranks, self.stop)
 
     def _samples(self, records: list[list[dict]]) -> str:
         """A few answers to the first problems of each task, else to the prompts of the first held-out pairs."""
@@ -100,6 +110,7 @@ def open_validation(
     loaded: Loaded,
     evaluation: EvaluationSettings,
     data: DataSettings,
+    quantization: QuantizationSettings,
     seed: int,
     data_dir: str,
     metric: str,
@@ -120,4 +131,5 @@ def open_validation(
             f"evaluation.gen_length={evaluation.gen_length}; samples show answers to others"
         )
     answers = answerer(loaded, evaluation, data, seed)
-    return Validation(loaded, answers, metric, evaluation.samples, stop, tasks, fitting, **measured)
+    of_base = base_answers(data_dir, quantization, answers, loaded.weights)
+    return Validation(loaded, answers, metric, evaluation.samples, stop, tasks, fitting, of_base=of_base, **measured)

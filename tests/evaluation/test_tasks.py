@@ -1,14 +1,19 @@
 """Tasks from generated and from written rows; runs that are interrupted, continued, changed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from laddpo.errors import UserError
+from laddpo.evaluation.base_answers import BaseAnswers, base_answers
 from laddpo.evaluation.run_task import run_task
+from laddpo.evaluation.sampling import SamplerSettings
 from laddpo.preference.reading.pairs import user_prompt
 from laddpo.problems.grading import FunctionGrader
 from laddpo.problems.tasks import Item, Task, TaskOptions, load_task
+from laddpo.settings.schema import QuantizationSettings
 from laddpo.storage.seals import CheckedLines
 
 
@@ -244,3 +249,99 @@ def test_the_real_gsm8k_rows_load_and_their_own_answers_are_right(shared_folder,
     assert len(task.items) == len(rows) == 1000
     verdicts = task.grader.grade_all([row["answer"] for row in rows], [item.answer for item in task.items])
     assert all(verdicts)
+
+
+def of_base(folder, **fields):
+    return BaseAnswers(folder / "answers", {"weights": "a", **fields})
+
+
+def test_answers_of_the_base_serve_the_next_run_with_the_same_model(tmp_path):
+    kept = of_base(tmp_path)
+    first, _ = run(Adder(wrong=["1+1"]), sums(), tmp_path / "one.jsonl", labels={"model": "base"}, kept=kept)
+    generate = Adder()
+    second, said = run(generate, sums(), tmp_path / "two.jsonl", labels={"model": "base"}, kept=kept)
+    assert generate.batches == [] and second == first
+    assert said == ["sums: 10 of 10 answers are those of an earlier run of the same model"]
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    third, _ = run(generate, sums(), None, labels={"model": "validation"}, kept=kept)
+    assert [record["model"] for record in third] == ["validation"] * 10 and generate.batches == []
+
+
+@pytest.mark.parametrize("change", ["weights", "questions"])
+def test_another_model_or_another_batch_is_answered_itself(change, tmp_path):
+    run(Adder(), sums(), None, kept=of_base(tmp_path))
+    generate = Adder()
+    if change == "weights":
+        run(generate, sums(), None, {"weights": "b"}, kept=of_base(tmp_path))
+    else:  # the last batch is another one
+        run(generate, sums(9), None, kept=of_base(tmp_path))
+    assert sum(map(len, generate.batches)) == (10 if change == "weights" else 9)
+    assert len(list((tmp_path / "answers").iterdir())) == 2
+
+
+def test_a_damaged_answer_of_the_base_is_made_again_and_written_again(tmp_path, capsys):
+    kept = of_base(tmp_path)
+    first, _ = run(Adder(), sums(), None, kept=kept)
+    (file,) = (tmp_path / "answers").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b'"text": "6"', b'"text": "7"'))
+    generate = Adder()
+    again, _ = run(generate, sums(), None, kept=kept)
+    assert again == first and generate.batches == [["0+0", "1+1", "2+2", "3+3"]]
+    assert "1 of 10 lines are damaged" in capsys.readouterr().out and file.read_bytes() == whole
+
+
+def test_a_stopped_run_leaves_no_answers_of_the_base_to_others(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(Adder(stop_at="9+9"), sums(), tmp_path / "items.jsonl", kept=of_base(tmp_path))
+    assert not (tmp_path / "answers").exists()
+
+
+def test_another_grader_grades_kept_answers_of_the_base(tmp_path):
+    run(Adder(wrong=["1+1"]), sums(), None, kept=of_base(tmp_path))
+    lenient = Task("sums", sums().items, FunctionGrader("lenient", lambda text, answer: True))
+    generate, path = Adder(), tmp_path / "items.jsonl"
+    records, _ = run(generate, lenient, path, kept=of_base(tmp_path))
+    assert generate.batches == [] and all(record["correct"] for record in records)
+    assert [record["grader"] for record in CheckedLines(path).read()] == ["lenient"] * 10
+
+
+def answers_like(**changed):
+    """An Answerer, as far as its answers are kept by it."""
+    machine = SimpleNamespace(
+        precision=changed.get("precision", "fp32"),
+        device=torch.device(changed.get("device", "cpu")),
+        attention=changed.get("attention", "sdpa"),
+    )
+    loaded = SimpleNamespace(machine=machine, denoiser=SimpleNamespace(autocast=changed.get("autocast")))
+    encoder = SimpleNamespace(fields=lambda: {"template": changed.get("template", "plain")})
+    sampler = SamplerSettings(seed=changed.get("seed", 0))
+    return SimpleNamespace(loaded=loaded, encoder=encoder, sampler=sampler, batch_size=changed.get("batch_size", 4))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"precision": "bf16"},
+        {"device": "cuda"},
+        {"attention": "eager"},
+        {"autocast": torch.bfloat16},
+        {"template": "chat"},
+        {"seed": 1},
+        {"batch_size": 5},
+        {"weights": {"base": "b"}},
+        {"quantization": QuantizationSettings(load_in_4bit=True)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_answers_of_the_base_are_kept_by_all_that_they_depend_on(changed, tmp_path):
+    def of(**changed):
+        quantization = changed.pop("quantization", QuantizationSettings())
+        return base_answers(str(tmp_path), quantization, answers_like(**changed), changed.get("weights", {"base": "a"}))
+
+    run(Adder(), sums(), None, kept=of())
+    generate = Adder()
+    run(generate, sums(), None, kept=of())
+    assert generate.batches == []
+    run(generate, sums(), None, kept=of(**changed))
+    assert sum(map(len, generate.batches)) == 10
