@@ -208,7 +208,11 @@ def connect(device: str) -> Ranks:
         torch.cuda.set_device(found.local_rank)
     with explained():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=GRADIENT_WAIT)
+        store, rank, world = next(torch.distributed.rendezvous("env://", timeout=GRADIENT_WAIT))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives a restart, with the addresses of the processes before it
+            store = torch.distributed.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=GRADIENT_WAIT)
         control = torch.distributed.new_group(backend="gloo", timeout=CONTROL_WAIT)
     joined = Ranks(found.rank, found.world, found.local_rank, found.local_world, control)
     _joined.append(joined)
