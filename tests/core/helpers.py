@@ -15,6 +15,7 @@ from laddpo.core.tasks import pair_item
 from laddpo.models.denoiser import TransformerDenoiser
 from laddpo.models.llada import LLaDAModelLM
 from laddpo.models.llada_config import LLaDAConfig
+from laddpo.models.loading import new_config, new_model
 from laddpo.preference.encoding.encode import EncodedPair
 
 VOCABULARY, MASK_ID = 8, 7
@@ -28,6 +29,14 @@ def tiny_denoiser(dtype: torch.dtype = torch.float64, seed: int = 0) -> Transfor
     model = LLaDAModelLM(LLaDAConfig(**shape, vocab_size=VOCABULARY, mask_token_id=MASK_ID)).to(dtype)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)
+    return TransformerDenoiser(model, MASK_ID)
+
+
+def tiny_family(architecture: str, shape: dict, dtype: torch.dtype) -> TransformerDenoiser:
+    """The same size in the network of another family, which has parts of its own (`shape`)."""
+    sizes = {"d_model": 16, "n_heads": 2, "n_kv_heads": 2, "n_layers": 2, "mlp_hidden_size": 24}
+    sizes |= {"max_sequence_length": 64, "vocab_size": VOCABULARY, **shape}
+    model = new_model(new_config(architecture, sizes, mask_token_id=MASK_ID), 0, architecture).to(dtype)
     return TransformerDenoiser(model, MASK_ID)
 
 

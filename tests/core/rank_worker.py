@@ -34,7 +34,7 @@ from laddpo.processes.ranks import ALONE, Ranks, connect, is_sharded, whole
 from laddpo.processes.signals import StopFlag
 from laddpo.storage.reference_store import ReferenceStore
 from laddpo.storage.run_outputs import RunOutputs
-from tests.core.helpers import MASK_ID, random_pair, referenced_items, tiny_denoiser
+from tests.core.helpers import MASK_ID, random_pair, referenced_items, tiny_denoiser, tiny_family
 
 ESTIMATOR = ElboEstimator("balanced", diffusion_samples=4)
 OBJECTIVE = DpoObjective("sigmoid", LossOptions(beta=0.5))
@@ -42,11 +42,16 @@ SMALL, LARGE = 40, 10**6  # token budgets: a fraction of a pair, everything
 ITEMS, PER_STEP, STEPS = 8, 5, 6  # epochs of two steps, of 5 and 3 pairs
 RNG = np.random.default_rng(5)
 PAIRS = [random_pair(RNG, f"pair-{i}", longest=9) for i in range(ITEMS)]
+FAMILY_SHAPES = {
+    "tied": ("A2DLlamaLMHeadModel", {"is_tied": True}),
+    "experts": ("LLaDAMoEModelLM", {"n_experts": 4, "experts_chosen": 2}),
+}
 
 
 def denoiser_of(kind: str, dtype: torch.dtype, ranks: Ranks | None = None) -> TransformerDenoiser:
-    """The same tiny LLaDA each time: `kind` is full or lora; with `ranks` its weights are sharded."""
-    denoiser = tiny_denoiser(dtype)
+    """The same tiny model each time: LLaDA with `kind` full or lora, another family with tied or experts; with `ranks`
+    its weights are sharded."""
+    denoiser = tiny_family(*FAMILY_SHAPES[kind], dtype) if kind in FAMILY_SHAPES else tiny_denoiser(dtype)
     if kind == "lora":
         attach_lora(denoiser.model, r=2, alpha=4, seed=1)
         with torch.no_grad():  # B starts at 0, where half of the gradient vanishes
@@ -80,7 +85,8 @@ def relative(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) ->
 def check_gradients(ranks: Ranks) -> dict[str, float]:
     figures = {}
     cases = [("lora", mode, budget, False) for mode in ("stream", "two_pass") for budget in (SMALL, LARGE)]
-    cases += [(kind, "two_pass", budget, True) for kind in ("full", "lora") for budget in (SMALL, LARGE)]
+    sharded_kinds = ("full", "lora", *(FAMILY_SHAPES if ranks.world == 2 else ()))
+    cases += [(kind, "two_pass", budget, True) for kind in sharded_kinds for budget in (SMALL, LARGE)]
     for kind, mode, budget, sharded in cases:
         for dtype in (torch.float32, torch.float64):
             for count in (1, 7) if budget == SMALL else (7,):  # with one item the other ranks have nothing to do
