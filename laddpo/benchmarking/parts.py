@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from laddpo.benchmarking import agreement, alike, block, cards, rates, speed, twins
+from laddpo.benchmarking import agreement, alike, block, cards, many, rates, speed, twins
 from laddpo.benchmarking.contenders import Ours
 from laddpo.benchmarking.measure import Peak, pass_peaks, predicted_and_measured, step_peak
 from laddpo.benchmarking.speed import ONE_SEQUENCE
@@ -196,4 +196,5 @@ PARTS = {  # by name: its title, and what measures it
     "sft": ("Speed of fine-tuning", alike.sft_part),
     "sampler": ("Speed of answering", speed.sampler_part),
     "block": ("Block diffusion: one clean context for all draws", block.block_part),
+    "many": ("Many pairs", many.many_part),
 }

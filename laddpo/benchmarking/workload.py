@@ -57,18 +57,25 @@ def random_pairs(
     """Pairs of random tokens below `vocabulary`. Prompt + chosen is log-normal; the prompt's share varies around its
     mean; the rejected response is as long as the chosen one up to a log-normal factor. None exceeds `max_length`."""
     rng = np.random.default_rng([seed, count])
-    mu, sigma = length_parameters(mean, p99)
     pairs = []
     for number in range(count):
-        total = int(np.clip(rng.lognormal(mu, sigma), 2 * SHORTEST, max_length))
-        share = np.clip(prompt_mean / mean + rng.uniform(-0.25, 0.25), 0.05, 0.9)
-        prompt = int(np.clip(total * share, SHORTEST, total - SHORTEST))
-        chosen = total - prompt
-        factor = math.exp(RESPONSE_SPREAD * rng.standard_normal())
-        rejected = int(np.clip(chosen * factor, SHORTEST, max_length - prompt))
-        ids = (rng.integers(0, vocabulary, size).astype(np.int32) for size in (prompt, chosen, rejected))
+        lengths = pair_lengths(rng, mean, p99, prompt_mean, max_length)
+        ids = (rng.integers(0, vocabulary, size).astype(np.int32) for size in lengths)
         pairs.append(EncodedPair(f"random-{seed}-{number}", *ids, group=str(number)))
     return pairs
+
+
+def pair_lengths(
+    rng: np.random.Generator, mean: float, p99: float, prompt_mean: float, max_length: int
+) -> tuple[int, int, int]:
+    """Tokens of the prompt, the chosen and the rejected response of one more pair, as random_pairs says."""
+    mu, sigma = length_parameters(mean, p99)
+    total = int(np.clip(rng.lognormal(mu, sigma), 2 * SHORTEST, max_length))
+    share = np.clip(prompt_mean / mean + rng.uniform(-0.25, 0.25), 0.05, 0.9)
+    prompt = int(np.clip(total * share, SHORTEST, total - SHORTEST))
+    chosen = total - prompt
+    factor = math.exp(RESPONSE_SPREAD * rng.standard_normal())
+    return prompt, chosen, int(np.clip(chosen * factor, SHORTEST, max_length - prompt))
 
 
 def pair_of_tokens(tokens: int, vocabulary: int, seed: int, prompt_share: float = 0.5) -> EncodedPair:

@@ -83,6 +83,7 @@ OF_PARTS = {
     "agreement": ("agreement_pairs",),
     "nano": ("nano_steps",),
     "block": ("block_length", "block_answer", "block_draws"),
+    "many": ("many_pairs",),
 }
 NEEDS = (
     Need(

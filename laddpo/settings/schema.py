@@ -329,6 +329,7 @@ class BenchmarkSettings:
     block_draws: list[int] = field(default_factory=lambda: [4, 8])
     long_answers: list[int] = field(default_factory=lambda: [256, 1024])
     sft_rows: int = 8
+    many_pairs: list[int] = field(default_factory=lambda: [10_000, 100_000])
     parts: list[str] = field(default_factory=lambda: ["memory", "flat", "plan", "speed", "long", "sft", "sampler"])
     minutes: float | None = None
 

@@ -1,0 +1,141 @@
+"""The part of the benchmark about many pairs: what stages take as the data grow, and how much faster than the data.
+
+Each stage is a process of its own, as a user starts it. Its time and its largest memory are those that the system
+reports. Rows are random letters with the lengths of real dialogues; a letter is a token of llada_nano.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laddpo.benchmarking.process_cost import process_cost
+from laddpo.benchmarking.workload import Workbench, pair_lengths
+from laddpo.errors import UserError
+from laddpo.results.tables import markdown
+from laddpo.storage.reference_store import ReferenceStore
+from laddpo.storage.shards import StoredPair
+
+SHARD, DRAWS, LOOKED_UP = 8192, 4, 10_000  # pairs of a shard, draws of a pair, pairs that are looked up
+BRIEF = (
+    "model=llada_nano", "data=jsonl", "data.truncation=drop", "data.max_length=4000", "dpo.diffusion_samples=1",
+    "optim.per_device_train_batch_size=2", "evaluation=preference", "evaluation.at_end=false",
+    "evaluation.every_steps=null", "evaluation.num_pairs=8", "best_metric=none", "stopping.patience=null",
+    "logger=none", "hardware.device=cpu", "hardware.threads=1", "optim.num_warmup_steps=0",
+)  # fmt: skip
+COLUMNS = ("prepare", "first steps", "resumed", "store opened")
+
+
+def many_part(bench: Workbench) -> tuple[str, dict]:
+    """Seconds of processor time and GiB at their largest, of each stage on each number of pairs."""
+    if not hasattr(os, "wait4"):
+        raise UserError(
+            "benchmark.parts has many, which asks the system for a process's memory; Windows has no such call."
+        )
+    rows = []
+    for count in bench.settings.many_pairs:
+        with tempfile.TemporaryDirectory(prefix="laddpo_many_") as folder:
+            rows.append({"pairs": count, **_measure(Path(folder), count, bench)})
+    return many_section(rows)
+
+
+def many_section(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """The table. `rows`: for each number of pairs {"seconds", "gib"} of each column, and "lookup_us"."""
+    growth = {name: growth_exponent([r["pairs"] for r in rows], [r[name]["seconds"] for r in rows]) for name in COLUMNS}
+    cells = [
+        [
+            f"{r['pairs']:,}",
+            *[f"{r[n]['seconds']:.1f} s, {r[n]['gib']:.2f} GiB" for n in COLUMNS],
+            f"{r['lookup_us']:.1f} us",
+        ]
+        for r in rows
+    ]
+    if len(rows) > 1:
+        cells.append(["growth of time", *[f"{growth[name]:.2f}" for name in COLUMNS], ""])
+    text = markdown(["pairs", *COLUMNS, "one look-up"], cells)
+    said = (
+        "Processor time and largest memory of whole processes, start included. Growth: the slope of log time over log "
+    )
+    return f"{said}pairs; 1 is as fast as the data.\n\n{text}", {"rows": list(rows), "growth": growth}
+
+
+def growth_exponent(counts: Sequence[int], seconds: Sequence[float]) -> float | None:
+    """The slope of log seconds over log counts, by least squares; None of fewer than two counts."""
+    if len(set(counts)) < 2:
+        return None
+    return float(np.polyfit(np.log(counts), np.log(seconds), 1)[0])
+
+
+def _measure(folder: Path, count: int, bench: Workbench) -> dict[str, Any]:
+    rows, run, store, told = (folder / name for name in ("rows.jsonl", "run", "store", "told.json"))
+    write_rows(rows, count, bench)
+    where = (f"data.dataset_name={rows}", f"paths.data_dir={folder / 'data'}", f"paths.outputs_dir={folder}")
+    prepare = [text for text in (*BRIEF, *where) if text.startswith(("model=", "data", "paths.data"))]
+    train = [*stage_command("train"), *BRIEF, *where, f"output_dir={run}", "save_steps=1"]
+    found: dict[str, Any] = {
+        "prepare": process_cost([*stage_command("prepare"), *prepare]),
+        # more steps than it comes to: a finished run cannot be resumed
+        "first steps": process_cost([*train, "optim.max_train_steps=50"], run / "checkpoints" / "step_0000002"),
+        "resumed": process_cost(
+            [*train, "optim.max_train_steps=50", "resume=true"], run / "checkpoints" / "step_0000006"
+        ),
+    }
+    write_store(store, count)
+    code = "import sys; from laddpo.benchmarking.many import open_store; open_store(*sys.argv[1:])"
+    found["store opened"] = process_cost([sys.executable, "-c", code, str(store), str(count), str(told)])
+    return {**found, **json.loads(told.read_text(encoding="utf-8"))}
+
+
+def stage_command(stage: str) -> list[str]:
+    """The beginning of a command line."""
+    return [sys.executable, "-m", f"laddpo.{stage}"]
+
+
+def write_rows(path: Path, count: int, bench: Workbench) -> None:
+    """Pairs of random letters, a JSON object on each line."""
+    rng, wanted = np.random.default_rng(bench.seed), bench.settings
+    letters = rng.choice(list("abcdefghijklmnopqrstuvwxyz    "), 1_000_000)
+    pool = "".join(letters)
+    with path.open("w", encoding="utf-8") as out:
+        for number in range(count):
+            lengths = pair_lengths(rng, wanted.mean, wanted.p99, wanted.prompt_mean, wanted.max_length)
+            starts = rng.integers(0, len(pool) - wanted.max_length, 3)
+            texts = [pool[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+            prompt, chosen, rejected = (f"{text}{end}" for text, end in zip(texts, (number, "y", "n"), strict=True))
+            out.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+
+
+def stored_pair_of(number: int) -> StoredPair:
+    """The pair of this number in a store that `write_store` fills."""
+    return StoredPair(f"pair-{number}", f"{number:032x}")
+
+
+def write_store(folder: Path, count: int) -> None:
+    """A reference store of made values."""
+    store = ReferenceStore.open(folder, {"made": "for the benchmark"})
+    with store.filling():
+        for start in range(0, count, SHARD):
+            pairs = [stored_pair_of(number) for number in range(start, min(start + SHARD, count))]
+            store.append(pairs, 0, np.full((len(pairs), 2, DRAWS), -1.0))
+
+
+def open_store(folder: str, count: str, told: str) -> None:
+    """Open that store of `count` pairs and look up some of them; writes microseconds of a look-up to `told`."""
+    (place,) = Path(folder).iterdir()
+    store = ReferenceStore(place, {"made": "for the benchmark"})
+    numbers = np.random.default_rng(0).integers(0, int(count), LOOKED_UP)
+    pairs = [stored_pair_of(int(number)) for number in numbers]
+    started = time.perf_counter()
+    for pair in pairs:
+        assert math.isclose(store.values(pair, range(DRAWS)).sum(), -2 * DRAWS)
+    found = {"lookup_us": 1e6 * (time.perf_counter() - started) / LOOKED_UP}
+    Path(told).write_text(json.dumps(found), encoding="utf-8")

@@ -1,0 +1,53 @@
+"""What a process takes: processor time and largest memory, with those that it started.
+
+Linux counts to a new process the memory of the one that forked it. So a small process stands between: this file, run as
+a script, without any import of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+POLL_SECONDS = 0.05
+
+
+def process_cost(command: Sequence[str], until: Path | None = None) -> dict[str, float]:
+    """{"seconds", "gib"} of the command. It gets SIGTERM once `until` is there, and must then end as one that was
+    stopped. `RunFault` with its last words if it fails."""
+    from laddpo.errors import EXIT_DONE, EXIT_STOPPED, RunFault
+
+    with tempfile.TemporaryFile() as said:
+        between = [sys.executable, "-I", "-S", __file__, str(until or ""), *command]
+        found = json.loads(subprocess.run(between, stdout=subprocess.PIPE, stderr=said, check=True).stdout)
+        if found["code"] != (EXIT_STOPPED if until else EXIT_DONE):
+            said.seek(0)
+            words = said.read()[-2000:].decode(errors="replace")
+            raise RunFault(f"{' '.join(command)}\nended with {found['code']}: {words}")
+    return {"seconds": found["seconds"], "gib": found["bytes"] / 2**30}
+
+
+def measure(until: str, command: Sequence[str]) -> dict[str, float]:
+    """Run the command, its output in our stderr: its exit code, seconds and bytes."""
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    ended = 0
+    while not ended:
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG if until else 0)
+        if not ended:
+            if os.path.exists(until):
+                process.terminate()
+                until = ""
+            time.sleep(POLL_SECONDS)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    code = os.waitstatus_to_exitcode(status)
+    return {"code": code, "seconds": usage.ru_utime + usage.ru_stime, "bytes": usage.ru_maxrss * unit}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], sys.argv[2:])))

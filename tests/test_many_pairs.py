@@ -1,0 +1,87 @@
+"""The part of the benchmark about many pairs: its rows, its processes, its table. The whole part is marked `long`."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from laddpo.benchmarking import many
+from laddpo.benchmarking.process_cost import process_cost
+from laddpo.benchmarking.workload import Workbench
+from laddpo.cli.app import cli
+from laddpo.errors import RunFault, UserError
+from laddpo.hardware.machine import find_machine
+from laddpo.settings.compose import compose
+
+PYTHON = [sys.executable, "-c"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    config = compose(["benchmark.mean=40", "benchmark.p99=90", "benchmark.prompt_mean=20", "benchmark.max_length=100"])
+    return Workbench(config, find_machine(config))
+
+
+def test_rows_have_the_lengths_of_dialogues_and_prompts_of_their_own(tmp_path, bench):
+    many.write_rows(tmp_path / "rows.jsonl", 400, bench)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len({row["prompt"] for row in rows}) == 400
+    assert all(row["chosen"] != row["rejected"] for row in rows)
+    mean = sum(len(row["prompt"]) + len(row["chosen"]) for row in rows) / 400
+    assert mean == pytest.approx(40 + 4, rel=0.1)  # each text has some letters more
+
+
+def test_a_store_is_filled_opened_and_looked_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(many, "SHARD", 50)
+    many.write_store(tmp_path / "store", 120)
+    many.open_store(str(tmp_path / "store"), "120", str(tmp_path / "told.json"))
+    assert json.loads((tmp_path / "told.json").read_text())["lookup_us"] > 0
+    with pytest.raises(UserError, match="has no reference value"):
+        many.open_store(str(tmp_path / "store"), "5000", str(tmp_path / "told.json"))
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="the system does not say what a process took")
+class TestProcesses:
+    def test_time_and_memory_are_those_of_the_process(self):
+        beside = bytearray(300 * 2**20)  # memory of this process is none of theirs
+        idle = process_cost([*PYTHON, "pass"])
+        assert idle["gib"] < 0.1 and len(beside)
+        busy = process_cost([*PYTHON, "x = bytearray(200 * 2**20); sum(range(10**7))"])
+        assert busy["seconds"] > idle["seconds"] and busy["gib"] - idle["gib"] == pytest.approx(200 / 1024, rel=0.1)
+
+    def test_one_that_is_stopped_in_time_is_no_failure(self, tmp_path):
+        code = (
+            "import signal, sys, time, pathlib; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+            f"pathlib.Path({str(tmp_path / 'there')!r}).touch(); time.sleep(60)"
+        )
+        assert process_cost([*PYTHON, code], tmp_path / "there")["seconds"] < 30
+
+    @pytest.mark.parametrize("until", [None, "never"])
+    def test_one_that_fails_is_reported_with_its_words(self, until, tmp_path):
+        with pytest.raises(RunFault, match="ended with 3: some words"):
+            process_cost([*PYTHON, "print('some words'); raise SystemExit(3)"], until and tmp_path / until)
+
+
+def test_growth_is_the_slope_in_logarithms():
+    assert many.growth_exponent([10, 100, 1000], [2.0, 20.0, 200.0]) == pytest.approx(1)
+    assert many.growth_exponent([10, 1000], [3.0, 30.0]) == pytest.approx(0.5)
+    assert many.growth_exponent([10], [3.0]) is None
+
+
+def test_the_table_has_a_row_for_each_number_of_pairs_and_one_of_growth():
+    costs = {name: {"seconds": 1.0, "gib": 0.5} for name in many.COLUMNS}
+    rows = [{"pairs": count, "lookup_us": 40.0, **costs} for count in (10_000, 100_000)]
+    rows[1]["prepare"] = {"seconds": 10.0, "gib": 0.75}
+    text, record = many.many_section(rows)
+    assert "| 100,000 | 10.0 s, 0.75 GiB | 1.0 s, 0.50 GiB |" in text and "40.0 us" in text
+    assert record["growth"] == {name: pytest.approx(1 if name == "prepare" else 0) for name in many.COLUMNS}
+    assert "growth of time" not in many.many_section(rows[:1])[0]
+
+
+@pytest.mark.long
+def test_stages_run_on_rows_that_are_made(tmp_path):
+    wanted = ["benchmark.parts=[many]", "benchmark.many_pairs=[60,120]", "hardware.device=cpu"]
+    assert cli("benchmark", [*wanted, f"output_dir={tmp_path / 'run'}"]) == 0
+    found = json.loads((tmp_path / "run" / "benchmark.json").read_text())["many"]
+    assert [row["pairs"] for row in found["rows"]] == [60, 120] and found["growth"].keys() == set(many.COLUMNS)
