@@ -26,6 +26,7 @@ from laddpo.preference.reading.rows import SHAPES
 from laddpo.preference.sources import SOURCES
 from laddpo.problems.grading import GRADERS
 from laddpo.problems.tasks import BY_ANSWERS, TASKS, embedded
+from laddpo.settings.benchmark_ranges import BENCHMARK_CHOICES, BENCHMARK_LISTS, BENCHMARK_RANGES
 from laddpo.settings.bounds import Range, at_least, more_than
 from laddpo.settings.judge_ranges import JUDGE_CHOICES, JUDGE_RANGES
 
@@ -139,13 +140,7 @@ P99_OVER_MEAN = 14.9  # exp(z^2 / 2) with z of the 99th percentile is 14.97: no 
 PATHS = ("output_dir", "resume", "paths.data_dir", "paths.outputs_dir", "adapter.path", "model.model_name_or_path")
 # what is measured for each of several: at least one, and none of them twice; with an example
 LISTS = {
-    "benchmark.parts": "[memory,speed]",
-    "benchmark.memory_draws": "[1,8]",
-    "benchmark.block_draws": "[4,8]",
-    "benchmark.long_answers": "[256,1024]",
-    "benchmark.many_pairs": "[10000,100000]",
-    "benchmark.plan_ranks": "[8,64]",
-    "benchmark.plan_tokens": "[256,1024]",
+    **BENCHMARK_LISTS,
     "variance.draws": "[1,2,4,8]",
 }
 YES_OR_NAME = ("evaluation.suppress_eos", "data.sampling.suppress_eos")  # true and false, too
@@ -154,6 +149,7 @@ YES_OR_NAME = ("evaluation.suppress_eos", "data.sampling.suppress_eos")  # true 
 REMASKING_NAMES = ("low_confidence", "certainty", "random", "sequential", "maskgit_plus", "entropy", "topk_margin")
 CHOICES: dict[str, Collection[str]] = {
     **JUDGE_CHOICES,
+    **BENCHMARK_CHOICES,
     "model.architecture": FAMILIES,
     "model.attention": ("bidirectional", "block"),
     # validation numbers of which more is better, and the loss
@@ -229,22 +225,6 @@ CHOICES: dict[str, Collection[str]] = {
         "default, tilt 0.5",
         "default, focus 0.75",
         "default, shared masks",
-    ),
-    "benchmark.weights": ("random", "model"),
-    "benchmark.parts": (
-        "memory",
-        "flat",
-        "plan",
-        "speed",
-        "long",
-        "sft",
-        "sampler",
-        "cards",
-        "rates",
-        "agreement",
-        "nano",
-        "block",
-        "many",
     ),
 }
 
@@ -364,32 +344,9 @@ RANGES: dict[str, Range] = {
     "evaluation.samples": at_least(0, "0 shows none"),
     "evaluation.elbo_draws": at_least(1, "128 is LLaDA's own"),
     **JUDGE_RANGES,
+    **BENCHMARK_RANGES,
     "export.shard_gib": more_than(0, "4 is usual"),
     "report.examples": at_least(0, "0 shows none"),
-    "benchmark.minutes": more_than(0, "null takes as long as it takes"),
-    "benchmark.mean": more_than(16, "157 is HH-RLHF's"),
-    "benchmark.p99": more_than(16, "646 is HH-RLHF's"),
-    "benchmark.prompt_mean": more_than(8, "90 is near HH-RLHF's"),
-    "benchmark.max_length": at_least(32, "1024 is what the public project pads to"),
-    "benchmark.token_budget": at_least(1, "2048 is usual"),
-    "benchmark.pairs": at_least(1, "1 keeps a round short"),
-    "benchmark.rounds": at_least(2, "8 gives an interval"),
-    "benchmark.draws": at_least(1, "4 is the default of training"),
-    "benchmark.sampler_items": at_least(1, "384 give an interval of about +-5 points"),
-    "benchmark.sampler_batch": at_least(1, "32 is usual"),
-    "benchmark.card_tokens": at_least(32, "1024 is usual for an 8B"),
-    "benchmark.agreement_pairs": at_least(1, "8 are usual"),
-    "benchmark.nano_steps": at_least(1, "200 show whether rounding grows"),
-    "benchmark.block_length": at_least(1, "4 is SDAR's, 32 LLaDA2's"),
-    "benchmark.block_answer": at_least(1, "200 are an answer to HH-RLHF"),
-    "benchmark.long_answers": at_least(16, "256 and 1024 are answers of reasoning models"),
-    "benchmark.sft_rows": at_least(1, "8 fill a micro-step"),
-    "benchmark.many_pairs": at_least(20, "10000 and 100000 show how time grows"),
-    "benchmark.block_draws": at_least(1, "4 and 8 show what a context costs"),
-    "benchmark.memory_draws": at_least(1, "1 and 8 show whether memory grows"),
-    "benchmark.plan_ranks": at_least(1, "8 to 64 is usual"),
-    "benchmark.plan_tokens": at_least(32, "256 to 4096 is usual"),
-    "benchmark.flat_draws": at_least(1, "64 shows that memory does not grow"),
     "variance.draws": at_least(1, "1, 2, 4 and 8 are usual"),
     "variance.pairs": at_least(2, "32 takes minutes, 128 is VRPO's"),
     "variance.gradient_pairs": at_least(2, "32 takes minutes, 64 is usual"),
