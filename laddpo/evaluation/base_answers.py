@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from laddpo.errors import UserError, visible
 from laddpo.evaluation.answering import Answerer
 from laddpo.settings.schema import QuantizationSettings
 from laddpo.storage import atomic
@@ -35,11 +36,15 @@ class BaseAnswers:
         return {id: found[id] for id in prints if id in found and found[id]["fingerprint"] == prints[id]}
 
     def keep(self, prints: Mapping[str, str], records: Sequence[Mapping[str, Any]]) -> None:
-        """Write the records of all items at once. Two runs that do so at a time write the same."""
+        """Write the records of all items at once. Two runs that do so at a time write the same. A folder that cannot be
+        written, as that of others may be, is a note: this run has its answers."""
         path = self._file(prints)
         lines = CheckedLines(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(path, "".join(lines.line(record) for record in records))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(path, "".join(lines.line(record) for record in records))
+        except (OSError, UserError) as error:
+            print(visible(f"note: the base's answers are not kept for other runs. {error}"))
 
     def _file(self, prints: Mapping[str, str]) -> Path:
         key = fingerprint({**self.fields, "items": list(prints.values())})

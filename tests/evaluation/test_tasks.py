@@ -297,6 +297,12 @@ def test_a_stopped_run_leaves_no_answers_of_the_base_to_others(tmp_path):
     assert not (tmp_path / "answers").exists()
 
 
+def test_a_folder_that_cannot_be_written_costs_no_answers(tmp_path, capsys):
+    (tmp_path / "answers").write_text("in the way")
+    records, _ = run(Adder(), sums(), tmp_path / "items.jsonl", kept=of_base(tmp_path))
+    assert len(records) == 10 and "note: the base's answers are not kept for other runs." in capsys.readouterr().out
+
+
 def test_another_grader_grades_kept_answers_of_the_base(tmp_path):
     run(Adder(wrong=["1+1"]), sums(), None, kept=of_base(tmp_path))
     lenient = Task("sums", sums().items, FunctionGrader("lenient", lambda text, answer: True))
