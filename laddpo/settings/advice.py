@@ -87,6 +87,6 @@ def _notes_on_draws(dpo: DpoSettings) -> list[tuple[bool, str]]:
         (
             not dpo.common_random_numbers,
             "dpo.common_random_numbers=false makes the score far noisier (about 100 times in variance on llada_nano, "
-            "data/measurements/study_nano.md); it exists for comparison.",
+            "data/measurements/study_nano_untuned.md); it exists for comparison.",
         ),
     ]
