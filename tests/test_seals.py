@@ -32,6 +32,7 @@ READ_BY_THEMSELVES = {  # modules whose reads of files do not go through sealed_
     "evaluation.base_and_tuned": "unseal reads the manifest first; finish checks every line",
     "models.stacked": "after require_sealed in models.loading",
     "evaluation.base_answers": "every line has a check",
+    "benchmarking.many": "what a process of its own has just written",
     "evaluation.kept_answers": "every line has a check",
     "evaluation.winrate": "every line has a check",
     "judging.kept": "every line has a check",

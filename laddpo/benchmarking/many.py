@@ -22,6 +22,7 @@ from laddpo.benchmarking.process_cost import process_cost
 from laddpo.benchmarking.workload import Workbench, pair_lengths
 from laddpo.errors import UserError
 from laddpo.results.tables import markdown
+from laddpo.storage.atomic import atomic_file, read_json, write_json
 from laddpo.storage.reference_store import ReferenceStore
 from laddpo.storage.shards import StoredPair
 
@@ -92,7 +93,7 @@ def _measure(folder: Path, count: int, bench: Workbench) -> dict[str, Any]:
     write_store(store, count)
     code = "import sys; from laddpo.benchmarking.many import open_store; open_store(*sys.argv[1:])"
     found["store opened"] = process_cost([sys.executable, "-c", code, str(store), str(count), str(told)])
-    return {**found, **json.loads(told.read_text(encoding="utf-8"))}
+    return {**found, **read_json(told)}
 
 
 def stage_command(stage: str) -> list[str]:
@@ -105,13 +106,14 @@ def write_rows(path: Path, count: int, bench: Workbench) -> None:
     rng, wanted = np.random.default_rng(bench.seed), bench.settings
     letters = rng.choice(list("abcdefghijklmnopqrstuvwxyz    "), 1_000_000)
     pool = "".join(letters)
-    with path.open("w", encoding="utf-8") as out:
+    with atomic_file(path) as out:
         for number in range(count):
             lengths = pair_lengths(rng, wanted.mean, wanted.p99, wanted.prompt_mean, wanted.max_length)
             starts = rng.integers(0, len(pool) - wanted.max_length, 3)
             texts = [pool[start : start + length] for start, length in zip(starts, lengths, strict=True)]
             prompt, chosen, rejected = (f"{text}{end}" for text, end in zip(texts, (number, "y", "n"), strict=True))
-            out.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            out.write((json.dumps(row) + "\n").encode())
 
 
 def stored_pair_of(number: int) -> StoredPair:
@@ -137,5 +139,4 @@ def open_store(folder: str, count: str, told: str) -> None:
     started = time.perf_counter()
     for pair in pairs:
         assert math.isclose(store.values(pair, range(DRAWS)).sum(), -2 * DRAWS)
-    found = {"lookup_us": 1e6 * (time.perf_counter() - started) / LOOKED_UP}
-    Path(told).write_text(json.dumps(found), encoding="utf-8")
+    write_json(Path(told), {"lookup_us": 1e6 * (time.perf_counter() - started) / LOOKED_UP})
