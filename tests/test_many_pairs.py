@@ -3,10 +3,11 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
-from laddpo.benchmarking import many
+from laddpo.benchmarking import limits, many
 from laddpo.benchmarking.process_cost import process_cost
 from laddpo.benchmarking.workload import Workbench
 from laddpo.cli.app import cli
@@ -62,6 +63,14 @@ class TestProcesses:
         with pytest.raises(RunFault, match="ended with 3: some words"):
             process_cost([*PYTHON, "print('some words'); raise SystemExit(3)"], until and tmp_path / until)
 
+    def test_a_benchmark_that_is_stopped_leaves_no_process_behind(self, tmp_path):
+        code = f"import time, pathlib; pathlib.Path({str(tmp_path / 'there')!r}).touch(); time.sleep(60)"
+        clock = limits.Clock(minutes=2 / 60)
+        with pytest.raises(limits.TimeUp), clock.watched():
+            process_cost([*PYTHON, code])
+        running = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in path.read_bytes()]
+        assert (tmp_path / "there").exists() and not running
+
 
 def test_growth_is_the_slope_in_logarithms():
     assert many.growth_exponent([10, 100, 1000], [2.0, 20.0, 200.0]) == pytest.approx(1)
@@ -69,14 +78,14 @@ def test_growth_is_the_slope_in_logarithms():
     assert many.growth_exponent([10], [3.0]) is None
 
 
-def test_the_table_has_a_row_for_each_number_of_pairs_and_one_of_growth():
-    costs = {name: {"seconds": 1.0, "gib": 0.5} for name in many.COLUMNS}
-    rows = [{"pairs": count, "lookup_us": 40.0, **costs} for count in (10_000, 100_000)]
-    rows[1]["prepare"] = {"seconds": 10.0, "gib": 0.75}
+def test_the_table_has_a_row_for_each_number_of_pairs_and_one_of_growth_beyond_the_start():
+    costs = {name: {"seconds": 6.0, "gib": 0.5} for name in many.COLUMNS}
+    rows = [{"pairs": count, "lookup_us": 40.0, **costs} for count in (many.FEW, 10_000, 100_000)]
+    rows[1]["prepare"], rows[2]["prepare"] = {"seconds": 7.0, "gib": 0.5}, {"seconds": 106.0, "gib": 0.75}
     text, record = many.many_section(rows)
-    assert "| 100,000 | 10.0 s, 0.75 GiB | 1.0 s, 0.50 GiB |" in text and "40.0 us" in text
-    assert record["growth"] == {name: pytest.approx(1 if name == "prepare" else 0) for name in many.COLUMNS}
-    assert "growth of time" not in many.many_section(rows[:1])[0]
+    assert "| 100,000 | 106.0 s, 0.75 GiB | 6.0 s, 0.50 GiB |" in text and "40.0 us" in text
+    assert record["growth"]["prepare"] == pytest.approx(2), "1 s and 100 s beside a start of 6 s: quadratic"
+    assert record["growth"]["resumed"] is None
 
 
 @pytest.mark.long
@@ -84,4 +93,6 @@ def test_stages_run_on_rows_that_are_made(tmp_path):
     wanted = ["benchmark.parts=[many]", "benchmark.many_pairs=[60,120]", "hardware.device=cpu"]
     assert cli("benchmark", [*wanted, f"output_dir={tmp_path / 'run'}"]) == 0
     found = json.loads((tmp_path / "run" / "benchmark.json").read_text())["many"]
-    assert [row["pairs"] for row in found["rows"]] == [60, 120] and found["growth"].keys() == set(many.COLUMNS)
+    assert [row["pairs"] for row in found["rows"]] == [many.FEW, 60, 120] and found["growth"].keys() == set(
+        many.COLUMNS
+    )

@@ -1,13 +1,14 @@
 """What a process takes: processor time and largest memory, with those that it started.
 
-Linux counts to a new process the memory of the one that forked it. So a small process stands between: this file, run as
-a script, without any import of ours.
+Linux adds the memory of the parent to the peak of a new process. So a small process stands between: this file, run as a
+script, without any import of ours.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,13 @@ def process_cost(command: Sequence[str], until: Path | None = None) -> dict[str,
 
     with tempfile.TemporaryFile() as said:
         between = [sys.executable, "-I", "-S", __file__, str(until or ""), *command]
-        found = json.loads(subprocess.run(between, stdout=subprocess.PIPE, stderr=said, check=True).stdout)
+        process = subprocess.Popen(between, stdout=subprocess.PIPE, stderr=said, start_new_session=True)
+        try:
+            found = json.loads(process.communicate()[0])
+        except BaseException:  # also where the benchmark is stopped: the command is a child of the process between
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
         if found["code"] != (EXIT_STOPPED if until else EXIT_DONE):
             said.seek(0)
             words = said.read()[-2000:].decode(errors="replace")
@@ -41,7 +48,7 @@ def measure(until: str, command: Sequence[str]) -> dict[str, float]:
         ended, status, usage = os.wait4(process.pid, os.WNOHANG if until else 0)
         if not ended:
             if os.path.exists(until):
-                process.terminate()
+                os.kill(process.pid, signal.SIGTERM)
                 until = ""
             time.sleep(POLL_SECONDS)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss

@@ -15,7 +15,7 @@ import numpy as np
 
 from laddpo.core.gradient import lockstep
 from laddpo.errors import Stopped, UserError
-from laddpo.evaluation.run_task import Answer, Generate, KeptRecords, run_task
+from laddpo.evaluation.run_task import Answer, Generate, SharedAnswers, run_task
 from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, settings_for, until_stop
 from laddpo.inputs.data import difficulty_of, encoder_for
 from laddpo.inputs.policy import Loaded
@@ -160,10 +160,10 @@ def answer_task(
     weights: Mapping[str, Any],
     label: str,
     stop: StopFlag | None = None,
-    kept: KeptRecords | None = None,
+    kept: SharedAnswers | None = None,
 ) -> list[dict[str, Any]]:
     """One graded record per item, appended to `items_path` as they come; records of the same weights are reused. None:
-    nothing is written. `kept`: records of earlier runs of the same model.
+    nothing is written. `kept`: answers of earlier runs of the same model.
 
     Raises `Stopped` between two batches after a signal; the same command then continues with the next batch, or without
     a file begins this task again.
@@ -173,9 +173,9 @@ def answer_task(
 
     def answer_unless_stopped(prompts: list) -> list[Answer]:
         if ranks.agree_to_stop(stop):
-            kept = f"{items_path}: stopped by {stop.name}; the answers so far are kept."
-            unkept = f"{label} of {task.name}: stopped by {stop.name}; its answers are not kept."
-            raise Stopped(kept if items_path else unkept, "Give the command again.")
+            written = f"{items_path}: stopped by {stop.name}; the answers so far are kept."
+            unwritten = f"{label} of {task.name}: stopped by {stop.name}; its answers are not kept."
+            raise Stopped(written if items_path else unwritten, "Give the command again.")
         with lockstep(answers.loaded.denoiser):
             return answer(prompts) if prompts else []
 

@@ -1,19 +1,23 @@
 """Answers of a model before training, kept for all runs that start from it.
 
 The jobs of a sweep, the arms of a study and the stages of one run ask the same model the same questions. Its answers
-lie in `data/answers/<key>.jsonl`: one record for each item, each line with a check. The key has all that an answer
-depends on. Which other questions stand in the same batch is part of it, since that changes the rounding.
+lie in `data/answers/<key>.jsonl`: one object for each item, each line with a check. The key has all that an answer
+depends on, rounding included: so also the machine, and which other questions stand in the same batch. Each run grades
+them itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from laddpo.errors import UserError, visible
 from laddpo.evaluation.answering import Answerer
+from laddpo.evaluation.run_task import Answer
 from laddpo.settings.schema import QuantizationSettings
 from laddpo.storage import atomic
 from laddpo.storage.manifests import fingerprint
@@ -29,17 +33,26 @@ class BaseAnswers:
     folder: Path
     fields: Mapping[str, Any]
 
-    def read(self, prints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Records by item id, in the order of `prints`: a fingerprint of each item. A damaged line is left out, and its
-        item answered again."""
-        found = {record["id"]: record for record in CheckedLines(self._file(prints)).read()}
-        return {id: found[id] for id in prints if id in found and found[id]["fingerprint"] == prints[id]}
+    def read(self, prints: Mapping[str, str]) -> dict[str, Answer]:
+        """The stored answers, by item id. `prints`: a fingerprint of each item. A damaged line is left out. If the file
+        cannot be read, a note says so."""
+        try:
+            lines = CheckedLines(self._file(prints)).read()
+        except OSError as error:
+            print(visible(f"note: kept answers of the base cannot be read; it is asked again. {error}"))
+            return {}
+        return {
+            line["id"]: Answer(line["text"], line["tokens"], line["stopped"])
+            for line in lines
+            if line.keys() >= {"id", "print", "text", "tokens", "stopped"} and line["print"] == prints.get(line["id"])
+        }
 
-    def keep(self, prints: Mapping[str, str], records: Sequence[Mapping[str, Any]]) -> None:
-        """Write the records of all items at once. Two runs that do so at a time write the same. A folder that cannot be
-        written, as that of others may be, is a note: this run has its answers."""
+    def keep(self, prints: Mapping[str, str], answers: Mapping[str, Answer]) -> None:
+        """Store the answers to all items at once. Two runs may do this at the same time: they write the same content.
+        If the folder cannot be written, a note says so; this run has its answers all the same."""
         path = self._file(prints)
         lines = CheckedLines(path)
+        records = ({"id": id, "print": prints[id], **dataclasses.asdict(answer)} for id, answer in answers.items())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic.write_text(path, "".join(lines.line(record) for record in records))
@@ -55,15 +68,17 @@ def base_answers(
     data_dir: str, quantization: QuantizationSettings, answers: Answerer, weights: Mapping[str, Any]
 ) -> BaseAnswers:
     """Those of the model that answers now and whose weights are these."""
-    loaded = answers.loaded
+    loaded, encoder = answers.loaded, answers.encoder
+    machine = loaded.machine
     fields = {
         "format": FORMAT,
         "weights": dict(weights),
         "quantization": dataclasses.asdict(quantization),
-        "precision": [loaded.machine.precision, str(loaded.denoiser.autocast)],
-        "device": loaded.machine.device.type,
-        "attention": loaded.machine.attention,
-        "encoding": answers.encoder.fields(),
+        "precision": [machine.precision, str(loaded.denoiser.autocast)],
+        "machine": [machine.device.type, machine.name, machine.attention, machine.compile, machine.is_sharded],
+        "torch": torch.__version__,
+        "encoding": encoder.fields(),
+        "tokens": [encoder.bos_id, encoder.eos_id, encoder.stop_ids, loaded.denoiser.mask_token_id],
         "sampler": dataclasses.asdict(answers.sampler),
         "batch_size": answers.batch_size,
     }

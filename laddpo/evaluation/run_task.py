@@ -8,7 +8,7 @@ a list of texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,14 +35,14 @@ class Answer:
 Generate = Callable[[list[Prompt]], "list[str] | list[Answer]"]
 
 
-class KeptRecords(Protocol):
-    """Records of all items, which other runs take. `prints`: a fingerprint of each item, by its id."""
+class SharedAnswers(Protocol):
+    """Answers to all items by one model, which several runs use. `prints`: a fingerprint of each item, by its id."""
 
-    def read(self, prints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Those that are there, by item id."""
+    def read(self, prints: Mapping[str, str]) -> dict[str, Answer]:
+        """The stored answers, by item id."""
 
-    def keep(self, prints: Mapping[str, str], records: Sequence[Mapping[str, Any]]) -> None:
-        """Put all there."""
+    def keep(self, prints: Mapping[str, str], answers: Mapping[str, Answer]) -> None:
+        """Store the answers to all items."""
 
 
 def run_task(
@@ -56,10 +56,11 @@ def run_task(
     show_progress: bool | None = None,
     say: Callable[[str], None] = print,
     ranks: Ranks = ALONE,
-    kept: KeptRecords | None = None,
+    kept: SharedAnswers | None = None,
 ) -> list[dict[str, Any]]:
     """One record per item, in the order of `task.items`; those already in `items_path` are taken from there. None:
-    nothing is written, and all are generated. Records that `kept` has are taken, too, and it gets them all at the end.
+    nothing is written, and all are generated. Answers that `kept` has are graded
+    and taken, too. It gets all answers at the end if this run made them.
 
     `fields` are what a text depends on beside its prompt (weights, adapter, sampler settings). `labels` (for example
     {"model": "tuned"}) are written into each record and let several runs share one file: only records with the same
@@ -81,27 +82,24 @@ def run_task(
         say(f"{items_path}: {stale} items of {labels} are of other settings or another model and are generated again")
     if done:
         say(f"{task.name}: {len(done)} of {len(task.items)} items are already in {items_path}")
-    earlier = kept.read(prints) if kept and ranks.is_main else {}
-    taken = {id: {**record, **labels} for id, record in earlier.items() if id not in done}
-    if taken:
-        say(f"{task.name}: {len(taken)} of {len(task.items)} answers are those of an earlier run of the same model")
-    for record in taken.values():
-        if record["grader"] == task.grader.name:  # else it is appended below
-            log.append(record)
-    done |= taken
+    answered_here, kept_before = bool(done), {}
     try:
         regrade = [record for record in done.values() if record["grader"] != task.grader.name]
         verdicts = task.grader.grade_all([r["text"] for r in regrade], [r["answer"] for r in regrade])
         for record, is_correct in zip(regrade, verdicts, strict=True):
             record.update(correct=is_correct, grader=task.grader.name)
             log.append(record)
+        if kept and ranks.is_main:
+            kept_before = kept.read(prints)
+            _take_kept(kept_before, task, log, labels, prints, done, say)
         done, is_shown = ranks.broadcast(done), show_progress if ranks.is_main else False
         _run_batches(generate, task, batch_size, log, labels, prints, done, is_shown, ranks)
         records = [done[item.id] for item in task.items]
         if ranks.is_main:
             log.sync()
-            if kept and len(earlier) < len(records):
-                kept.keep(prints, records)
+            # answers of an earlier part of this evaluation may be another machine's
+            if kept and not answered_here and len(kept_before) < len(records):
+                kept.keep(prints, {record["id"]: _answer_of(record) for record in records})
     finally:
         task.grader.close()
     return records
@@ -130,6 +128,20 @@ def _run_batches(generate, task, batch_size, log, labels, prints, done, show_pro
             bar.update(len(records))
             if graded := [record["correct"] for record in done.values() if record["correct"] is not None]:
                 bar.set_postfix_str(f"right {sum(graded) / len(graded):.1%}")
+
+
+def _take_kept(found, task, log, labels, prints, done, say) -> None:
+    """Grade the answers `found` to items that have no record yet; adds to `done` and to the log."""
+    items = [item for item in task.items if item.id in found and item.id not in done]
+    for record in _graded(task, items, [found[item.id] for item in items], labels, prints, done):
+        log.append(record)
+        done[record["id"]] = record
+    if items:
+        say(f"{task.name}: {len(items)} of {len(task.items)} answers are those of an earlier run of the same model")
+
+
+def _answer_of(record: Mapping[str, Any]) -> Answer:
+    return Answer(record["text"], record.get("tokens"), record.get("stopped"))
 
 
 def as_answer(given: str | Answer) -> Answer:

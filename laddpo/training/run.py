@@ -287,7 +287,7 @@ def check_step_zero(run: Run, training: Training) -> None:
     stop_if_asked(run.folder, run.stop, run.ranks)
     if training.task.store is None:
         print("step 0: not checked, since there is no reference to compare with")
-    elif not run.is_resumed:
+    elif not run.is_resumed or resume_step(run.folder) == 0:
         is_paired = run.config.dpo.common_random_numbers
         step_zero_check(training.task, training.settings, run.machine.precision, is_paired)
 

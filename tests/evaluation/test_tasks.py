@@ -291,6 +291,29 @@ def test_a_damaged_answer_of_the_base_is_made_again_and_written_again(tmp_path, 
     assert "1 of 10 lines are damaged" in capsys.readouterr().out and file.read_bytes() == whole
 
 
+def test_answers_of_an_earlier_part_of_an_evaluation_are_not_given_to_others(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(Adder(stop_at="9+9"), sums(), tmp_path / "items.jsonl")  # on another machine, it may be
+    run(Adder(), sums(), tmp_path / "items.jsonl", kept=of_base(tmp_path))
+    assert not (tmp_path / "answers").exists()
+
+
+def test_marks_of_kept_answers_are_those_of_now(tmp_path):
+    run(Adder(), sums(), None, kept=of_base(tmp_path))
+    marked = Task("sums", sums().items, sums().grader, marks=lambda text, answer: {"even": True})
+    records, _ = run(Adder(), marked, None, kept=of_base(tmp_path))
+    assert all(record["marks"] == {"even": True} for record in records)
+
+
+def test_kept_answers_that_cannot_be_read_are_made_again(tmp_path, capsys, monkeypatch):
+    def refuse(self):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(CheckedLines, "read", refuse)
+    records, _ = run(Adder(), sums(), None, kept=of_base(tmp_path))
+    assert len(records) == 10 and "cannot be read; it is asked again. not yours" in capsys.readouterr().out
+
+
 def test_a_stopped_run_leaves_no_answers_of_the_base_to_others(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(Adder(stop_at="9+9"), sums(), tmp_path / "items.jsonl", kept=of_base(tmp_path))
@@ -317,10 +340,19 @@ def answers_like(**changed):
     machine = SimpleNamespace(
         precision=changed.get("precision", "fp32"),
         device=torch.device(changed.get("device", "cpu")),
+        name=changed.get("name", "2 CPU threads"),
         attention=changed.get("attention", "sdpa"),
+        compile=changed.get("compile", False),
+        is_sharded=changed.get("is_sharded", False),
     )
-    loaded = SimpleNamespace(machine=machine, denoiser=SimpleNamespace(autocast=changed.get("autocast")))
-    encoder = SimpleNamespace(fields=lambda: {"template": changed.get("template", "plain")})
+    denoiser = SimpleNamespace(autocast=changed.get("autocast"), mask_token_id=changed.get("mask_token_id", 9))
+    loaded = SimpleNamespace(machine=machine, denoiser=denoiser)
+    encoder = SimpleNamespace(
+        fields=lambda: {"template": changed.get("template", "plain")},
+        bos_id=changed.get("bos_id"),
+        eos_id=changed.get("eos_id", 1),
+        stop_ids=changed.get("stop_ids", [1]),
+    )
     sampler = SamplerSettings(seed=changed.get("seed", 0))
     return SimpleNamespace(loaded=loaded, encoder=encoder, sampler=sampler, batch_size=changed.get("batch_size", 4))
 
@@ -330,7 +362,14 @@ def answers_like(**changed):
     [
         {"precision": "bf16"},
         {"device": "cuda"},
+        {"name": "1 CPU threads"},
         {"attention": "eager"},
+        {"compile": True},
+        {"is_sharded": True},
+        {"bos_id": 2},
+        {"eos_id": 2},
+        {"stop_ids": [1, 2]},
+        {"mask_token_id": 8},
         {"autocast": torch.bfloat16},
         {"template": "chat"},
         {"seed": 1},
