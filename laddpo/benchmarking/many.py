@@ -71,8 +71,8 @@ def many_section(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     text = markdown(["pairs", *COLUMNS, "one look-up"], cells)
     said = (
         "Processor time and largest memory of whole processes. The store is opened, and 10,000 of its pairs are looked "
-        f"up. Growth: the slope of log time over log pairs, without the time of {FEW} pairs, which is that of the start; "
-        "1 is as fast as the data."
+        f"up. Growth: the slope of log time over log pairs, without the time of {FEW} pairs, which is that of the "
+        "start; 1 is as fast as the data."
     )
     return f"{said}\n\n{text}", {"rows": list(rows), "growth": growth}
 
