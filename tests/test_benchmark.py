@@ -141,7 +141,7 @@ def test_a_model_that_is_no_part_is_refused(capsys):
     assert cli("benchmark", ["benchmark.parts=[sped]"]) == 2
     assert (
         "benchmark.parts is 'sped'; known: memory, flat, plan, speed, long, sft, sampler, cards, rates, agreement, "
-        "nano, block; did you mean speed?" in capsys.readouterr().err
+        "nano, block, many; did you mean speed?" in capsys.readouterr().err
     )
 
 
