@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -24,6 +25,7 @@ def settings(stages, questions, name):
 
 def test_an_interrupted_gsm8k_evaluation_continues_to_the_same_results(stages, questions, monkeypatch, capsys):
     assert stages.run("evaluate", *settings(stages, questions, "whole")) == 0
+    shutil.rmtree(stages.folder / "data" / "answers")  # the second one asks again
 
     from laddpo.evaluation import answering
 
