@@ -348,23 +348,23 @@ def test_the_sweep_experiment_needs_no_flag_and_its_jobs_do_not_sweep_again(tiny
     assert [job["exit_code"] for job in sweep_json("sweep")] == [0, 0, 0]
 
 
-def test_a_sweep_of_three_by_three_that_was_interrupted_ends_with_nine_results_and_repeats_none(tiny_jobs):
-    command = ["-m", "dpo.beta=0.5,1,2", "optim.weight_decay=0.1,0.2,0.3", "output_dir=sweep"]
-    assert exit_code_of_stopped_sweep(command, Path("sweep/3/job.json"), 60) == 75
+def test_a_sweep_of_two_by_three_that_was_interrupted_ends_with_six_results_and_repeats_none(tiny_jobs):
+    command = ["-m", "dpo.beta=0.5,1", "optim.weight_decay=0.1,0.2,0.3", "output_dir=sweep"]
+    assert exit_code_of_stopped_sweep(command, Path("sweep/2/job.json"), 60) == 75
     done = [job["job"] for job in sweep_json("sweep") if job["exit_code"] == 0]
-    assert 4 <= len(done) < 9
+    assert 3 <= len(done) < 6
     started = Path("sweep/started.jsonl")
     before = len(JsonLines(started).read())
     assert cli("train", [*command, "resume=true"]) == 0
     records = JsonLines(started).read()
     after = [record["folder"] for record in records[before:]]
     assert len({record["pid"] for record in records}) == len(records)
-    first, last = (next(r["memory"] for r in records if r["folder"] == name) for name in ("0", "8"))
+    first, last = (next(r["memory"] for r in records if r["folder"] == name) for name in ("0", "5"))
     assert last == pytest.approx(first, rel=0.05)
     jobs = sweep_json("sweep")
-    assert len(jobs) == 9 and all(job["exit_code"] == 0 for job in jobs)
-    assert sorted({job["results"]["exact_match"]["tuned"] for job in jobs}) == [0.55, 0.6, 0.7]
-    assert sorted(after, key=int) == [str(n) for n in range(9) if n not in done]
+    assert len(jobs) == 6 and all(job["exit_code"] == 0 for job in jobs)
+    assert len({job["results"]["exact_match"]["tuned"] for job in jobs}) == 2  # one for each beta
+    assert sorted(after, key=int) == [str(n) for n in range(6) if n not in done]
 
 
 def test_jobs_without_a_final_evaluation_are_compared_by_their_validation(tmp_path):
