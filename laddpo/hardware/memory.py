@@ -18,7 +18,7 @@ from laddpo.models.linears import ROLES
 
 GIB = 2**30
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-CHUNK_ELEMENTS = {"cpu": 5 * 2**20, "cuda": 2**25}  # logits held at once: laddpo/models/head.py
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # logits held at once: laddpo/models/head.py
 MOST_TOKENS = 16384  # larger micro-steps gain no speed on any GPU tried by us or reported
 BUDGET_STEP = 64  # tokens
 

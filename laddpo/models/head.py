@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = {"cpu": 5 * 2**20, "cuda": 2**25}  # logits of one chunk: near the cache (cpu), feeds the cores (cuda)
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}  # logits of one chunk: fits the cache (cpu), feeds the cores (cuda)
 
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
