@@ -23,6 +23,7 @@ from laddpo.benchmarking.workload import Workbench, pair_lengths
 from laddpo.errors import UserError
 from laddpo.results.tables import markdown
 from laddpo.storage.atomic import atomic_file, read_json, write_json
+from laddpo.storage.checkpoint import step_folders, step_of
 from laddpo.storage.reference_store import ReferenceStore
 from laddpo.storage.shards import StoredPair
 
@@ -97,7 +98,7 @@ def _measure(folder: Path, count: int, bench: Workbench) -> dict[str, Any]:
         "prepare": process_cost([*stage_command("prepare"), *prepare]),
         "first steps": process_cost(train, step_folder(run, 2)),
     }
-    reached = max(int(path.name.partition("_")[2]) for path in (run / "checkpoints").iterdir())
+    reached = step_of(step_folders(run / "checkpoints")[0])
     found["resumed"] = process_cost([*train, "resume=true"], step_folder(run, reached + 2))
     write_store(store, count)
     code = "import sys; from laddpo.benchmarking.many import open_store; open_store(*sys.argv[1:])"
