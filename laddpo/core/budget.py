@@ -1,4 +1,4 @@
-"""The tokens of a micro-step, which shrink when memory runs out: the one place where work is done again.
+"""The tokens of a pass, which shrink when memory runs out: the one place where work is done again.
 
 Noise is keyed and gradients are summed, so the same work in smaller micro-steps gives the same result to rounding. Work
 is a function of the budget; it must leave nothing behind that a second run would meet.
@@ -36,7 +36,8 @@ class TokenBudget:
     """At most `tokens` in a micro-step, or one longer sequence. `explain(tokens)` is the message when that fails.
 
     One object serves all passes of a run, so that what one of them learns about memory holds for the others.
-    `may_retry` false: the first time is the last, for work in which other processes take part (FSDP) and would wait.
+    `may_retry` false: the first time is the last, for work in which other processes take part (FSDP) and would wait;
+    `remedy` then says what to start with.
     `between` is called before every micro-step that scores; see `stoppable`.
     """
 
@@ -44,16 +45,18 @@ class TokenBudget:
     explain: Callable[[int], str] = _no_plan
     retries: int = 0
     may_retry: bool = True
+    remedy: str = "hardware.token_budget={}"
     between: Callable[[], None] = _nothing
 
     @classmethod
     def of(cls, budget: int | TokenBudget) -> TokenBudget:
         return budget if isinstance(budget, TokenBudget) else cls(budget)
 
-    def run(self, work: Callable[[int], T], longest: int) -> T:
+    def run(self, work: Callable[[int], T], longest: int, total: int | None = None) -> T:
         """`work(tokens)`, again with half the tokens each time memory runs out.
 
         `longest`: tokens of the longest sequence in the work. Raises `RunFault` when that alone does not fit.
+        `total`: tokens of the whole work, where the budget may be larger: half of what was in use is tried next.
         """
         while True:
             try:
@@ -63,6 +66,8 @@ class TokenBudget:
                     raise
                 reason = str(error).partition("\n")[0]
             # outside the handler: the traceback held every tensor of the failed attempt
+            if total is not None:
+                self.tokens = min(self.tokens, total)
             self._shrink(longest, reason)
 
     @contextlib.contextmanager
@@ -87,13 +92,13 @@ class TokenBudget:
             raise RunFault(f"{self.explain(longest)} ({reason})")
         if not self.may_retry:
             raise RunFault(
-                f"out of memory with hardware.token_budget={self.tokens}, and several processes share each micro-step, "
-                f"so that none can repeat it alone. Start with hardware.token_budget={self.tokens // 2}. ({reason})"
+                f"out of memory with {self.tokens} tokens in a pass, and several processes share each pass, so that "
+                f"none can repeat it alone. Start with {self.remedy.format(self.tokens // 2)}. ({reason})"
             )
         self.retries += 1
         release_memory()
         log.warning(
-            "out of memory with %d tokens per micro-step; doing the work again with %d (%s)",
+            "out of memory with %d tokens in a pass; doing the work again with %d (%s)",
             self.tokens,
             self.tokens // 2,
             reason,

@@ -60,9 +60,10 @@ def run_harness(
         loaded.denoiser,
         answers.sampler,
         draws=evaluation.elbo_draws,
-        token_budget=loaded.machine.token_budget.tokens,
+        token_budget=loaded.machine.token_budget,
         batch_size=answers.batch_size,
         autocast=loaded.denoiser.autocast,
+        answer_budget=answers.budget,
     )
     folder.mkdir(parents=True, exist_ok=True)
     name = f"harness_{label}_{answers_key(answers, evaluation.elbo_draws, quantization, weights)}"

@@ -15,17 +15,19 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser
 from laddpo.evaluation.likelihoods import Likelihoods
 from laddpo.evaluation.requests import RequestEncoder
-from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, until_stop
+from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, unbounded, until_stop
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.processes.progress import Progress
 
 
 @register_model("laddpo")
 class HarnessModel(LM):
-    """`draws`: of each likelihood; `token_budget`: tokens of one forward pass; `batch_size`: answers made together."""
+    """`draws`: of each likelihood; `token_budget`: tokens of one forward pass; `batch_size`: answers made together;
+    `answer_budget`: keeps what is learned when these do not fit the memory."""
 
     def __init__(
         self,
@@ -35,14 +37,15 @@ class HarnessModel(LM):
         denoiser: Denoiser,
         settings: SamplerSettings,
         draws: int = 128,
-        token_budget: int = 4096,
+        token_budget: int | TokenBudget = 4096,
         batch_size: int = 8,
         autocast: torch.dtype | None = None,
+        answer_budget: TokenBudget | None = None,
     ):
         super().__init__()
         self.model, self.tokenizer, self.denoiser, self.settings = model, tokenizer, denoiser, settings
         self.encoder, self.requests = encoder, RequestEncoder(encoder)
-        self.per_batch, self.autocast = batch_size, autocast
+        self.per_batch, self.autocast, self.answer_budget = batch_size, autocast, answer_budget or unbounded()
         self.positions = model.config.max_sequence_length
         self.likelihoods = Likelihoods(model, denoiser, draws, settings.seed, token_budget, autocast)
 
@@ -74,6 +77,7 @@ class HarnessModel(LM):
                 keys=[context for context, _ in batch],
                 autocast=self.autocast,
                 eos_token_id=self.encoder.eos_id,
+                budget=self.answer_budget,
             )
             for (context, options), answer in zip(batch, answers, strict=True):
                 text = self.tokenizer.decode(until_stop(answer, stops), skip_special_tokens=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser, draw_logps
 from laddpo.core.gradient import pack_sequence_runs
 from laddpo.evaluation.sampling import never_emitted
@@ -15,9 +16,16 @@ class Likelihoods:
     """`draws`: of each likelihood; `token_budget`: tokens of one forward pass."""
 
     def __init__(
-        self, model, denoiser: Denoiser, draws: int, seed: int, token_budget: int, autocast: torch.dtype | None = None
+        self,
+        model,
+        denoiser: Denoiser,
+        draws: int,
+        seed: int,
+        token_budget: int | TokenBudget,
+        autocast: torch.dtype | None = None,
     ):
-        self.model, self.denoiser, self.token_budget, self.autocast = model, denoiser, token_budget, autocast
+        self.model, self.denoiser, self.autocast = model, denoiser, autocast
+        self.budget = TokenBudget.of(token_budget)
         self.estimator = evaluation_estimator(max(2, draws + draws % 2), seed, denoiser.block_length)
 
     @torch.no_grad()
@@ -28,7 +36,10 @@ class Likelihoods:
         draws = range(2 if len(response) == 1 else self.estimator.diffusion_samples)
         name = f"{prompt.tobytes().hex()}/{response.tobytes().hex()}"
         sequences = self.estimator.sequences(name, "chosen", prompt, response, draws)
-        values = [draw_logps(self.denoiser, run) for run in pack_sequence_runs(sequences, self.token_budget)]
+        values = self.budget.run(
+            lambda tokens: [draw_logps(self.denoiser, run) for run in pack_sequence_runs(sequences, tokens)],
+            longest=max(sequence.tokens for sequence in sequences),
+        )
         return float(torch.cat(values).mean())
 
     @torch.no_grad()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from laddpo.core.budget import TokenBudget
 from laddpo.errors import UserError
 from laddpo.evaluation.orders import REMASKING, draw
 from laddpo.evaluation.passes import passes_for
@@ -121,12 +123,15 @@ def generate(
     keys: Sequence[str] | None = None,
     autocast: torch.dtype | None = None,
     eos_token_id: int | None = None,
+    budget: TokenBudget | None = None,
 ) -> list[np.ndarray]:
     """One answer per prompt. # int64 [gen_length] each, stop tokens included
 
     `keys` name the items for random draws (their place in the list by default): the same key, seed and prompt give the
     same draws in any batch. `eos_token_id` ends a text (the model's own by default). `model` takes `lengths` and `rows`
-    (laddpo/models/llada.py). Raises `UserError` before the first answer when a prompt leaves no room for one.
+    (laddpo/models/llada.py). A batch that does not fit the memory is answered in parts; `budget` keeps for later calls
+    how many tokens of prompts and answers do. Raises `UserError` before the first answer when a prompt leaves no room
+    for one, and `RunFault` when the memory does not hold one prompt alone.
     """
     stops = sorted(set(stop_token_ids), key=list(stop_token_ids).index)
     eos = [eos_token_id if eos_token_id is not None else model.config.eos_token_id]
@@ -141,17 +146,51 @@ def generate(
     keys = [str(i) for i in range(len(prompts))] if keys is None else list(keys)
     require_room([len(p) for p in prompts], settings.gen_length, model.config.max_sequence_length, keys)
     device = next(model.parameters()).device
-    answers: list[np.ndarray] = []
-    for start in range(0, len(prompts), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
-        tensors = [torch.as_tensor(np.array(p), dtype=torch.long, device=device) for p in prompts[part]]
-        generators = [_generator(settings.seed, key, device) for key in keys[part]]
+    lengths = [len(prompt) + settings.gen_length for prompt in prompts]
+    budget = budget or unbounded()
+
+    def answer(items: list[int]) -> list[np.ndarray]:
+        tensors = [torch.as_tensor(np.array(prompts[i]), dtype=torch.long, device=device) for i in items]
+        generators = [_generator(settings.seed, keys[i], device) for i in items]
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             batch = _Batch(model, tensors, generators, settings, mask_token_id, stops, forbidden)
             while batch.active:
                 batch.step()
-        answers += list(batch.answers.cpu().numpy())
+        return list(batch.answers.cpu().numpy())
+
+    answers: list[np.ndarray] = []
+    for start in range(0, len(prompts), settings.batch_size):
+        batch = range(start, min(start + settings.batch_size, len(prompts)))
+        sizes = lengths[start : batch.stop]
+        answers += budget.run(
+            lambda tokens, batch=batch: [a for part in _parts(batch, lengths, tokens) for a in answer(part)],
+            longest=max(sizes),
+            total=sum(sizes),
+        )
     return answers
+
+
+def unbounded(may_retry: bool = True) -> TokenBudget:
+    """A budget for answers: whole batches, until memory runs out. `may_retry`: whether this process may then go on by
+    itself."""
+    return TokenBudget(sys.maxsize, _too_long, may_retry=may_retry, remedy="a smaller evaluation.batch_size")
+
+
+def _too_long(tokens: int) -> str:
+    return (
+        f"a prompt and its answer of {tokens:,} tokens together do not fit the memory. Close other programs on the "
+        "device, shorten the prompt, or lower evaluation.gen_length."
+    )
+
+
+def _parts(items: Iterable[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """The items in order, in parts of at most so many tokens, or one longer item."""
+    parts: list[list[int]] = []
+    for item in items:
+        if not parts or sum(lengths[i] for i in parts[-1]) + lengths[item] > tokens:
+            parts.append([])
+        parts[-1].append(item)
+    return parts
 
 
 def require_room(lengths: Sequence[int], gen_length: int, positions: int, names: Sequence[str]) -> None:

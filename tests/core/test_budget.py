@@ -119,6 +119,19 @@ def test_where_no_process_may_repeat_alone_the_first_time_is_the_last():
     assert denoiser.failures == 1 and budget.tokens == 400
 
 
+def test_work_smaller_than_the_budget_is_halved_at_once():
+    """Half of the budget would be the same work a second time."""
+    tried, budget = [], TokenBudget(10_000)
+
+    def work(tokens: int) -> int:
+        tried.append(tokens)
+        if tokens > 30:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return tokens
+
+    assert budget.run(work, longest=20, total=60) == 30 and tried == [10_000, 30]
+
+
 def test_scores_reference_and_validation_passes_are_redone_likewise(tmp_path):
     denoiser = Cramped()
     rng = np.random.default_rng(4)
@@ -148,7 +161,7 @@ def test_each_halving_is_logged_with_the_reason(caplog):
     with caplog.at_level(logging.WARNING):
         score_items(denoiser, items, TokenBudget(400))
     lines = [record.getMessage() for record in caplog.records]
-    first = "out of memory with 400 tokens per micro-step; doing the work again with 200 (CUDA out of memory."
+    first = "out of memory with 400 tokens in a pass; doing the work again with 200 (CUDA out of memory."
     assert lines[0].startswith(first) and "more lines" not in lines[0]
     assert len(lines) == 2 and "with 200 tokens" in lines[1]
 

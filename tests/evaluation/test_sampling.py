@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from laddpo.errors import UserError
-from laddpo.evaluation.sampling import GridSettings, SamplerSettings, generate, until_stop
+from laddpo.errors import RunFault, UserError
+from laddpo.evaluation.sampling import GridSettings, SamplerSettings, generate, unbounded, until_stop
 from laddpo.models.llada import LLaDAConfig
 from laddpo.models.loading import load_model, new_model
 
@@ -26,9 +26,10 @@ def prompts(count=5, seed=0):
     return [rng.integers(0, 37, size=3 + i % 3).astype(np.int32) for i in range(count)]
 
 
-def sample(model, items, stops=(EOS, EOT), keys=None, **settings):
+def sample(model, items, stops=(EOS, EOT), keys=None, budget=None, **settings):
     settings = {"gen_length": 12, "steps": 12, "block_length": 6, "stop_early": False, **settings}
-    return generate(model, items, SamplerSettings(**settings), MASK, list(stops), keys, eos_token_id=EOS)
+    decoding = SamplerSettings(**settings)
+    return generate(model, items, decoding, MASK, list(stops), keys, eos_token_id=EOS, budget=budget)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,43 @@ def test_an_answer_does_not_depend_on_its_batch(model, options):
     by_two = sample(model, items[::-1], keys=keys[::-1], batch_size=2, **options)[::-1]
     for a, b, c in zip(together, alone, by_two, strict=True):
         assert np.array_equal(a, b) and np.array_equal(a, c)
+
+
+class CrampedModel(torch.nn.Module):
+    """Memory runs out in passes of more than `room` tokens."""
+
+    def __init__(self, model, room: int):
+        super().__init__()
+        self.model, self.room, self.config, self.block_length = model, room, model.config, model.block_length
+        self.failures = 0
+
+    def forward(self, input_ids, **packed):
+        if input_ids.numel() > self.room:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.model(input_ids, **packed)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"cfg_scale": 0.5}])
+@pytest.mark.parametrize("room", [40, 70])
+def test_a_batch_that_does_not_fit_the_memory_is_answered_in_parts_and_the_next_one_begins_with_these(
+    model, options, room
+):
+    items, budget, cramped = prompts(), unbounded(), CrampedModel(model, room)
+    expected, failures = sample(model, items, **options), []
+    for _ in range(2):
+        found = sample(cramped, items, budget=budget, **options)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        failures.append(cramped.failures)
+    assert failures[0] == failures[1] == budget.retries > 0, "what fits is learned once"
+
+
+def test_a_prompt_that_does_not_fit_alone_is_an_error_that_says_what_to_lower(model):
+    with pytest.raises(RunFault, match=r"^a prompt and its answer of 17 tokens .* lower evaluation.gen_length"):
+        sample(CrampedModel(model, 10), prompts())
+    alone = unbounded(may_retry=False)
+    with pytest.raises(RunFault, match=r"several processes .* Start with a smaller evaluation.batch_size"):
+        sample(CrampedModel(model, 40), prompts(), budget=alone)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"remasking": "random"}])
