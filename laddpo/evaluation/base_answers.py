@@ -68,9 +68,14 @@ def base_answers(
     data_dir: str, quantization: QuantizationSettings, answers: Answerer, weights: Mapping[str, Any]
 ) -> BaseAnswers:
     """Those of the model that answers now and whose weights are these."""
+    return BaseAnswers(Path(data_dir) / "answers", answer_fields(answers, quantization, weights))
+
+
+def answer_fields(answers: Answerer, quantization: QuantizationSettings, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """What the answers of the model that answers now depend on beside the questions, rounding included."""
     loaded, encoder = answers.loaded, answers.encoder
     machine = loaded.machine
-    fields = {
+    return {
         "format": FORMAT,
         "weights": dict(weights),
         "quantization": dataclasses.asdict(quantization),
@@ -82,4 +87,3 @@ def base_answers(
         "sampler": dataclasses.asdict(answers.sampler),
         "batch_size": answers.batch_size,
     }
-    return BaseAnswers(Path(data_dir) / "answers", fields)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from laddpo.errors import UserError
 from laddpo.evaluation.answering import Answerer
+from laddpo.evaluation.base_answers import answer_fields
 from laddpo.settings.schema import EvaluationSettings, QuantizationSettings
 from laddpo.storage import atomic, manifests
 
@@ -95,17 +95,8 @@ def run_harness(
 def answers_key(
     answers: Answerer, elbo_draws: int, quantization: QuantizationSettings, weights: Mapping[str, Any]
 ) -> str:
-    """What answers and likelihoods depend on beside the request, by which alone the harness tells them apart."""
-    return manifests.fingerprint(
-        {
-            "weights": dict(weights),
-            "quantization": dataclasses.asdict(quantization),
-            "precision": answers.loaded.machine.precision,
-            "sampler": dataclasses.asdict(answers.sampler),
-            "elbo_draws": elbo_draws,
-            "encoding": answers.encoder.fields(),
-        }
-    )
+    """Of what answers and likelihoods depend on beside the request, by which alone the harness tells them apart."""
+    return manifests.fingerprint(answer_fields(answers, quantization, weights) | {"elbo_draws": elbo_draws})
 
 
 def harness_results(base: dict[str, Any], tuned: dict[str, Any] | None, seed: int) -> dict[str, Any]:
