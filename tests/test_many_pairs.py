@@ -80,12 +80,13 @@ def test_growth_is_the_slope_in_logarithms():
 
 def test_the_table_has_a_row_for_each_number_of_pairs_and_one_of_growth_beyond_the_start():
     costs = {name: {"seconds": 6.0, "gib": 0.5} for name in many.COLUMNS}
-    rows = [{"pairs": count, "lookup_us": 40.0, **costs} for count in (many.FEW, 10_000, 100_000)]
+    rows = [{"setting": count, "lookup_us": 40.0, **costs} for count in (many.FEW, 10_000, 100_000)]
     rows[1]["prepare"], rows[2]["prepare"] = {"seconds": 7.0, "gib": 0.5}, {"seconds": 106.0, "gib": 0.75}
     text, record = many.many_section(rows)
     assert "| 100,000 | 106.0 s, 0.75 GiB | 6.0 s, 0.50 GiB |" in text and "40.0 us" in text
     assert record["growth"]["prepare"] == pytest.approx(2), "1 s and 100 s beside a start of 6 s: quadratic"
     assert record["growth"]["resumed"] is None
+    assert "growth of time" in many.many_section(rows[:1])[0], "the time was over before the second row"
 
 
 @pytest.mark.long
@@ -93,6 +94,6 @@ def test_stages_run_on_rows_that_are_made(tmp_path):
     wanted = ["benchmark.parts=[many]", "benchmark.many_pairs=[60,120]", "hardware.device=cpu"]
     assert cli("benchmark", [*wanted, f"output_dir={tmp_path / 'run'}"]) == 0
     found = json.loads((tmp_path / "run" / "benchmark.json").read_text())["many"]
-    assert [row["pairs"] for row in found["rows"]] == [many.FEW, 60, 120] and found["growth"].keys() == set(
+    assert [row["setting"] for row in found["rows"]] == [many.FEW, 60, 120] and found["growth"].keys() == set(
         many.COLUMNS
     )

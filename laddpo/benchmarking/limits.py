@@ -8,9 +8,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from laddpo.settings.schema import StepSetting
+
+T = TypeVar("T", int, StepSetting)
 
 
 class TimeUp(Exception):
@@ -60,11 +62,11 @@ class Rows:
     save: Callable[[list[dict]], None] = lambda rows: None
     is_cut: bool = False
 
-    def measured(self, settings: Sequence[StepSetting], row_of: Callable[[StepSetting], dict]) -> list[dict]:
-        """A row for each setting, kept or measured, until the time is up."""
+    def measured(self, settings: Sequence[T], row_of: Callable[[T], dict]) -> list[dict]:
+        """A row for each setting, kept or measured, until the time is up. A setting is a number or a dataclass."""
         found: list[dict] = []
         for setting in settings:
-            name = dataclasses.asdict(setting)
+            name = setting if isinstance(setting, int) else dataclasses.asdict(setting)
             try:
                 known = next((dict(row) for row in self.kept if row["setting"] == name), None)
                 row = known or {"setting": name, **row_of(setting)}

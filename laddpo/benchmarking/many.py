@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from laddpo.benchmarking.limits import Rows
 from laddpo.benchmarking.process_cost import process_cost
 from laddpo.benchmarking.workload import Workbench, pair_lengths
 from laddpo.errors import UserError
@@ -38,30 +39,32 @@ BRIEF = (
 COLUMNS = ("prepare", "first steps", "resumed", "store opened")
 
 
-def many_part(bench: Workbench) -> tuple[str, dict]:
-    """Seconds of processor time and GiB at their largest, of each stage on each number of pairs."""
+def many_part(bench: Workbench, kept: Rows) -> tuple[str, dict]:
+    """Seconds of processor time and GiB at their largest, of each stage on each number of pairs. `kept`: rows of an
+    earlier call."""
     if not hasattr(os, "wait4"):
         raise UserError(
             "benchmark.parts has many, which asks the system for a process's memory; Windows has no such call."
         )
-    rows = []
-    for count in (FEW, *bench.settings.many_pairs):
+
+    def row_of(count: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="laddpo_many_") as folder:
-            rows.append({"pairs": count, **_measure(Path(folder), count, bench)})
-    return many_section(rows)
+            return _measure(Path(folder), count, bench)
+
+    return many_section(kept.measured((FEW, *bench.settings.many_pairs), row_of))
 
 
 def many_section(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """The table. `rows`: for each number of pairs {"seconds", "gib"} of each column, and "lookup_us"; first those of
-    few pairs, whose time is that of the start."""
-    few, *many = rows
+    """The table. `rows`: {"setting": pairs, "lookup_us"} with {"seconds", "gib"} of each column; first the row of few
+    pairs, whose time is that of the start."""
+    counts = [row["setting"] for row in rows]
     growth = {
-        name: growth_exponent([r["pairs"] for r in many], [r[name]["seconds"] - few[name]["seconds"] for r in many])
+        name: growth_exponent(counts[1:], [row[name]["seconds"] - rows[0][name]["seconds"] for row in rows[1:]])
         for name in COLUMNS
     }
     cells = [
         [
-            f"{r['pairs']:,}",
+            f"{r['setting']:,}",
             *[f"{r[n]['seconds']:.1f} s, {r[n]['gib']:.2f} GiB" for n in COLUMNS],
             f"{r['lookup_us']:.1f} us",
         ]

@@ -182,7 +182,7 @@ def _mib(size: float) -> str:
     return f"{size / MIB:.1f}"
 
 
-OF_ROWS = ("cards", "rates")  # take limits.Rows too: one setting after the other
+OF_ROWS = ("cards", "rates", "many")  # take limits.Rows too: one setting after the other
 PARTS = {  # by name: its title, and what measures it
     "cards": ("What fits, and at what speed", cards.cards_part),
     "rates": ("Share of the matrix speed, and where the time goes", rates.rates_part),

@@ -6,6 +6,7 @@ script, without any import of ours.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -30,7 +31,8 @@ def process_cost(command: Sequence[str], until: Path | None = None) -> dict[str,
         try:
             found = json.loads(process.communicate()[0])
         except BaseException:  # also where the benchmark is stopped: the command is a child of the process between
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
         if found["code"] != (EXIT_STOPPED if until else EXIT_DONE):
