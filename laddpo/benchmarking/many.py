@@ -48,7 +48,7 @@ def many_part(bench: Workbench, kept: Rows) -> tuple[str, dict]:
         )
 
     def row_of(count: int) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(prefix="laddpo_many_") as folder:
+        with tempfile.TemporaryDirectory(prefix="laddpo_many_", ignore_cleanup_errors=True) as folder:
             return _measure(Path(folder), count, bench)
 
     return many_section(kept.measured((FEW, *bench.settings.many_pairs), row_of))

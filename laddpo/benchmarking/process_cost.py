@@ -29,12 +29,13 @@ def process_cost(command: Sequence[str], until: Path | None = None) -> dict[str,
         between = [sys.executable, "-I", "-S", __file__, str(until or ""), *command]
         process = subprocess.Popen(between, stdout=subprocess.PIPE, stderr=said, start_new_session=True)
         try:
-            found = json.loads(process.communicate()[0])
+            told = process.communicate()[0]
         except BaseException:  # also where the benchmark is stopped: the command is a child of the process between
             with contextlib.suppress(ProcessLookupError):  # it has ended by itself
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
+        found = json.loads(told or f'{{"code": {process.returncode}}}')
         if found["code"] != (EXIT_STOPPED if until else EXIT_DONE):
             said.seek(0)
             words = said.read()[-2000:].decode(errors="replace")

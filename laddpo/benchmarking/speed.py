@@ -17,6 +17,7 @@ from laddpo.benchmarking.alike import ALIKE_HEADER, BEST, CHECKPOINTED, FIRST_EP
 from laddpo.benchmarking.contenders import Ours
 from laddpo.benchmarking.measure import Ratio, median_ratio, timed_rounds
 from laddpo.benchmarking.workload import Bench, Workbench, longest_sequence, random_model
+from laddpo.core.budget import answer_budget
 from laddpo.evaluation.answering import open_task, sampler_settings
 from laddpo.evaluation.sampling import SamplerSettings, generate, until_stop
 from laddpo.inputs import policy
@@ -252,7 +253,8 @@ def _graded(bench: Workbench) -> tuple:
     def answer(picked, settings):
         chosen, names = [prompts[i] for i in picked], [keys[i] for i in picked]
         mask, autocast = loaded.denoiser.mask_token_id, loaded.denoiser.autocast
-        return generate(loaded.model, chosen, settings, mask, encoder.stop_ids, names, autocast, encoder.eos_id)
+        ends = (encoder.stop_ids, names, autocast, encoder.eos_id)
+        return generate(loaded.model, chosen, settings, mask, *ends, budget=answer_budget(may_retry=False))
 
     def grade(answers):
         texts = [encoder.decode_response(ids) for ids in answers]
@@ -268,6 +270,7 @@ def _ungraded(bench: Workbench) -> tuple:
     prompts = [pair.prompt_ids for n in range(bench.settings.sampler_items) for pair in bench.pairs(n)[:1]]
 
     def answer(picked, settings):
-        return generate(model, [prompts[i] for i in picked], settings, shape.vocab_size - 1)
+        asked = ([prompts[i] for i in picked], settings, shape.vocab_size - 1)
+        return generate(model, *asked, budget=answer_budget(may_retry=False))
 
     return answer, [], None, "Random prompts, answered by random weights, which never stop"

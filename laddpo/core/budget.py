@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -104,6 +105,18 @@ class TokenBudget:
             reason,
         )
         self.tokens //= 2
+
+
+def answer_budget(may_retry: bool = True) -> TokenBudget:
+    """For answers: whole batches, until memory runs out. Tokens are those of prompts and answers."""
+    return TokenBudget(sys.maxsize, _one_answer, may_retry=may_retry, remedy="a smaller evaluation.batch_size")
+
+
+def _one_answer(tokens: int) -> str:
+    return (
+        f"a prompt and its answer of {tokens:,} tokens together do not fit the memory. Close other programs on the "
+        "device, shorten the prompt, or lower evaluation.block_length or evaluation.gen_length."
+    )
 
 
 def release_memory() -> None:

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from laddpo.core.budget import TokenBudget
 from laddpo.core.gradient import lockstep
 from laddpo.errors import Stopped, UserError
 from laddpo.evaluation.run_task import Answer, Generate, SharedAnswers, run_task
-from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, settings_for, unbounded, until_stop
+from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, settings_for, until_stop
 from laddpo.inputs.data import difficulty_of, encoder_for
 from laddpo.inputs.policy import Loaded
 from laddpo.preference.encoding.encode import TextEncoder
@@ -90,14 +89,12 @@ def sampler_settings(evaluation: EvaluationSettings, seed: int, model_block: int
 
 @dataclass(frozen=True)
 class Answerer:
-    """A loaded model that answers: with the weights that it has at the call. `batch_size`: prompts of one batch.
-    `budget` keeps what is learned when a batch does not fit the memory."""
+    """A loaded model that answers: with the weights that it has at the call. `batch_size`: prompts of one batch."""
 
     loaded: Loaded
     encoder: TextEncoder
     sampler: SamplerSettings
     batch_size: int
-    budget: TokenBudget = dataclasses.field(default_factory=unbounded)
 
     def encode(self, prompts: Sequence[Prompt], names: Sequence[str]) -> list[np.ndarray]:
         """Token ids of all prompts that will be answered. `UserError` names those that cannot be, before any answer."""
@@ -125,7 +122,7 @@ class Answerer:
             keys=keys,
             autocast=self.loaded.denoiser.autocast,
             eos_token_id=self.encoder.eos_id,
-            budget=self.budget,
+            budget=self.loaded.machine.answer_budget,
         )
         lengths = [len(until_stop(response, self.encoder.stop_ids)) for response in responses]
         return [
@@ -154,8 +151,7 @@ def answerer(loaded: Loaded, evaluation: EvaluationSettings, data: DataSettings,
     """The model with the encoding of the data and the decoding of the evaluation."""
     encoder = encoder_for(data, loaded.tokenizer)
     sampler = sampler_settings(evaluation, seed, loaded.model.block_length)
-    # the passes of sharded weights are those of all processes, and none may make more of them
-    return Answerer(loaded, encoder, sampler, evaluation.batch_size, unbounded(not loaded.machine.is_sharded))
+    return Answerer(loaded, encoder, sampler, evaluation.batch_size)
 
 
 def answer_task(

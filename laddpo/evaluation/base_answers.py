@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from laddpo.core.budget import TokenBudget
 from laddpo.errors import UserError, visible
 from laddpo.evaluation.answering import Answerer
 from laddpo.evaluation.run_task import Answer
@@ -28,10 +29,12 @@ FORMAT = 1  # raise it when the sampler gives other answers under the same setti
 
 @dataclasses.dataclass(frozen=True)
 class BaseAnswers:
-    """The answers of one model, asked in one way. `fields`: what they depend on beside the questions."""
+    """The answers of one model, asked in one way. `fields`: what they depend on beside the questions. `budget`: of the
+    tokens that are answered together."""
 
     folder: Path
     fields: Mapping[str, Any]
+    budget: TokenBudget
 
     def read(self, prints: Mapping[str, str]) -> dict[str, Answer]:
         """The stored answers, by item id. `prints`: a fingerprint of each item. A damaged line is left out. If the file
@@ -49,7 +52,10 @@ class BaseAnswers:
 
     def keep(self, prints: Mapping[str, str], answers: Mapping[str, Answer]) -> None:
         """Store the answers to all items at once. Two runs may do this at the same time: they write the same content.
-        If the folder cannot be written, a note says so; this run has its answers all the same."""
+        If the folder cannot be written, a note says so; this run has its answers all the same. Nothing is stored once
+        memory has run out: the answers may then depend, by rounding, on when it did."""
+        if self.budget.retries:
+            return
         path = self._file(prints)
         lines = CheckedLines(path)
         records = ({"id": id, "print": prints[id], **dataclasses.asdict(answer)} for id, answer in answers.items())
@@ -68,7 +74,8 @@ def base_answers(
     data_dir: str, quantization: QuantizationSettings, answers: Answerer, weights: Mapping[str, Any]
 ) -> BaseAnswers:
     """Those of the model that answers now and whose weights are these."""
-    return BaseAnswers(Path(data_dir) / "answers", answer_fields(answers, quantization, weights))
+    fields, budget = answer_fields(answers, quantization, weights), answers.loaded.machine.answer_budget
+    return BaseAnswers(Path(data_dir) / "answers", fields, budget)
 
 
 def answer_fields(answers: Answerer, quantization: QuantizationSettings, weights: Mapping[str, Any]) -> dict[str, Any]:

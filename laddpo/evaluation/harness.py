@@ -63,7 +63,7 @@ def run_harness(
         token_budget=loaded.machine.token_budget,
         batch_size=answers.batch_size,
         autocast=loaded.denoiser.autocast,
-        answer_budget=answers.budget,
+        answer_budget=loaded.machine.answer_budget,
     )
     folder.mkdir(parents=True, exist_ok=True)
     name = f"harness_{label}_{answers_key(answers, evaluation.elbo_draws, quantization, weights)}"

@@ -19,7 +19,7 @@ from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser
 from laddpo.evaluation.likelihoods import Likelihoods
 from laddpo.evaluation.requests import RequestEncoder
-from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, unbounded, until_stop
+from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, until_stop
 from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.processes.progress import Progress
 
@@ -45,7 +45,7 @@ class HarnessModel(LM):
         super().__init__()
         self.model, self.tokenizer, self.denoiser, self.settings = model, tokenizer, denoiser, settings
         self.encoder, self.requests = encoder, RequestEncoder(encoder)
-        self.per_batch, self.autocast, self.answer_budget = batch_size, autocast, answer_budget or unbounded()
+        self.per_batch, self.autocast, self.answer_budget = batch_size, autocast, answer_budget
         self.positions = model.config.max_sequence_length
         self.likelihoods = Likelihoods(model, denoiser, draws, settings.seed, token_budget, autocast)
 

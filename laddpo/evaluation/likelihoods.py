@@ -8,6 +8,7 @@ import torch
 from laddpo.core.budget import TokenBudget
 from laddpo.core.elbo import Denoiser, draw_logps
 from laddpo.core.gradient import pack_sequence_runs
+from laddpo.core.sequences import row_tokens
 from laddpo.evaluation.sampling import never_emitted
 from laddpo.inputs.margins import evaluation_estimator
 
@@ -39,6 +40,7 @@ class Likelihoods:
         values = self.budget.run(
             lambda tokens: [draw_logps(self.denoiser, run) for run in pack_sequence_runs(sequences, tokens)],
             longest=max(sequence.tokens for sequence in sequences),
+            total=row_tokens(sequences),
         )
         return float(torch.cat(values).mean())
 

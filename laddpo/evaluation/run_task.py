@@ -70,14 +70,14 @@ def run_task(
     all records. `generate` is then called by every rank every time, without prompts where no batch is left.
 
     Batches are the same whatever was done before: one with a missing item is generated whole, so an interrupted run
-    gives the texts of an uninterrupted one even where a text depends slightly on its batch. `show_progress` None shows
-    the bar on a terminal only.
+    gives the texts of an uninterrupted one even where a text depends slightly on its batch, unless memory runs out and
+    a batch is answered in parts. `show_progress` None shows the bar on a terminal only.
     """
     labels = {"task": task.name, **(labels or {})}
     prints = {item.id: fingerprint(_item_fields(item, fields)) for item in task.items}
     assert len(prints) == len(task.items), f"task {task.name}: {len(task.items) - len(prints)} items share an id"
     log = CheckedLines(items_path, say) if items_path else SilentLines()
-    done, stale = _take_finished(log, labels, prints, task.grader.name) if ranks.is_main else ({}, 0)
+    done, stale = _take_finished(log, labels, prints) if ranks.is_main else ({}, 0)
     if stale:
         say(f"{items_path}: {stale} items of {labels} are of other settings or another model and are generated again")
     if done:
@@ -88,7 +88,8 @@ def run_task(
         verdicts = task.grader.grade_all([r["text"] for r in regrade], [r["answer"] for r in regrade])
         for record, is_correct in zip(regrade, verdicts, strict=True):
             record.update(correct=is_correct, grader=task.grader.name)
-            log.append(record)
+        if regrade:
+            log.rewrite(lambda record: done[record["id"]] if _is_of(record, labels, prints) else record)
         if kept and ranks.is_main:
             kept_before = kept.read(prints)
             _take_kept(kept_before, task, log, labels, prints, done, say)
@@ -175,8 +176,8 @@ def _length(answer: Answer) -> dict[str, Any]:
     return {} if answer.tokens is None else {"tokens": answer.tokens, "stopped": answer.stopped}
 
 
-def _take_finished(log: JsonLines, labels: Mapping, prints: Mapping, grader: str) -> tuple[dict[str, dict], int]:
-    """Finished records by item id and the number of stale ones; leaves the log without torn, stale or regraded lines.
+def _take_finished(log: JsonLines, labels: Mapping, prints: Mapping) -> tuple[dict[str, dict], int]:
+    """Finished records by item id and the number of stale ones; leaves the log without torn or stale lines.
 
     Records under the same labels for items that are not asked for now (a smaller `limit`) stay in the file.
     """
@@ -185,16 +186,21 @@ def _take_finished(log: JsonLines, labels: Mapping, prints: Mapping, grader: str
 
     def keep(record: dict) -> bool:
         nonlocal stale
-        if any(record.get(key) != value for key, value in labels.items()) or record["id"] not in prints:
+        if not _is_of(record, labels, prints):
             return True
         if record["fingerprint"] != prints[record["id"]]:
             stale += 1
             return False
         done[record["id"]] = record
-        return record["grader"] == grader
+        return True
 
     log.rewind(keep)
     return done, stale
+
+
+def _is_of(record: Mapping[str, Any], labels: Mapping[str, str], prints: Mapping[str, str]) -> bool:
+    """Whether the record has these labels and answers one of these items."""
+    return all(record.get(key) == value for key, value in labels.items()) and record["id"] in prints
 
 
 def _item_fields(item: Item, fields: Mapping[str, Any]) -> dict[str, Any]:

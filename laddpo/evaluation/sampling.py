@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laddpo.core.budget import TokenBudget
+from laddpo.core.budget import TokenBudget, answer_budget
 from laddpo.errors import UserError
 from laddpo.evaluation.orders import REMASKING, draw
 from laddpo.evaluation.passes import passes_for
@@ -147,9 +146,9 @@ def generate(
     require_room([len(p) for p in prompts], settings.gen_length, model.config.max_sequence_length, keys)
     device = next(model.parameters()).device
     lengths = [len(prompt) + settings.gen_length for prompt in prompts]
-    budget = budget or unbounded()
+    budget = budget or answer_budget()
 
-    def answer(items: list[int]) -> list[np.ndarray]:
+    def answer(items: Sequence[int]) -> list[np.ndarray]:
         tensors = [torch.as_tensor(np.array(prompts[i]), dtype=torch.long, device=device) for i in items]
         generators = [_generator(settings.seed, keys[i], device) for i in items]
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
@@ -159,38 +158,20 @@ def generate(
         return list(batch.answers.cpu().numpy())
 
     answers: list[np.ndarray] = []
-    for start in range(0, len(prompts), settings.batch_size):
-        batch = range(start, min(start + settings.batch_size, len(prompts)))
-        sizes = lengths[start : batch.stop]
+    while len(answers) < len(prompts):
+        done = len(answers)
+        batch = range(done, min(done - done % settings.batch_size + settings.batch_size, len(prompts)))
         answers += budget.run(
-            lambda tokens, batch=batch: [a for part in _parts(batch, lengths, tokens) for a in answer(part)],
-            longest=max(sizes),
-            total=sum(sizes),
+            lambda tokens, batch=batch: answer(batch[: _fitting(lengths[batch.start : batch.stop], tokens)]),
+            longest=lengths[done],
+            total=sum(lengths[batch.start : batch.stop]),
         )
     return answers
 
 
-def unbounded(may_retry: bool = True) -> TokenBudget:
-    """A budget for answers: whole batches, until memory runs out. `may_retry`: whether this process may then go on by
-    itself."""
-    return TokenBudget(sys.maxsize, _too_long, may_retry=may_retry, remedy="a smaller evaluation.batch_size")
-
-
-def _too_long(tokens: int) -> str:
-    return (
-        f"a prompt and its answer of {tokens:,} tokens together do not fit the memory. Close other programs on the "
-        "device, shorten the prompt, or lower evaluation.gen_length."
-    )
-
-
-def _parts(items: Iterable[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """The items in order, in parts of at most so many tokens, or one longer item."""
-    parts: list[list[int]] = []
-    for item in items:
-        if not parts or sum(lengths[i] for i in parts[-1]) + lengths[item] > tokens:
-            parts.append([])
-        parts[-1].append(item)
-    return parts
+def _fitting(lengths: Sequence[int], tokens: int) -> int:
+    """How many of the first items have at most so many tokens together; at least one."""
+    return max(1, int(np.searchsorted(np.cumsum(lengths), tokens, side="right")))
 
 
 def require_room(lengths: Sequence[int], gen_length: int, positions: int, names: Sequence[str]) -> None:

@@ -87,10 +87,11 @@ def dry_run_text(tokens: float, tokens_per_s: float, has_reference: bool) -> str
 
 
 def out_of_memory_fault(choice: Choice, error: BaseException) -> RunFault:
-    """For memory that ran out where smaller passes are no help: loading, the optimizer, one that others share."""
+    """For memory that ran out where no smaller pass is tried."""
     reason = str(error).partition("\n")[0]
-    where = "memory ran out outside of a micro-step: while loading, or in the optimizer"
+    where = "memory ran out outside of a micro-step: while loading, in the optimizer, or while a reward model scored"
     if choice.fits:
         plan = f"The plan predicts {gib(choice.memory.peak)} of {gib(choice.available)} for training"
-        return RunFault(f"{where}. {plan}. Close other programs on the device. ({reason})")
+        advice = "Close other programs on the device. A reward model may run on the CPU: evaluation.judge.device=cpu."
+        return RunFault(f"{where}. {plan}. {advice} ({reason})")
     return RunFault(f"{where}. {explain(choice.memory, usable(choice.available), 'By the plan this run')} ({reason})")

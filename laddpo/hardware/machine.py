@@ -6,11 +6,11 @@ A hardware profile changes memory and speed, never the quantity being optimised.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from laddpo.core.budget import TokenBudget
+from laddpo.core.budget import TokenBudget, answer_budget
 from laddpo.errors import UserError
 from laddpo.hardware.memory import GIB, explain, gib, predict_memory
 from laddpo.hardware.planning import (
@@ -32,7 +32,7 @@ from laddpo.settings.schema import HardwareSettings, RunConfig
 @dataclass(frozen=True)
 class Machine:
     """`precision` is the arithmetic's (fp32, bf16, fp16); `token_budget` the tokens of one micro-step, shared by all
-    passes and halved when memory runs out; `choice` the memory plan behind it."""
+    passes and halved when memory runs out, `answer_budget` that of answers; `choice` the memory plan behind it."""
 
     device: torch.device
     precision: str
@@ -43,6 +43,7 @@ class Machine:
     embeddings_on_cpu: bool
     compile: bool
     choice: Choice
+    answer_budget: TokenBudget = field(default_factory=answer_budget)
     ranks: processes.Ranks = processes.ALONE
     is_sharded: bool = False
 
@@ -102,6 +103,8 @@ def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:
         embeddings_on_cpu=hardware.embeddings_on_cpu,
         compile=hardware.compile,
         choice=choice,
+        # a pass of sharded weights that failed midway would leave the other processes waiting inside it
+        answer_budget=answer_budget(may_retry=not is_sharded),
         ranks=ranks,
         is_sharded=is_sharded,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,12 @@ class JsonLines:
 
     def rewind(self, keep) -> None:
         """Drop a torn last line and every record for which `keep(record)` is false."""
-        records = [record for record in self.read() if keep(record)]
-        write_text(self.path, "".join(self.line(record) for record in records))
+        self.rewrite(lambda record: record if keep(record) else None)
+
+    def rewrite(self, change: Callable[[dict], Mapping[str, Any] | None]) -> None:
+        """Put `change(record)` in the place of every record, or nothing for None: all of them at once, or none."""
+        changed = [change(record) for record in self.read()]
+        write_text(self.path, "".join(self.line(record) for record in changed if record is not None))
 
     def sync(self) -> None:
         """Make what was appended durable: a power cut takes no record that others rely on."""

@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from laddpo.core.budget import answer_budget
 from laddpo.errors import RunFault, UserError
-from laddpo.evaluation.sampling import GridSettings, SamplerSettings, generate, unbounded, until_stop
+from laddpo.evaluation.sampling import GridSettings, SamplerSettings, generate, until_stop
 from laddpo.models.llada import LLaDAConfig
 from laddpo.models.loading import load_model, new_model
 
@@ -133,7 +134,7 @@ class CrampedModel(torch.nn.Module):
 def test_a_batch_that_does_not_fit_the_memory_is_answered_in_parts_and_the_next_one_begins_with_these(
     model, options, room
 ):
-    items, budget, cramped = prompts(), unbounded(), CrampedModel(model, room)
+    items, budget, cramped = prompts(), answer_budget(), CrampedModel(model, room)
     expected, failures = sample(model, items, **options), []
     for _ in range(2):
         found = sample(cramped, items, budget=budget, **options)
@@ -142,10 +143,28 @@ def test_a_batch_that_does_not_fit_the_memory_is_answered_in_parts_and_the_next_
     assert failures[0] == failures[1] == budget.retries > 0, "what fits is learned once"
 
 
+class Counting(CrampedModel):
+    """Memory goes with the number of prompts that are answered together, not with their tokens."""
+
+    def forward(self, input_ids, lengths, **packed):
+        if len(lengths) > 1:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.model(input_ids, lengths=lengths, **packed)
+
+
+def test_short_prompts_beside_a_long_one_are_tried_one_by_one_before_any_is_called_too_long(model):
+    items = [np.arange(30, dtype=np.int32), *prompts()]
+    counting, budget = Counting(model, 0), answer_budget()
+    found = sample(counting, items, budget=budget)
+    assert all(np.array_equal(a, b) for a, b in zip(found, sample(model, items), strict=True))
+    assert counting.failures == budget.retries and budget.tokens < 42, "below the tokens of the longest"
+
+
 def test_a_prompt_that_does_not_fit_alone_is_an_error_that_says_what_to_lower(model):
-    with pytest.raises(RunFault, match=r"^a prompt and its answer of 17 tokens .* lower evaluation.gen_length"):
+    with pytest.raises(RunFault, match=r"^a prompt and its answer of 15 tokens .* lower evaluation.block_length"):
         sample(CrampedModel(model, 10), prompts())
-    alone = unbounded(may_retry=False)
+    alone = answer_budget(may_retry=False)
     with pytest.raises(RunFault, match=r"several processes .* Start with a smaller evaluation.batch_size"):
         sample(CrampedModel(model, 40), prompts(), budget=alone)
 

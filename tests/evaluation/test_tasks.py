@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from laddpo.core.budget import answer_budget
 from laddpo.errors import UserError
 from laddpo.evaluation.base_answers import BaseAnswers, base_answers
 from laddpo.evaluation.run_task import run_task
@@ -146,6 +147,19 @@ def test_another_grader_grades_stored_texts_without_generating(tmp_path):
     assert len(CheckedLines(path).read()) == 10
 
 
+def test_a_grader_that_fails_takes_no_stored_text_away(tmp_path):
+    path = tmp_path / "items.jsonl"
+    run(Adder(), sums(), path)
+    before = path.read_bytes()
+
+    def fails(text, answer):
+        raise UserError("the worker process could not start")
+
+    with pytest.raises(UserError, match="could not start"):
+        run(Adder(), Task("sums", sums().items, FunctionGrader("broken", fails)), path)
+    assert path.read_bytes() == before
+
+
 def test_a_generate_function_that_loses_a_text_is_caught(tmp_path):
     with pytest.raises(AssertionError, match="3 texts for 4 prompts"):
         run(lambda prompts: ["1"] * (len(prompts) - 1), sums(), tmp_path / "items.jsonl")
@@ -252,7 +266,7 @@ def test_the_real_gsm8k_rows_load_and_their_own_answers_are_right(shared_folder,
 
 
 def of_base(folder, **fields):
-    return BaseAnswers(folder / "answers", {"weights": "a", **fields})
+    return BaseAnswers(folder / "answers", {"weights": "a", **fields}, answer_budget())
 
 
 def test_answers_of_the_base_serve_the_next_run_with_the_same_model(tmp_path):
@@ -289,6 +303,13 @@ def test_a_damaged_answer_of_the_base_is_made_again_and_written_again(tmp_path, 
     again, _ = run(generate, sums(), None, kept=kept)
     assert again == first and generate.batches == [["0+0", "1+1", "2+2", "3+3"]]
     assert "1 of 10 lines are damaged" in capsys.readouterr().out and file.read_bytes() == whole
+
+
+def test_answers_that_met_the_end_of_memory_are_not_given_to_others(tmp_path):
+    kept = of_base(tmp_path)
+    kept.budget.retries = 1
+    run(Adder(), sums(), None, kept=kept)
+    assert not (tmp_path / "answers").exists()
 
 
 def test_answers_of_an_earlier_part_of_an_evaluation_are_not_given_to_others(tmp_path):
@@ -344,6 +365,7 @@ def answers_like(**changed):
         attention=changed.get("attention", "sdpa"),
         compile=changed.get("compile", False),
         is_sharded=changed.get("is_sharded", False),
+        answer_budget=answer_budget(),
     )
     denoiser = SimpleNamespace(autocast=changed.get("autocast"), mask_token_id=changed.get("mask_token_id", 9))
     loaded = SimpleNamespace(machine=machine, denoiser=denoiser)
