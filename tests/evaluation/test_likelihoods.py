@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from laddpo.core.budget import TokenBudget
 from laddpo.evaluation.likelihoods import Likelihoods
 from laddpo.evaluation.requests import RequestEncoder
 from laddpo.evaluation.sampling import SamplerSettings, generate, until_stop
@@ -83,6 +84,25 @@ def test_likelihoods_agree_with_an_independent_estimate(nano, answered, is_chat)
     wanted, error = monte_carlo(model, *ids_by_hand(question, other_digit(answer), is_chat), 300, 1)
     found = likelihoods.elbo(requests.prompt_ids(context), requests.answer_ids(context, other_digit(answer)))
     assert abs(found - wanted) < 4 * error < 0.5 * abs(wanted), (found, wanted, error)
+
+
+def test_a_likelihood_is_the_same_when_memory_runs_out_on_the_way(nano, answered, monkeypatch):
+    model, encoder, likelihoods = nano
+    prompt, answer = (ids.astype(np.int64) for ids in ids_by_hand(*answered[0], True))
+    expected, budget = likelihoods.elbo(prompt, answer), TokenBudget(4096)
+    denoiser = TransformerDenoiser(model, model.config.mask_token_id)
+    score, tried = denoiser.token_logps, []
+
+    def cramped(packed):
+        tried.append(sum(packed.lengths))
+        if tried[-1] > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return score(packed)
+
+    monkeypatch.setattr(denoiser, "token_logps", cramped)
+    found = Likelihoods(model, denoiser, draws=32, seed=0, token_budget=budget).elbo(prompt, answer)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert budget.retries and tried[1] <= tried[0] / 2, "half of what was in use"
 
 
 def ids_by_hand(question, answer, is_chat):

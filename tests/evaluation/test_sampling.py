@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from laddpo.core.budget import answer_budget
+from laddpo.core.budget import TokenBudget, answer_budget
 from laddpo.errors import RunFault, UserError
 from laddpo.evaluation.sampling import GridSettings, SamplerSettings, generate, until_stop
 from laddpo.models.llada import LLaDAConfig
@@ -141,6 +141,14 @@ def test_a_batch_that_does_not_fit_the_memory_is_answered_in_parts_and_the_next_
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
         failures.append(cramped.failures)
     assert failures[0] == failures[1] == budget.retries > 0, "what fits is learned once"
+
+
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+def test_parts_of_a_batch_with_kept_keys_and_values_are_answered_as_the_batch(model, kind):
+    small = TokenBudget(40)
+    found = sample(model, prompts(), budget=small, block_cache=kind)
+    assert small.tokens == 40
+    assert all(np.array_equal(a, b) for a, b in zip(found, sample(model, prompts(), block_cache=kind), strict=True))
 
 
 class Counting(CrampedModel):
