@@ -87,7 +87,7 @@ def test_likelihoods_agree_with_an_independent_estimate(nano, answered, is_chat)
 
 
 def test_a_likelihood_is_the_same_when_memory_runs_out_on_the_way(nano, answered, monkeypatch):
-    model, encoder, likelihoods = nano
+    model, _, likelihoods = nano
     prompt, answer = (ids.astype(np.int64) for ids in ids_by_hand(*answered[0], True))
     expected, budget = likelihoods.elbo(prompt, answer), TokenBudget(4096)
     denoiser = TransformerDenoiser(model, model.config.mask_token_id)
