@@ -98,12 +98,10 @@ class Answerer:
 
     def encode(self, prompts: Sequence[Prompt], names: Sequence[str]) -> list[np.ndarray]:
         """Token ids of all prompts that will be answered. `UserError` names those that cannot be, before any answer."""
-        encoded, problems = [], []
-        for prompt, name in zip(prompts, names, strict=True):
-            try:
-                encoded.append(self.encoder.encode_prompt(prompt))
-            except RowError as error:
-                problems.append(str(error.at(name)))
+        encoded = self.encoder.encode_prompts(list(prompts))
+        problems = [
+            str(outcome.at(name)) for outcome, name in zip(encoded, names, strict=True) if isinstance(outcome, RowError)
+        ]
         if problems:
             more = [f"{len(problems) - LISTED} more prompts cannot be encoded."] if len(problems) > LISTED else []
             raise UserError(*problems[:LISTED], *more)

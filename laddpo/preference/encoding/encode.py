@@ -138,10 +138,25 @@ class TextEncoder:
 
     def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """int32 [L]: the tokens before the response, in training and in generation alike."""
-        (ids,) = self._encode_prompts_or_errors([tuple(messages)])
+        (ids,) = self.encode_prompts([tuple(messages)])
         if isinstance(ids, RowError):
             raise ids
         return ids
+
+    def encode_prompts(self, prompts: list[Prompt]) -> list[np.ndarray | RowError]:
+        """What `encode_prompt` gives, of many at once; a RowError in the place of each that cannot be used."""
+        if self.chat is None:
+            return self._encode_all(self._encode_plain_prompts, prompts)
+        outcomes: list = self.chat.render(prompts, self.tokens)
+        kinds: dict[PlainTokenizer, list[int]] = {}
+        for index, (prompt, outcome) in enumerate(zip(prompts, outcomes, strict=True)):
+            if isinstance(outcome, tuple):
+                kinds.setdefault(self.chat.tokens_of(prompt, self.tokens), []).append(index)
+        for tokens, places in kinds.items():
+            encoded = self._encode_all(tokens.encode_rendered, [outcomes[index] for index in places])
+            for index, ids in zip(places, encoded, strict=True):
+                outcomes[index] = ids
+        return outcomes
 
     def encode_response(self, text: str) -> np.ndarray:
         """int32 [L]: the response and its terminator."""
@@ -186,7 +201,7 @@ class TextEncoder:
         outcomes: list[EncodedRow | RowError | None] = [self._refused_by_size(*row) for row in rows]
         written = self._write_calls(rows, outcomes)
         usable = [index for index, outcome in enumerate(outcomes) if outcome is None]
-        prompts = self._encode_prompts_or_errors([rows[index][0] for index in usable])
+        prompts = self.encode_prompts([rows[index][0] for index in usable])
         flat = self._encode_responses([text for index in usable for text in written.get(index, rows[index][1])])
         taken = 0
         for index, prompt_ids in zip(usable, prompts, strict=True):
@@ -258,20 +273,6 @@ class TextEncoder:
             return None
         problem = f"has a text of {longest:,} characters, far more than data.max_length={self.max_length} tokens"
         return RowError("DATA-79", "", problem, "Remove the row.")
-
-    def _encode_prompts_or_errors(self, prompts: list[Prompt]) -> list[np.ndarray | RowError]:
-        if self.chat is None:
-            return self._encode_all(self._encode_plain_prompts, prompts)
-        outcomes: list = self.chat.render(prompts, self.tokens)
-        kinds: dict[PlainTokenizer, list[int]] = {}
-        for index, (prompt, outcome) in enumerate(zip(prompts, outcomes, strict=True)):
-            if isinstance(outcome, tuple):
-                kinds.setdefault(self.chat.tokens_of(prompt, self.tokens), []).append(index)
-        for tokens, places in kinds.items():
-            encoded = self._encode_all(tokens.encode_rendered, [outcomes[index] for index in places])
-            for index, ids in zip(places, encoded, strict=True):
-                outcomes[index] = ids
-        return outcomes
 
     def _encode_all(self, encode: Callable[[list], list], given: list) -> list[np.ndarray | RowError]:
         """Each one's ids. When one of a batch is refused, they are encoded one by one to find out which."""
