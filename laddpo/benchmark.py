@@ -1,6 +1,6 @@
 """Time and memory of a training step: ours in every mode, and what users would otherwise run, on the same pairs.
 
-    python -m laddpo.benchmark                                            random weights, a few minutes on two cores
+    python -m laddpo.benchmark                                            random weights, about 20 minutes of a core
     python -m laddpo.benchmark benchmark.parts=[memory,flat]              peaks alone
     python -m laddpo.benchmark model=llada_8b hardware=h200 benchmark.weights=model
     python -m laddpo.benchmark experiment=gpu_proof                       LLaDA-8B's shape on a GPU, as on smaller cards
