@@ -114,11 +114,15 @@ def of_system(error: OSError) -> str | None:
 
 
 def show_everything() -> None:
-    """What a terminal cannot show is printed as `\\xe9`, and ends nothing."""
+    """What a terminal cannot show is printed as `\\xe9`, and ends nothing.
+
+    Each line is written at once: a pipe or a file has it while the command still runs, and a reader that has gone away
+    is met where something is printed.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", "") in ("strict", "surrogateescape"):
-            with contextlib.suppress(AttributeError, OSError, ValueError):
-                stream.reconfigure(errors="backslashreplace")
+        strict = getattr(stream, "errors", "") in ("strict", "surrogateescape")
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(line_buffering=True, **({"errors": "backslashreplace"} if strict else {}))
 
 
 def start_again_with_utf8() -> None:
