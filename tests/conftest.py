@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # with -n: a core for each worker, befo
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 os.environ.pop("COLUMNS", None)  # workers of -n have a width, and tables would be wrapped to it
+os.environ.pop("PYTHONUNBUFFERED", None)  # users seldom set it: what a test starts keeps its output back as theirs does
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine makes any example slow
 settings.load_profile("no deadline")

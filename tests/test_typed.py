@@ -69,9 +69,8 @@ def test_a_file_is_no_output_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words", [[], ["--version"], ["train", "--help"], ["train", "--cfg", "job"], ["plan"]])
-def test_a_reader_that_goes_away_ends_it_quietly(words, monkeypatch):
+def test_a_reader_that_goes_away_ends_it_quietly(words):
     command = '"$@" | true; exit ${PIPESTATUS[0]}'
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         ["bash", "-c", command, "bash", sys.executable, "-m", "laddpo", *words],
