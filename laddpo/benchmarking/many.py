@@ -24,7 +24,7 @@ from laddpo.benchmarking.workload import Workbench, pair_lengths
 from laddpo.errors import UserError
 from laddpo.results.tables import markdown
 from laddpo.storage.atomic import atomic_file, read_json, write_json
-from laddpo.storage.checkpoint import step_folders, step_of
+from laddpo.storage.checkpoint import step_folder, step_folders, step_of
 from laddpo.storage.reference_store import ReferenceStore
 from laddpo.storage.shards import StoredPair
 
@@ -97,21 +97,17 @@ def _measure(folder: Path, count: int, bench: Workbench) -> dict[str, Any]:
     # more steps than it comes to: a finished run cannot be resumed
     long = ("save_steps=1", "save_total_limit=1000", "optim.max_train_steps=500")
     train = [*stage_command("train"), *BRIEF, *where, *long, f"output_dir={run}"]
+    checkpoints = run / "checkpoints"
     found: dict[str, Any] = {
         "prepare": process_cost([*stage_command("prepare"), *prepare]),
-        "first steps": process_cost(train, step_folder(run, 2)),
+        "first steps": process_cost(train, step_folder(checkpoints, 2)),
     }
-    reached = step_of(step_folders(run / "checkpoints")[0])
-    found["resumed"] = process_cost([*train, "resume=true"], step_folder(run, reached + 2))
+    reached = step_of(step_folders(checkpoints)[0])
+    found["resumed"] = process_cost([*train, "resume=true"], step_folder(checkpoints, reached + 2))
     write_store(store, count)
     code = "import sys; from laddpo.benchmarking.many import open_store; open_store(*sys.argv[1:])"
     found["store opened"] = process_cost([sys.executable, "-c", code, str(store), str(count), str(told)])
     return {**found, **read_json(told)}
-
-
-def step_folder(run: Path, step: int) -> Path:
-    """Where the run keeps the checkpoint of this step."""
-    return run / "checkpoints" / f"step_{step:07d}"
 
 
 def stage_command(stage: str) -> list[str]:

@@ -35,7 +35,7 @@ def process_cost(command: Sequence[str], until: Path | None = None) -> dict[str,
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
-        found = json.loads(told or f'{{"code": {process.returncode}}}')
+        found = json.loads(told) if told else {"code": process.returncode}
         if found["code"] != (EXIT_STOPPED if until else EXIT_DONE):
             said.seek(0)
             words = said.read()[-2000:].decode(errors="replace")

@@ -59,8 +59,8 @@ def run_task(
     kept: SharedAnswers | None = None,
 ) -> list[dict[str, Any]]:
     """One record per item, in the order of `task.items`; those already in `items_path` are taken from there. None:
-    nothing is written, and all are generated. Answers that `kept` has are graded
-    and taken, too. It gets all answers at the end if this run made them.
+    nothing is written, and all are generated. Answers that `kept` has are graded and taken, too. It gets all answers at
+    the end if this run made them.
 
     `fields` are what a text depends on beside its prompt (weights, adapter, sampler settings). `labels` (for example
     {"model": "tuned"}) are written into each record and let several runs share one file: only records with the same

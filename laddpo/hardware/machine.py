@@ -6,7 +6,7 @@ A hardware profile changes memory and speed, never the quantity being optimised.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,7 +43,7 @@ class Machine:
     embeddings_on_cpu: bool
     compile: bool
     choice: Choice
-    answer_budget: TokenBudget = field(default_factory=answer_budget)
+    answer_budget: TokenBudget
     ranks: processes.Ranks = processes.ALONE
     is_sharded: bool = False
 

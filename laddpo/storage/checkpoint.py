@@ -54,7 +54,7 @@ def save_checkpoint(
     `tensors` are the trainable parameters by name. Older checkpoints go only after the new one is in place. With
     sharded weights every rank must call this. Ranks with writes=False write nothing.
     """
-    folder = checkpoints / f"step_{step:07d}"
+    folder = step_folder(checkpoints, step)
     optimizer_tensors, optimizer_numbers = optimizer_state_by_name(optimizer, tensors)
     tensors, optimizer_tensors = whole(tensors, writes), whole(optimizer_tensors, writes)
     if not writes:
@@ -149,6 +149,11 @@ def step_folders(checkpoints: Path) -> list[Path]:
     """Checkpoint folders, newest first; unfinished and quarantined ones have other names, and so do a user's copies."""
     folders = [folder for folder in checkpoints.glob("step_*") if step_of(folder) is not None]
     return sorted(folders, key=step_of, reverse=True)
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of this step lies, or will."""
+    return checkpoints / f"step_{step:07d}"
 
 
 def step_of(folder: Path) -> int | None:
