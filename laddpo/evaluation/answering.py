@@ -109,9 +109,9 @@ class Answerer:
         require_room(lengths, self.sampler.gen_length, positions, names)
         return encoded
 
-    def answers(self, encoded: Sequence[np.ndarray], keys: Sequence[str]) -> list[Answer]:
-        """Answers to encoded prompts, each with its length and whether it was ended. Draws belong to the keys."""
-        responses = generate(
+    def responses(self, encoded: Sequence[np.ndarray], keys: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of answers to encoded prompts, one batch. Draws belong to the keys."""
+        return generate(
             self.loaded.model,
             encoded,
             self.sampler,
@@ -122,6 +122,10 @@ class Answerer:
             eos_token_id=self.encoder.eos_id,
             budget=self.loaded.machine.answer_budget,
         )
+
+    def answers(self, encoded: Sequence[np.ndarray], keys: Sequence[str]) -> list[Answer]:
+        """What `responses` gives, as texts, each with its length and whether it was ended."""
+        responses = self.responses(encoded, keys)
         lengths = [len(until_stop(response, self.encoder.stop_ids)) for response in responses]
         return [
             Answer(self.encoder.decode_response(response), length, length < len(response))

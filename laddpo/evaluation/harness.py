@@ -52,19 +52,7 @@ def run_harness(
     from laddpo.evaluation.harness_model import HarnessModel
     from laddpo.evaluation.kept_answers import KeptAnswers
 
-    loaded, seed = answers.loaded, answers.sampler.seed
-    model = HarnessModel(
-        loaded.model,
-        loaded.tokenizer,
-        answers.encoder,
-        loaded.denoiser,
-        answers.sampler,
-        draws=evaluation.elbo_draws,
-        token_budget=loaded.machine.token_budget,
-        batch_size=answers.batch_size,
-        autocast=loaded.denoiser.autocast,
-        answer_budget=loaded.machine.answer_budget,
-    )
+    model, seed = HarnessModel(answers, evaluation.elbo_draws), answers.sampler.seed
     folder.mkdir(parents=True, exist_ok=True)
     name = f"harness_{label}_{answers_key(answers, evaluation.elbo_draws, quantization, weights)}"
     if earlier := sorted(folder.glob(f"{name}*.db")):

@@ -11,50 +11,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from laddpo.core.budget import TokenBudget
-from laddpo.core.elbo import Denoiser
+from laddpo.evaluation.answering import Answerer
 from laddpo.evaluation.likelihoods import Likelihoods
 from laddpo.evaluation.requests import RequestEncoder
-from laddpo.evaluation.sampling import SamplerSettings, generate, require_room, until_stop
-from laddpo.preference.encoding.encode import TextEncoder
+from laddpo.evaluation.sampling import require_room, until_stop
 from laddpo.processes.progress import Progress
 
 
 @register_model("laddpo")
 class HarnessModel(LM):
-    """`draws`: of each likelihood; `token_budget`: tokens of one forward pass; `batch_size`: answers made together;
-    `answer_budget`: keeps what is learned when these do not fit the memory."""
+    """`draws`: of each likelihood."""
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        encoder: TextEncoder,
-        denoiser: Denoiser,
-        settings: SamplerSettings,
-        draws: int = 128,
-        token_budget: int | TokenBudget = 4096,
-        batch_size: int = 8,
-        autocast: torch.dtype | None = None,
-        answer_budget: TokenBudget | None = None,
-    ):
+    def __init__(self, answers: Answerer, draws: int = 128):
         super().__init__()
-        self.model, self.tokenizer, self.denoiser, self.settings = model, tokenizer, denoiser, settings
-        self.encoder, self.requests = encoder, RequestEncoder(encoder)
-        self.per_batch, self.autocast, self.answer_budget = batch_size, autocast, answer_budget
-        self.positions = model.config.max_sequence_length
-        self.likelihoods = Likelihoods(model, denoiser, draws, settings.seed, token_budget, autocast)
+        loaded = answers.loaded
+        self.answers, self.tokenizer = answers, loaded.tokenizer
+        self.requests = RequestEncoder(answers.encoder)
+        self.positions = loaded.model.config.max_sequence_length
+        seed, budget = answers.sampler.seed, loaded.machine.token_budget
+        self.likelihoods = Likelihoods(loaded.model, loaded.denoiser, draws, seed, budget)
 
     @property
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        return self.encoder.chat.source if chat_template and self.encoder.chat else ""
+        chat = self.answers.encoder.chat
+        return chat.source if chat_template and chat else ""
 
     def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
         """The messages as one text, which the other methods read again; the template is applied when they do."""
@@ -64,23 +50,14 @@ class HarnessModel(LM):
         """A text for every request, cut before the first of its stop texts."""
         texts: list[str] = []
         prompts = [self.requests.prompt_ids(request.args[0]).astype(np.int64) for request in requests]
-        require_room([len(ids) for ids in prompts], self.settings.gen_length, self.positions, _names(requests))
-        stops = self.encoder.stop_ids
-        for start in Progress(range(0, len(requests), self.per_batch), desc="answers", disable=disable_tqdm):
-            batch = [request.args for request in requests[start : start + self.per_batch]]
-            answers = generate(
-                self.model,
-                prompts[start : start + self.per_batch],
-                self.settings,
-                self.denoiser.mask_token_id,
-                stops,
-                keys=[context for context, _ in batch],
-                autocast=self.autocast,
-                eos_token_id=self.encoder.eos_id,
-                budget=self.answer_budget,
-            )
-            for (context, options), answer in zip(batch, answers, strict=True):
-                text = self.tokenizer.decode(until_stop(answer, stops), skip_special_tokens=True)
+        gen_length, size = self.answers.sampler.gen_length, self.answers.batch_size
+        require_room([len(ids) for ids in prompts], gen_length, self.positions, _names(requests))
+        stops = self.answers.encoder.stop_ids
+        for start in Progress(range(0, len(requests), size), desc="answers", disable=disable_tqdm):
+            batch = [request.args for request in requests[start : start + size]]
+            responses = self.answers.responses(prompts[start : start + size], [context for context, _ in batch])
+            for (context, options), response in zip(batch, responses, strict=True):
+                text = self.tokenizer.decode(until_stop(response, stops), skip_special_tokens=True)
                 text = cut_before(text, options.get("until") or [])
                 self.cache_hook.add_partial("generate_until", (context, options), text)
                 texts.append(text)

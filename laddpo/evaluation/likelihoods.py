@@ -6,26 +6,19 @@ import numpy as np
 import torch
 
 from laddpo.core.budget import TokenBudget
-from laddpo.core.elbo import Denoiser, draw_logps
+from laddpo.core.elbo import draw_logps
 from laddpo.core.gradient import pack_sequence_runs
 from laddpo.core.sequences import row_tokens
 from laddpo.evaluation.sampling import never_emitted
 from laddpo.inputs.margins import evaluation_estimator
+from laddpo.models.denoiser import TransformerDenoiser
 
 
 class Likelihoods:
     """`draws`: of each likelihood; `token_budget`: tokens of one forward pass."""
 
-    def __init__(
-        self,
-        model,
-        denoiser: Denoiser,
-        draws: int,
-        seed: int,
-        token_budget: int | TokenBudget,
-        autocast: torch.dtype | None = None,
-    ):
-        self.model, self.denoiser, self.autocast = model, denoiser, autocast
+    def __init__(self, model, denoiser: TransformerDenoiser, draws: int, seed: int, token_budget: int | TokenBudget):
+        self.model, self.denoiser = model, denoiser
         self.budget = TokenBudget.of(token_budget)
         self.estimator = evaluation_estimator(max(2, draws + draws % 2), seed, denoiser.block_length)
 
@@ -48,7 +41,7 @@ class Likelihoods:
     def is_greedy(self, prompt: np.ndarray, response: np.ndarray) -> bool:
         """Whether one most confident token a step, as long as the response, gives the response; ends at the first
         token that differs. A block model fills one block of its grid after the other."""
-        device, mask = self.denoiser.device, self.denoiser.mask_token_id
+        device, mask, autocast = self.denoiser.device, self.denoiser.mask_token_id, self.denoiser.autocast
         never = never_emitted(self.model, mask)
         wanted = torch.as_tensor(response.astype(np.int64), device=device)
         ids = torch.cat([torch.as_tensor(prompt.astype(np.int64), device=device), torch.full_like(wanted, mask)])
@@ -59,7 +52,7 @@ class Likelihoods:
             if size:  # nothing behind the block is seen
                 end = min((len(prompt) + int(at[0])) // size * size + size, len(ids))
                 at = at[at < end - len(prompt)]
-            with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 logits = self.model(input_ids=ids[None, :end], rows=len(prompt) + at).logits.float()
             probability = logits.softmax(-1)
             logits[:, never] = -torch.inf

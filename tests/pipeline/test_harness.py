@@ -78,17 +78,19 @@ def test_what_the_harness_does_not_know_is_refused_before_the_model_loads(
 
 
 @pytest.fixture(scope="module")
-def harness(tiny_model):
+def harness(tmp_path_factory, tiny_model):
+    from laddpo.evaluation.answering import answerer
     from laddpo.evaluation.harness_model import HarnessModel
-    from laddpo.evaluation.sampling import SamplerSettings
-    from laddpo.models.denoiser import TransformerDenoiser
-    from laddpo.models.loading import load_model, load_tokenizer
-    from laddpo.preference.encoding.encode import TextEncoder
+    from laddpo.hardware.machine import find_machine
+    from laddpo.inputs import policy
+    from laddpo.settings.compose import compose
+    from tests.pipeline.conftest import Stages
 
-    model, tokenizer = load_model(str(tiny_model)), load_tokenizer(str(tiny_model))
-    denoiser = TransformerDenoiser(model, model.config.mask_token_id)
-    sampler = SamplerSettings(gen_length=8, steps=8, block_length=8)
-    return HarnessModel(model, tokenizer, TextEncoder(tokenizer), denoiser, sampler, draws=512, token_budget=600)
+    decoding = [f"evaluation.{name}=8" for name in ("gen_length", "block_length")]
+    places = Stages(tmp_path_factory.mktemp("harness"), tiny_model).places()
+    config = compose([*places, *decoding, "evaluation.steps=8", "evaluation.confidence_threshold=null"])
+    loaded = policy.load(config, find_machine(config))
+    return HarnessModel(answerer(loaded, config.evaluation, config.data, config.seed), draws=512)
 
 
 def request(kind, *arguments):
@@ -99,10 +101,11 @@ def request(kind, *arguments):
 
 def log_probability(harness, prompt, known):
     """log p of every token at each masked position; `known` maps answer positions to tokens, None is masked."""
-    mask = harness.denoiser.mask_token_id
+    loaded = harness.answers.loaded
+    mask = loaded.denoiser.mask_token_id
     ids = torch.tensor([*prompt, *(mask if token is None else token for token in known)])[None]
     with torch.no_grad():
-        return harness.model(input_ids=ids).logits[0, len(prompt) :].log_softmax(-1)
+        return loaded.model(input_ids=ids).logits[0, len(prompt) :].log_softmax(-1)
 
 
 def ids(harness, context, answer):
