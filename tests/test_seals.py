@@ -15,6 +15,7 @@ from laddpo.evaluation.kept_answers import KeptAnswers
 from laddpo.models import loading
 from laddpo.settings.compose import compose, read_config, write_config
 from laddpo.storage import atomic, json_lines, manifests, seals
+from laddpo.storage.run_outputs import SilentLines
 from laddpo.storage.seals import CheckedLines
 from tests.tiny import write_tiny_model
 
@@ -194,10 +195,12 @@ def model(tiny_model, tmp_path) -> Path:
 
 
 def flip(path: Path) -> None:
-    """One bit, with size and times as they were."""
+    """One bit, with size and times as they were, but for the one that cannot be set."""
     stat, content = path.stat(), bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+    while path.stat().st_ctime_ns == stat.st_ctime_ns:  # some systems count it in hundredths of a second
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
@@ -229,6 +232,7 @@ def test_what_was_remembered_of_unsealed_weights_is_held_against_them_when_they_
     tiny_model, tmp_path, monkeypatch
 ):
     """Bit rot leaves size, times and inode: only reading the content shows it."""
+    monkeypatch.setattr(loading, "FRESH_NS", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
@@ -335,3 +339,13 @@ def test_answers_to_the_harness_are_kept_and_a_damaged_one_is_made_again(tmp_pat
     third = Harness()
     assert answers(third) == found and third.asked == [("bb", "2")]
     assert any("1 of 3 lines are damaged" in text for text in said)
+
+
+def test_a_log_that_is_not_written_stays_so_whatever_is_asked_of_it(tmp_path):
+    log = SilentLines(tmp_path / "metrics.jsonl")
+    log.append({"step": 1})
+    log.rewind(lambda record: True)
+    log.rewrite(lambda record: record)
+    log.sync()
+    log.cut({"bytes": 3, "sha256": "0"})
+    assert log.read() == [] and list(tmp_path.iterdir()) == []

@@ -89,12 +89,11 @@ def sampler_settings(evaluation: EvaluationSettings, seed: int, model_block: int
 
 @dataclass(frozen=True)
 class Answerer:
-    """A loaded model that answers: with the weights that it has at the call. `batch_size`: prompts of one batch."""
+    """A loaded model that answers: with the weights that it has at the call."""
 
     loaded: Loaded
     encoder: TextEncoder
     sampler: SamplerSettings
-    batch_size: int
 
     def encode(self, prompts: Sequence[Prompt], names: Sequence[str]) -> list[np.ndarray]:
         """Token ids of all prompts that will be answered. `UserError` names those that cannot be, before any answer."""
@@ -110,7 +109,7 @@ class Answerer:
         return encoded
 
     def responses(self, encoded: Sequence[np.ndarray], keys: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of answers to encoded prompts, one batch. Draws belong to the keys."""
+        """Token ids of answers to encoded prompts, in batches of `sampler.batch_size`. Draws belong to the keys."""
         return generate(
             self.loaded.model,
             encoded,
@@ -145,7 +144,7 @@ class Answerer:
 
     def texts(self, prompts: Sequence[Prompt], names: Sequence[str]) -> list[str]:
         """The texts of the answers to all these prompts."""
-        answer, size = self.to(prompts, names), self.batch_size
+        answer, size = self.to(prompts, names), self.sampler.batch_size
         return [given.text for start in range(0, len(prompts), size) for given in answer(prompts[start : start + size])]
 
 
@@ -153,7 +152,7 @@ def answerer(loaded: Loaded, evaluation: EvaluationSettings, data: DataSettings,
     """The model with the encoding of the data and the decoding of the evaluation."""
     encoder = encoder_for(data, loaded.tokenizer)
     sampler = sampler_settings(evaluation, seed, loaded.model.block_length)
-    return Answerer(loaded, encoder, sampler, evaluation.batch_size)
+    return Answerer(loaded, encoder, sampler)
 
 
 def answer_task(
@@ -185,7 +184,7 @@ def answer_task(
     return run_task(
         answer_unless_stopped,
         task,
-        batch_size=answers.batch_size,
+        batch_size=answers.sampler.batch_size,
         items_path=items_path,
         fields={"weights": dict(weights), "sampler": dataclasses.asdict(answers.sampler)},
         labels={"model": label},

@@ -108,7 +108,7 @@ def _answers_of_base(config: RunConfig, way, task, folder: Path, said: str, stop
     from laddpo.evaluation.base_answers import base_answers
 
     weights = way.loaded.weights
-    kept = base_answers(config.paths.data_dir, config.quantization, way, weights)
+    kept = base_answers(config.paths.data_dir, config.quantization, way)
     return answer_task(way, task, folder / "items.jsonl", weights, f"base{said}", stop, kept)
 
 

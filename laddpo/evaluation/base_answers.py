@@ -2,8 +2,8 @@
 
 The jobs of a sweep, the arms of a study and the stages of one run ask the same model the same questions. Its answers
 lie in `data/answers/<key>.jsonl`: one object for each item, each line with a check. The key has all that an answer
-depends on, rounding included: so also the machine, and which other questions stand in the same batch. Each run grades
-them itself.
+depends on, rounding included: so also the kind of machine, and which other questions stand in the same batch. Each run
+grades them itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from laddpo.storage import atomic
 from laddpo.storage.manifests import fingerprint
 from laddpo.storage.seals import CheckedLines
 
-FORMAT = 1  # raise it when the sampler gives other answers under the same settings
+FORMAT = 1  # raise it when the sampler or a model gives other answers under the same settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,11 @@ class BaseAnswers:
     folder: Path
     fields: Mapping[str, Any]
     budget: TokenBudget
+
+    @property
+    def may_keep(self) -> bool:
+        """False once memory has run out: the answers may then depend, by rounding, on when it did."""
+        return not self.budget.retries
 
     def read(self, prints: Mapping[str, str]) -> dict[str, Answer]:
         """The stored answers, by item id. `prints`: a fingerprint of each item. A damaged line is left out. If the file
@@ -52,10 +57,7 @@ class BaseAnswers:
 
     def keep(self, prints: Mapping[str, str], answers: Mapping[str, Answer]) -> None:
         """Store the answers to all items at once. Two runs may do this at the same time: they write the same content.
-        If the folder cannot be written, a note says so; this run has its answers all the same. Nothing is stored once
-        memory has run out: the answers may then depend, by rounding, on when it did."""
-        if self.budget.retries:
-            return
+        If the folder cannot be written, a note says so; this run has its answers all the same."""
         path = self._file(prints)
         lines = CheckedLines(path)
         records = ({"id": id, "print": prints[id], **dataclasses.asdict(answer)} for id, answer in answers.items())
@@ -70,27 +72,28 @@ class BaseAnswers:
         return self.folder / f"{key}.jsonl"
 
 
-def base_answers(
-    data_dir: str, quantization: QuantizationSettings, answers: Answerer, weights: Mapping[str, Any]
-) -> BaseAnswers:
-    """Those of the model that answers now and whose weights are these."""
-    fields, budget = answer_fields(answers, quantization, weights), answers.loaded.machine.answer_budget
-    return BaseAnswers(Path(data_dir) / "answers", fields, budget)
+def base_answers(data_dir: str, quantization: QuantizationSettings, answers: Answerer) -> BaseAnswers:
+    """The kept answers of the loaded base, below `data_dir`/answers."""
+    machine = answers.loaded.machine
+    kind = torch.backends.cpu.get_cpu_capability() if machine.device.type == "cpu" else torch.version.cuda
+    fields = {
+        **answer_fields(answers, quantization, answers.loaded.weights),
+        "machine": [machine.device.type, machine.name, kind, machine.attention, machine.compile, machine.is_sharded],
+        "torch": torch.__version__,
+    }
+    return BaseAnswers(Path(data_dir) / "answers", fields, machine.answer_budget)
 
 
 def answer_fields(answers: Answerer, quantization: QuantizationSettings, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """What the answers of the model that answers now depend on beside the questions, rounding included."""
+    """What the answers of the model that answers now depend on beside the questions; on another machine they may differ
+    by rounding. `weights`: those that the model has now."""
     loaded, encoder = answers.loaded, answers.encoder
-    machine = loaded.machine
     return {
         "format": FORMAT,
         "weights": dict(weights),
         "quantization": dataclasses.asdict(quantization),
-        "precision": [machine.precision, str(loaded.denoiser.autocast)],
-        "machine": [machine.device.type, machine.name, machine.attention, machine.compile, machine.is_sharded],
-        "torch": torch.__version__,
+        "precision": [loaded.machine.precision, str(loaded.denoiser.autocast)],
         "encoding": encoder.fields(),
         "tokens": [encoder.bos_id, encoder.eos_id, encoder.stop_ids, loaded.denoiser.mask_token_id],
         "sampler": dataclasses.asdict(answers.sampler),
-        "batch_size": answers.batch_size,
     }

@@ -55,8 +55,6 @@ def run_harness(
     model, seed = HarnessModel(answers, evaluation.elbo_draws), answers.sampler.seed
     folder.mkdir(parents=True, exist_ok=True)
     name = f"harness_{label}_{answers_key(answers, evaluation.elbo_draws, quantization, weights)}"
-    if earlier := sorted(folder.glob(f"{name}*.db")):
-        print(f"note: {earlier[0]}: answers that an earlier version kept are not read; they are made again.")
     KeptAnswers(folder / f"{name}.jsonl").put_before(model)
     try:
         return lm_eval.simple_evaluate(
@@ -83,7 +81,8 @@ def run_harness(
 def answers_key(
     answers: Answerer, elbo_draws: int, quantization: QuantizationSettings, weights: Mapping[str, Any]
 ) -> str:
-    """Of what answers and likelihoods depend on beside the request, by which alone the harness tells them apart."""
+    """Fingerprint of what answers and likelihoods depend on beside the request, by which the harness tells them apart.
+    The machine is not in it: a stopped evaluation may go on elsewhere, as that of other tasks."""
     return manifests.fingerprint(answer_fields(answers, quantization, weights) | {"elbo_draws": elbo_draws})
 
 

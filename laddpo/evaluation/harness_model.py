@@ -50,7 +50,7 @@ class HarnessModel(LM):
         """A text for every request, cut before the first of its stop texts."""
         texts: list[str] = []
         prompts = [self.requests.prompt_ids(request.args[0]).astype(np.int64) for request in requests]
-        gen_length, size = self.answers.sampler.gen_length, self.answers.batch_size
+        gen_length, size = self.answers.sampler.gen_length, self.answers.sampler.batch_size
         require_room([len(ids) for ids in prompts], gen_length, self.positions, _names(requests))
         stops = self.answers.encoder.stop_ids
         for start in Progress(range(0, len(requests), size), desc="answers", disable=disable_tqdm):

@@ -38,6 +38,10 @@ Generate = Callable[[list[Prompt]], "list[str] | list[Answer]"]
 class SharedAnswers(Protocol):
     """Answers to all items by one model, which several runs use. `prints`: a fingerprint of each item, by its id."""
 
+    @property
+    def may_keep(self) -> bool:
+        """Whether what this process answered may be stored for others."""
+
     def read(self, prints: Mapping[str, str]) -> dict[str, Answer]:
         """The stored answers, by item id."""
 
@@ -60,7 +64,7 @@ def run_task(
 ) -> list[dict[str, Any]]:
     """One record per item, in the order of `task.items`; those already in `items_path` are taken from there. None:
     nothing is written, and all are generated. Answers that `kept` has are graded and taken, too. It gets all answers at
-    the end if this run made them.
+    the end if this run made them and every rank may keep its own.
 
     `fields` are what a text depends on beside its prompt (weights, adapter, sampler settings). `labels` (for example
     {"model": "tuned"}) are written into each record and let several runs share one file: only records with the same
@@ -82,7 +86,7 @@ def run_task(
         say(f"{items_path}: {stale} items of {labels} are of other settings or another model and are generated again")
     if done:
         say(f"{task.name}: {len(done)} of {len(task.items)} items are already in {items_path}")
-    answered_here, kept_before = bool(done), {}
+    had_records, kept_before = bool(done), {}
     try:
         regrade = [record for record in done.values() if record["grader"] != task.grader.name]
         verdicts = task.grader.grade_all([r["text"] for r in regrade], [r["answer"] for r in regrade])
@@ -90,16 +94,17 @@ def run_task(
             record.update(correct=is_correct, grader=task.grader.name)
         if regrade:
             log.rewrite(lambda record: done[record["id"]] if _is_of(record, labels, prints) else record)
-        if kept and ranks.is_main:
+        if kept and ranks.is_main and len(done) < len(task.items):
             kept_before = kept.read(prints)
             _take_kept(kept_before, task, log, labels, prints, done, say)
         done, is_shown = ranks.broadcast(done), show_progress if ranks.is_main else False
         _run_batches(generate, task, batch_size, log, labels, prints, done, is_shown, ranks)
         records = [done[item.id] for item in task.items]
+        may_keep = kept is not None and not ranks.any(not kept.may_keep)
         if ranks.is_main:
             log.sync()
-            # answers of an earlier part of this evaluation may be another machine's
-            if kept and not answered_here and len(kept_before) < len(records):
+            # records of an earlier part of this evaluation may come from another machine
+            if may_keep and not had_records and len(kept_before) < len(records):
                 kept.keep(prints, {record["id"]: _answer_of(record) for record in records})
     finally:
         task.grader.close()

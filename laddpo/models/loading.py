@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from laddpo.processes.ranks import placed_like
 from laddpo.storage import atomic, manifests
 from laddpo.storage.seals import require_sealed, sealed_digests
 
+FRESH_NS = 2_000_000_000  # a file can change again within the same tick of its system's clock: two seconds at the most
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 # Every name in a checkpoint folder that the model's loader and the tokenizer's open when it is there.
 READ_FOR_MODEL = ("config.json", "generation_config.json", "adapter_*", "model*.safetensors", "*.index.json")
@@ -330,8 +332,10 @@ def _require_content_of_name(file: Path) -> None:
 
 
 def _remembered_sha256(file: Path, hash_again: bool) -> str:
+    """The sha256 of the file, which is read once while its size, times and inode stay the same."""
     file = file.resolve()
     stat = file.stat()
+    is_fresh = time.time_ns() - stat.st_ctime_ns < FRESH_NS
     names = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
     key = manifests.fingerprint({"path": str(file), **{name: getattr(stat, name) for name in names}})
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -350,8 +354,9 @@ def _remembered_sha256(file: Path, hash_again: bool) -> str:
             f"{known}. The disk may be faulty.",
             f"Get the file again; if it is right as it is, remove {memory}.",
         )
-    with contextlib.suppress(UserError, OSError):  # a read-only home costs time, not the run
-        atomic.write_text(memory, digest)
+    if not is_fresh:
+        with contextlib.suppress(UserError, OSError):  # a read-only home costs time, not the run
+            atomic.write_text(memory, digest)
     return digest
 
 

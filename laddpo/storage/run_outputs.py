@@ -59,7 +59,7 @@ class SilentLines(JsonLines):
     def read(self) -> list[dict]:
         return []
 
-    def rewind(self, keep) -> None:
+    def rewrite(self, change) -> None:
         pass
 
     def sync(self) -> None:

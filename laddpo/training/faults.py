@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from laddpo.core.gradient import Item
 from laddpo.core.loop import LoopSettings
 from laddpo.core.noise import step_items
 from laddpo.core.objectives import reference_draws
@@ -51,17 +52,21 @@ def _write_fault(folder: Path, facts: Mapping[str, object], weights: Mapping[str
         manifests.write_manifest(target, "fault", {}, files, **manifests.provenance())
 
 
-def step_zero_check(task: DpoTask, settings: LoopSettings, precision: str, is_paired: bool) -> None:
+def step_zero_check(
+    task: DpoTask, settings: LoopSettings, precision: str, held_out: Sequence[Item] | None = None
+) -> None:
     """Before the first step the policy is the reference: every draw agrees, every margin is 0, or the run stops here.
 
     Catches what would silently train on a wrong margin: a stale store, other masks, dropout, an adapter that is not
-    neutral. `is_paired`: policy and reference saw the same masks (dpo.common_random_numbers); else nothing compares.
+    neutral. `held_out`: items to check in place of the first step's, where the reference saw other masks than the
+    policy in training (dpo.common_random_numbers=false) and the same ones in validation.
     """
-    if not is_paired:
-        print("step 0: not checked, since dpo.common_random_numbers=false gives policy and reference other masks")
+    if held_out is None:
+        _, indices = step_items(settings.seed, 0, task.item_count, settings.items_per_step)
+        items = task.items(indices, 0)
+    elif not (items := held_out[: settings.items_per_step]):
+        print("step 0: not checked, since dpo.common_random_numbers=false and there are no validation pairs")
         return
-    _, indices = step_items(settings.seed, 0, task.item_count, settings.items_per_step)
-    items = task.items(indices, 0)
     draws = score_shared(task.denoiser, items, task.token_budget, task.ranks)
     reference = reference_draws(items, draws.device)
     difference = (draws - reference).abs()

@@ -288,8 +288,8 @@ def check_step_zero(run: Run, training: Training) -> None:
     if training.task.store is None:
         print("step 0: not checked, since there is no reference to compare with")
     elif not run.is_resumed or resume_step(run.folder) == 0:
-        is_paired = run.config.dpo.common_random_numbers
-        step_zero_check(training.task, training.settings, run.machine.precision, is_paired)
+        held_out = None if run.config.dpo.common_random_numbers else training.validation.items
+        step_zero_check(training.task, training.settings, run.machine.precision, held_out)
 
 
 def trackers_of(run: Run) -> Trackers:

@@ -131,5 +131,5 @@ def open_validation(
             f"evaluation.gen_length={evaluation.gen_length}; samples show answers to others"
         )
     answers = answerer(loaded, evaluation, data, seed)
-    of_base = base_answers(data_dir, quantization, answers, loaded.weights)
+    of_base = base_answers(data_dir, quantization, answers)
     return Validation(loaded, answers, metric, evaluation.samples, stop, tasks, fitting, of_base=of_base, **measured)

@@ -9,11 +9,13 @@ import torch
 from laddpo.core.budget import answer_budget
 from laddpo.errors import UserError
 from laddpo.evaluation.base_answers import BaseAnswers, base_answers
+from laddpo.evaluation.harness import answers_key
 from laddpo.evaluation.run_task import run_task
 from laddpo.evaluation.sampling import SamplerSettings
 from laddpo.preference.reading.pairs import user_prompt
 from laddpo.problems.grading import FunctionGrader
 from laddpo.problems.tasks import Item, Task, TaskOptions, load_task
+from laddpo.processes.ranks import Ranks
 from laddpo.settings.schema import QuantizationSettings
 from laddpo.storage.seals import CheckedLines
 
@@ -312,6 +314,27 @@ def test_answers_that_met_the_end_of_memory_are_not_given_to_others(tmp_path):
     assert not (tmp_path / "answers").exists()
 
 
+class Beside(Ranks):
+    """Rank 0 beside another that says yes."""
+
+    def any(self, flag: bool) -> bool:
+        return True
+
+
+def test_answers_of_which_another_rank_met_the_end_of_memory_are_not_given_to_others(tmp_path):
+    run(Adder(), sums(), None, kept=of_base(tmp_path), ranks=Beside())
+    assert not (tmp_path / "answers").exists()
+    run(Adder(), sums(), None, kept=of_base(tmp_path), ranks=Ranks())
+    assert (tmp_path / "answers").exists()
+
+
+def test_answers_that_are_all_there_are_not_looked_up(tmp_path):
+    run(Adder(), sums(), tmp_path / "items.jsonl")
+    kept = SimpleNamespace(may_keep=True)  # without `read`
+    records, _ = run(Adder(), sums(), tmp_path / "items.jsonl", kept=kept)
+    assert len(records) == 10
+
+
 def test_answers_of_an_earlier_part_of_an_evaluation_are_not_given_to_others(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(Adder(stop_at="9+9"), sums(), tmp_path / "items.jsonl")  # on another machine, it may be
@@ -368,15 +391,16 @@ def answers_like(**changed):
         answer_budget=answer_budget(),
     )
     denoiser = SimpleNamespace(autocast=changed.get("autocast"), mask_token_id=changed.get("mask_token_id", 9))
-    loaded = SimpleNamespace(machine=machine, denoiser=denoiser)
+    weights = changed.get("weights", {"base": "a"})
+    loaded = SimpleNamespace(machine=machine, denoiser=denoiser, weights=weights)
     encoder = SimpleNamespace(
         fields=lambda: {"template": changed.get("template", "plain")},
         bos_id=changed.get("bos_id"),
         eos_id=changed.get("eos_id", 1),
         stop_ids=changed.get("stop_ids", [1]),
     )
-    sampler = SamplerSettings(seed=changed.get("seed", 0))
-    return SimpleNamespace(loaded=loaded, encoder=encoder, sampler=sampler, batch_size=changed.get("batch_size", 4))
+    sampler = SamplerSettings(seed=changed.get("seed", 0), batch_size=changed.get("batch_size", 4))
+    return SimpleNamespace(loaded=loaded, encoder=encoder, sampler=sampler)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +428,7 @@ def answers_like(**changed):
 def test_answers_of_the_base_are_kept_by_all_that_they_depend_on(changed, tmp_path):
     def of(**changed):
         quantization = changed.pop("quantization", QuantizationSettings())
-        return base_answers(str(tmp_path), quantization, answers_like(**changed), changed.get("weights", {"base": "a"}))
+        return base_answers(str(tmp_path), quantization, answers_like(**changed))
 
     run(Adder(), sums(), None, kept=of())
     generate = Adder()
@@ -412,3 +436,20 @@ def test_answers_of_the_base_are_kept_by_all_that_they_depend_on(changed, tmp_pa
     assert generate.batches == []
     run(generate, sums(), None, kept=of(**changed))
     assert sum(map(len, generate.batches)) == 10
+
+
+def test_another_kind_of_cpu_answers_by_itself(monkeypatch, tmp_path):
+    def fields():
+        return base_answers(str(tmp_path), QuantizationSettings(), answers_like()).fields
+
+    before = fields()
+    assert fields() == before
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    assert fields() != before
+
+
+def test_the_harness_goes_on_with_its_answers_on_another_machine():
+    def key(**changed):
+        return answers_key(answers_like(**changed), 8, QuantizationSettings(), {"base": "a"})
+
+    assert key() == key(name="another", device="cuda") and key() != key(seed=1)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from laddpo.errors import UserError
+from laddpo.models import loading
 from laddpo.models.loading import load_model, load_tokenizer, mask_token_id, save_model, weights_fingerprint
 from laddpo.storage import atomic
 
@@ -178,9 +179,18 @@ def test_fingerprint_of_a_folder_follows_weights_and_config_but_not_its_place(ti
 
 
 def test_fingerprint_reads_a_file_once(tiny_folder, monkeypatch):
+    monkeypatch.setattr(loading, "FRESH_NS", 0)
     first = weights_fingerprint(str(tiny_folder))
     monkeypatch.setattr(atomic, "file_sha256", lambda path: pytest.fail(f"{path} was read again"))
     assert weights_fingerprint(str(tiny_folder)) == first
+
+
+def test_fingerprint_reads_a_file_again_that_was_just_written(tiny_folder, monkeypatch):
+    monkeypatch.setattr(loading, "FRESH_NS", 10**15)
+    read, file_sha256 = [], atomic.file_sha256
+    monkeypatch.setattr(atomic, "file_sha256", lambda path: read.append(path.name) or file_sha256(path))
+    assert weights_fingerprint(str(tiny_folder)) == weights_fingerprint(str(tiny_folder))
+    assert sorted(read) == ["config.json"] * 2 + ["model.safetensors"] * 2
 
 
 def test_fingerprint_survives_a_cache_that_cannot_be_written(tiny_folder, tmp_path, monkeypatch):
