@@ -44,7 +44,8 @@ def wandb_records(folder, patience_s: float = 20.0) -> list:
     while True:
         paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
         runs = [[parsed(payload) for payload in leveldb_payloads(path.read_bytes())] for path in paths]
-        if all(any(record.HasField("exit") for record in run) for run in runs) or time.monotonic() > deadline:
+        are_whole = runs and all(any(record.HasField("exit") for record in run) for run in runs)
+        if are_whole or time.monotonic() > deadline:
             return [record for run in runs for record in run]
         time.sleep(0.2)
 
@@ -65,6 +66,8 @@ def leveldb_payloads(data: bytes):
             at += 32768 - at % 32768
             continue
         length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        if at + 7 + length > len(data):  # still being written
+            return
         payload += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last fragment
@@ -229,6 +232,22 @@ def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(tmp_path, mon
         "logger.moody stopped: SystemExit: disk full. The run continues and metrics.jsonl stays complete; "
         "logger.trackers without moody switches this off."
     ]
+
+
+def test_what_is_said_of_a_tracker_that_failed_is_said_before_the_end(tmp_path, monkeypatch):
+    said, is_saying = [], threading.Event()
+
+    def say_slowly(text):
+        is_saying.set()
+        time.sleep(0.2)
+        said.append(text)
+
+    monkeypatch.setattr(tracking, "TRACKERS", {"moody": Moody})
+    trackers = Trackers(tmp_path, ["moody"], {"mood": "fails", "seen": []}, {}, say=say_slowly)
+    trackers.scalars(3, {"loss": 1.0})
+    assert is_saying.wait(30)
+    trackers.close()
+    assert len(said) == 1
 
 
 def test_a_tracker_that_blocks_slows_nothing_and_is_left_behind(tmp_path, monkeypatch):

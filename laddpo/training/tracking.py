@@ -80,7 +80,7 @@ class _Feed(threading.Thread):
         super().__init__(name=name, daemon=True)
         self._open, self._opening, self._say = open_tracker, opening, opening.say
         self._events: queue.SimpleQueue = queue.SimpleQueue()
-        self._has_failed = False
+        self._has_failed, self._failing = False, threading.Lock()
         self.start()
 
     def put(self, *event: Any) -> None:
@@ -90,7 +90,9 @@ class _Feed(threading.Thread):
                 self._fail(f"{EVENTS_WAITING} logged events are waiting for it")
 
     def close(self, timeout_s: float) -> None:
-        if not self._has_failed:
+        with self._failing:  # what is being said is said to its end
+            is_fed = not self._has_failed
+        if is_fed:
             self._events.put(None)
             self.join(timeout_s)
             if self.is_alive():
@@ -107,7 +109,9 @@ class _Feed(threading.Thread):
             self._fail(f"{type(error).__name__}: {error}")
 
     def _fail(self, reason: str) -> None:
-        if not self._has_failed:
+        with self._failing:
+            if self._has_failed:
+                return
             self._has_failed = True
             has_switch = self.name in SWITCHES
             off = f"logger.{self.name}=false" if has_switch else f"logger.trackers without {self.name}"
