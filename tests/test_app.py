@@ -49,11 +49,9 @@ def seconds_of_children() -> float:
     return times.children_user + times.children_system
 
 
-@pytest.fixture(scope="module")
-def plain_start() -> float:
+def timed_python(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:
     before = seconds_of_children()
-    run_python("-X", "importtime", "-c", "import hydra._internal.hydra, numpy", check=True)
-    return seconds_of_children() - before
+    return run_python("-X", "importtime", *arguments), seconds_of_children() - before
 
 
 def exit_code_of_stopped_sweep(command: list[str], until: Path, seconds: float) -> int:
@@ -155,11 +153,14 @@ def test_version_and_info(capsys):
     "arguments",
     [["--help"], ["dpo.betta=1"], ["data.dataset_name=x.jsonl"], ["--cfg", "job"], ["model=llada_9b", "dpo.beta=x"]],
 )
-def test_help_and_mistakes_answer_soon_and_without_torch(arguments, plain_start):
+def test_help_and_mistakes_answer_soon_and_without_torch(arguments):
     """Two seconds on an idle machine; on any, a few times the work of starting Python with hydra."""
-    before = seconds_of_children()
-    done = run_python("-X", "importtime", "-m", "laddpo.train", *arguments)
-    assert seconds_of_children() - before < 6 * plain_start
+    ratios = []
+    while not ratios or (ratios[-1] >= 6 and len(ratios) < 3):  # a neighbour may come between the two
+        _, plain = timed_python("-c", "import hydra._internal.hydra, numpy")
+        done, taken = timed_python("-m", "laddpo.train", *arguments)
+        ratios.append(taken / plain)
+    assert ratios[-1] < 6, ratios
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert "hydra" in imported
     # numpy comes with the tables of options, whose rows draw masks: a twentieth of a second

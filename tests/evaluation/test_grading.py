@@ -142,20 +142,15 @@ def serve_nothing(pipe):
 
 
 def test_a_text_that_hangs_or_kills_the_worker_is_wrong_and_the_next_is_graded():
-    grader = WorkerGrader("moody", serve_moody, answer_s=0.5)
-    started = time.monotonic()
+    grader = WorkerGrader("moody", serve_moody, answer_s=20)
     try:
-        assert grader.grade_all(["1", "hang", "1", "die", "1", "2"], ["1"] * 6) == [
-            True,
-            False,
-            True,
-            False,
-            True,
-            False,
-        ]
+        assert grader.grade_all(["1", "die", "1", "2"], ["1"] * 4) == [True, False, True, False]
+        grader._answer_s = 0.5
+        assert grader.grade_all(["hang"], ["1"]) == [False]
+        grader._answer_s = 20
+        assert grader.grade_all(["1", "2"], ["1"] * 2) == [True, False]
     finally:
         grader.close()
-    assert time.monotonic() - started < 50
 
 
 def test_a_worker_that_cannot_start_is_an_error_not_a_row_of_wrong_answers():

@@ -20,7 +20,7 @@ from laddpo.settings.judge_schema import JudgeSettings, RatingSettings, fields_r
 from laddpo.storage.seals import CheckedLines
 from tests.fake_judge import KEY, longer_wins, serving, shown
 
-QUICK = {"kind": "endpoint", "wait_s": 0.001, "timeout_s": 2.0, "retries": 2, "parallel": 2}
+QUICK = {"kind": "endpoint", "wait_s": 0.001, "timeout_s": 30.0, "retries": 2, "parallel": 2}
 
 
 def contests(*pairs: tuple[str, str], question: str = "why?"):

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from laddpo.cli.in_process import flat, values_of, words_of
 from laddpo.errors import Stopped, UserError
 from laddpo.storage.reference_store import ReferenceStore
 from laddpo.storage.shards import _addresses
+from laddpo.training.outputs import resume_step
 from tests.pipeline.conftest import QUICK, SHAPE, Stages
 from tests.tiny import REPOSITORY, write_tiny_model
 
@@ -165,15 +165,20 @@ def test_a_fit_that_is_interrupted_raises_stopped_and_is_resumed(home):
     asked = {**HERE, "optim.max_train_steps": 60, "evaluation.at_end": False, **places(home)}
 
     def interrupt() -> None:
-        while not (place / "checkpoints" / "step_0000002").exists():
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not resume_step(place) and not ended.wait(0.002):
+            pass
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
 
-    watch = threading.Thread(target=interrupt, daemon=True)
+    ended = threading.Event()
+    watch = threading.Thread(target=interrupt)
     watch.start()
-    with pytest.raises(Stopped, match="resume="):
-        laddpo.fit(ROWS, asked, output_dir=place)
-    watch.join()
+    try:
+        with pytest.raises(Stopped, match="resume="):
+            laddpo.fit(ROWS, asked, output_dir=place)
+    finally:
+        ended.set()
+        watch.join()
     run = laddpo.fit(ROWS, asked, resume=place)
     assert run.folder == place and run.metrics[-1]["step"] == 60 and (place / "manifest.json").exists()
 

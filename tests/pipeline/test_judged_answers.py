@@ -17,7 +17,8 @@ CONSISTENT = r"data.judge.pattern='(..)#\1$'"  # the result of the last step is 
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory):
-    """Runs a stage on llada_nano's answers to ten questions without answers, which are sampled once."""
+    """Runs a stage on llada_nano's answers to ten questions without answers, which are sampled once; its data folder is
+    `run.data`."""
     folder = tmp_path_factory.mktemp("judged")
     questions = folder / "questions.jsonl"
     questions.write_text("".join(json.dumps({"question": f"{a}7+0{a}-03="}) + "\n" for a in range(10)))
@@ -30,6 +31,7 @@ def nano(tmp_path_factory):
         ]
         return cli(stage, [*given, *more])
 
+    run.data = folder / "data"
     return run
 
 
@@ -67,7 +69,7 @@ def test_a_reward_model_scores_each_answer_once(nano, classifier, capsys):
     facts, pairs, _ = prepared(capsys)
     assert 0 < len(pairs) <= 10 and facts["pair_by"] == "best_random"
     assert len({json.dumps(pair["prompt"]) for pair in pairs}) == len(pairs)
-    kept = next(path for path in Path(classifier).parent.parent.rglob("judged/*/judged.jsonl"))
+    (kept,) = nano.data.rglob("judged/*/judged.jsonl")
     before = kept.read_text()
     assert nano("prepare", *judge, "data.pair_by=best_first") == 0
     assert kept.read_text() == before

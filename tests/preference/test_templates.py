@@ -70,7 +70,6 @@ BROKEN = {
 @pytest.fixture(autouse=True)
 def short_limits(monkeypatch):
     monkeypatch.setattr(rendering, "SECONDS", 0.2)
-    monkeypatch.setattr(rendering, "STALLED_SECONDS", 1.5)
 
 
 def with_template(folder, template):
@@ -173,7 +172,7 @@ def test_a_template_that_only_some_rows_break_names_them_and_is_given_up_after_a
 
 def test_a_row_that_stalls_the_process_is_told_from_the_rows_beside_it(monkeypatch):
     monkeypatch.setattr(rendering, "SECONDS", 100.0)
-    monkeypatch.setattr(rendering, "STALLED_SECONDS", 0.5)
+    monkeypatch.setattr(rendering, "STALLED_SECONDS", 1.5)
     stalls = GOOD + "{% if 'stall' in messages[0].content %}" + LOOP + "{% endfor %}{% endif %}"
     encoder = TextEncoder(nano_with(stalls))
     rows = encoder.encode_rows([(user_prompt(text), ("a", "b")) for text in ("x", "stall", "y")])
