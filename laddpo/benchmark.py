@@ -116,7 +116,7 @@ def run_parts(bench: Workbench, run_folder: Path, record: dict[str, Any]) -> lis
             text, found = measure(bench, rows) if name in OF_ROWS else measure(bench)
             taken = part.get("seconds_taken", 0.0) + time.perf_counter() - started
             record[name] = {**found, "text": text, "is_whole": not rows.is_cut, "seconds_taken": taken}
-            print(f"\n{text}", flush=True)
+            print(f"\n{text}")
         record["seconds"] = before + time.monotonic() - clock.started
         write_tables(record, run_folder)
     left = [name for name in bench.settings.parts if not record.get(name, {}).get("is_whole")]

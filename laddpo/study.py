@@ -38,7 +38,7 @@ def main(config: RunConfig, run_folder: Path) -> None:
         write_command(folder, given_overrides.get(), stage="study")
         write_config(config, folder)
         jobs = [(run, seed) for seed in study.seeds for run in runs]
-        print(f"study {study.name}: {len(runs)} runs x {len(study.seeds)} seeds in {folder}", flush=True)
+        print(f"study {study.name}: {len(runs)} runs x {len(study.seeds)} seeds in {folder}")
         failed = run_jobs(study, folder, jobs)
         content = write_page(study, folder)
     asked = {run.name for run in runs}

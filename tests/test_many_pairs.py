@@ -3,8 +3,12 @@
 import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,15 +70,37 @@ class TestProcesses:
             process_cost([*PYTHON, "print('some words'); raise SystemExit(3)"], until and tmp_path / until)
 
     def test_a_benchmark_that_is_stopped_leaves_no_process_behind(self, tmp_path):
-        code = f"import time, pathlib; pathlib.Path({str(tmp_path / 'there')!r}).touch(); time.sleep(60)"
-        clock = limits.Clock(minutes=2 / 60)
-        with pytest.raises(limits.TimeUp), clock.watched():
-            process_cost([*PYTHON, code])
-        assert (tmp_path / "there").exists()
-        deadline = time.monotonic() + 20  # what is killed takes a moment to go
-        while processes_that_name(tmp_path):
-            assert time.monotonic() < deadline, processes_that_name(tmp_path)
-            time.sleep(0.01)
+        def ring() -> None:
+            wait_until((tmp_path / "there").exists)
+            os.kill(os.getpid(), signal.SIGALRM)
+
+        watch = threading.Thread(target=ring)
+        with pytest.raises(limits.TimeUp), limits.Clock(minutes=10).watched():
+            watch.start()
+            process_cost([*PYTHON, sleeping(tmp_path / "there")])
+        watch.join()
+        wait_until(lambda: not processes_that_name(tmp_path))  # what is killed takes a moment to go
+
+    def test_one_whose_benchmark_is_killed_ends_with_it(self, tmp_path):
+        command = [*PYTHON, sleeping(tmp_path / "there")]
+        call = f"from laddpo.benchmarking.process_cost import process_cost; process_cost({command})"
+        benchmark = subprocess.Popen([*PYTHON, call])
+        wait_until((tmp_path / "there").exists)
+        benchmark.kill()
+        benchmark.wait()
+        wait_until(lambda: not processes_that_name(tmp_path))
+
+
+def sleeping(there: Path) -> str:
+    """The code of a process that makes this file and then does nothing for long."""
+    return f"import time, pathlib; pathlib.Path({str(there)!r}).touch(); time.sleep(300)"
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def processes_that_name(folder: Path) -> list[Path]:
@@ -90,6 +116,7 @@ def test_growth_is_the_slope_in_logarithms():
     assert many.growth_exponent([10, 100, 1000], [2.0, 20.0, 200.0]) == pytest.approx(1)
     assert many.growth_exponent([10, 1000], [3.0, 30.0]) == pytest.approx(0.5)
     assert many.growth_exponent([10], [3.0]) is None
+    assert many.growth_exponent([10, 100, 1000], [-0.1, 20.0, 200.0]) == pytest.approx(1), "noise about nothing"
 
 
 def test_the_table_has_a_row_for_each_number_of_pairs_and_one_of_growth_beyond_the_start():

@@ -24,6 +24,7 @@ from laddpo.preference.encoding.encode import EncodedExample, EncodedPair
 
 BETA = 0.1
 OUT_OF_MEMORY = "out of memory"
+MEASURED = "What is measured is done once. Lower benchmark.token_budget or benchmark.sampler_batch."
 
 
 @dataclass
@@ -101,7 +102,7 @@ Contender = Ours | OurSft | Rival
 
 def fixed_budget(tokens: int) -> TokenBudget:
     """A budget that is not made smaller when memory runs out: what ran is what was asked for."""
-    return TokenBudget(tokens, explain=lambda longest: OUT_OF_MEMORY, may_retry=False)
+    return TokenBudget(tokens, explain=lambda longest: OUT_OF_MEMORY, why_once=MEASURED)
 
 
 def build_rivals(model, mask_token_id: int, pad_token_id: int, max_length: int) -> list[Rival]:

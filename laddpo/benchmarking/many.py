@@ -82,11 +82,12 @@ def many_section(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
 
 
 def growth_exponent(counts: Sequence[int], seconds: Sequence[float]) -> float | None:
-    """The slope of log seconds over log counts, by least squares; None of fewer than two counts, and where a time is
-    none."""
-    if len(set(counts)) < 2 or min(seconds) <= 0:
+    """The slope of log seconds over log counts, by least squares, without the times that are not above 0. None of fewer
+    than two counts."""
+    known = [(count, second) for count, second in zip(counts, seconds, strict=True) if second > 0]
+    if len({count for count, _ in known}) < 2:
         return None
-    return float(np.polyfit(np.log(counts), np.log(seconds), 1)[0])
+    return float(np.polyfit(*np.log(known).T, 1)[0])
 
 
 def _measure(folder: Path, count: int, bench: Workbench) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a process takes: processor time and largest memory, with those that it started.
+"""What a process takes: the processor time of it and of all that it started, and the largest memory of one of these.
 
 Linux adds the memory of the parent to the peak of a new process. So a small process stands between: this file, run as a
 script, without any import of ours.
@@ -44,12 +44,14 @@ def process_cost(command: Sequence[str], until: Path | None = None) -> dict[str,
 
 
 def measure(until: str, command: Sequence[str]) -> dict[str, float]:
-    """Run the command, its output in our stderr: its exit code, seconds and bytes."""
-    process = subprocess.Popen(command, stdout=sys.stderr)
-    ended = 0
+    """Run the command, its output in our stderr: its exit code, seconds and bytes. It ends with the benchmark, also
+    where that is killed or its terminal is closed."""
+    benchmark, process, ended = os.getppid(), subprocess.Popen(command, stdout=sys.stderr), 0
     while not ended:
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG if until else 0)
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         if not ended:
+            if os.getppid() != benchmark:
+                os.killpg(0, signal.SIGKILL)  # this process, the command, and what it started
             if os.path.exists(until):
                 os.kill(process.pid, signal.SIGTERM)
                 until = ""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from laddpo.benchmarking.alike import ALIKE_HEADER, BEST, CHECKPOINTED, FIRST_EPOCH, TRL, alike_section, ratio_text
-from laddpo.benchmarking.contenders import Ours
+from laddpo.benchmarking.contenders import MEASURED, Ours
 from laddpo.benchmarking.measure import Ratio, median_ratio, timed_rounds
 from laddpo.benchmarking.workload import Bench, Workbench, longest_sequence, random_model
 from laddpo.core.budget import answer_budget
@@ -254,7 +254,7 @@ def _graded(bench: Workbench) -> tuple:
         chosen, names = [prompts[i] for i in picked], [keys[i] for i in picked]
         mask, autocast = loaded.denoiser.mask_token_id, loaded.denoiser.autocast
         ends = (encoder.stop_ids, names, autocast, encoder.eos_id)
-        return generate(loaded.model, chosen, settings, mask, *ends, budget=answer_budget(may_retry=False))
+        return generate(loaded.model, chosen, settings, mask, *ends, budget=answer_budget(MEASURED))
 
     def grade(answers):
         texts = [encoder.decode_response(ids) for ids in answers]
@@ -271,6 +271,6 @@ def _ungraded(bench: Workbench) -> tuple:
 
     def answer(picked, settings):
         asked = ([prompts[i] for i in picked], settings, shape.vocab_size - 1)
-        return generate(model, *asked, budget=answer_budget(may_retry=False))
+        return generate(model, *asked, budget=answer_budget(MEASURED))
 
     return answer, [], None, "Random prompts, answered by random weights, which never stop"

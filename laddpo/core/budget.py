@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+SHARED_PASS = "Several processes share each pass, so that none can repeat it alone. Start with {}."  # a `why_once`
+
+
 def _no_plan(tokens: int) -> str:
     return f"one sequence of {tokens} tokens does not fit the memory. Lower data.max_length or adapter.r."
 
@@ -37,16 +40,14 @@ class TokenBudget:
     """At most `tokens` in a micro-step, or one longer sequence. `explain(tokens)` is the message when that fails.
 
     One object serves all passes of a run, so that what one of them learns about memory holds for the others.
-    `may_retry` false: the first time is the last, for work in which other processes take part (FSDP) and would wait;
-    `remedy` then says what to start with.
+    `why_once`: for work that must not be repeated, why, and what to start with. {half} in it is half of the tokens.
     `between` is called before every micro-step that scores; see `stoppable`.
     """
 
     tokens: int
     explain: Callable[[int], str] = _no_plan
     retries: int = 0
-    may_retry: bool = True
-    remedy: str = "hardware.token_budget={}"
+    why_once: str = ""
     between: Callable[[], None] = _nothing
 
     @classmethod
@@ -91,11 +92,8 @@ class TokenBudget:
     def _shrink(self, longest: int, reason: str) -> None:
         if self.tokens <= longest:
             raise RunFault(f"{self.explain(longest)} ({reason})")
-        if not self.may_retry:
-            raise RunFault(
-                f"out of memory with {self.tokens} tokens in a pass, and several processes share each pass, so that "
-                f"none can repeat it alone. Start with {self.remedy.format(self.tokens // 2)}. ({reason})"
-            )
+        if why := self.why_once.format(half=self.tokens // 2):
+            raise RunFault(f"out of memory with {self.tokens} tokens in a pass. {why} ({reason})")
         self.retries += 1
         release_memory()
         log.warning(
@@ -107,9 +105,9 @@ class TokenBudget:
         self.tokens //= 2
 
 
-def answer_budget(may_retry: bool = True) -> TokenBudget:
+def answer_budget(why_once: str = "") -> TokenBudget:
     """For answers: whole batches, until memory runs out. Tokens are those of prompts and answers."""
-    return TokenBudget(sys.maxsize, _one_answer, may_retry=may_retry, remedy="a smaller evaluation.batch_size")
+    return TokenBudget(sys.maxsize, _one_answer, why_once=why_once)
 
 
 def _one_answer(tokens: int) -> str:

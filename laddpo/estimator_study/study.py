@@ -218,8 +218,7 @@ def _policy_pass(
                 bar.clear()
                 print(
                     f"the first of {len(works)} parts took {took:.0f} s; the rest takes about "
-                    f"{_minutes(_rest(pairs, works, wanted, gradients) * took)}",
-                    flush=True,
+                    f"{_minutes(_rest(pairs, works, wanted, gradients) * took)}"
                 )
     shown = sorted(jobs, key=lambda job: (job[0] != OWN, job[1] if job[0] == OWN else 0))
     return {job: dataclasses.replace(done[_work(rows, job)], name=job[0]) for job in shown}

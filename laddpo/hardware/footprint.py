@@ -89,7 +89,10 @@ def dry_run_text(tokens: float, tokens_per_s: float, has_reference: bool) -> str
 def out_of_memory_fault(choice: Choice, error: BaseException) -> RunFault:
     """For memory that ran out where no smaller pass is tried."""
     reason = str(error).partition("\n")[0]
-    where = "memory ran out outside of a micro-step: loading, in the optimizer, or in the harness or a reward model"
+    where = (
+        "memory ran out outside of a micro-step: while loading, in the optimizer, in a greedy check of the harness, or "
+        "in a reward model"
+    )
     if choice.fits:
         plan = f"The plan predicts {gib(choice.memory.peak)} of {gib(choice.available)} for training"
         advice = "Close other programs on the device. A reward model may run on the CPU: evaluation.judge.device=cpu."

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from laddpo.core.budget import TokenBudget, answer_budget
+from laddpo.core.budget import SHARED_PASS, TokenBudget, answer_budget
 from laddpo.errors import UserError
 from laddpo.hardware.memory import GIB, explain, gib, predict_memory
 from laddpo.hardware.planning import (
@@ -93,18 +93,21 @@ def find_machine(config: RunConfig, lengths: Lengths | None = None) -> Machine:
         why = explain(memory, available_bytes(hardware, device), f"one sequence of {tokens} tokens")
         return f"out of memory: {why}"
 
+    def once(start: str) -> str:
+        """A pass of sharded weights that failed midway would leave the other processes waiting inside it."""
+        return SHARED_PASS.format(start) if is_sharded else ""
+
     return Machine(
         device=device,
         precision=precision,
-        token_budget=TokenBudget(choice.token_budget, too_long, may_retry=not is_sharded),
+        token_budget=TokenBudget(choice.token_budget, too_long, why_once=once("hardware.token_budget={half}")),
         attention=hardware.attention,
         gradient_checkpointing=choice.setup.checkpointing,
         offload_activations=hardware.offload_activations,
         embeddings_on_cpu=hardware.embeddings_on_cpu,
         compile=hardware.compile,
         choice=choice,
-        # a pass of sharded weights that failed midway would leave the other processes waiting inside it
-        answer_budget=answer_budget(may_retry=not is_sharded),
+        answer_budget=answer_budget(once("a smaller evaluation.batch_size")),
         ranks=ranks,
         is_sharded=is_sharded,
     )

@@ -158,11 +158,11 @@ def run_jobs(study: StudySettings, folder: Path, jobs: list[tuple[StudyJob, int]
             place = folder / f"{arm.name}-{seed}"
             if (place / manifests.MANIFEST).exists():
                 continue
-            print(f"{number} of {len(jobs)}: {place.name}", flush=True)
+            print(f"{number} of {len(jobs)}: {place.name}")
             overrides = arm_overrides(study, arm, seed)
             starts = [f"{name}-{seed}" for name in started_from(overrides)]
             if missing := [name for name in starts if not (folder / name / manifests.MANIFEST).exists()]:
-                print(f"  not started: it starts from {', '.join(missing)}, which failed", flush=True)
+                print(f"  not started: it starts from {', '.join(missing)}, which failed")
                 failed.append(place.name)
                 continue
             write_checked(place / JOB_FILE, {"overrides": overrides})
@@ -173,7 +173,7 @@ def run_jobs(study: StudySettings, folder: Path, jobs: list[tuple[StudyJob, int]
                 raise Stopped(f"{folder}: stopped.", f"Run the same command with resume=true output_dir={folder}.")
 
             if code != EXIT_DONE:
-                print(f"  failed with exit code {code}: {place / 'log.txt'}", flush=True)
+                print(f"  failed with exit code {code}: {place / 'log.txt'}")
                 failed.append(place.name)
             write_page(study, folder)
     return failed

@@ -59,7 +59,7 @@ def run_sweep(
     with owned(folder, "sweep", is_resumed):
         if not read_command(folder):
             write_command(folder, rest, stage=stage)
-        print(f"sweep of {len(jobs) if jobs else 'jobs chosen one after the other'} in {folder}", flush=True)
+        print(f"sweep of {len(jobs) if jobs else 'jobs chosen one after the other'} in {folder}")
         launch = [*rest, *_hydra_settings(folder, rest)]
         task = JobTask(common, stage, len(jobs) if jobs else None)
         with runner.forward_signals(folder), contextlib.suppress(_SweepStopped):
@@ -173,9 +173,9 @@ class JobTask:
         overrides = [str(text) for text in hydra.overrides.task]
         done = folder / JOB_FILE
         if self.common.is_resumed and done.exists() and read_checked(done, JOB_KEYS).get("exit_code") == EXIT_DONE:
-            print(f"job {hydra.job.num}: done before, {folder}", flush=True)
+            print(f"job {hydra.job.num}: done before, {folder}")
         else:
-            print(f"job {hydra.job.num}{f' of {self.count}' if self.count else ''}: {' '.join(overrides)}", flush=True)
+            print(f"job {hydra.job.num}{f' of {self.count}' if self.count else ''}: {' '.join(overrides)}")
             code = runner.run_job(self.common, self.stage, overrides, folder)
             write_checked(done, {"overrides": overrides, "exit_code": code})
         return job_objective(self.common.folder, folder)

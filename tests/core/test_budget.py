@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from laddpo.core.budget import TokenBudget, is_out_of_memory
+from laddpo.core.budget import SHARED_PASS, TokenBudget, is_out_of_memory
 from laddpo.core.draws import ElboEstimator
 from laddpo.core.gradient import accumulate_gradient, score_items
 from laddpo.core.losses import LossOptions
@@ -113,8 +113,8 @@ def test_one_sequence_that_does_not_fit_alone_stops_the_run_and_explains(where):
 def test_where_no_process_may_repeat_alone_the_first_time_is_the_last():
     denoiser = Cramped()
     items = items_of(denoiser)
-    denoiser.room, budget = 50, TokenBudget(400, may_retry=False)
-    with pytest.raises(RunFault, match=r"Start with hardware.token_budget=200"):
+    denoiser.room, budget = 50, TokenBudget(400, why_once=SHARED_PASS.format("hardware.token_budget={half}"))
+    with pytest.raises(RunFault, match=r"Several processes .* Start with hardware.token_budget=200"):
         score_items(denoiser, items, budget)
     assert denoiser.failures == 1 and budget.tokens == 400
 
