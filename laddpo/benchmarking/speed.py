@@ -118,8 +118,7 @@ def _with_one_draw(bench: Bench, draws: int, failed: list, batches: list, rng) -
             continue
         ratio = median_ratio(seconds[contender.name], seconds["stream"], rng)
         record[contender.name] = asdict(ratio)
-        times = f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
-        lines.append(f"{said}; with one draw it takes {times} the time of ours with one.")
+        lines.append(f"{said}; with one draw it takes {ratio_text(ratio)} the time of ours with one.")
     return "\n\n" + " ".join(lines), record
 
 
@@ -152,8 +151,8 @@ class Decoded:
 
 
 def ways_of(settings: SamplerSettings, batch: int) -> dict[str, SamplerSettings]:
-    """What is compared, by name: each adds one thing to the one before; then the plain way, one question at a time.
-    A block model has the cache in every way."""
+    """What is compared, by name: each adds one thing to the one before; then smaller batches, which show what larger
+    ones bring. A block model has the cache in every way."""
     plain = replace(settings, confidence_threshold=None, stop_early=False, block_cache="none", batch_size=batch)
     stopping = replace(plain, stop_early=True)
     threshold = replace(stopping, confidence_threshold=0.9)
@@ -163,6 +162,7 @@ def ways_of(settings: SamplerSettings, batch: int) -> dict[str, SamplerSettings]
         "stop early": stopping,
         "+ threshold 0.9": threshold,
         **{f"+ {kind} cache": replace(threshold, block_cache=kind) for kind in kinds},
+        "threshold 0.9, half at a time": replace(threshold, batch_size=max(1, batch // 2)),
         "plain, one at a time": replace(plain, batch_size=1),
     }
 
