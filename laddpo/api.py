@@ -132,7 +132,7 @@ class Model:
 
         if isinstance(prompts, str):
             return self.generate([prompts], base=base, seed=seed, decoding=decoding, **settings)[0]
-        asked = [_prompt(prompt, f"prompts[{number}]") for number, prompt in enumerate(prompts)]
+        asked = [_prompt(prompt, f"prompts[{number}]") for number, prompt in enumerate(_listed(prompts))]
         if base and not self.has_base:
             raise UserError("base is True and there is only a base model; load it with run= or adapter=.")
         name = self._both.names[0 if base else -1]
@@ -232,6 +232,19 @@ class Run:
     def load(self, settings: Mapping[str, Any] | None = None, **more: Any) -> Model:
         """`laddpo.load(run=folder)`: the tuned model with its base beside it."""
         return load(run=self.folder, settings=settings, **more)
+
+
+def _listed(prompts: Any) -> Sequence[Any]:
+    """Prompts that were given. UserError for what is none of them, and for a conversation in their place."""
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+        raise UserError(f"prompts is {type(prompts).__name__}; expected a text or a list of prompts.")
+    listed = list(prompts)
+    if listed and all(isinstance(each, Mapping) and "role" in each for each in listed):
+        raise UserError("prompts is one list of messages; expected a list of prompts. Put it into a list: [messages].")
+    for number, each in enumerate(listed):
+        if not isinstance(each, str | Iterable):
+            raise UserError(f"prompts[{number}] is {type(each).__name__}; expected a text, messages or a row.")
+    return listed
 
 
 def _prompt(prompt: str | Conversation | Mapping[str, Any], place: str) -> Prompt:

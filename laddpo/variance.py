@@ -75,6 +75,8 @@ def chosen_pairs(config: RunConfig, prepared) -> list:
     pairs = measured_pairs.first_visited(prepared, config.variance.pairs, config.seed)
     if len(pairs) < 2:
         raise UserError(f"{prepared.folder}: has one training pair; expected two or more, so that pairs can differ.")
+    if len(pairs) < config.variance.pairs:
+        print(f"note: variance.pairs is {config.variance.pairs:,}, and there are {len(pairs):,} training pairs")
     return pairs
 
 

@@ -142,6 +142,17 @@ def test_flags_may_stand_between_settings(tmp_path):
     assert (seen[0].optim.max_train_steps, seen[0].data.num_pairs) == (2, 9)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_an_output_that_is_full_is_named():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "laddpo.train", "--version"],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=child_environment(),
+        )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: standard output, or a file, could not be written: No space left")
+
+
 def test_version_and_info(capsys):
     assert cli("train", ["--version"]) == 0
     assert capsys.readouterr().out == f"laddpo {__version__}\n"

@@ -99,6 +99,8 @@ def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
             _print_traceback()
             return EXIT_FAULT
         _print_problems(UserError(message))
+        if error.filename is None:  # else Python writes what is left when it ends, and fails again
+            _print_into_nothing()
         return EXIT_USER
     except Exception as error:
         if _came_of_interrupt(error):
@@ -109,8 +111,12 @@ def cli(stage: str, argv: Sequence[str], main: Main | None = None) -> int:
 
 def of_system(error: OSError) -> str | None:
     """The message for a full disk, or for a file or folder that the user may not use; None for other errors."""
-    is_full = error.errno in CANNOT_WRITE
-    return disk_message(Path(error.filename or os.curdir), error) if is_full else cannot_use(error)
+    if error.errno not in CANNOT_WRITE:
+        return cannot_use(error)
+    if error.filename is None:  # files that we write are named
+        reason = error.strerror or error
+        return f"standard output, or a file, could not be written: {reason}. Free space where it goes, then run again."
+    return disk_message(Path(error.filename), error)
 
 
 def show_everything() -> None:

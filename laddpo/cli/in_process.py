@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,11 @@ def words_of(settings: Mapping[str, Any]) -> list[str]:
     for key, value in settings.items():
         is_habit = key in (*FLAT, *SWITCHES) and key not in schema_types()
         words += of_flat(key, _plain(key, value)) if is_habit else [setting(key, _written(key, value))]
+    for name, count in Counter(word.partition("=")[0] for word in words).items():
+        if count > 1:
+            raise UserError(f"{name} was given twice, once by a short name; expected one value. Leave one out.")
+        if name.startswith("-"):
+            raise UserError(f"{name} is a flag of the command line; expected the name of a setting. Leave it out.")
     return words
 
 

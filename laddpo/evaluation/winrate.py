@@ -28,18 +28,19 @@ Record = Mapping[str, Any]
 def with_prompts(tasks: Sequence[Task], prepared: Any, evaluation: EvaluationSettings) -> list[Task]:
     """The tasks; one of judged answers without prompts of its own asks the held-out ones of the run, each once.
 
-    Raises UserError where the judge needs right answers and no prompt has one.
+    Raises UserError where the judge needs right answers and a prompt has none.
     """
     found = [
         _held_out(task, prepared, evaluation) if task.name == JUDGED and not task.items else task for task in tasks
     ]
     for task in found:
-        if task.name == JUDGED and needs_gold(evaluation.judge) and not any(item.answer for item in task.items):
+        lacking = [item.id for item in task.items if not item.answer]
+        if task.name == JUDGED and needs_gold(evaluation.judge) and lacking:
             raise UserError(
-                f"evaluation.judge.rule is {evaluation.judge.rule!r}, which needs right answers, and none of the "
-                f"{len(task.items):,} prompts has one. Name their column by data.columns.answer, give a file with "
-                "answers as evaluation.dataset_name, or set another judge: evaluation.judge.rule=shorter, "
-                "evaluation.judge.kind=reward_model."
+                f"evaluation.judge.rule is {evaluation.judge.rule!r}, which needs right answers, and "
+                f"{len(lacking):,} of {len(task.items):,} prompts have none, the first {lacking[0]}. Name their column "
+                "by data.columns.answer, give a file with answers as evaluation.dataset_name, or set another judge: "
+                "evaluation.judge.rule=shorter, evaluation.judge.kind=reward_model."
             )
     return found
 

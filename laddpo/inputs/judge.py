@@ -88,7 +88,8 @@ def _reward_model(settings: JudgeSettings, around: Surroundings) -> Judge:
 
 def _endpoint(settings: JudgeSettings, around: Surroundings) -> Judge:
     request = {name: value for name in ("temperature", "max_tokens") if (value := getattr(settings, name)) is not None}
-    patience = Patience(settings.parallel, settings.timeout_s, settings.retries, settings.wait_s, settings.max_failures)
+    limits = (settings.parallel, settings.timeout_s, settings.retries, settings.wait_s, settings.max_failures)
+    patience = Patience(*limits, around.key)
     is_rating = isinstance(settings, RatingSettings)
     rates = {"comparisons": settings.comparisons, "tie": settings.tie} if is_rating else {}
     prompt = JudgePrompt(settings.prompt, around.key)

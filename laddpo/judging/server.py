@@ -45,13 +45,14 @@ class Server:
 @dataclass(frozen=True)
 class Patience:
     """How long a question is asked: `retries` more attempts, the first after `wait_s` seconds, each after twice as
-    many; at most `max_failures` questions may fail."""
+    many; at most `max_failures` questions may fail. `key`: of the settings that say so."""
 
     parallel: int
     timeout_s: float
     retries: int
     wait_s: float
     max_failures: int
+    key: str
 
 
 class Failed(Exception):
@@ -135,9 +136,9 @@ def ask_all(
                     place, count = urlsplit(server.url).netloc, earlier + len(failures)
                     raise RunFault(
                         f"{place}: {count} requests to the judge failed, more than "
-                        f"judge.max_failures={patience.max_failures}; the last: {list(failures.values())[-1]}. All "
-                        "answers so far are kept. Give the command again with resume=true; only what is missing is "
-                        "asked."
+                        f"{patience.key}.max_failures={patience.max_failures}; the last: "
+                        f"{list(failures.values())[-1]}. All answers so far are kept. Give the command again with "
+                        "resume=true; only what is missing is asked."
                     )
                 if stop:
                     raise Stopped(f"stopped by {stop.name}; the judge's answers so far are kept.", "Give it again.")

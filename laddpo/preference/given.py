@@ -103,7 +103,9 @@ def prompt_in(row: Mapping[str, Any]) -> Prompt:
 
 
 def numbered(rows: Iterable[Any]) -> Iterator[tuple[str, dict] | BadRow]:
-    """(place, fields) of each row. What is no dictionary is a bad row."""
+    """(place, fields) of each row. What is no dictionary is a bad row. `UserError` for what has no rows."""
+    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        raise UserError(f"pairs is {type(rows).__name__}; expected a list of dictionaries, a data set, or a path.")
     for number, row in enumerate(rows):
         place = f"pairs[{number}]"
         if isinstance(row, Mapping):

@@ -292,7 +292,8 @@ def _read_rows(job: _Job, spool: Spool, report: ReportBuilder, log: ReadLog) -> 
     refuse_unused(log)
     empty = [part for part, rows_of_it in enumerate(usable[:-1]) if not rows_of_it]
     if empty:
-        raise UserError(*(_no_row(job, part, bad[part].lines() or list(log.warnings)) for part in empty))
+        others = log.pairs.left_out() or list(log.warnings)
+        raise UserError(*(_no_row(job, part, bad[part].lines() or others) for part in empty))
 
 
 def _no_row(job: _Job, part: int, why: list[str]) -> str:

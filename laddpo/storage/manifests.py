@@ -70,15 +70,16 @@ def with_seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def unsealed(path: Path) -> Any:
     """The content of a manifest file, its seal verified. `UserError` names the file when it is damaged."""
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except Damaged as error:
+        raise Damaged(error.found, RESTORE) from error
     if not isinstance(content, dict) or not {"kind", "fields"} <= content.keys():
         return content
     bare = {name: value for name, value in content.items() if name != SEAL}
     is_older = bare.keys() <= {"kind", "fingerprint", "fields", "files", "shards", "provenance"} and SEAL not in content
     if with_seal(bare) != content and not is_older:
-        raise Damaged(
-            f"{path}: is damaged (its seal does not hold).", f"Remove the folder {path.parent} and run again."
-        )
+        raise Damaged(f"{path}: is damaged (its seal does not hold).", RESTORE)
     return bare
 
 
@@ -118,7 +119,11 @@ def read_manifest(folder: Path, *kinds: str, verify: bool = True) -> dict | None
     path = folder / MANIFEST
     if not path.exists():
         return None
-    manifest = unsealed(path)
+    cure = CURES.get(kinds[0], f"Remove the folder {folder} and run again to make it.")
+    try:
+        manifest = unsealed(path)
+    except Damaged as error:
+        raise Damaged(error.found, cure) from error
     if not isinstance(manifest, dict) or manifest.get("kind") not in kinds:
         found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
         expected = " or ".join(map(repr, kinds))
@@ -130,9 +135,10 @@ def read_manifest(folder: Path, *kinds: str, verify: bool = True) -> dict | None
         sealed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         manifest["fields"].items(), manifest["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path}: is damaged ({error!r}).", f"Remove the folder {folder} and run again.") from error
-    cure = f"Use that version, or make {folder} again."
-    require_keys(path, manifest["fields"], FIELDS.get(manifest["kind"], ()), cure)
+        raise Damaged(f"{path}: is damaged ({error!r}).", cure) from error
+    require_keys(
+        path, manifest["fields"], FIELDS.get(manifest["kind"], ()), f"Use that version, or make {folder} again."
+    )
     if verify:
         for name, (size, digest) in sealed.items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -141,7 +147,7 @@ def read_manifest(folder: Path, *kinds: str, verify: bool = True) -> dict | None
             if not file.exists() or file.stat().st_size != size or file_sha256(file) != digest:
                 raise Damaged(
                     f"{file}: differs from what {MANIFEST} sealed (missing, truncated or changed).",
-                    CURES.get(manifest["kind"], f"Remove the folder {folder} and run again to make it."),
+                    cure,
                 )
     return manifest
 
@@ -170,6 +176,7 @@ FIELDS = {  # by kind of manifest: those that are read without asking whether th
     "prepared": ("encoding",),
     "weights": ("step", "base.base"),
 }
+RESTORE = "Restore it from a copy, or make its folder again."
 CURES = {  # by kind of manifest: of folders that no stage makes again
     "weights": "Restore it from a copy.",
     "train": "Restore it from a copy. The run's weights lie in folders with seals of their own.",

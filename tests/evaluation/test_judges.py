@@ -165,7 +165,7 @@ def test_too_many_failures_stop_and_the_next_run_asks_only_what_is_missing(monke
 
     with (
         serving(monkeypatch, breaks),
-        pytest.raises(RunFault, match=r"more than judge\.max_failures=2.*status 503: down"),
+        pytest.raises(RunFault, match=r"more than data\.judge\.max_failures=2.*status 503: down"),
     ):
         outcomes(endpoint(tmp_path, max_failures=2, retries=0), *pairs)
     (log,) = tmp_path.glob("judged/*/judged.jsonl")

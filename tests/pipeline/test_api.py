@@ -247,6 +247,16 @@ def test_what_only_a_caller_can_get_wrong_is_refused_by_name(home, tuned):
         "prompts[0]: prompt: ends with a assistant turn": lambda: tuned.generate(
             [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
         ),
+        "pairs is int; expected a list": lambda: laddpo.fit(3),
+        "pairs is dict; expected a list": lambda: laddpo.fit({"prompt": ["a"]}),
+        "optim.max_train_steps was given twice, once by a short name": lambda: laddpo.fit(
+            ROWS, max_steps=2, optim__max_train_steps=3
+        ),
+        "--cfg is a flag of the command line": lambda: laddpo.fit(ROWS, **{"--cfg": "job"}),
+        "prompts is NoneType": lambda: tuned.generate(None),
+        "prompts[1] is int": lambda: tuned.generate(["a", 3]),
+        "Put it into a list: [messages]": lambda: tuned.generate([{"role": "user", "content": "a"}]),
+        "prompts[0]: prompt: has half of a surrogate pair, '\\ud800'": lambda: tuned.generate("a\ud800"),
         "there is only a base model": lambda: laddpo.load(
             home.model, settings=places(home, "model", "logger")
         ).generate("a", base=True),

@@ -338,6 +338,15 @@ def test_a_changed_log_of_a_finished_run_is_no_reason_to_remove_the_run(stages, 
     assert "Remove the folder" not in shown
 
 
+def test_a_damaged_manifest_of_a_finished_run_is_no_reason_to_remove_the_run(stages, finished, capsys):
+    path = finished / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-15])
+    assert stages.run("evaluate", f"run={finished}") == 2
+    shown = capsys.readouterr().err
+    assert f"{path}: cannot be read" in shown and "Restore it from a copy" in shown
+    assert "emove" not in shown
+
+
 @pytest.fixture
 def stop_at(monkeypatch):
     """`stop_at(owner, name)`: the signal arrives as that function is called."""

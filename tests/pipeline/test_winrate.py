@@ -193,5 +193,10 @@ def test_what_a_judge_lacks_is_said_before_anything_is_loaded(lab, monkeypatch, 
         asked = ["evaluation.judge.kind=endpoint", f"evaluation.judge.prompt={template}"]
         assert lab.evaluate("never", *asked) == 2
         assert "'answer_c' is undefined" in capsys.readouterr().err and not judge.asked
+    prompts = tmp_path / "some.jsonl"
+    prompts.write_text('{"prompt": "01+02=", "answer": "03"}\n{"prompt": "01+04="}\n')
+    asked = [f"evaluation.dataset_name={prompts}", "evaluation.judge.rule=right"]
+    assert lab.evaluate("never", *asked) == 2
+    assert "1 of 2 prompts have none, the first winrate-test-1" in capsys.readouterr().err
     assert cli("evaluate", ["evaluation=winrate", f"output_dir={tmp_path / 'base'}"]) == 2
     assert "nothing to be compared with" in capsys.readouterr().err

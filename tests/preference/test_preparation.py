@@ -22,6 +22,7 @@ from laddpo.preference.encoding.encode import TextEncoder
 from laddpo.preference.preparation import Part, Rules, find_prepared, prepare_examples, prepare_pairs
 from laddpo.preference.prepared import PreparedPairs, chosen_examples, whole_folder
 from laddpo.preference.reading.pairs import prompt_group, user_prompt
+from laddpo.preference.reading.ranked import PairRule
 from laddpo.preference.sources import Request
 from laddpo.problems.grading import FunctionGrader
 from laddpo.storage.temporaries import NAME
@@ -544,6 +545,23 @@ def test_a_source_without_a_row_says_what_is_known_of_it(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "1+1?", "answer": "2", "candidates": ["2", "two"]}])
     with pytest.raises(UserError, match=r"graded_candidates of .*DATA-40\):\n  questions with no wrong candidate"):
         prepare(tmp_path / "out", path, tokenizer, "graded_candidates", grader=grader)
+
+
+@pytest.mark.parametrize(
+    ("scores", "asked", "said"),
+    [
+        ([3, 3], {}, "4 times two answers had equal scores"),
+        (
+            [1, 3],
+            {"pair_rule": PairRule(min_gap=100)},
+            "4 pairs left out: their scores differ by less than data.min_gap",
+        ),
+    ],
+)
+def test_lists_that_make_no_pair_say_why(scores, asked, said, tmp_path, tokenizer):
+    rows = [{"prompt": f"p{i}", "completions": ["a", "b"], "scores": scores} for i in range(4)]
+    with pytest.raises(UserError, match=rf"DATA-40\):\n  {said}"):
+        prepare(tmp_path / "out", write_rows(tmp_path / "a.jsonl", rows), tokenizer, **asked)
 
 
 def test_a_sample_of_bad_rows_alone_names_them(tmp_path, tokenizer):

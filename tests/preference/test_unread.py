@@ -179,7 +179,9 @@ def test_every_rejected_answer_makes_a_pair_of_its_prompt(tmp_path):
     assert warnings == {"rows with a list of rejected answers, each of which makes a pair": 4}
     pairs, bad = ([one for one in found if isinstance(one, BadRow) is kind] for kind in (False, True))
     assert [pair.rejected for pair in pairs] == ["r", "s"] * 4
-    assert [one.code for one in bad] == ["DATA-09"] * 3 + ["DATA-58"]  # "c" is the chosen one; an empty list
+    assert [one.code for one in bad] == ["DATA-09"] * 3 + ["DATA-12"]  # "c" is the chosen one; an empty list
+    ((null,), _) = read(tmp_path, [{**TEXTS, "rejected": ["b", None]}])
+    assert str(null).endswith("rejected[1]: is null (DATA-04). Fix the row or set data.on_bad_row=skip.")
     alone, _ = read(tmp_path, [{**TEXTS, "prompt": "p1", "rejected": "s"}])
     assert alone[0].id in {pair.id for pair in pairs} and len({pair.id for pair in pairs}) == 8
     parts = [Part("jsonl", Request(dataset_name=str(tmp_path / "b.jsonl")))]

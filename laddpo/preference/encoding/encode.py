@@ -272,7 +272,7 @@ class TextEncoder:
         if longest <= limit:
             return None
         problem = f"has a text of {longest:,} characters, far more than data.max_length={self.max_length} tokens"
-        return RowError("DATA-79", "", problem, "Remove the row.")
+        return RowError("DATA-79", "", problem, "Remove the row, or set data.truncation=drop.")
 
     def _encode_all(self, encode: Callable[[list], list], given: list) -> list[np.ndarray | RowError]:
         """Each one's ids. When one of a batch is refused, they are encoded one by one to find out which."""

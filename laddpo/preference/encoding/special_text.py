@@ -15,6 +15,7 @@ from typing import Any
 
 from laddpo.errors import UserError
 from laddpo.preference.reading.bad_rows import RowError
+from laddpo.preference.reading.texts import WHOLE, half_in
 
 MASK_TOKENS = ("<|mdm_mask|>", "[MDM_MASK]", "<|mask|>", "<[MASK]>")  # where the tokenizer declares none, as LLaDA's
 
@@ -62,7 +63,7 @@ class PlainTokenizer:
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts in which everything is text."""
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in _encoded(self._plain, list(texts))]
 
     def encode_rendered(self, rendered: Sequence[tuple[str, dict[str, str]]]) -> list[list[int]]:
         """Token ids of rendered templates.
@@ -73,7 +74,7 @@ class PlainTokenizer:
         back into plain text.
         """
         simple = [text for text, hidden in rendered if not hidden]
-        whole = iter(self._knowing.encode_batch_fast(simple, add_special_tokens=False))
+        whole = iter(_encoded(self._knowing, simple))
         encoded = []
         for text, hidden in rendered:
             own = [self.special_ids[token] for token in self.pattern.findall(text)]
@@ -116,3 +117,15 @@ class PlainTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens shown."""
         return self._plain.decode([int(token) for token in ids], skip_special_tokens=False)
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> list[Any]:
+    """Encodings without tokens of the tokenizer's own. RowError for text with half a character, which rows of files
+    were refused for when they were read."""
+    try:
+        return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except TypeError:
+        half = next(filter(None, map(half_in, texts)), None)
+        if half is None:
+            raise
+        raise RowError("DATA-29", "prompt", f"has half of a surrogate pair, {half.group()!a}", WHOLE) from None

@@ -24,7 +24,7 @@ from laddpo.preference.reading.bad_rows import BadRow, RowError, file_error, pri
 from laddpo.preference.reading.compression import open_plain
 from laddpo.preference.reading.json_arrays import read_json_array
 from laddpo.preference.reading.pair_counts import PairCounts
-from laddpo.preference.reading.splits import SUFFIXES, last_suffix
+from laddpo.preference.reading.splits import PACKED_SUFFIXES, SUFFIXES, last_suffix
 from laddpo.preference.reading.strict_json import decode_line, one_line, parse_object
 from laddpo.preference.reading.tables import read_arrow, read_parquet
 from laddpo.storage.atomic import file_sha256
@@ -50,6 +50,7 @@ class ReadLog:
 
 
 RawRow = tuple[str, dict]  # (place, fields)
+DATA = "data.dataset_name"  # the setting that may also name a folder
 LINE_CURE = "Check its line ends, or raise data.max_line_bytes."
 
 
@@ -98,12 +99,14 @@ def open_checked(path: Path, log: ReadLog, key: str = "data.dataset_name") -> It
 
 
 @contextmanager
-def readable(path: Path, key: str = "data.dataset_name") -> Iterator[os.stat_result]:
-    """Turns what makes a path unreadable into UserErrors; a pipe or device is refused before it could block."""
+def readable(path: Path, key: str = DATA) -> Iterator[os.stat_result]:
+    """Turns what makes a path unreadable into UserErrors; a pipe or device is refused before it could block. `key`: the
+    setting that names the path."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise file_error(path, "DATA-42", "is not a regular file", "Give a file, or a folder of files.")
+            problem = "is a folder" if stat.S_ISDIR(found.st_mode) else "is not a regular file"
+            raise file_error(path, "DATA-42", problem, f"Give a file{', or a folder of files' if key == DATA else ''}.")
         yield found
     except PermissionError as error:
         mode = stat.filemode(path.lstat().st_mode) if os.path.lexists(path) else "?"
@@ -142,10 +145,9 @@ def file_kind(path: Path) -> str:
     if kind is None:
         if suffix in ARCHIVE_SUFFIXES:
             raise file_error(path, "DATA-48", "is an archive of files", "Unpack it first and give the folder.")
-        known = ", ".join(sorted(SUFFIXES))
-        raise file_error(
-            path, "DATA-41", "has no known kind of name", f"Rename it to end in one of {known} (+ .gz, .zst)."
-        )
+        known, packed = ", ".join(sorted(SUFFIXES)), ", ".join(PACKED_SUFFIXES)
+        advice = f"Rename it to end in one of {known} (+ {packed})."
+        raise file_error(path, "DATA-41", "has no known kind of name", advice)
     return kind
 
 

@@ -39,6 +39,11 @@ class PairCounts:
         self.values["weight"].append(weight)
         self.values["margin"].append(margin)
 
+    def left_out(self) -> list[str]:
+        """Why answers made no pair, a line for each reason."""
+        reasons = ("ties", "below_gap", "same_text")
+        return [f"{self.counts[name]:,} {MEANINGS[name]}" for name in reasons if self.counts[name]]
+
     def facts(self) -> dict[str, Any]:
         """For report.json: nothing if all rows were plain pairs."""
         plain = {"gap": None, "weight": 1.0, "margin": 0.0}

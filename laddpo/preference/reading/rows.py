@@ -52,6 +52,11 @@ def explicit_pair(row: dict, rules: RowRules, warn: Warn) -> tuple[Prompt, str, 
     A response in messages is one assistant turn, or the whole conversation, which must then begin with the prompt.
     """
     if len({isinstance(get_field(row, name, rules), str) for name in ("prompt", "chosen", "rejected")}) > 1:
+        answers, column = get_field(row, "rejected", rules), rules.column("rejected")
+        if answers == []:
+            raise RowError("DATA-12", column, "is an empty list, want at least one answer", FIX)
+        if isinstance(answers, list) and None in answers:
+            raise RowError("DATA-04", f"{column}[{answers.index(None)}]", "is null", FIX)
         problem = "text and lists of messages are mixed in one row"
         advice = "Set data.format=conversation, which reads both, or give all three as text or all three as messages."
         raise RowError("DATA-58", "", problem, advice)

@@ -27,15 +27,20 @@ def check_text(text: str, name: str, rules: RowRules, warn: Callable[[str], None
         return
     if "\x00" in text and not rules.allow_nul:
         raise RowError("DATA-28", name, f"has the character NUL at {text.index(chr(0))}", "Remove it.")
-    if half := _SURROGATES.search(text):
+    if half := half_in(text):
         problem = f"has half of a surrogate pair, {half.group()!a}, at character {half.start()}"
-        raise RowError("DATA-29", name, problem, "Write the whole pair, or the character itself.")
+        raise RowError("DATA-29", name, problem, WHOLE)
     if _DOUBTFUL.search(text):
         for message, pattern in DOUBTFUL.items():
             if pattern.search(text):
                 warn(message)
     if not unicodedata.is_normalized("NFC", text):
         warn("texts that are not in Unicode normal form C, kept as they are")
+
+
+def half_in(text: str) -> re.Match | None:
+    """Half of a surrogate pair, which no tokenizer takes. On a command line, a byte that is not UTF-8 becomes one."""
+    return _SURROGATES.search(text)
 
 
 def is_blank(text: str) -> bool:
@@ -56,6 +61,7 @@ def kind_of(value: Any) -> str:
 
 
 FIX = "Fix the row or set data.on_bad_row=skip."
+WHOLE = "Write the whole pair, or the character itself, in UTF-8."
 _INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad\u180e \t\r\n\u00a0"
 _SURROGATES = re.compile("[\ud800-\udfff]")
 DOUBTFUL = {
