@@ -97,6 +97,11 @@ MISTAKES = {
         ["dpo.loss is 'sigmod'; known: sigmoid,", "did you mean sigmoid?"],
     ),
     "a task that is not there": (["evaluation.tasks=[gsm9k]"], ["did you mean gsm8k?"]),
+    "a word in a list of numbers": (
+        ["evaluation.temperatures=[1,x]"],
+        ["evaluation.temperatures is '[1,x]'; expected a list of numbers"],
+    ),
+    "a name of several words": (["variance.settings=[foo]"], ["naive, 'one time, many masks', one time a draw"]),
     "three betas of Adam": (["optim.betas=[0.9,0.95,0.99]"], ["optim.betas"]),
     # C5
     "an odd number of complement draws": (

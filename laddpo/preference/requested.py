@@ -29,8 +29,8 @@ def with_guesses(request: Request, log: ReadLog, *, is_pair: bool) -> Request:
     if is_pair:
         reads_scores = request.pair_rule.min_gap is not None
         guessed |= guess_scores(seen, {**request.columns, **guessed}, request.dataset_name, reads_scores)
-    if guessed:
-        log.warn(taken_text(guessed))
+    if said := taken_text(guessed):
+        log.warn(said)
     return replace(request, columns={**request.columns, **guessed}) if guessed else request
 
 

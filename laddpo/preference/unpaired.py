@@ -81,8 +81,9 @@ def read_unpaired(
     """Unpaired rows of local files or of the hub, or of `rows`."""
     if rows is None:
         guessed = guess_unpaired(first_values(request), request.columns, request.dataset_name)
+        if said := taken_text(guessed):
+            log.warn(said)
         if guessed:
-            log.warn(taken_text(guessed))
             request = replace(request, columns={**request.columns, **guessed})
     rules = RowRules(request.columns, request.allow_empty_prompt, request.allow_nul)
     refuse_unread_columns(rules.columns, (*UNPAIRED_COLUMNS, *NAMED), "data.format=unpaired")

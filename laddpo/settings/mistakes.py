@@ -203,6 +203,7 @@ def _apply(tree: DictConfig, override: Override, groups: set[str]) -> str | None
             return f"{key}: {_first_line(error)}; expected {type_words(key)}; correct the value."
         if not _is_known(full_key, groups):
             return unknown_key(full_key, groups)
+        full_key = full_key.partition("[")[0]  # of a list the whole is shown
         found = redact(str(override.get_value_element_as_str()))
         return f"{full_key} is {found!r}; expected {type_words(full_key)}; correct the value."
     return None

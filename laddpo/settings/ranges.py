@@ -118,10 +118,8 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unknown_name(key: str, name: str, known: Collection[str]) -> str:
-    guess = nearest(name, known)
-    return (
-        f"{key} is {name!r}; known: {', '.join(known)}; {f'did you mean {guess}?' if guess else 'choose one of them.'}"
-    )
+    guess, shown = nearest(name, known), ", ".join(repr(each) if "," in each else each for each in known)
+    return f"{key} is {name!r}; known: {shown}; {f'did you mean {guess}?' if guess else 'choose one of them.'}"
 
 
 def _outside(key: str, value: float, bounds: Range) -> Iterator[str]:

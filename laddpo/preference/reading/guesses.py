@@ -114,10 +114,12 @@ def _matching(seen: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def taken_text(guessed: Mapping[str, str]) -> str:
-    """What was taken for what, and how to set it otherwise: one line."""
-    pairs = ", ".join(f"{column} as {name}" for name, column in guessed.items())
-    settings = " ".join(f"data.columns.{name}=..." for name in guessed)
-    return f"columns taken by their names: {pairs}; set {settings} for others"
+    """What was taken for what, and how to set it otherwise: one line. Nothing of columns that have our names, but
+    for `input`, which becomes a part of the prompt."""
+    others = {name: column for name, column in guessed.items() if name != column or name == "input"}
+    pairs = ", ".join(f"{column} as {name}" for name, column in others.items())
+    settings = " ".join(f"data.columns.{name}=..." for name in others)
+    return f"columns taken by their names: {pairs}; set {settings} for others" if others else ""
 
 
 def _is_there(name: str, seen: Mapping[str, Any], columns: Mapping[str, str | None]) -> bool:
