@@ -14,6 +14,8 @@ from laddpo.errors import Damaged, UserError
 from laddpo.storage.locks import disk_message
 from laddpo.storage.temporaries import make_folder, move_to, open_file, temporary_beside
 
+RESTORE = "Restore it from a copy, or make its folder again."  # where a file of ours is damaged
+
 
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text. NaN and infinity are refused."""
@@ -92,9 +94,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise Damaged(
-            f"{path}: cannot be read ({error}).", "It may be damaged; remove its folder and run again."
-        ) from error
+        raise Damaged(f"{path}: cannot be read ({error}).", RESTORE) from error
 
 
 @contextlib.contextmanager

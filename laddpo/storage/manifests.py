@@ -18,6 +18,7 @@ from typing import Any
 
 from laddpo.errors import Damaged, UserError
 from laddpo.storage.atomic import (
+    RESTORE,
     canonical_json,
     file_sha256,
     read_json,
@@ -70,10 +71,7 @@ def with_seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def unsealed(path: Path) -> Any:
     """The content of a manifest file, its seal verified. `UserError` names the file when it is damaged."""
-    try:
-        content = read_json(path)
-    except Damaged as error:
-        raise Damaged(error.found, RESTORE) from error
+    content = read_json(path)
     if not isinstance(content, dict) or not {"kind", "fields"} <= content.keys():
         return content
     bare = {name: value for name, value in content.items() if name != SEAL}
@@ -176,7 +174,6 @@ FIELDS = {  # by kind of manifest: those that are read without asking whether th
     "prepared": ("encoding",),
     "weights": ("step", "base.base"),
 }
-RESTORE = "Restore it from a copy, or make its folder again."
 CURES = {  # by kind of manifest: of folders that no stage makes again
     "weights": "Restore it from a copy.",
     "train": "Restore it from a copy. The run's weights lie in folders with seals of their own.",
