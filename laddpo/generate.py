@@ -62,8 +62,8 @@ def answer_prompts(config: RunConfig, prompts: list[Prompt], tuned: Path | None)
 
 
 def wanted_prompts(config: RunConfig) -> list[tuple[str | list, Prompt]]:
-    """Each prompt as it is shown and as it is asked: the one given, or those of the file given. A file that is named
-    .jsonl has a row on each line, other files have a text."""
+    """Each prompt as it is shown and as it is asked: the one given, or those of the file given. A file with the name of
+    a table (.jsonl, .csv, .parquet and their like) has rows, another one a text on each line."""
     from laddpo.preference.given import read_prompts
     from laddpo.preference.reading.pairs import user_prompt
 
@@ -75,10 +75,11 @@ def wanted_prompts(config: RunConfig) -> list[tuple[str | list, Prompt]]:
         return [(config.prompt, user_prompt(config.prompt))]
     if config.prompts is not None:
         path = Path(config.prompts)
-        if path.suffix == ".jsonl":
-            return read_prompts(path, PROMPT_BYTES)
         from laddpo.preference.reading.files import ReadLog, open_checked, text_lines
+        from laddpo.preference.reading.splits import SUFFIXES, last_suffix
 
+        if last_suffix(path.name) in SUFFIXES:
+            return read_prompts(path, PROMPT_BYTES)
         with open_checked(path, ReadLog(), "prompts") as stream:
             read = [line.rstrip("\r\n") for line in text_lines(path, stream, PROMPT_BYTES, "Check its line ends.")]
         lines = [line for line in read if line.strip()]

@@ -81,7 +81,7 @@ def read_prompts(path: Path, max_line_bytes: int) -> list[tuple[str | list, Prom
         found.append((row.get("prompt"), prompt_in(used)))
         return ()
 
-    for row in made_of(read_rows([path], max_line_bytes, log), keep):
+    for row in made_of(read_rows([path], max_line_bytes, log, key="prompts"), keep):
         bad.add(row)
     if bad.total:
         lines = "\n".join(f"  {line}" for line in bad.lines())

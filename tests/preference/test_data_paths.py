@@ -1,10 +1,13 @@
 """Every setting that names data, against paths that cannot be read: one message with the path, never a traceback."""
 
+import gzip
 import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
@@ -167,3 +170,23 @@ def test_a_task_reads_the_test_split_of_a_local_folder_and_its_shots_from_the_tr
     (folder / "main" / "test-00000-of-00001.jsonl").unlink()
     with pytest.raises(UserError, match=r"evaluation\.dataset_name: the split is 'test'; .* has train \(DATA-70\)"):
         load_task("gsm8k", TaskOptions(dataset_name="org/gsm8k", benchmarks_dir=tmp_path / "benchmarks"))
+
+
+@pytest.mark.parametrize("kind", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet"])
+def test_prompts_are_read_from_tables_and_from_lines(kind, tmp_path):
+    path, rows = tmp_path / kind, [{"prompt": "1+1="}, {"prompt": "2+2="}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if kind == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "a.jsonl.gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        texts = {"a.jsonl": text, "a.json": json.dumps(rows), "a.csv": "prompt\n1+1=\n2+2=\n", "a.txt": "1+1=\n\n2+2="}
+        path.write_text(texts[kind])
+    found = wanted_prompts(SimpleNamespace(prompt=None, prompts=str(path)))
+    assert [prompt[0].content for _, prompt in found] == ["1+1=", "2+2="]
+
+
+def test_a_table_of_prompts_that_is_not_there_is_named_by_its_setting(tmp_path):
+    with pytest.raises(UserError, match=r"Check prompts\."):
+        wanted_prompts(SimpleNamespace(prompt=None, prompts=str(tmp_path / "gone.parquet")))

@@ -61,6 +61,7 @@ def read_rows(
     kind: str | None = None,
     text_columns: Sequence[str] = (),
     wanted: Container[str] | None = None,
+    key: str = DATA,
 ) -> Generator[RawRow | BadRow, None, None]:
     """The rows of the files in the given order. Raises UserError for a file that cannot be read as rows at all.
 
@@ -68,6 +69,7 @@ def read_rows(
     what its columns hold.
 
     Of parquet and Arrow only the columns `wanted` (None: all) are decoded; rows have None in the rest.
+    `key`: the setting that names the files.
     """
     columns: tuple[Path, tuple[str, ...]] | None = None
     for path in files:
@@ -76,7 +78,7 @@ def read_rows(
         options = {"text_columns": text_columns, "wanted": wanted} if reader in (read_parquet, read_arrow) else {}
         if reader is read_csv:
             options = {"text_columns": text_columns, "warn": log.warn}
-        with open_checked(path, log) as stream:
+        with open_checked(path, log, key) as stream:
             for row in reader(path, stream, max_line_bytes, **options):
                 rows += 1
                 if reader in SCHEMA_READERS and not isinstance(row, BadRow):
@@ -88,7 +90,7 @@ def read_rows(
 
 
 @contextmanager
-def open_checked(path: Path, log: ReadLog, key: str = "data.dataset_name") -> Iterator[BinaryIO]:
+def open_checked(path: Path, log: ReadLog, key: str = DATA) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked, once it is known to be a regular readable file; complains if it changes meanwhile."""
     with readable(path, key) as before, path.open("rb") as raw:
         require_if_sealed(path)
