@@ -242,7 +242,7 @@ def _listed(prompts: Any) -> Sequence[Any]:
     if listed and all(isinstance(each, Mapping) and "role" in each for each in listed):
         raise UserError("prompts is one list of messages; expected a list of prompts. Put it into a list: [messages].")
     for number, each in enumerate(listed):
-        if not isinstance(each, str | Iterable):
+        if not isinstance(each, Iterable):
             raise UserError(f"prompts[{number}] is {type(each).__name__}; expected a text, messages or a row.")
     return listed
 

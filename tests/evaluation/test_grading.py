@@ -145,8 +145,9 @@ def test_a_text_that_hangs_or_kills_the_worker_is_wrong_and_the_next_is_graded()
     grader = WorkerGrader("moody", serve_moody, answer_s=20)
     try:
         assert grader.grade_all(["1", "die", "1", "2"], ["1"] * 4) == [True, False, True, False]
-        grader._answer_s = 0.5
+        grader._answer_s, started = 0.5, time.monotonic()
         assert grader.grade_all(["hang"], ["1"]) == [False]
+        assert time.monotonic() - started < 50
         grader._answer_s = 20
         assert grader.grade_all(["1", "2"], ["1"] * 2) == [True, False]
     finally:
